@@ -1,0 +1,320 @@
+"""The trunk: a modern decoder-only transformer, from its configuration to its generated tokens.
+
+A GPT (Radford et al. 2019) with what a decade of practice has changed since, each with its source:
+
+    RoPE             positions as rotations of queries and keys           Su et al. 2021, arXiv:2104.09864
+    RMSNorm          x / rms(x), here without weights, before each layer  Zhang & Sennrich 2019, arXiv:1910.07467
+    QK-norm          queries and keys normalised, so scores stay bounded  Henry et al. 2020, arXiv:2010.04245
+    squared ReLU     max(0, x)^2 in the MLP                               So et al. 2021, arXiv:2109.08668
+    no biases; output projections start at zero, so each block starts as the identity
+
+V0 and V1 differ in one field of `GPTConfig`, `attention`. Every layer returns `(x, stats)`: what it computed, and what it
+has to tell (V1's attention tells which blocks it chose). Nothing is kept in globals.
+
+Left out on purpose: the loss (nanods/training/tasks.py) and the training loop (train.py).
+
+Pinned by tests/test_gpt.py: cached decoding equals the full forward at every length; what follows a token, and what stands
+in other rows of the batch, changes nothing.
+
+Shapes: B batch, T tokens, C width (`n_embd`), H heads, D = C / H width of a head, F hidden width, V vocabulary.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanods.attention import block_attention, dense_attention, select_blocks, topk_attention
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    kind: Literal["dense", "topk", "block"] = "dense"
+    """dense: every key (V0). topk: the highest-scoring keys (the article's idea). block: the best blocks of keys (V1)."""
+    top_k: int = 32
+    """Keys that each query reads (topk only)."""
+    block_size: int = 64
+    """Keys in a block (block only)."""
+    top_blocks: int = 4
+    """Past blocks that each query reads beside its own (block only)."""
+
+    def pairs(self, T: int) -> int:
+        """Pairs of a query and a key that it reads, over a causal sequence of T tokens; dense reads T (T + 1) / 2."""
+        if self.kind == "topk":
+            return sum(min(t + 1, self.top_k) for t in range(T))
+        if self.kind == "block":
+            size = self.block_size
+            return sum(min(t // size, self.top_blocks) * size + t % size + 1 for t in range(T))
+        return T * (T + 1) // 2
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    n_layer: int = 5
+    """Blocks in the trunk."""
+    n_head: int = 3
+    """Heads of each attention layer (H); must divide n_embd into heads of even width."""
+    n_embd: int = 192
+    """Width of the model (C). The MLP's hidden width is four times that."""
+    context_length: int = 256
+    """Longest sequence that the model reads, in tokens (T)."""
+    vocab_size: int = 256
+    """Tokens in the vocabulary (V): 256 means bytes, more a BPE trained on the data (needs the extra `bpe`)."""
+    attention: AttentionConfig = AttentionConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads of even width: "
+                f"choose n_embd as a multiple of {2 * self.n_head}"
+            )
+        for name in ("top_k", "block_size", "top_blocks"):
+            if getattr(self.attention, name) < 1:
+                raise ValueError(f"attention.{name} = {getattr(self.attention, name)} must be at least 1")
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide each vector (last dimension) by its root mean square."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """RoPE: turn pair i of each head by the angle position * base^(-2i/D), so that q . k depends on their distance alone.
+
+    x (B, H, T, D), positions (B or 1, T) -> (B, H, T, D).
+    """
+    D = x.size(-1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # bf16 angles would be off by whole turns
+    frequency = base ** (-torch.arange(0, D, 2, device=x.device, dtype=wide) / D)  # (D/2,)
+    angle = positions[:, None, :, None].to(wide) * frequency  # (B or 1, 1, T, D/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Cache:
+    """The keys and values of the tokens read so far, for decoding: per layer two tensors (B, H, context_length, D).
+
+    Rows may differ in length: `lengths` (B,) says how many tokens of each row are real. What lies beyond is never seen,
+    because a query at position p reads the keys 0..p, and is overwritten when the row gets there.
+    """
+
+    def __init__(self, config: GPTConfig, B: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (B, config.n_head, config.context_length, config.n_embd // config.n_head)
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(config.n_layer)]
+        self.lengths = torch.zeros(B, dtype=torch.long, device=device)
+        self.longest = 0  # max(lengths) as a number, so that slicing does not wait for the GPU
+
+    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, T, D) at `positions` (B, T); return all keys and values so far (B, H, longest + T, D)."""
+        row = torch.arange(k.size(0), device=k.device)[:, None]
+        for stored, new in zip(self.layers[layer], (k, v), strict=True):
+            stored[row, :, positions] = new.transpose(1, 2).to(stored.dtype)
+        end = self.longest + k.size(2)
+        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, dense or sparse as the configuration says."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config, self.n_head = config.attention, config.n_head
+        C = config.n_embd
+        self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: Cache | None = None, layer: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats; V1's stats hold the `blocks` chosen (B, H, T, top_blocks)."""
+        B, T, C = x.shape
+        q, k, v = (
+            linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+            for linear in (self.query, self.key, self.value)
+        )
+        q, k = rms_norm(rotate(q, positions)), rms_norm(rotate(k, positions))
+        among = None  # where the queries stand among the keys: by default query t is key t
+        if cache is not None:
+            k_all, v_all = cache.append(layer, k, v, positions)
+            if cache.longest:
+                k, v, among = k_all, v_all, positions
+        stats = {}
+        if self.config.kind == "dense":
+            y = dense_attention(q, k, v, positions=among)
+        elif self.config.kind == "topk":
+            y = topk_attention(q, k, v, self.config.top_k, positions=among)
+        else:
+            size = self.config.block_size
+            blocks = select_blocks(q, k, size, self.config.top_blocks, positions=among)
+            y = block_attention(q, k, v, blocks, size, positions=among)
+            stats["blocks"] = blocks
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), stats
+
+
+class MLP(nn.Module):
+    """Two layers with a squared ReLU between them, applied to each token alone."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, T, C) -> x (B, T, C), stats."""
+        return self.out(self.up(x).relu().square()), {}  # (B, T, C) -> (B, T, F) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """Tokens talk (attention), then each thinks for itself (MLP); both add to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(config), MLP(config)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: Cache | None = None, layer: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        y, attention_stats = self.attention(rms_norm(x), positions, cache, layer)
+        x = x + y
+        y, mlp_stats = self.mlp(rms_norm(x))
+        return x + y, attention_stats | mlp_stats
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Matrices at 1/sqrt(width of the input); what writes to the residual stream or to the logits starts at zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("out.weight") or name == "head.weight":
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.n_embd**-0.5)
+
+    def forward(
+        self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """tokens (B, T) -> logits (B, T, V) for the token after each, and the stats of each layer.
+
+        With a cache the tokens continue those read before. Rows of different `lengths` (B,) are padded on the right; what is
+        computed at the padding is meaningless. ValueError if a sequence would exceed `context_length`.
+        """
+        B, T = tokens.shape
+        before = cache.longest if cache is not None else 0
+        if before + T > self.config.context_length:
+            raise ValueError(f"{before} + {T} tokens exceed context_length = {self.config.context_length}")
+        positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions  # (B, T)
+        x = rms_norm(self.embedding(tokens))  # (B, T, C)
+        stats = []
+        for layer, block in enumerate(self.blocks):
+            x, layer_stats = block(x, positions, cache, layer)
+            stats.append(layer_stats)
+        if cache is not None:
+            cache.lengths = cache.lengths + (T if lengths is None else lengths)
+            cache.longest += T if lengths is None else int(lengths.max())
+        return self.head(rms_norm(x)), stats
+
+    # ---- what it costs ---------------------------------------------------------------------------------------------------
+
+    def parameters_total_active(self) -> tuple[int, int]:
+        """Parameters in all, and those that each token uses (V0 and V1: all but the other tokens' rows of the embedding)."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total - self.embedding.weight.numel() + self.config.n_embd
+
+    def flops_per_token(self, T: int | None = None) -> float:
+        """Floating-point operations to train on one token of a sequence of T (default: context_length): forward + backward.
+
+        Each weight of a matrix product costs a multiplication and an addition forward and twice that backward: 6. So does
+        each of the 2 C numbers of every pair of query and key that is read (q . k, then weight . v): 12 C a layer.
+        Choosing blocks is left out: T x T / block_size products, forward only.
+        """
+        T = T or self.config.context_length
+        weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
+        pairs = self.config.attention.pairs(T) / T
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * pairs
+
+    # ---- generation ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        lengths: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Collection[int] = (),
+        seed: int = 0,
+    ) -> Iterator[Tensor]:
+        """Yield the next token of each row, one (B,) at a time, as they are made.
+
+        tokens (B, T) holds the prompts, padded on the right to equal length; `lengths` (B,) says how long each is. A row that
+        has made a token of `stop` yields -1 from then on; the iterator ends when all have, or after `max_new_tokens`.
+        Row b draws from its own random stream (seed, b): it does not depend on its neighbours.
+
+        Past `context_length` a row forgets: it keeps the last half of its context, which is read again as if it had been
+        the prompt, so the cost per token stays bounded and each token sees at least half a context.
+        """
+        B, T = tokens.shape
+        context, device = self.config.context_length, tokens.device
+        sizes = [T] * B if lengths is None else lengths.tolist()
+        if min(sizes) < 1 or max(sizes) > T:
+            raise ValueError(f"prompt lengths {sizes} must lie between 1 and {T}")
+        rows = [row[:n][-context:] for row, n in zip(tokens.tolist(), sizes, strict=True)]
+        streams = [torch.Generator(device).manual_seed(seed * 1_000_003 + b) for b in range(B)]
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        stop_tokens = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+        cache = None
+        for _ in range(max_new_tokens):
+            if cache is None or cache.longest == context:  # the start, or a row is full: read the rows (again)
+                rows = [row if len(row) <= context else row[-max(1, context // 2) :] for row in rows]
+                cache = Cache(self.config, B, device, self.head.weight.dtype)
+                lengths = torch.tensor([len(row) for row in rows], device=device)
+                padded = [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
+                logits, _ = self(torch.tensor(padded, device=device), cache, lengths)
+                logits = logits[torch.arange(B, device=device), lengths - 1]  # (B, V)
+            else:
+                logits, _ = self(new[:, None], cache)
+                logits = logits[:, -1]
+            new = sample(logits, temperature, top_k, top_p, streams)  # (B,)
+            for row, token in zip(rows, new.tolist(), strict=True):
+                row.append(token)
+            yield new.masked_fill(done, -1)
+            done |= torch.isin(new, stop_tokens)
+            if done.all():
+                return
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, streams: list[torch.Generator]
+) -> Tensor:
+    """Draw one token a row from softmax(logits / temperature): (B, V) -> (B,). Temperature 0 takes the likeliest.
+
+    `top_k` keeps the k likeliest; `top_p` the fewest likeliest that together reach probability p (Holtzman et al. 2019,
+    arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = (logits.double() / temperature).softmax(dim=-1)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    if top_k is not None:
+        ordered[:, top_k:] = 0
+    if top_p is not None:
+        ordered[ordered.cumsum(dim=-1) - ordered >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0
+    drawn = [torch.multinomial(row, 1, generator=stream) for row, stream in zip(ordered, streams, strict=True)]
+    return order.gather(-1, torch.stack(drawn)).squeeze(-1)
