@@ -1,0 +1,164 @@
+"""The ladder of presets: each version is the one before with one thing changed.
+
+    V0 = a dense GPT          V1 = replace(V0, attention=...)
+
+A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is GPT-2's size (124M
+parameters, one GPU); base wants one node of GPUs. Every field can be overridden on the command line, has a type, and is
+saved in every checkpoint.
+"""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from nanods.errors import UserError
+from nanods.gpt import AttentionConfig, GPTConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: tyro.conf.Suppress[str]
+    model: Annotated[GPTConfig, tyro.conf.arg(name="")]
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_size: int
+    """Sequences in one optimizer step, over all micro-batches: batch-size x context-length tokens."""
+    lr: float
+    """Peak learning rate, of Muon (matrices) and AdamW (the rest) alike."""
+    warmup: float = 0.02
+    """Share of the steps in which the learning rate rises from zero."""
+    decay: float = 0.6
+    """Share of the steps, the last ones, in which the learning rate falls to zero."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a longer one is scaled down to it."""
+    micro_batch: int | None = None
+    """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory."""
+    data: str = "pydocs"
+    """pydocs, shakespeare, wikitext-2, wikitext-103, or the path of a UTF-8 text file."""
+    out_dir: Path | None = None
+    """Where checkpoints, metrics and pictures go. Default: runs/PRESET."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute. auto: the first of cuda, mps and cpu that is there."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    """Precision of the computation. auto: bf16 where the GPU has it, otherwise fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on CUDA only; on a CPU it takes longer than it saves."""
+    seed: int = 0
+    """Decides the initial weights and the order of the data."""
+    eval_every: int = 250
+    """Steps between two validations."""
+    save_every: int = 250
+    """Steps between two checkpoints."""
+    resume: bool = False
+    """Go on from the last checkpoint in out-dir, with the configuration saved there."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "save_every", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}: choose a divisor"
+            )
+        if not self.lr > 0 or not self.clip > 0:
+            raise ValueError(f"--lr {self.lr} and --clip {self.clip} must be above 0")
+        if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
+            raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} are shares of the run, from 0 to 1")
+
+    @property
+    def out(self) -> Path:
+        return self.out_dir or Path("runs") / self.preset
+
+
+TINY = GPTConfig(n_layer=5, n_head=3, n_embd=192, context_length=256, vocab_size=256)
+SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
+BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
+
+V0 = {
+    "tiny": Config("v0-tiny", TINY, steps=800, batch_size=8, lr=0.01),
+    "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=3e-3, data="wikitext-103"),
+    "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=2e-3, data="wikitext-103"),
+}
+SPARSE = {
+    "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
+    "small": AttentionConfig("block", block_size=64, top_blocks=4),
+    "base": AttentionConfig("block", block_size=64, top_blocks=8),
+}
+V1 = {
+    scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=SPARSE[scale]))
+    for scale, v0 in V0.items()
+}
+
+PRESETS = {config.preset: config for version in (V0, V1) for config in version.values()}
+
+
+def from_command_line(description: str, args: list[str] | None = None) -> Config:
+    """The preset that the command line names, with its overrides. Ends with exit code 2 where it cannot be understood."""
+    described = {
+        name: (
+            f"{config.model.attention.kind} attention, {config.model.n_layer} layers of width {config.model.n_embd}, "
+            f"context {config.model.context_length}",
+            config,
+        )
+        for name, config in PRESETS.items()
+    }
+    try:
+        return tyro.extras.overridable_config_cli(described, description=description, args=args)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def to_dict(config: Config) -> dict:
+    saved = dataclasses.asdict(config)
+    saved["out_dir"] = None  # a run may be moved
+    saved["resume"] = False
+    return saved
+
+
+def from_dict(saved: dict) -> Config:
+    """The inverse of `to_dict`. Raises UserError if a field is missing or unknown, as in a checkpoint of another nanods."""
+    try:
+        model = dict(saved["model"])
+        model["attention"] = AttentionConfig(**model["attention"])
+        return Config(**{**saved, "model": GPTConfig(**model)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the saved configuration cannot be read ({error}): was it saved by another version?") from None
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """Fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense", "steps": 800, ...}."""
+    flat = dataclasses.asdict(config)
+    model = flat.pop("model")
+    attention = {f"attention.{name}": value for name, value in model.pop("attention").items()}
+    return {name.replace("_", "-"): value for name, value in (flat | model | attention).items()}
+
+
+def resumed(asked: Config, saved: Config) -> Config:
+    """The saved configuration, unless the command line asks for something else than the preset and the saved run say.
+
+    What does not change the result (device, how often to save, where) may differ. Raises UserError naming each conflict.
+    """
+    free = {"resume", "out-dir", "device", "save-every", "compile"}
+    default, wanted, was = flatten(PRESETS[asked.preset]), flatten(asked), flatten(saved)
+    conflicts = [
+        f"--{name} {wanted[name]} (the run has {was[name]})"
+        for name in wanted
+        if name not in free and wanted[name] != was[name] and (name == "preset" or wanted[name] != default[name])
+    ]
+    if conflicts:
+        raise UserError(
+            f"{asked.out} holds a run of another configuration: {', '.join(conflicts)}. "
+            "Leave these flags out to go on with it, or choose another --out-dir to start anew"
+        )
+    return replace(
+        saved,
+        resume=True,
+        out_dir=asked.out_dir,
+        device=asked.device,
+        save_every=asked.save_every,
+        compile=asked.compile,
+    )

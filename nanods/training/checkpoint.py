@@ -1,0 +1,155 @@
+"""Checkpoints that survive: safetensors and JSON, written whole or not at all.
+
+    OUT/step_000060/model.safetensors        the weights, by their plain names
+    OUT/step_000060/optimizer.safetensors    the optimizers' tensors and the random state
+    OUT/step_000060/state.json               configuration, tokenizer, step, position in the data, seconds so far
+    OUT/step_000060/SHA256SUMS               of the three; `sha256sum -c SHA256SUMS` checks it by hand
+
+A checkpoint is written under a temporary name, synced, and renamed: whoever is killed in between leaves the ones before
+untouched. Loading takes the newest that is whole, with a warning for each that is not. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanods.errors import UserError
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+KEEP = 2
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict
+
+
+def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> Path:
+    """Write OUT/step_NNNNNN and delete all but the last two. Raises OSError (disk full, not writable) with nothing lost."""
+    final = out / f"step_{step:06d}"
+    temporary = out / f".writing-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
+    temporary.mkdir(parents=True)
+    try:
+        try:
+            for name, tensors in (("model", model), ("optimizer", optimizer)):
+                save_file(
+                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors"
+                )
+        except SafetensorError as error:  # it wraps the operating system's refusals
+            raise UserError(
+                f"{final} cannot be written ({error}): free some space, or choose another --out-dir"
+            ) from None
+        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in FILES)
+        (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        if final.exists():  # a checkpoint of this step that turned out broken, or is being made again
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in found(out)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def found(out: Path) -> list[Path]:
+    """The checkpoints in a run directory, oldest first."""
+    return sorted(path for path in out.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
+
+
+def load(out: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run directory. Raises UserError where there is none."""
+    if not (paths := found(out)):
+        raise UserError(
+            f"no checkpoint in {out}: train one first (`python train.py PRESET`), or name its run directory"
+        )
+    for path in reversed(paths):
+        if fault := broken(path):
+            print(f"warning: {path} is broken ({fault}); trying the one before", file=sys.stderr)
+            continue
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(path, load_file(path / FILES[0]), load_file(path / FILES[1]), state)
+    raise UserError(f"no checkpoint in {out} is whole: move the folder away and train again")
+
+
+def broken(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        sums = dict(line.split("  ")[::-1] for line in (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
+        for name in FILES:
+            if sums.get(name) != sha256(path / name):
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- what goes in ----------------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state by the parameter's name: {"Muon/blocks.0.mlp.up.weight/momentum_buffer": ...}, and the RNG."""
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                tensors[f"{type(optimizer).__name__}/{names[p]}/{key}"] = value
+    return tensors
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    by_name = {type(optimizer).__name__: optimizer for optimizer in optimizers}
+    for key, value in tensors.items():
+        owner, name, *field = key.split("/")
+        if owner == "rng":
+            if name == "cpu":
+                torch.set_rng_state(value)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(value)
+        else:
+            p = parameters[name]
+            by_name[owner].state[p][field[0]] = value if field[0] == "step" else value.to(p.device)
+
+
+def restore_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the weights. Raises UserError where names or shapes are those of another model."""
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint.path} does not fit its own configuration: {error}") from None

@@ -1,0 +1,349 @@
+"""Train one preset: `python train.py v1-tiny`, `python train.py v1-tiny --steps 500 --lr 3e-3`, `python train.py --help`.
+
+The whole loop stands below, for every version. What is learnt (batches, loss, evaluation) comes from a task in
+nanods/training/tasks.py; what is saved, and how, from nanods/training/checkpoint.py.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanods import config as ladder
+from nanods import plots
+from nanods.config import Config
+from nanods.data.text import load_text
+from nanods.errors import UserError, run
+from nanods.gpt import GPT
+from nanods.training import checkpoint
+from nanods.training.muon import Muon
+from nanods.training.tasks import LanguageModelling
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+RESULTS = Path(__file__).parent / "results" / "expected.json"
+
+
+def main() -> None:
+    config = ladder.from_command_line("Train one preset of nanods.")
+    saved = checkpoint.load(config.out) if config.resume else None
+    if saved:
+        config = ladder.resumed(config, ladder.from_dict(saved.state["config"]))
+        if saved.state["step"] >= config.steps:
+            print(
+                f"{config.out} is finished: all {config.steps} steps are done. Sample it: python sample.py {config.out}"
+            )
+            return
+    device, dtype = choose_device(config), choose_dtype(config)
+    data = load_text(config.data, config.model.vocab_size)
+    if saved and saved.state["data_sha256"] != data.sha256:
+        raise UserError(
+            f"--data {config.data} has changed since {saved.path} was saved: bring the old text back, or start anew"
+        )
+    task = LanguageModelling(config, data, device)
+
+    torch.manual_seed(config.seed)
+    model = GPT(config.model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [*model.embedding.parameters(), *model.head.parameters()]
+    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizers = [Muon(matrices, lr=config.lr), adamw]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
+    autocast = (
+        torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
+    )
+    micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else fitting(config, model, device))
+
+    step, seconds, rows = 0, 0.0, []
+    if saved:
+        checkpoint.restore_model(model, saved)
+        checkpoint.restore_optimizers(model, optimizers, saved.optimizer)
+        scaler.load_state_dict(saved.state["scaler"])
+        step, seconds = saved.state["step"], saved.state["seconds"]
+        rows = [row for row in read_metrics(config.out) if row["step"] <= step]
+        print(f"resume     {saved.path}, after step {step}")
+    else:
+        move_aside(config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    fast = (
+        torch.compile(model)
+        if config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+        else model
+    )
+
+    def gradients(windows: Tensor) -> float:
+        """Accumulate the gradient of the mean loss over the batch, micro-batch by micro-batch; return that loss."""
+        total, parts = 0.0, windows.split(micro_batch)
+        for part in parts:
+            with autocast:
+                loss = task.loss(fast, part) / len(parts)
+            scaler.scale(loss).backward()
+            total += loss.item()
+        return total
+
+    def save() -> None:
+        state = {
+            "step": step,
+            "tokens": step * tokens_per_step,
+            "seconds": seconds,
+            "data_sha256": data.sha256,
+            "micro_batch": micro_batch,
+            "scaler": scaler.state_dict(),
+            "config": ladder.to_dict(config),
+            "tokenizer": data.tokenizer.to_json(),
+        }
+        tensors = checkpoint.optimizer_tensors(model, optimizers)
+        checkpoint.save(config.out, step, model.state_dict(), tensors, state)
+
+    tokens_per_step = config.batch_size * config.model.context_length
+    per_step = time_step(gradients, task, model) + muon_seconds(matrices, optimizers[0])
+    print(forecast(config, model, data, micro_batch, per_step * (config.steps - step)))
+    if not saved:
+        save()
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
+    with (config.out / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+        metrics.writelines(json.dumps(row) + "\n" for row in rows)
+        bar = tqdm(total=config.steps, initial=step, unit="step", disable=None)
+        while step < config.steps and not stop:
+            start = time.perf_counter()
+            factor = schedule(step, config)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * factor
+            loss = gradients(task.batch(step))
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                bar.close()
+                raise UserError(diverged(config, model, step, loss, config.lr * factor))
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            step += 1
+            elapsed = time.perf_counter() - start
+            seconds += elapsed
+            row = {"step": step, "tokens": step * tokens_per_step, "train_loss": loss, "lr": config.lr * factor}
+            if step % config.eval_every == 0 or step == config.steps:
+                with autocast:
+                    row |= task.evaluate(fast)
+            row |= {"tokens_per_second": round(tokens_per_step / elapsed), "seconds": round(seconds, 3)}
+            rows.append(row)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, {row['tokens_per_second']:,} tokens/s, {memory(device)}")
+            if step % config.save_every == 0 or step == config.steps:
+                save()
+        bar.close()
+    if stop:
+        if step % config.save_every:
+            save()
+        print(
+            f"{stop[0]}: saved after step {step}. Go on with: python train.py {config.preset} --resume --out-dir {config.out}"
+        )
+        return
+    report(config, model, data, rows)
+
+
+# ---- before the first step ---------------------------------------------------------------------------------------------------
+
+
+def choose_device(config: Config) -> torch.device:
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if config.device == "auto":
+        name = next(name for name, there in present.items() if there)
+        reason = f"the first of {', '.join(present)} that is there"
+    elif present[config.device]:
+        name, reason = config.device, "as asked"
+    else:
+        raise UserError(
+            f"--device {config.device}: this machine has none that PyTorch can use; leave the flag out, or --device cpu"
+        )
+    print(
+        f"device     {name} ({reason}), {torch.get_num_threads()} threads"
+        if name == "cpu"
+        else f"device     {name} ({reason})"
+    )
+    return torch.device(name)
+
+
+def choose_dtype(config: Config) -> torch.dtype:
+    if config.dtype != "auto":
+        name, reason = config.dtype, "as asked"
+    elif config.device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        name, reason = "bf16", "the GPU has it"
+    else:
+        name, reason = "fp32", "the safe choice where bf16 is not known to be fast"
+    print(f"dtype      {name} ({reason})")
+    return DTYPES[name]
+
+
+def memory_needed(config: Config, model: nn.Module, micro_batch: int) -> float:
+    """Estimated bytes: weights, gradients and two moments in 4 bytes each; activations of a forward pass; logits thrice."""
+    m = config.model
+    weights = 16 * sum(p.numel() for p in model.parameters())
+    activations = micro_batch * m.context_length * 4 * (m.n_layer * 34 * m.n_embd + 3 * m.vocab_size)
+    masks = micro_batch * m.context_length**2 * m.n_head * (m.attention.kind != "dense")
+    return weights + activations + masks
+
+
+def fitting(config: Config, model: nn.Module, device: torch.device) -> int:
+    """The largest micro-batch (a divisor of the batch) that should take at most 80% of the memory that is free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    divisors = [n for n in range(config.batch_size, 0, -1) if config.batch_size % n == 0]
+    return next((n for n in divisors if memory_needed(config, model, n) <= 0.8 * free), 1)
+
+
+def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
+    """Seconds that one batch takes, forward and backward: the second of two, whose gradients are thrown away."""
+    for _ in range(2):
+        start = time.perf_counter()
+        gradients(task.batch(0))
+        elapsed = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+    return elapsed
+
+
+def muon_seconds(matrices: list[Tensor], optimizer: Muon) -> float:
+    """Seconds that the optimizer takes for one step, from its largest matrix."""
+    from nanods.training.muon import orthogonalise
+
+    largest = max(matrices, key=lambda p: p.numel())
+    start = time.perf_counter()
+    orthogonalise(largest.detach())
+    return (time.perf_counter() - start) * sum(p.numel() for p in matrices) / largest.numel()
+
+
+def forecast(config: Config, model: GPT, data, micro_batch: int, seconds: float) -> str:
+    total, active = model.parameters_total_active()
+    return (
+        f"data       {data.name}: {len(data.train):,} + {len(data.val):,} tokens, sha256 {data.sha256[:12]}\n"
+        f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), "
+        f"{model.flops_per_token() / 1e6:.1f} MFLOP per token, "
+        f"about {memory_needed(config, model, micro_batch) / 2**30:.2f} GiB, {clock(seconds)} for {config.steps} steps "
+        f"of {config.batch_size} x {config.model.context_length} tokens (micro-batches of {micro_batch})"
+    )
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def move_aside(out: Path) -> None:
+    """A run already in the way is renamed, not overwritten."""
+    if out.is_dir() and (checkpoint.found(out) or (out / "metrics.jsonl").exists()):
+        aside = out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}")
+        out.rename(aside)
+        print(f"moved      the run that was in {out} to {aside} (--resume would have gone on with it)")
+
+
+# ---- in between --------------------------------------------------------------------------------------------------------------
+
+
+def schedule(step: int, config: Config) -> float:
+    """The learning rate's factor: up in the first steps, then constant, then down to zero over the last ones."""
+    up = (step + 1) / max(1, config.warmup * config.steps)
+    down = (config.steps - step) / max(1, config.decay * config.steps)
+    return min(1.0, up, down)
+
+
+def diverged(config: Config, model: GPT, step: int, loss: float, lr: float) -> str:
+    """What to say when the loss is no longer a number: where it began, and how to go on before it."""
+    faulty = [
+        n
+        for n, p in model.named_parameters()
+        if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
+    ]
+    return (
+        f"the loss became {loss} at step {step + 1}, learning rate {lr:.2e}; "
+        f"first layer with values that are not finite: {faulty[0] if faulty else 'none'}. The last checkpoint is untouched: "
+        f"try a smaller rate, python train.py {config.preset} --lr {config.lr / 2:g}"
+    )
+
+
+def memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )  # KiB on Linux
+    return f"{peak / 2**30:.2f} GiB"
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The rows written so far; a last line cut off by a kill is left out."""
+    rows = []
+    if (out / "metrics.jsonl").exists():
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+# ---- at the end --------------------------------------------------------------------------------------------------------------
+
+
+def report(config: Config, model: GPT, data, rows: list[dict]) -> None:
+    validated = [row for row in rows if "val_loss" in row]
+    figure = plots.loss_curve(
+        [row["step"] for row in rows],
+        [row["train_loss"] for row in rows],
+        [row["step"] for row in validated],
+        [row["val_loss"] for row in validated],
+    )
+    plots.save(figure, config.out / "loss.png")
+    print(f"picture    {config.out / 'loss.png'}")
+    prompt = torch.tensor([data.tokenizer.encode("\n").tolist()], device=model.head.weight.device)
+    ids = [int(token[0]) for token in model.generate(prompt, 300, temperature=0.8, seed=config.seed)]
+    print(f"sample     {data.tokenizer.decode(ids)}\n")
+    print(verdict(config, data, validated[-1]))
+    print(f"next       python sample.py {config.out} --prompt 'Return the'")
+
+
+def verdict(config: Config, data, last: dict) -> str:
+    """Compare the last validation with what results/expected.json says for this preset, data and configuration."""
+    got = f"validation loss {last['val_loss']:.4f}, {last['val_bpb']:.4f} bits per byte"
+    expected = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    known = expected.get(f"{config.preset}/{config.data}")
+    free = (
+        "seed",
+        "device",
+        "out-dir",
+        "resume",
+        "save-every",
+        "data",
+        "eval-every",
+        "micro-batch",
+        "dtype",
+        "compile",
+    )
+    ours, default = ladder.flatten(config), ladder.flatten(ladder.PRESETS[config.preset])
+    changed = [f"--{name}" for name in ours if name not in free and ours[name] != default[name]]
+    if known is None or changed:
+        why = f"with {', '.join(changed)} changed" if changed else f"for {config.preset} on {config.data}"
+        return f"got        {got}; nothing to compare with {why}"
+    tolerance, notice = known["tolerance"], ""
+    if known["sha256"] != data.sha256:  # another Python's documentation, say: similar, not the same
+        tolerance, notice = 5 * known["tolerance"], " (another version of the corpus: only a limit from above)"
+    ok = last["val_bpb"] <= known["val_bpb"] + tolerance and (notice or last["val_bpb"] >= known["val_bpb"] - tolerance)
+    return f"expected   {known['val_bpb']:.4f} +- {tolerance:.3f} bits per byte{notice}, got {got}: {'PASS' if ok else 'FAIL'}"
+
+
+if __name__ == "__main__":
+    run(main)
