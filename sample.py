@@ -44,9 +44,7 @@ def main() -> None:
     check(args)
     out = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
     if not out.is_dir():
-        raise UserError(
-            f"{out}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: make train-v1"
-        )
+        raise UserError(f"{out}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: make train-v1")
     saved = checkpoint.load(out)
     config, tokenizer = from_dict(saved.state["config"]), tokenizer_from_json(saved.state["tokenizer"])
     model = GPT(config.model).to(args.device).eval()

@@ -22,11 +22,12 @@ from tqdm import tqdm
 from nanods import config as ladder
 from nanods import plots
 from nanods.config import Config
+from nanods.data.download import place
 from nanods.data.text import load_text
 from nanods.errors import UserError, run
 from nanods.gpt import GPT
 from nanods.training import checkpoint
-from nanods.training.muon import Muon
+from nanods.training.muon import Muon, orthogonalise
 from nanods.training.tasks import LanguageModelling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -39,9 +40,7 @@ def main() -> None:
     if saved:
         config = ladder.resumed(config, ladder.from_dict(saved.state["config"]))
         if saved.state["step"] >= config.steps:
-            print(
-                f"{config.out} is finished: all {config.steps} steps are done. Sample it: python sample.py {config.out}"
-            )
+            print(f"{config.out} is finished: all {config.steps} steps are done. Sample it: python sample.py {config.out}")
             return
     device, dtype = choose_device(config), choose_dtype(config)
     data = load_text(config.data, config.model.vocab_size)
@@ -55,30 +54,23 @@ def main() -> None:
     model = GPT(config.model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [*model.embedding.parameters(), *model.head.parameters()]
-    adamw = torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     optimizers = [Muon(matrices, lr=config.lr), adamw]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
-    autocast = (
-        torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
-    )
+    autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
     micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else fitting(config, model, device))
 
-    step, seconds, rows = 0, 0.0, []
+    step, seconds, cpu_seconds, rows = 0, 0.0, 0.0, []
     if saved:
         checkpoint.restore_model(model, saved)
         checkpoint.restore_optimizers(model, optimizers, saved.optimizer)
         scaler.load_state_dict(saved.state["scaler"])
-        step, seconds = saved.state["step"], saved.state["seconds"]
+        step, seconds, cpu_seconds = (saved.state[key] for key in ("step", "seconds", "cpu_seconds"))
         rows = [row for row in read_metrics(config.out) if row["step"] <= step]
         print(f"resume     {saved.path}, after step {step}")
     else:
-        move_aside(config.out)
-    config.out.mkdir(parents=True, exist_ok=True)
-    fast = (
-        torch.compile(model)
-        if config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-        else model
-    )
+        make_room(config.out)
+    fast = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and device.type == "cuda") else model
 
     def gradients(windows: Tensor) -> float:
         """Accumulate the gradient of the mean loss over the batch, micro-batch by micro-batch; return that loss."""
@@ -95,6 +87,7 @@ def main() -> None:
             "step": step,
             "tokens": step * tokens_per_step,
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "data_sha256": data.sha256,
             "micro_batch": micro_batch,
             "scaler": scaler.state_dict(),
@@ -112,15 +105,15 @@ def main() -> None:
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
-    with (config.out / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
-        metrics.writelines(json.dumps(row) + "\n" for row in rows)
+    kept = "".join(json.dumps(row) + "\n" for row in rows)  # what a killed run wrote after its checkpoint is dropped
+    place(config.out / "metrics.jsonl", lambda file: file.write(kept.encode()))
+    with (config.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
         bar = tqdm(total=config.steps, initial=step, unit="step", disable=None)
         while step < config.steps and not stop:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             factor = schedule(step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * factor
+            for optimizer, peak in zip(optimizers, (config.lr, config.lr / 2), strict=True):
+                optimizer.param_groups[0]["lr"] = peak * factor
             loss = gradients(task.batch(step))
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
@@ -134,12 +127,16 @@ def main() -> None:
             scaler.update()
             step += 1
             elapsed = time.perf_counter() - start
-            seconds += elapsed
+            seconds, cpu_seconds = seconds + elapsed, cpu_seconds + time.process_time() - cpu
             row = {"step": step, "tokens": step * tokens_per_step, "train_loss": loss, "lr": config.lr * factor}
             if step % config.eval_every == 0 or step == config.steps:
                 with autocast:
                     row |= task.evaluate(fast)
-            row |= {"tokens_per_second": round(tokens_per_step / elapsed), "seconds": round(seconds, 3)}
+            row |= {
+                "tokens_per_second": round(tokens_per_step / elapsed),
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+            }
             rows.append(row)
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
@@ -173,9 +170,7 @@ def choose_device(config: Config) -> torch.device:
             f"--device {config.device}: this machine has none that PyTorch can use; leave the flag out, or --device cpu"
         )
     print(
-        f"device     {name} ({reason}), {torch.get_num_threads()} threads"
-        if name == "cpu"
-        else f"device     {name} ({reason})"
+        f"device     {name} ({reason}), {torch.get_num_threads()} threads" if name == "cpu" else f"device     {name} ({reason})"
     )
     return torch.device(name)
 
@@ -222,8 +217,6 @@ def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
 
 def muon_seconds(matrices: list[Tensor], optimizer: Muon) -> float:
     """Seconds that the optimizer takes for one step, from its largest matrix."""
-    from nanods.training.muon import orthogonalise
-
     largest = max(matrices, key=lambda p: p.numel())
     start = time.perf_counter()
     orthogonalise(largest.detach())
@@ -245,12 +238,16 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def move_aside(out: Path) -> None:
-    """A run already in the way is renamed, not overwritten."""
-    if out.is_dir() and (checkpoint.found(out) or (out / "metrics.jsonl").exists()):
-        aside = out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S}")
-        out.rename(aside)
-        print(f"moved      the run that was in {out} to {aside} (--resume would have gone on with it)")
+def make_room(out: Path) -> None:
+    """An empty run directory. A run that is in the way is renamed, not overwritten."""
+    try:
+        if out.is_dir() and (checkpoint.found(out) or (out / "metrics.jsonl").exists()):
+            aside = out.with_name(f"{out.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+            out.rename(aside)
+            print(f"moved      the run that was in {out} to {aside} (--resume would have gone on with it)")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out-dir {out}: cannot be made ({error.strerror}); choose a folder that you may write to") from None
 
 
 # ---- in between --------------------------------------------------------------------------------------------------------------
@@ -266,9 +263,7 @@ def schedule(step: int, config: Config) -> float:
 def diverged(config: Config, model: GPT, step: int, loss: float, lr: float) -> str:
     """What to say when the loss is no longer a number: where it began, and how to go on before it."""
     faulty = [
-        n
-        for n, p in model.named_parameters()
-        if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
+        n for n, p in model.named_parameters() if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
     ]
     return (
         f"the loss became {loss} at step {step + 1}, learning rate {lr:.2e}; "
@@ -280,9 +275,7 @@ def diverged(config: Config, model: GPT, step: int, loss: float, lr: float) -> s
 def memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )  # KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB on Linux
     return f"{peak / 2**30:.2f} GiB"
 
 

@@ -58,9 +58,7 @@ def query_positions(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The reference for all that follows: equation 1, over the keys where `mask` (broadcast to (B, H, T, S)) is true."""
     scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, H, T, S)
-    scores = scores.masked_fill(
-        ~mask, float("-inf")
-    )  # before the softmax: a masked key gets weight 0, the rest sum to 1
+    scores = scores.masked_fill(~mask, float("-inf"))  # before the softmax: a masked key gets weight 0, the rest sum to 1
     return scores.softmax(dim=-1) @ v  # (B, H, T, D)
 
 
@@ -80,9 +78,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, positi
 # ---- the article's idea, done right: the highest-scoring keys -----------------------------------------------------------
 
 
-def topk_attention(
-    q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool = True, positions: Tensor | None = None
-) -> Tensor:
+def topk_attention(q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool = True, positions: Tensor | None = None) -> Tensor:
     """Each query reads exactly its `top_k` highest-scoring keys, or all it may see where those are fewer.
 
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Right, but not fast: to know the highest scores it computes them
@@ -91,9 +87,7 @@ def topk_attention(
     if top_k < 1:
         raise ValueError(f"top_k = {top_k}: each query must read at least one key")
     mask = visible(q, k, causal, positions)
-    with (
-        torch.no_grad()
-    ):  # the choice is discrete: no gradient passes through it, only through the scores of the chosen
+    with torch.no_grad():  # the choice is discrete: no gradient passes through it, only through the scores of the chosen
         scores = (q @ k.transpose(-2, -1)).masked_fill(~mask, float("-inf"))  # (B, H, T, S)
         best = scores.topk(min(top_k, k.size(-2)), dim=-1).indices  # (B, H, T, top_k)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
@@ -151,15 +145,11 @@ def into_blocks(x: Tensor, block_size: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -S % block_size)).view(B, H, -1, block_size, D)
 
 
-def block_mask(
-    q: Tensor, k: Tensor, blocks: Tensor, block_size: int, causal: bool, positions: Tensor | None = None
-) -> Tensor:
+def block_mask(q: Tensor, k: Tensor, blocks: Tensor, block_size: int, causal: bool, positions: Tensor | None = None) -> Tensor:
     """Which keys each query reads, given its blocks: bool (B, H, T, S)."""
     B, H, T, _ = q.shape
     if blocks.shape[:3] != (B, H, T):
-        raise ValueError(
-            f"blocks of shape {tuple(blocks.shape)} for queries {tuple(q.shape)}: one row per query, please"
-        )
+        raise ValueError(f"blocks of shape {tuple(blocks.shape)} for queries {tuple(q.shape)}: one row per query, please")
     S = k.size(-2)
     N = -(-S // block_size)
     own = query_positions(q, k, positions)[:, None, :, None] // block_size  # (B or 1, 1, T, 1)

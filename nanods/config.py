@@ -27,7 +27,7 @@ class Config:
     batch_size: int
     """Sequences in one optimizer step, over all micro-batches: batch-size x context-length tokens."""
     lr: float
-    """Peak learning rate, of Muon (matrices) and AdamW (the rest) alike."""
+    """Peak learning rate of Muon, for the matrices; AdamW, for the embedding and the head, gets half of it."""
     warmup: float = 0.02
     """Share of the steps in which the learning rate rises from zero."""
     decay: float = 0.6
@@ -74,24 +74,21 @@ class Config:
         return self.out_dir or Path("runs") / self.preset
 
 
-TINY = GPTConfig(n_layer=5, n_head=3, n_embd=192, context_length=256, vocab_size=256)
+TINY = GPTConfig(n_layer=4, n_head=4, n_embd=128, context_length=256, vocab_size=256)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
 
 V0 = {
-    "tiny": Config("v0-tiny", TINY, steps=800, batch_size=8, lr=0.01),
-    "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=3e-3, data="wikitext-103"),
-    "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=2e-3, data="wikitext-103"),
+    "tiny": Config("v0-tiny", TINY, steps=1500, batch_size=8, lr=0.02),
+    "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=0.02, data="wikitext-103"),
+    "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=0.02, data="wikitext-103"),
 }
 SPARSE = {
     "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
     "small": AttentionConfig("block", block_size=64, top_blocks=4),
     "base": AttentionConfig("block", block_size=64, top_blocks=8),
 }
-V1 = {
-    scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=SPARSE[scale]))
-    for scale, v0 in V0.items()
-}
+V1 = {scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=SPARSE[scale])) for scale, v0 in V0.items()}
 
 PRESETS = {config.preset: config for version in (V0, V1) for config in version.values()}
 

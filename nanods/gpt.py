@@ -53,11 +53,11 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    n_layer: int = 5
+    n_layer: int = 4
     """Blocks in the trunk."""
-    n_head: int = 3
+    n_head: int = 4
     """Heads of each attention layer (H); must divide n_embd into heads of even width."""
-    n_embd: int = 192
+    n_embd: int = 128
     """Width of the model (C). The MLP's hidden width is four times that."""
     context_length: int = 256
     """Longest sequence that the model reads, in tokens (T)."""
@@ -132,7 +132,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, cache: Cache | None = None, layer: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats; V1's stats hold the `blocks` chosen (B, H, T, top_blocks)."""
+        """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats. V1 tells its `blocks` (B, H, T, top_blocks)."""
         B, T, C = x.shape
         q, k, v = (
             linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
@@ -211,7 +211,7 @@ class GPT(nn.Module):
         With a cache the tokens continue those read before. Rows of different `lengths` (B,) are padded on the right; what is
         computed at the padding is meaningless. ValueError if a sequence would exceed `context_length`.
         """
-        B, T = tokens.shape
+        T = tokens.size(1)
         before = cache.longest if cache is not None else 0
         if before + T > self.config.context_length:
             raise ValueError(f"{before} + {T} tokens exceed context_length = {self.config.context_length}")
@@ -279,7 +279,7 @@ class GPT(nn.Module):
         streams = [torch.Generator(device).manual_seed(seed * 1_000_003 + b) for b in range(B)]
         done = torch.zeros(B, dtype=torch.bool, device=device)
         stop_tokens = torch.tensor(sorted(stop), dtype=torch.long, device=device)
-        cache = None
+        cache, new = None, tokens[:, -1]
         for _ in range(max_new_tokens):
             if cache is None or cache.longest == context:  # the start, or a row is full: read the rows (again)
                 rows = [row if len(row) <= context else row[-max(1, context // 2) :] for row in rows]

@@ -15,9 +15,7 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def loss_curve(
-    steps: Sequence[float], train: Sequence[float], val_steps: Sequence[float], val: Sequence[float]
-) -> Figure:
+def loss_curve(steps: Sequence[float], train: Sequence[float], val_steps: Sequence[float], val: Sequence[float]) -> Figure:
     """Training loss of each step (faint), its running mean, and validation loss; nats per token."""
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
@@ -46,9 +44,7 @@ def curves(
         axes.plot(x, y, "o-", markersize=3, color=colour, label=name)
     for name, height in marks.items():
         axes.axhline(height, color=GREY, linestyle="--", linewidth=1)
-        axes.annotate(
-            name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=GREY
-        )
+        axes.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=GREY)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     return figure

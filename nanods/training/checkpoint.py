@@ -45,13 +45,9 @@ def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Te
     try:
         try:
             for name, tensors in (("model", model), ("optimizer", optimizer)):
-                save_file(
-                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors"
-                )
+                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
         except SafetensorError as error:  # it wraps the operating system's refusals
-            raise UserError(
-                f"{final} cannot be written ({error}): free some space, or choose another --out-dir"
-            ) from None
+            raise UserError(f"{final} cannot be written ({error}): free some space, or choose another --out-dir") from None
         (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in FILES)
         (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8")
@@ -77,9 +73,7 @@ def found(out: Path) -> list[Path]:
 def load(out: Path) -> Checkpoint:
     """The newest whole checkpoint of a run directory. Raises UserError where there is none."""
     if not (paths := found(out)):
-        raise UserError(
-            f"no checkpoint in {out}: train one first (`python train.py PRESET`), or name its run directory"
-        )
+        raise UserError(f"no checkpoint in {out}: train one first (`python train.py PRESET`), or name its run directory")
     for path in reversed(paths):
         if fault := broken(path):
             print(f"warning: {path} is broken ({fault}); trying the one before", file=sys.stderr)

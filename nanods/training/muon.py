@@ -1,8 +1,8 @@
 """Muon: momentum whose update is made orthogonal, for weight matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 With G the momentum of a matrix's gradient and G = U S V^T, the update is U V^T: all directions are learnt equally fast. Five
-Newton-Schulz steps X <- a X + (b X X^T + c (X X^T)^2) X come near it with matrix products alone. The update is scaled to the
-root mean square that AdamW's would have, 0.2 (Liu et al. 2025, arXiv:2502.16982), so both share one learning rate.
+Newton-Schulz steps X <- a X + (b X X^T + c (X X^T)^2) X come near it with matrix products alone. The learning rate is then
+the spectral norm of the update, times sqrt(R / C) for a tall matrix (R, C), so it keeps its meaning from width to width.
 
 `torch.optim.Muon` is the same algorithm, always in bf16. A CPU without bf16 units emulates that (LOG.md has the figures); here
 a CPU orthogonalises in the weights' own dtype, which also lets fp64 runs be compared exactly. tests/training/test_muon.py
@@ -47,4 +47,4 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = orthogonalise(p.grad.lerp(buffer, momentum))  # Nesterov: look one step ahead
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)

@@ -43,10 +43,7 @@ class LanguageModelling:
         inputs, targets = tokens[:-1].split(self.T), tokens[1:].split(self.T)
         whole = len(inputs) - (len(inputs[-1]) < self.T)
         batches = list(range(0, whole, 32))
-        pairs = [
-            (torch.stack(inputs[i : i + 32][: whole - i]), torch.stack(targets[i : i + 32][: whole - i]))
-            for i in batches
-        ]
+        pairs = [(torch.stack(inputs[i : i + 32][: whole - i]), torch.stack(targets[i : i + 32][: whole - i])) for i in batches]
         if whole < len(inputs):
             pairs.append((inputs[-1][None], targets[-1][None]))
         total = 0.0

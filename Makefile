@@ -1,0 +1,79 @@
+# nanods: each target makes what it needs, the environment included. `make` alone prints this page.
+SCALE  ?= tiny
+ARGS   ?=
+EXTRAS ?=
+PYTHON ?= python3
+PY     := .venv/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: help setup train-v0 train-v1 sample-v0 sample-v1 bench results lessons notebook test test-slow lint format clean
+
+help:
+	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
+	@echo
+	@echo '  make train-v1    train, plot and sample the sparse-attention GPT     5 min, once 2 min more to set up'
+	@echo '  make train-v0    the same with dense attention                       5 min'
+	@echo '  make sample-v1   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0'
+	@echo '  make notebook    open the lessons in Jupyter'
+	@echo '  make lessons     execute every lesson, top to bottom                 2 min'
+	@echo '  make test        the tests                                           3 min'
+	@echo '  make test-slow   kill tests                                          3 min'
+	@echo '  make lint        ruff; make format mends what it can                 seconds'
+	@echo '  make bench       time to loss, generation with and without a cache   10 min'
+	@echo '  make results     train each tiny rung on 3 seeds, write results/     50 min'
+	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
+	@echo '  make clean       delete the environment (never runs or data)'
+
+# The environment is made once, and again when the pins change: the stamp files are younger than constraints.txt.
+.venv/base: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'nanods needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 2; }
+	@echo 'setting up .venv (once, about 2 minutes) ...'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PIP) -e .
+	@touch $@
+
+.venv/dev: .venv/base
+	@echo 'adding what tests and lessons need (once, about 1 minute) ...'
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+setup: .venv/base
+	@$(if $(EXTRAS),$(PIP) -e '.[$(EXTRAS)]',:)
+
+train-v0 train-v1: train-%: .venv/base
+	$(PY) train.py $*-$(SCALE) $(ARGS)
+
+sample-v0 sample-v1: sample-%: .venv/base
+	$(PY) sample.py $*-$(SCALE) $(ARGS)
+
+bench: .venv/base
+	$(PY) -m nanods.bench.time_to_loss
+	$(PY) -m nanods.bench.generation
+
+results: .venv/base
+	$(PY) -m nanods.bench.ladder $(ARGS)
+
+# JUPYTER=--inplace keeps the outputs in the notebooks.
+lessons: .venv/dev
+	.venv/bin/jupyter execute $(JUPYTER) --timeout=300 lessons/*.ipynb
+
+notebook: .venv/dev
+	.venv/bin/jupyter lab lessons
+
+test: .venv/dev
+	$(PY) -m pytest -m 'not slow' $(ARGS)
+
+test-slow: .venv/dev
+	$(PY) -m pytest -m slow $(ARGS)
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv

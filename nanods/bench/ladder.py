@@ -1,0 +1,76 @@
+"""Train the tiny rungs of the ladder on several seeds and write what they reach: results/ladder.json, results/expected.json.
+
+    python -m nanods.bench.ladder                 about 45 minutes on 2 cores; `make results`
+    python -m nanods.bench.ladder --seeds 1
+
+Two runs at a time, one thread each. `expected.json` is what train.py compares a run with: the mean over the seeds, and as
+tolerance the larger of 0.02 bits per byte and twice their spread.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from nanods.data.download import place
+from nanods.data.text import load_text
+
+RUNS = (("v0-tiny", "pydocs"), ("v1-tiny", "pydocs"), ("v0-tiny", "shakespeare"))
+
+
+@dataclass(frozen=True)
+class Args:
+    seeds: int = 3
+    """Seeds for each preset on pydocs; shakespeare gets one."""
+    results: Path = Path("results")
+    """Where the two files go."""
+    runs: Path = Path("runs/ladder")
+    """Where the runs go; a finished one is taken as it is."""
+
+
+def train(args: Args, preset: str, data: str, seed: int) -> dict:
+    """One run in a process of its own -> its last validation."""
+    out = args.runs / f"{preset}-{data}-{seed}"
+    metrics = out / "metrics.jsonl"
+    command = [sys.executable, "train.py", preset, "--data", data, "--seed", str(seed), "--out-dir", str(out)]
+    if not (metrics.exists() and (out / "loss.png").exists()):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Path(f"{out}.log").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    print(f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, {last['seconds']:.0f} s", flush=True)
+    return {"seed": seed, "command": " ".join(command[1:]), **{k: last[k] for k in ("val_loss", "val_bpb", "seconds")}}
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    hashes = {data: load_text(data).sha256 for _, data in RUNS}  # prepared once, before the processes start
+    jobs = [(p, d, seed) for p, d in RUNS for seed in range(args.seeds if d == "pydocs" else 1)]
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda job: train(args, *job), jobs))
+    machine = {"torch": torch.__version__, "threads": 1, "python": sys.version.split()[0]}
+    ladder, expected = {"machine": machine}, {}
+    for preset, data in RUNS:
+        of = [row for job, row in zip(jobs, rows, strict=True) if job[:2] == (preset, data)]
+        values = [row["val_bpb"] for row in of]
+        mean, spread = sum(values) / len(values), max(values) - min(values)
+        ladder[f"{preset}/{data}"] = {"mean_val_bpb": mean, "spread": spread, "runs": of}
+        tolerance = max(0.02, 2 * spread)
+        expected[f"{preset}/{data}"] = {
+            "sha256": hashes[data],
+            "val_bpb": round(mean, 4),
+            "tolerance": round(tolerance, 4),
+        }
+    for name, content in (("ladder", ladder), ("expected", expected)):
+        text = json.dumps(content, indent=1) + "\n"
+        place(args.results / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    main()

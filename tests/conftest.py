@@ -1,0 +1,63 @@
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and sample.py stand at the top
+
+SIZE = {"n-layer": 2, "n-head": 2, "n-embd": 16, "context-length": 32, "batch-size": 4, "eval-every": 5}
+TINY = ["--device", "cpu", *(word for name, value in SIZE.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty current folder with a text to learn from, text.txt."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANODS_DATA", str(tmp_path / "data"))
+    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} makes {n * n}.\n" for n in range(150)))
+    return tmp_path
+
+
+@pytest.fixture
+def program(workspace, monkeypatch, capsys):
+    """Run train.py or sample.py in this process: program("train", "v1-tiny", ...) -> (exit code, stdout, stderr)."""
+    import sample
+    import train
+    from nanods.errors import run
+
+    mains = {"train": train.main, "sample": sample.main}
+
+    def call(name, *args):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        code = 0
+        try:
+            run(mains[name])
+        except SystemExit as error:
+            code = error.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def train_tiny(program):
+    """A run of seconds on text.txt: train_tiny("v1-tiny", "--steps", 6)."""
+
+    def call(preset, *args):
+        sparse = ["--attention.block-size", "8"] if preset.startswith("v1") else []
+        return program("train", preset, *TINY, *sparse, "--data", "text.txt", *args)
+
+    return call

@@ -1,0 +1,53 @@
+"""The ladder: each version is the one before with one field replaced, and configurations survive JSON."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from nanods.config import PRESETS, V0, V1, flatten, from_dict, resumed, to_dict
+from nanods.errors import UserError
+
+
+@pytest.mark.parametrize("scale", V0)
+def test_v1_is_v0_with_one_field_replaced(scale):
+    v0, v1 = V0[scale], V1[scale]
+    assert replace(v1, preset=v0.preset, model=replace(v1.model, attention=v0.model.attention)) == v0
+    assert v1.model.attention != v0.model.attention
+
+
+def test_small_is_gpt2s_size():
+    from torch import device
+
+    from nanods.gpt import GPT
+
+    with device("meta"):
+        total, _ = GPT(replace(PRESETS["v0-small"].model)).parameters_total_active()
+    # GPT-2 ties its embedding to its head and has biases and learnt positions; ours unties them: one 38.6M table more
+    assert total - 50304 * 768 == pytest.approx(124e6, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_survives_json(name):
+    assert from_dict(json.loads(json.dumps(to_dict(PRESETS[name])))) == PRESETS[name]
+
+
+def test_an_edited_configuration_is_refused():
+    with pytest.raises(UserError, match="saved configuration"):
+        from_dict(to_dict(PRESETS["v0-tiny"]) | {"wings": 2})
+
+
+def test_resuming_takes_the_saved_values_and_refuses_conflicts():
+    preset = PRESETS["v1-tiny"]
+    saved = replace(preset, steps=77, lr=0.5)
+    assert resumed(replace(preset, resume=True), saved).steps == 77
+    assert resumed(replace(preset, resume=True, steps=77), saved).lr == 0.5
+    with pytest.raises(UserError, match=r"--steps 78 \(the run has 77\)"):
+        resumed(replace(preset, resume=True, steps=78), saved)
+    with pytest.raises(UserError, match="--preset v0-tiny"):
+        resumed(PRESETS["v0-tiny"], saved)
+
+
+def test_flags_do_not_clash():
+    config = PRESETS["v0-tiny"]
+    assert len(flatten(config)) == len(to_dict(config)) - 1 + len(to_dict(config)["model"]) - 1 + 4

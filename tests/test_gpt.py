@@ -1,0 +1,182 @@
+"""The trunk: cached decoding equals the full forward, nothing looks ahead or sideways, and the counts are right."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanods.config import PRESETS
+from nanods.gpt import GPT, AttentionConfig, Cache, GPTConfig, rotate, sample
+
+DENSE = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_length=24, vocab_size=50)
+CONFIGS = {
+    "dense": DENSE,
+    "topk": replace(DENSE, attention=AttentionConfig("topk", top_k=5)),
+    "block": replace(DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=2)),
+}
+
+
+def model_of(config, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(config).double()
+    for p in model.parameters():  # zeros would hide mistakes
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return model_of(CONFIGS[request.param])
+
+
+def tokens_of(B, T, seed=1):
+    return torch.randint(0, 50, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_the_future_changes_nothing(model):
+    tokens = tokens_of(2, 24)
+    before, _ = model(tokens)
+    for p in range(1, 24):
+        changed = tokens.clone()
+        changed[:, p:] = tokens_of(2, 24 - p, seed=100 + p)
+        after, _ = model(changed)
+        assert (before[:, :p] - after[:, :p]).abs().max() <= 1e-12
+        assert (before[:, p:] - after[:, p:]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_rows_do_not_influence_each_other(model):
+    tokens = tokens_of(3, 24)
+    changed = tokens.clone()
+    changed[1:] = tokens_of(2, 24, seed=9)
+    assert (model(tokens)[0][0] - model(changed)[0][0]).abs().max() <= 1e-12
+    assert (model(tokens)[0][:1] - model(tokens[:1])[0]).abs().max() <= 1e-12
+
+
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward_at_every_length(model):
+    tokens = tokens_of(2, 24)
+    full, _ = model(tokens)
+    for prefix in range(1, 25):
+        cache = Cache(model.config, 2, tokens.device, torch.float64)
+        logits, _ = model(tokens[:, :prefix], cache)
+        assert (logits - full[:, :prefix]).abs().max() <= 1e-10
+        for t in range(prefix, 24):
+            logits, _ = model(tokens[:, t : t + 1], cache)
+            assert (logits[:, 0] - full[:, t]).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+def test_ragged_prompts_decode_as_each_alone(model):
+    tokens, lengths = tokens_of(3, 24), torch.tensor([3, 11, 7])
+    full, _ = model(tokens)
+    cache = Cache(model.config, 3, tokens.device, torch.float64)
+    padded = tokens[:, :11].masked_fill(torch.arange(11) >= lengths[:, None], 0)
+    model(padded, cache, lengths)
+    for step in range(10):
+        at = lengths + step
+        logits, _ = model(tokens.gather(1, at[:, None]), cache)
+        assert (logits[:, 0] - full[torch.arange(3), at]).abs().max() <= 1e-10
+
+
+def generate(model, prompts, n, **options):
+    lengths = torch.tensor([len(p) for p in prompts])
+    padded = torch.tensor([p + [0] * (int(lengths.max()) - len(p)) for p in prompts])
+    return torch.stack(list(model.generate(padded, n, lengths, **options)), dim=1).tolist()
+
+
+def test_generation_is_the_same_alone_and_in_a_batch_past_the_context(model):
+    prompts = [tokens_of(1, n, seed=n)[0].tolist() for n in (3, 20, 9)]
+    together = generate(model, prompts, 40, seed=5)
+    assert generate(model, prompts[:1], 40, seed=5)[0] == together[0]  # row b has the stream (seed, b)
+    assert generate(model, prompts, 40, seed=6) != together
+    greedy = generate(model, prompts, 40, temperature=0)
+    for prompt, row in zip(prompts, greedy, strict=True):
+        assert generate(model, [prompt], 40, temperature=0)[0] == row
+
+
+def test_greedy_generation_equals_recomputing_the_whole_context(model):
+    text = tokens_of(1, 5)[0].tolist()
+    made = generate(model, [text], 40, temperature=0)[0]
+    context = list(text)
+    for token in made:
+        if len(context) > 24:  # as documented: the last half is kept
+            context = context[-12:]
+        logits, _ = model(torch.tensor([context]))
+        assert logits[0, -1].argmax() == token
+        context.append(token)
+
+
+def test_stop_ends_a_row_and_then_the_generation(model):
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    free = generate(model, prompts, 12, temperature=0)
+    stop = free[0][4]
+    made = generate(model, prompts, 12, temperature=0, stop=[stop])
+    for stopped, row in zip(made, free, strict=True):
+        end = row.index(stop) + 1 if stop in row else len(row)
+        assert stopped[:end] == row[:end][: len(stopped)]
+        assert set(stopped[end:]) <= {-1}
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = torch.log(torch.tensor([[0.5, 0.05, 0.3, 0.15]]))
+
+    def drawn(**options):
+        stream = [torch.Generator().manual_seed(0)]
+        return {int(sample(logits, options.get("t", 1.0), options.get("k"), options.get("p"), stream)) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(k=2) == {0, 2}
+    assert drawn(p=0.6) == {0, 2}
+    assert drawn(p=0.01) == {0}
+    assert drawn(t=0) == {0}
+    assert drawn(k=3, p=0.9) == {0, 2, 3} or drawn(k=3, p=0.9) == {0, 2}
+
+
+def test_rope_depends_on_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    scores = [(rotate(q, torch.tensor([[5 + s]])) * rotate(k, torch.tensor([[2 + s]]))).sum() for s in (0, 1, 100)]
+    assert max(scores) - min(scores) < 1e-12
+    assert abs((rotate(q, torch.tensor([[6]])) * rotate(k, torch.tensor([[2]]))).sum() - scores[0]) > 1e-6
+
+
+def test_a_new_model_is_uniform_and_its_blocks_are_the_identity():
+    logits, _ = GPT(DENSE)(tokens_of(1, 8))
+    assert logits.abs().max() == 0
+
+
+def test_flops_agree_with_counting_them():
+    config = replace(DENSE, n_embd=64, context_length=32)
+    model = GPT(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not see the fused kernel on CPU
+        logits, _ = model(tokens_of(1, 32))
+        logits.sum().backward()
+    pairs = config.attention.pairs(32) / 32  # read by each query, on average; the unfused kernel computes all 32
+    expected = 32 * (model.flops_per_token() + 12 * config.n_layer * config.n_embd * (32 - pairs))
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_pairs_agree_with_the_mask():
+    from nanods.attention import block_mask, select_blocks
+
+    q, k = torch.randn(2, 1, 1, 30, 4)
+    config = AttentionConfig("block", block_size=4, top_blocks=2)
+    mask = block_mask(q, k, select_blocks(q, k, 4, 2), 4, causal=True)
+    assert config.pairs(30) == mask.sum()
+    assert AttentionConfig().pairs(30) == 30 * 31 // 2
+    assert AttentionConfig("topk", top_k=7).pairs(30) == sum(min(7, t + 1) for t in range(30))
+
+
+def test_v1_tiny_is_truly_sparse():
+    model = PRESETS["v1-tiny"].model
+    T = model.context_length
+    assert (model.attention.block_size, model.attention.top_blocks) == (16, 2)
+    assert model.attention.pairs(T) <= 0.4 * T * (T + 1) / 2
+
+
+def test_too_long_a_sequence_says_so(model):
+    with pytest.raises(ValueError, match="context_length"):
+        model(tokens_of(1, 25))

@@ -1,0 +1,236 @@
+"""train.py and sample.py from the outside: what they write, how they resume, and what they say to mistakes."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from nanods.training import checkpoint
+
+TIMINGS = ("seconds", "cpu_seconds", "tokens_per_second")
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def weights(out):
+    return checkpoint.load(out).path.joinpath("model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("preset", ["v0-tiny", "v1-tiny"])
+def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace, preset):
+    code, out, err = train_tiny(preset, "--steps", 30, "--save-every", 20)
+    assert code == 0, err
+    for word in ("device     cpu", "dtype      fp32", "expected", "parameters", "MFLOP", "GiB", "sample", "next"):
+        assert word in out
+    run = workspace / "runs" / preset
+    assert (run / "loss.png").stat().st_size > 5000
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[0].keys() >= {"step", "tokens", "train_loss", "lr"} and rows[-1].keys() >= {"val_loss", "val_bpb"}
+    assert rows[-1]["tokens"] == 30 * 4 * 32
+    assert rows[-1]["val_loss"] < 0.7 * rows[0]["train_loss"]
+    assert [path.name for path in checkpoint.found(run)] == ["step_000020", "step_000030"]
+    state = checkpoint.load(run).state
+    assert state["micro_batch"] == 4 and state["config"]["model"]["n_embd"] == 16
+
+
+def test_micro_batches_do_not_change_the_result(train_tiny, workspace):
+    for name, size in (("whole", 4), ("parts", 1)):
+        code, _, err = train_tiny("v1-tiny", "--steps", 5, "--dtype", "fp64", "--micro-batch", size, "--out-dir", name)
+        assert code == 0, err
+    whole, parts = (checkpoint.load(workspace / name).model for name in ("whole", "parts"))
+    assert max((whole[k] - parts[k]).abs().max() for k in whole) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp64"])
+def test_each_dtype_trains(train_tiny, workspace, dtype):
+    code, _, err = train_tiny("v1-tiny", "--steps", 5, "--dtype", dtype)
+    assert code == 0, err
+    assert metrics(workspace / "runs/v1-tiny")[-1]["val_loss"] < 5.6
+
+
+def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatch):
+    import train
+
+    assert train_tiny("v1-tiny", "--steps", 12, "--save-every", 4, "--out-dir", "whole")[0] == 0
+    real = train.schedule
+
+    def interrupted(step, config):  # at step 9, after a checkpoint and one step more
+        if step == 9:
+            raise KeyboardInterrupt
+        return real(step, config)
+
+    monkeypatch.setattr(train, "schedule", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny("v1-tiny", "--steps", 12, "--save-every", 4, "--out-dir", "cut")
+    monkeypatch.setattr(train, "schedule", real)
+    assert metrics(workspace / "cut")[-1]["step"] == 9
+    code, out, err = train_tiny("v1-tiny", "--resume", "--out-dir", "cut")
+    assert code == 0, err
+    assert "after step 8" in out
+    assert metrics(workspace / "cut") == metrics(workspace / "whole")
+    assert weights(workspace / "cut") == weights(workspace / "whole")
+    code, out, _ = train_tiny("v1-tiny", "--resume", "--out-dir", "cut")
+    assert code == 0 and "finished" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_cleanly(train_tiny, workspace, monkeypatch, number):
+    import train
+
+    real = train.schedule
+    monkeypatch.setattr(
+        train, "schedule", lambda step, config: (step == 3 and os.kill(os.getpid(), number), real(step, config))[1]
+    )
+    code, out, _ = train_tiny("v0-tiny", "--steps", 50)
+    assert code == 0 and "saved after step 4" in out and "--resume" in out
+    assert checkpoint.load(workspace / "runs/v0-tiny").state["step"] == 4
+
+
+def test_a_run_in_the_way_is_moved_aside(train_tiny, workspace):
+    assert train_tiny("v0-tiny", "--steps", 2)[0] == 0
+    before = weights(workspace / "runs/v0-tiny")
+    code, out, _ = train_tiny("v0-tiny", "--steps", 2, "--seed", 1)
+    assert code == 0 and "moved" in out
+    (aside,) = (workspace / "runs").glob("v0-tiny.2*")
+    assert weights(aside) == before != weights(workspace / "runs/v0-tiny")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(train_tiny, workspace):
+    code, _, err = train_tiny("v0-tiny", "--steps", 50, "--lr", "1e38", "--save-every", 1000)
+    assert code == 2
+    assert "at step" in err and "learning rate" in err and "layer" in err and "Traceback" not in err
+    assert all(t.isfinite().all() for t in checkpoint.load(workspace / "runs/v0-tiny").model.values())
+
+
+def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
+    import train
+    from nanods import config as ladder
+
+    _, out, _ = train_tiny("v0-tiny", "--steps", 3)
+    assert "nothing to compare with" in out
+    asked = ladder.PRESETS["v0-tiny"]
+    row = {"val_loss": 1.0, "val_bpb": 1.5}
+    monkeypatch.setattr(train, "RESULTS", workspace / "expected.json")
+
+    class Data:
+        sha256 = "known"
+
+    for expected, sha256, word in ((1.5, "known", "PASS"), (1.4, "known", "FAIL"), (1.6, "known", "FAIL")):
+        entry = {"sha256": sha256, "val_bpb": expected, "tolerance": 0.02}
+        (workspace / "expected.json").write_text(json.dumps({"v0-tiny/pydocs": entry}))
+        assert train.verdict(asked, Data, row).endswith(word)
+    for expected, word in ((1.45, "PASS"), (9.0, "PASS"), (1.3, "FAIL")):
+        entry = {"sha256": "another", "val_bpb": expected, "tolerance": 0.02}
+        (workspace / "expected.json").write_text(json.dumps({"v0-tiny/pydocs": entry}))
+        assert train.verdict(asked, Data, row).endswith(word)
+
+
+# ---- sample.py ------------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_streams_text_and_is_reproducible(train_tiny, program, workspace):
+    assert train_tiny("v1-tiny", "--steps", 5)[0] == 0
+    code, first, err = program("sample", "v1-tiny", "--prompt", "12 times é", "--max-new-tokens", 60, "--top-k", 20)
+    assert code == 0, err
+    assert first.startswith("12 times é")
+    assert program("sample", "runs/v1-tiny", "--prompt", "12 times é", "--max-new-tokens", 60, "--top-k", 20)[1] == first
+    (workspace / "prompt.txt").write_text("12 times é")
+    asked = ("sample", "v1-tiny", "--prompt", "FILE:prompt.txt", "--max-new-tokens", 60, "--top-k", 20)
+    assert program(*asked)[1] == first
+    code, out, _ = program(*asked, "--num-samples", 2, "--top-p", 0.9, "--seed", 3)
+    assert code == 0 and "sample 1" in out and "sample 2" in out
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no preset": ([], "v1-tiny"),
+    "unknown preset": (["v9-tiny"], "v1-tiny"),
+    "unknown key": (["v1-tiny", "--step", "3"], "--steps"),
+    "a word for a number": (["v1-tiny", "--lr", "abc"], "--lr"),
+    "negative steps": (["v1-tiny", "--steps", "-3"], "steps"),
+    "zero rate": (["v1-tiny", "--lr", "0"], "--lr"),
+    "heads that do not divide": (["v1-tiny", "--n-head", "7"], "multiple"),
+    "micro-batch that does not divide": (["v1-tiny", "--micro-batch", "3"], "divisor"),
+    "no such device": (["v1-tiny", "--device", "cuda"], "leave the flag out"),
+    "unknown data": (["v1-tiny", "--data", "shakespear"], "did you mean shakespeare"),
+    "missing file": (["v1-tiny", "--data", "no/such.txt"], "no such data set or file"),
+    "empty file": (["v1-tiny", "--data", "empty.txt"], "empty"),
+    "binary file": (["v1-tiny", "--data", "binary.txt"], "binary"),
+    "not UTF-8": (["v1-tiny", "--data", "latin.txt"], "not UTF-8"),
+    "too short": (["v1-tiny", "--data", "short.txt"], "context"),
+    "nothing to resume": (["v1-tiny", "--resume"], "no checkpoint"),
+    "a file as run directory": (["v1-tiny", "--data", "text.txt", "--out-dir", "text.txt/run"], "--out-dir"),
+    "no place to write": (["v1-tiny", "--data", "text.txt", "--out-dir", "/proc/nanods"], "--out-dir"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_exit_code_2_and_the_mend(program, workspace, mistake):
+    if "cuda" in mistake and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (workspace / "empty.txt").write_text("")
+    (workspace / "binary.txt").write_bytes(b"\x00\x01" * 500)
+    (workspace / "latin.txt").write_bytes("é".encode("latin-1") * 500)
+    (workspace / "short.txt").write_text("too short")
+    args, mend = MISTAKES[mistake]
+    code, out, err = program("train", *args)
+    assert code == 2
+    assert mend in " ".join((out + err).split())
+    assert "Traceback" not in err
+    assert not list((workspace / "runs").glob("*/step_*"))
+
+
+def test_a_run_of_another_configuration_is_not_touched(train_tiny, workspace):
+    assert train_tiny("v0-tiny", "--steps", 2, "--out-dir", "run")[0] == 0
+    before = {path: path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
+    for args in (("v0-tiny", "--steps", 9), ("v1-tiny",)):
+        code, _, err = train_tiny(*args, "--resume", "--out-dir", "run")
+        assert code == 2 and "another configuration" in err
+    assert before == {path: path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
+
+
+def test_resuming_on_a_changed_text_is_refused(train_tiny, workspace):
+    assert train_tiny("v0-tiny", "--steps", 2)[0] == 0
+    state = checkpoint.found(workspace / "runs/v0-tiny")
+    for path in state[1:]:
+        __import__("shutil").rmtree(path)  # step 0 is left: not finished
+    (workspace / "text.txt").write_text("something else entirely. " * 100)
+    code, _, err = train_tiny("v0-tiny", "--resume")
+    assert code == 2 and "changed" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "mend"),
+    [
+        (["v1-tiny"], "make train-v1"),
+        (["no/such/run"], "no such run"),
+        ([], "run"),
+        (["data", "--temperature", "-1"], "temperature"),
+        (["data", "--top-p", "2"], "top-p"),
+        (["data", "--top-k", "0"], "top-k"),
+        (["data", "--num-samples", "0"], "num-samples"),
+        (["."], "no checkpoint"),
+    ],
+)
+def test_sampling_mistakes(program, args, mend):
+    code, out, err = program("sample", *args)
+    assert code == 2 and mend.lower() in (out + err).lower() and "Traceback" not in err
+
+
+def test_an_edited_checkpoint_is_passed_over_or_refused(train_tiny, program, workspace):
+    assert train_tiny("v0-tiny", "--steps", 4, "--save-every", 2)[0] == 0
+    first, last = checkpoint.found(workspace / "runs/v0-tiny")
+    data = (last / "model.safetensors").read_bytes()
+    (last / "model.safetensors").write_bytes(data[:-100])
+    code, _, err = program("sample", "v0-tiny", "--max-new-tokens", 5)
+    assert code == 0 and "broken" in err
+    (first / "state.json").write_text("{}")
+    code, _, err = program("sample", "v0-tiny", "--max-new-tokens", 5)
+    assert code == 2 and "whole" in err

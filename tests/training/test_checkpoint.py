@@ -1,0 +1,90 @@
+"""Checkpoints: what is saved comes back, what is broken is passed over, and a failed write loses nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from nanods.errors import UserError
+from nanods.training import checkpoint
+
+
+def save(out, step, value=0.0):
+    model = {"w": torch.full((3,), value)}
+    return checkpoint.save(out, step, model, {"AdamW/w/step": torch.tensor(1.0)}, {"step": step, "note": "é"})
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    save(tmp_path, 7, 2.5)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.model["w"].tolist() == [2.5] * 3
+    assert loaded.optimizer["AdamW/w/step"] == 1
+    assert loaded.state == {"step": 7, "note": "é"}
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step in (0, 5, 10, 1000000):
+        save(tmp_path, step)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step_000010", "step_1000000"] or [
+        path.name for path in checkpoint.found(tmp_path)
+    ] == ["step_1000000", "step_000010"]
+
+
+@pytest.mark.parametrize("file", [*checkpoint.FILES, "SHA256SUMS"])
+@pytest.mark.parametrize("harm", ["truncate", "edit", "delete"])
+def test_a_broken_newest_falls_back_to_the_one_before(tmp_path, capsys, file, harm):
+    save(tmp_path, 1, 1.0)
+    path = save(tmp_path, 2, 2.0) / file
+    data = path.read_bytes()
+    if harm == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-5] if harm == "truncate" else data[:2] + bytes([data[2] ^ 1]) + data[3:])
+    assert checkpoint.load(tmp_path).model["w"][0] == 1.0
+    assert "step_000002 is broken" in capsys.readouterr().err
+
+
+def test_none_or_none_whole_is_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.load(tmp_path)
+    (save(tmp_path, 1) / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="whole"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_failed_write_leaves_the_others_and_no_rubbish(tmp_path, monkeypatch):
+    save(tmp_path, 1, 1.0)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert checkpoint.load(tmp_path).state["step"] == 1
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path):
+    done = save(tmp_path, 1)
+    shutil.copytree(done, tmp_path / ".writing-step_000002")
+    assert len(checkpoint.found(tmp_path)) == 1
+    save(tmp_path, 2, 5.0)
+    assert checkpoint.load(tmp_path).model["w"][0] == 5.0
+    assert not (tmp_path / ".writing-step_000002").exists()
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path):
+    save(tmp_path, 1)
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(UserError, match="does not fit"):
+        checkpoint.restore_model(model, checkpoint.load(tmp_path))
+
+
+def test_sums_are_sha256sums_own_format(tmp_path):
+    path = save(tmp_path, 3)
+    sums = (path / "SHA256SUMS").read_text().splitlines()
+    assert [line.split("  ")[1] for line in sums] == list(checkpoint.FILES)
+    assert json.loads((path / "state.json").read_text())["step"] == 3
