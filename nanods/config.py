@@ -79,7 +79,7 @@ SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
 
 V0 = {
-    "tiny": Config("v0-tiny", TINY, steps=1500, batch_size=8, lr=0.02),
+    "tiny": Config("v0-tiny", TINY, steps=1000, batch_size=8, lr=0.02),
     "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=0.02, data="wikitext-103"),
     "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=0.02, data="wikitext-103"),
 }

@@ -1,0 +1,58 @@
+"""Loss against CPU-seconds at nanoGPT's CPU size, one thread: results/time_to_loss.json and .png.
+
+    python -m nanods.bench.time_to_loss          about 5 minutes
+
+4 layers, 4 heads, width 128, context 64, 12 sequences a step, tinyshakespeare: what nanoGPT's README proposes for a laptop,
+and reports as 1.88 after 2,000 steps. Evaluations are left out of the time. The whole schedule is run for each length, since
+a learning rate that has not come down yet hides what was learnt.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from nanods import plots
+from nanods.data.download import place
+
+SIZE = {"n-layer": 4, "n-head": 4, "n-embd": 128, "context-length": 64, "batch-size": 12}
+
+
+@dataclass(frozen=True)
+class Args:
+    steps: tuple[int, ...] = (300, 1200)
+    """Lengths of the runs, in optimizer steps."""
+    results: Path = Path("results")
+    """Where the table and the picture go."""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    runs = {}
+    for steps in args.steps:
+        out = Path("runs/time_to_loss") / str(steps)
+        flags = SIZE | {"steps": steps, "eval-every": max(1, steps // 8), "save-every": steps, "out-dir": out, "device": "cpu"}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "train.py", "v0-tiny", "--data", "shakespeare", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        curve = [[row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row]
+        runs[f"{steps} steps"] = {"command": " ".join(command[1:]), "step_cpu_seconds_val_loss": curve}
+        print(f"{steps} steps: {curve[-1][1]:.0f} CPU-seconds, validation loss {curve[-1][2]:.4f}", flush=True)
+    table = {"machine": {"torch": torch.__version__, "threads": 1, "dtype": "fp32"}, "runs": runs}
+    text = json.dumps(table, indent=1) + "\n"
+    place(args.results / "time_to_loss.json", lambda file: file.write(text.encode()))
+    lines = {
+        name: tuple(zip(*[row[1:] for row in run["step_cpu_seconds_val_loss"]], strict=True)) for name, run in runs.items()
+    }
+    marks = {"nanoGPT's recipe after 2,000 steps: 1.88": 1.88}
+    plots.save(plots.curves(lines, "CPU-seconds, one thread", "validation loss", marks), args.results / "time_to_loss.png")
+
+
+if __name__ == "__main__":
+    main()
