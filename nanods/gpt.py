@@ -84,16 +84,20 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
-    """RoPE: turn pair i of each head by the angle position * base^(-2i/D), so that q . k depends on their distance alone.
+def rotations(positions: Tensor, D: int, dtype: torch.dtype, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """RoPE's angles: pair i of a head of width D turns by position * base^(-2i/D).
 
-    x (B, H, T, D), positions (B or 1, T) -> (B, H, T, D).
+    positions (B or 1, T) -> their cosines and sines, each (B or 1, 1, T, D/2).
     """
-    D = x.size(-1)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # bf16 angles would be off by whole turns
-    frequency = base ** (-torch.arange(0, D, 2, device=x.device, dtype=wide) / D)  # (D/2,)
-    angle = positions[:, None, :, None].to(wide) * frequency  # (B or 1, 1, T, D/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # bf16 angles would be off by whole turns
+    frequency = base ** (-torch.arange(0, D, 2, device=positions.device, dtype=wide) / D)  # (D/2,)
+    angle = positions[:, None, :, None].to(wide) * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of x (B, H, T, D) by its angle, so that q . k depends on the distance of the two alone."""
+    cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -130,7 +134,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, layer: int = 0
+        self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None, layer: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats. V1 tells its `blocks` (B, H, T, top_blocks)."""
         B, T, C = x.shape
@@ -138,7 +142,7 @@ class Attention(nn.Module):
             linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
             for linear in (self.query, self.key, self.value)
         )
-        q, k = rms_norm(rotate(q, positions)), rms_norm(rotate(k, positions))
+        q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k, rope))
         among = None  # where the queries stand among the keys: by default query t is key t
         if cache is not None:
             k_all, v_all = cache.append(layer, k, v, positions)
@@ -178,9 +182,9 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: Cache | None = None, layer: int = 0
+        self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None, layer: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, attention_stats = self.attention(rms_norm(x), positions, cache, layer)
+        y, attention_stats = self.attention(rms_norm(x), positions, rope, cache, layer)
         x = x + y
         y, mlp_stats = self.mlp(rms_norm(x))
         return x + y, attention_stats | mlp_stats
@@ -219,9 +223,10 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
         x = rms_norm(self.embedding(tokens))  # (B, T, C)
+        rope = rotations(positions, self.config.n_embd // self.config.n_head, x.dtype)
         stats = []
         for layer, block in enumerate(self.blocks):
-            x, layer_stats = block(x, positions, cache, layer)
+            x, layer_stats = block(x, positions, rope, cache, layer)
             stats.append(layer_stats)
         if cache is not None:
             cache.lengths = cache.lengths + (T if lengths is None else lengths)

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanods.config import PRESETS
-from nanods.gpt import GPT, AttentionConfig, Cache, GPTConfig, rotate, sample
+from nanods.gpt import GPT, AttentionConfig, Cache, GPTConfig, rotate, rotations, sample
 
 DENSE = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_length=24, vocab_size=50)
 CONFIGS = {
@@ -138,9 +138,13 @@ def test_top_k_and_top_p_keep_what_they_say():
 
 def test_rope_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    scores = [(rotate(q, torch.tensor([[5 + s]])) * rotate(k, torch.tensor([[2 + s]]))).sum() for s in (0, 1, 100)]
-    assert max(scores) - min(scores) < 1e-12
-    assert abs((rotate(q, torch.tensor([[6]])) * rotate(k, torch.tensor([[2]]))).sum() - scores[0]) > 1e-6
+
+    def score(at_q, at_k):
+        turned = [rotate(x, rotations(torch.tensor([[at]]), 8, x.dtype)) for x, at in ((q, at_q), (k, at_k))]
+        return (turned[0] * turned[1]).sum()
+
+    assert max(abs(score(5 + s, 2 + s) - score(5, 2)) for s in (1, 100)) < 1e-12
+    assert abs(score(6, 2) - score(5, 2)) > 1e-6
 
 
 def test_a_new_model_is_uniform_and_its_blocks_are_the_identity():
