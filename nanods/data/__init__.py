@@ -1,0 +1,1 @@
+"""Data: corpora to token files (text, pydocs, tokenizer) and the downloads they need (download)."""

@@ -1,0 +1,305 @@
+"""load_text: splits, cached token files that survive damage, data sets on disk, and each mistake with its mend."""
+
+import builtins
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanods.data import text as text_module
+from nanods.data.download import data_dir
+from nanods.data.text import NAMES, load_text, split
+from nanods.data.tokenizer import BPETokenizer
+from nanods.errors import UserError
+
+SAMPLE = "".join(f"Line {i}: the quick brown fox číslo {i * i} jumps.\n" for i in range(400))
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NANODS_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def corpus(folder):
+    path = folder / "sample.txt"
+    path.write_bytes(SAMPLE.encode())
+    return str(path)
+
+
+def cached(pattern="*"):
+    return sorted(Path("data/cache").glob(pattern))
+
+
+@given(st.text())
+def test_split_is_contiguous_and_at_nine_tenths_of_the_characters(text):
+    train, val = split(text)
+    assert train + val == text and len(train) == int(len(text) * 0.9)
+
+
+def test_a_local_file_as_bytes(corpus):
+    data = load_text(corpus)
+    train, val = split(SAMPLE)
+    assert data.name == corpus and data.sha256 == hashlib.sha256(SAMPLE.encode()).hexdigest()
+    assert isinstance(data.train, np.memmap) and data.train.dtype == np.uint16 and data.train.ndim == 1
+    assert bytes(data.train.astype(np.uint8)) == train.encode()
+    assert bytes(data.val.astype(np.uint8)) == val.encode()
+    assert data.val_bytes == len(data.val) == len(val.encode()) > len(val)
+    assert data.tokenizer.vocab_size == 256
+
+
+def test_line_ends_are_kept(folder):
+    (folder / "dos.txt").write_bytes(b"one\r\ntwo\rthree\n" * 10)
+    data = load_text("dos.txt")
+    assert data.tokenizer.decode([*data.train, *data.val]) == "one\r\ntwo\rthree\n" * 10
+
+
+def test_bpe_learns_from_the_training_part_only(folder):
+    pytest.importorskip("tokenizers")
+    varied = "".join(chr(97 + i * i % 23) + " "[: i % 5 == 0] for i in range(9000))
+    (folder / "a.txt").write_text(varied + " zy" * (len(varied) // 28))  # zy is the commonest pair, but not in training
+    data = load_text("a.txt", vocab_size=260)
+    train, val = split((folder / "a.txt").read_text())
+    assert isinstance(data.tokenizer, BPETokenizer) and data.tokenizer.vocab_size == 260
+    assert data.tokenizer.decode(data.train) == train and data.tokenizer.decode(data.val) == val
+    assert data.tokenizer.to_json() == BPETokenizer.train(train, 260).to_json()
+    assert data.val_bytes == len(val.encode())
+    assert load_text("a.txt", vocab_size=260).tokenizer.to_json() == data.tokenizer.to_json()
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(folder):
+    class Wide(text_module.ByteTokenizer):
+        vocab_size = 65537
+
+    assert text_module.token_file("text", Wide()).dtype == np.uint32
+
+
+def test_encoding_in_pieces_equals_encoding_at_once(folder):
+    pytest.importorskip("tokenizers")
+    bpe = BPETokenizer.train(SAMPLE, 300)
+    long = "ab\n\ncd" * 25_000 + "end without a line's end"
+    np.testing.assert_array_equal(text_module.token_file(long, bpe), bpe.encode(long))
+
+
+def test_the_cache_is_used_again(corpus, monkeypatch):
+    load_text(corpus)
+    monkeypatch.setattr(text_module, "encode_corpus", lambda *args: pytest.fail("encoded again"))
+    load_text(corpus)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-10],
+        lambda data: data + b"x",
+        lambda data: b"",
+        lambda data: b"garbage" * 100,
+        lambda data: data[:20],
+    ],
+)
+def test_damaged_token_files_are_made_again(corpus, damage):
+    before = load_text(corpus)
+    expected, files = np.array(before.train), cached("*.npy")
+    sizes = [path.stat().st_size for path in files]
+    assert len(files) == 2
+    for path in files:
+        path.write_bytes(damage(path.read_bytes()))
+    np.testing.assert_array_equal(load_text(corpus).train, expected)
+    assert [path.stat().st_size for path in files] == sizes
+    assert cached() == files  # and no temporary files stay
+
+
+@pytest.mark.parametrize("damaged", ["", "{", '{"type": "bytes"}', '{"version": "1.0"}'])
+def test_a_damaged_cached_tokenizer_is_trained_again(corpus, damaged):
+    pytest.importorskip("tokenizers")
+    expected = load_text(corpus, 300).tokenizer.to_json()
+    (path,) = cached("*.json")
+    path.write_text(damaged)
+    assert load_text(corpus, 300).tokenizer.to_json() == expected == path.read_text()
+
+
+def test_a_changed_text_is_never_served_from_the_old_cache(corpus):
+    load_text(corpus)
+    Path(corpus).write_text(SAMPLE.upper())
+    assert load_text(corpus).tokenizer.decode(load_text(corpus).train) == split(SAMPLE.upper())[0]
+
+
+def test_processes_that_prepare_at_once_agree(corpus):
+    pytest.importorskip("tokenizers")
+    script = (
+        "import hashlib, sys; from nanods.data.text import load_text; d = load_text(sys.argv[1], 300); "
+        "print(hashlib.sha256(d.train.tobytes() + d.val.tobytes() + d.tokenizer.to_json().encode()).hexdigest())"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(text_module.__file__).parents[2])}
+    command = [sys.executable, "-c", script, corpus]
+    processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = {process.communicate(timeout=60)[0] for process in processes}
+    data = load_text(corpus, 300)
+    content = data.train.tobytes() + data.val.tobytes() + data.tokenizer.to_json().encode()
+    assert outputs == {hashlib.sha256(content).hexdigest() + "\n"}
+    assert len(cached()) == 3
+
+
+def test_pydocs_by_name(monkeypatch):
+    monkeypatch.setattr(text_module, "pydocs_text", lambda: SAMPLE)
+    data = load_text("pydocs")
+    assert data.name == "pydocs" and data.sha256 == hashlib.sha256(SAMPLE.encode()).hexdigest()
+
+
+def test_shakespeare_is_taken_from_the_data_folder(monkeypatch, folder):
+    monkeypatch.setattr(text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest())
+    monkeypatch.setattr(text_module, "SHAKESPEARE_URLS", ())
+    monkeypatch.setenv("NANODS_DATA", str(folder / "elsewhere"))
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "tinyshakespeare.txt").write_bytes(SAMPLE.encode())
+    data = load_text("shakespeare")
+    assert data.sha256 == text_module.SHAKESPEARE_SHA256 and not Path("data").exists()
+
+
+def test_shakespeare_comes_from_a_mirror_once(monkeypatch, folder, corpus):
+    monkeypatch.setattr(text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest())
+    mirrors = ((folder / "nothing").as_uri(), Path(corpus).as_uri())
+    monkeypatch.setattr(text_module, "SHAKESPEARE_URLS", mirrors)
+    first = load_text("shakespeare")
+    assert (data_dir() / "tinyshakespeare.txt").read_bytes() == SAMPLE.encode()
+    Path(corpus).unlink()
+    assert load_text("shakespeare").sha256 == first.sha256 == text_module.SHAKESPEARE_SHA256
+
+
+def test_require_a_context_in_each_split(folder):
+    (folder / "a.txt").write_text("x" * 1000)
+    data = load_text("a.txt")
+    data.require(99)
+    with pytest.raises(UserError, match=r"validation part has 100 tokens.*needs 101 .*shorter --context-length"):
+        data.require(100)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("shakespear", "did you mean shakespeare"),
+            ("wikitext", "did you mean wikitext-2"),
+            ("smaple.txt", r"did you mean sample\.txt"),
+            ("qqqqqqqq", r"no such data set or file; Data sets: pydocs, shakespeare"),
+            ("nowhere/text.txt", "no such data set or file"),
+            ("sample.txt/inside", "no such data set or file"),
+            ("a" * 5000, "cannot be read"),
+            ("", "directory"),
+            (".", r"directory.*give a UTF-8 text file"),
+        ],
+    )
+    def test_names(self, corpus, name, message):
+        with pytest.raises(UserError, match=message):
+            load_text(name)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "the file is empty"),
+            (b"x", "too short"),
+            (b"abc\0def" * 10, "binary file .a zero byte at 3"),
+            ("schön\n".encode("latin-1") * 10, "not UTF-8 .byte 0xf6 at 3.*iconv"),
+        ],
+    )
+    def test_contents(self, folder, content, message):
+        (folder / "bad.txt").write_bytes(content)
+        with pytest.raises(UserError, match=rf"--data bad\.txt: .*{message}"):
+            load_text("bad.txt")
+        assert (folder / "bad.txt").read_bytes() == content
+
+    @pytest.mark.parametrize("vocab_size", [-1, 0, 255])
+    def test_vocabularies_below_the_bytes(self, corpus, vocab_size):
+        with pytest.raises(UserError, match="at least 256"):
+            load_text(corpus, vocab_size)
+
+    def test_a_vocabulary_larger_than_the_text_can_fill(self, corpus):
+        pytest.importorskip("tokenizers")
+        with pytest.raises(UserError, match=r"--vocab-size 50000: .*at most"):
+            load_text(corpus, 50000)
+
+
+class TestDataSets:
+    """Sets built on disk; nothing is fetched."""
+
+    @pytest.fixture(autouse=True)
+    def datasets(self):
+        return pytest.importorskip("datasets")
+
+    def rows(self, datasets, name, count=30):
+        return datasets.Dataset.from_dict({"text": [f" {name} {i} \n" if i % 3 else "" for i in range(count)]})
+
+    def test_own_validation_split(self, datasets, folder):
+        both = datasets.DatasetDict(train=self.rows(datasets, "train"), validation=self.rows(datasets, "val", 5))
+        both.save_to_disk(folder / "set")
+        data = load_text("set")
+        assert data.tokenizer.decode(data.val) == "\n val 1 \n val 2 \n\n val 4 \n"
+        assert data.tokenizer.decode(data.train).count("train") == 20
+
+    @pytest.mark.parametrize("in_dict", [True, False])
+    def test_without_one_the_last_tenth_is_validation(self, datasets, folder, in_dict):
+        rows = self.rows(datasets, "only")
+        (datasets.DatasetDict(train=rows) if in_dict else rows).save_to_disk(folder / "set")
+        data = load_text("set")
+        whole = "".join(row or "\n" for row in rows["text"])
+        assert (data.tokenizer.decode(data.train), data.tokenizer.decode(data.val)) == split(whole)
+
+    def test_wikitext_asks_the_library_for_the_raw_set(self, datasets, monkeypatch):
+        asked = []
+        rows = self.rows(datasets, "wiki")
+
+        def load_dataset(*args):
+            asked.append(args)
+            return datasets.DatasetDict(train=rows, validation=rows, test=rows)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        assert load_text("wikitext-2").val_bytes == len("".join(row or "\n" for row in rows["text"]))
+        load_text("wikitext-103")
+        assert asked == [("Salesforce/wikitext", f"wikitext-{n}-raw-v1") for n in (2, 103)]
+
+    def test_without_network(self, datasets, monkeypatch):
+        def load_dataset(*args):
+            raise ConnectionError("no route to host")
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(UserError, match=r"no route to host.*save_to_disk"):
+            load_text("wikitext-2")
+
+    def test_wrong_columns_and_splits_are_named(self, datasets, folder):
+        datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(folder / "columns")
+        with pytest.raises(UserError, match="no column called text, only body"):
+            load_text("columns")
+        datasets.DatasetDict(dev=self.rows(datasets, "x")).save_to_disk(folder / "splits")
+        with pytest.raises(UserError, match="no split called train, only dev"):
+            load_text("splits")
+
+    def test_a_broken_folder(self, folder):
+        (folder / "set").mkdir()
+        (folder / "set" / "state.json").write_text("{")
+        with pytest.raises(UserError, match="could not load it"):
+            load_text("set")
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "datasets":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match="EXTRAS=datasets"):
+        load_text("wikitext-2")
+
+
+def test_names_are_unique():
+    assert len(set(NAMES)) == len(NAMES) == 4

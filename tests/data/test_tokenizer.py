@@ -1,0 +1,124 @@
+"""Tokenizers: every text comes back, from whole ids, from JSON and from a stream; BPE never crosses a line."""
+
+import builtins
+import codecs
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, lines, tokenizer_from_json
+from nanods.errors import UserError
+
+TRAINING = "the cat and the dog, the hat and the log;\n\nüber straße naïve\n" * 20 + "a quick brown fox jumps\n"
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return ByteTokenizer()
+    pytest.importorskip("tokenizers")
+    return BPETokenizer.train(TRAINING, 300)
+
+
+@given(text=st.text())
+@settings(deadline=None)
+def test_every_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64 and ids.ndim == 1
+    assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids.tolist()) == text.encode()
+
+
+@given(text=st.text())
+@settings(deadline=None)
+def test_json_restores_the_same_tokenizer(tokenizer, text):
+    saved = tokenizer.to_json()
+    restored = tokenizer_from_json(saved)
+    assert type(restored) is type(tokenizer) and restored.vocab_size == tokenizer.vocab_size
+    assert restored.to_json() == saved
+    np.testing.assert_array_equal(restored.encode(text), tokenizer.encode(text))
+
+
+@given(text=st.text(alphabet=st.characters(min_codepoint=0x7F, exclude_categories=["Cs"])))
+@settings(deadline=None)
+def test_token_by_token_streaming_gives_the_text(tokenizer, text):
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    streamed = "".join(decoder.decode(tokenizer.decode_bytes([i])) for i in tokenizer.encode(text))
+    assert streamed + decoder.decode(b"", final=True) == text
+
+
+def test_each_byte_is_one_token_of_its_own(tokenizer):
+    singles = [tokenizer.decode_bytes([i]) for i in range(256)]
+    assert sorted(singles) == [bytes([b]) for b in range(256)]
+
+
+def test_lines_end_at_newlines_alone():
+    assert lines("a\u2028b\r\n\nc") == ["a\u2028b\r\n", "\n", "c"]
+    assert lines("") == [] and lines("\n") == ["\n"]
+
+
+def test_incomplete_utf8_decodes_with_a_replacement():
+    assert ByteTokenizer().decode([0x41, 0xC3]) == "A\ufffd"
+
+
+def test_lone_surrogates_do_not_raise(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\udcffb")) == "a?b"
+
+
+def test_ids_outside_the_vocabulary_raise(tokenizer):
+    with pytest.raises((ValueError, IndexError)):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
+class TestBPE:
+    @pytest.fixture(autouse=True)
+    def _library(self):
+        pytest.importorskip("tokenizers")
+
+    def test_agrees_with_the_librarys_own_decoder(self):
+        import tokenizers
+
+        bpe = BPETokenizer.train(TRAINING, 300)
+        library = tokenizers.Tokenizer.from_str(bpe.to_json())
+        library.decoder = tokenizers.decoders.ByteLevel()
+        ids = bpe.encode(TRAINING + "日本語 emoji 🙂").tolist()
+        assert bpe.decode(ids) == library.decode(ids)
+
+    def test_merges_shorten_the_training_text(self):
+        assert len(BPETokenizer.train(TRAINING, 300).encode(TRAINING)) < 0.6 * len(TRAINING.encode())
+
+    def test_encoding_in_pieces_of_whole_lines_changes_nothing(self):
+        bpe = BPETokenizer.train(TRAINING, 300)
+        parts = ["the cat", "", "\r", "  the\u2028hat\n", " "]
+        pieces = [part + "\n" for part in parts]
+        together = bpe.encode("".join(pieces))
+        assert together.tolist() == [i for piece in pieces for i in bpe.encode(piece)]
+
+    def test_training_twice_gives_the_same(self):
+        assert BPETokenizer.train(TRAINING, 300).to_json() == BPETokenizer.train(TRAINING, 300).to_json()
+
+    def test_a_vocabulary_that_the_text_cannot_fill_is_refused(self):
+        with pytest.raises(UserError, match=r"gives a BPE vocabulary of 25[78] at most"):
+            BPETokenizer.train("ab ab ab", 4096)
+
+    def test_without_the_library_the_extra_is_named(self, monkeypatch):
+        real = builtins.__import__
+
+        def missing(name, *args, **kwargs):
+            if name == "tokenizers":
+                raise ImportError(name)
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", missing)
+        with pytest.raises(UserError, match="EXTRAS=bpe"):
+            BPETokenizer.train(TRAINING, 300)
+
+
+@pytest.mark.parametrize("saved", ["", "{", "[]", "7", '{"type": "words"}', '{"model": {"type": "BPE"}}'])
+def test_damaged_json_is_a_user_error(saved):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(UserError, match="damaged"):
+        tokenizer_from_json(saved)
