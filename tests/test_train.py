@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -198,9 +199,8 @@ def test_a_run_of_another_configuration_is_not_touched(train_tiny, workspace):
 
 def test_resuming_on_a_changed_text_is_refused(train_tiny, workspace):
     assert train_tiny("v0-tiny", "--steps", 2)[0] == 0
-    state = checkpoint.found(workspace / "runs/v0-tiny")
-    for path in state[1:]:
-        __import__("shutil").rmtree(path)  # step 0 is left: not finished
+    for path in checkpoint.found(workspace / "runs/v0-tiny")[1:]:
+        shutil.rmtree(path)  # step 0 is left: not finished
     (workspace / "text.txt").write_text("something else entirely. " * 100)
     code, _, err = train_tiny("v0-tiny", "--resume")
     assert code == 2 and "changed" in err

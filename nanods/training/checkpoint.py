@@ -9,7 +9,6 @@ A checkpoint is written under a temporary name, synced, and renamed: whoever is 
 untouched. Loading takes the newest that is whole, with a warning for each that is not. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nanods.data.download import file_sha256
 from nanods.errors import UserError
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -49,7 +49,7 @@ def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Te
         except SafetensorError as error:  # it wraps the operating system's refusals
             raise UserError(f"{final} cannot be written ({error}): free some space, or choose another --out-dir") from None
         (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in FILES)
+        sums = "".join(f"{file_sha256(temporary / name)}  {name}\n" for name in FILES)
         (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
@@ -67,7 +67,8 @@ def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Te
 
 def found(out: Path) -> list[Path]:
     """The checkpoints in a run directory, oldest first."""
-    return sorted(path for path in out.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
+    paths = [path for path in out.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.name[5:]))  # by name, step 1000000 would come before 200000
 
 
 def load(out: Path) -> Checkpoint:
@@ -88,16 +89,11 @@ def broken(path: Path) -> str | None:
     try:
         sums = dict(line.split("  ")[::-1] for line in (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
         for name in FILES:
-            if sums.get(name) != sha256(path / name):
+            if sums.get(name) != file_sha256(path / name):
                 return f"{name} is not what was written"
     except (OSError, ValueError) as error:
         return str(error)
     return None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
