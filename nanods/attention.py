@@ -2,33 +2,43 @@
 
 The ladder, each step the one before with one idea changed:
 
-    dense_attention            every query reads every key of its past
-    topk_attention             ... only its `top_k` highest-scoring keys, but still scores all of them
-    select_blocks              ... scores one summary per block of keys, so most keys are never scored at all
-      + block_attention        ... and reads the keys of the chosen blocks and of its own block
+    dense_attention                every query reads every key of its past
+    topk_attention                 ... only its `top_k` highest-scoring keys, but still scores all of them
+    select_blocks(method="flat")   ... scores one summary per block of keys, so most keys are never scored at all
+    select_blocks(method="shared") ... once for a tile of queries, not for each
+    select_blocks(method="tree")   ... or by descent through summaries of summaries, so most blocks are not scored either
+      + block_attention            and reads the keys of the chosen blocks and of its own block
 
 Choosing (`select_blocks`) and reading (`block_attention`) are separate, so that one naive reference,
-`block_attention_reference`, checks the reading whatever the choice was.
+`block_attention_reference`, checks the reading whatever the choice was. The reading that is fast is in
+nanods/attention_kernel.py.
 
 Equations. Dense, with D the width of a head (Vaswani et al. 2017, arXiv:1706.03762, eq. 1):
 
     attention(q, K, V) = softmax(q K^T / sqrt(D)) V
 
-Blocks (MoBA: Lu et al. 2025, arXiv:2502.13189, eq. 2-6), with pooled_j the mean of the keys of block j:
+Blocks (MoBA: Lu et al. 2025, arXiv:2502.13189, eq. 2-6):
 
-    chosen(q)       = the top_blocks largest of q . pooled_j, over blocks j that lie wholly before q's own block
+    chosen(q)       = the top_blocks largest of score(q, block), over blocks that lie wholly before q's own block
     attention(q)    = softmax over the keys of chosen(q) and of q's own block, up to q itself
 
+    pool="mean":     score = q . mean of the keys: cheap, but one strong key among many is averaged away
+    pool="bound":    score = sum over channels of max(q_d max_d, q_d min_d), with max and min over the block's keys: no key of
+                     the block can score higher, so none is missed, but the bound is loose (Quest: arXiv:2406.10774, eq. 1)
+
 Causal by construction: a block with even one key in q's future is never scored, so no summary can leak it. The own block
-is always read, under the ordinary causal mask, and never scored or listed.
+is always read, under the ordinary causal mask, and never scored or listed. A tile is one block of queries; its shared choice
+is made from its *first* query, the only one whose past is the past of all. (The mean of its queries would tell the first
+about the last; without a causal order that is no leak, and the mean it is.)
 
-Left out on purpose: sharing one choice among queries, hierarchies over blocks, and kernels whose *time* falls with the
-number of keys read. Over a whole sequence `block_attention` shows what sparsity is; it does not yet win a race.
+Left out on purpose: a gradient to the choice (which blocks are best is learnt through the keys and queries that are read),
+tiles of another size than blocks.
 
-Pinned by tests/test_attention.py: top_k >= T equals dense; all blocks chosen equals dense; gathered equals masked,
-forward and backward; what comes after a token changes neither its choice nor its output.
+Pinned by tests/test_attention.py: top_k >= T equals dense; all blocks chosen equals dense; a beam as wide as the tree equals
+flat; blocks of one query each make shared equal flat; what comes after a token changes neither its choice nor its output.
 
-Shapes: B batch, H heads, D width of a head, T queries, S keys (S = T unless a cache holds more), K = `top_blocks`.
+Shapes: B batch, H heads, D width of a head, T queries, S keys (S = T unless a cache holds more), N = ceil(S / block_size)
+blocks, K = `top_blocks`, R rows of the choice: T, one for each query, or ceil(T / block_size), one for each tile of queries.
 `positions` (B or 1, T) says where each query stands among the keys, for decoding with a cache: a query at position p reads
 the keys 0..p. By default query t stands at t.
 """
@@ -36,6 +46,19 @@ the keys 0..p. By default query t stands at t.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nanods.attention_kernel import flex_block_attention, query_attention, tile_attention
+
+__all__ = [
+    "block_attention",
+    "block_attention_reference",
+    "dense_attention",
+    "flex_block_attention",
+    "query_attention",
+    "select_blocks",
+    "tile_attention",
+    "topk_attention",
+]
 
 
 def visible(q: Tensor, k: Tensor, causal: bool, positions: Tensor | None) -> Tensor:
@@ -94,7 +117,10 @@ def topk_attention(q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool = T
     return masked_attention(q, k, v, mask & chosen)  # a query with fewer than top_k visible keys "chose" hidden ones
 
 
-# ---- V1: the best blocks -------------------------------------------------------------------------------------------------
+# ---- V1: choose blocks -----------------------------------------------------------------------------------------------------
+
+METHODS, POOLS = ("flat", "shared", "tree", "window"), ("mean", "bound")
+SCORES = 1 << 20  # numbers in memory at once while choosing, so that choosing takes memory linear in T
 
 
 @torch.no_grad()
@@ -107,51 +133,130 @@ def select_blocks(
     pool: str = "mean",
     causal: bool = True,
     positions: Tensor | None = None,
+    summaries: Tensor | None = None,
+    beam: int = 16,
+    fan_out: int = 4,
 ) -> Tensor:
-    """Choose for each query the blocks of keys that it will read beside its own.
+    """Choose the blocks of keys that each query, or each tile of queries, reads beside its own.
 
-    q (B, H, T, D), k (B, H, S, D) -> block numbers (B, H, T, top_blocks), best first, -1 where there is none left.
-    `method="flat"` scores every candidate: T x S / block_size products instead of dense attention's T x S. `pool="mean"`
-    summarises a block by the mean of its keys. Candidates are the blocks wholly before the query's own block if causal,
-    otherwise all but the own. No gradient: which blocks are best is learnt through the keys and queries that are read.
+    q (B, H, T, D), k (B, H, S, D) -> block numbers (B, H, R, top_blocks), best first, -1 where there is none left; R = T, or
+    ceil(T / block_size) if shared. `summaries` (B, H, N, P): those of `summarise`, if known, as in a cache.
+
+    flat     scores every candidate: T x N products instead of dense attention's T x S
+    shared   the same for one query a tile: N x N products
+    tree     each level of a pyramid pools `fan_out` nodes of the level below; the `beam` best nodes are opened, level by level:
+             T x (beam + 1) x fan_out products a level. Misses a block whose parents look dull.
+    window   the nearest blocks, whatever they hold: what a choice must beat
     """
-    if method != "flat" or pool != "mean":
-        raise ValueError(f"method={method!r}, pool={pool!r}: the choices are method='flat', pool='mean'")
-    if block_size < 1 or top_blocks < 0:
-        raise ValueError(f"block_size = {block_size} must be at least 1, top_blocks = {top_blocks} at least 0")
-    pooled = pool_blocks(k, block_size)  # (B, H, N, D)
-    N = pooled.size(-2)
-    own = query_positions(q, k, positions)[:, None, :, None] // block_size  # (B or 1, 1, T, 1)
-    block = torch.arange(N, device=q.device)
-    candidate = block < own if causal else block != own  # (B or 1, 1, T, N)
-    scores = (q @ pooled.transpose(-2, -1)).masked_fill(~candidate, float("-inf"))  # (B, H, T, N)
-    best, blocks = scores.topk(min(top_blocks, N), dim=-1)
-    blocks = blocks.masked_fill(best == float("-inf"), -1)
+    if method not in METHODS or pool not in POOLS:
+        raise ValueError(f"method={method!r}, pool={pool!r}: the choices are {METHODS} and {POOLS}")
+    if block_size < 1 or top_blocks < 0 or beam < 1 or fan_out < 2:
+        raise ValueError(
+            f"block_size = {block_size} must be at least 1, top_blocks = {top_blocks} at least 0, "
+            f"beam = {beam} at least 1, fan_out = {fan_out} at least 2"
+        )
+    if method == "shared" and positions is not None:
+        raise ValueError("a tile shares the choice of its first query: with `positions`, choose for that one by method='flat'")
+    own = query_positions(q, k, positions) // block_size  # (B or 1, T)
+    N = -(-k.size(-2) // block_size)
+    if method == "window":
+        return nearest_blocks(own, N, top_blocks, causal).expand(*q.shape[:2], -1, -1)
+    if method == "shared":
+        q, own = q[:, :, ::block_size] if causal else summarise(q, block_size, "mean"), own[:, ::block_size]
+    pyramid = [summarise(k, block_size, pool) if summaries is None else summaries]
+    while method == "tree" and pyramid[-1].size(2) > beam * fan_out:
+        pyramid.append(summarise_nodes(pyramid[-1], fan_out, pool))
+    if pool == "bound":  # max(q_d max_d, q_d min_d) is q_d max_d where q_d > 0 and q_d min_d elsewhere: again a dot product
+        q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
+    width = N if len(pyramid) == 1 else (beam + 1) * fan_out * q.size(-1)
+    step, rows = max(1, SCORES // (q.size(0) * q.size(1) * width)), []
+    for start in range(0, q.size(2), step):
+        part = slice(start, start + step)
+        if positions is None and causal:  # the last query's own block: no later one is a candidate
+            N = min(start + step, q.size(2)) - 1 if method == "shared" else (min(start + step, q.size(2)) - 1) // block_size
+        rows.append(descend(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out))
+    blocks = torch.cat(rows, dim=2)
     return F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1)
 
 
-def pool_blocks(k: Tensor, block_size: int) -> Tensor:
-    """The mean key of each block: (B, H, S, D) -> (B, H, N, D), N = ceil(S / block_size); the last may be short."""
-    S = k.size(-2)
-    sums = into_blocks(k, block_size).sum(dim=-2)  # padding adds zeros
-    counts = torch.full((sums.size(-2), 1), block_size, dtype=k.dtype, device=k.device)
-    counts[-1] = S - block_size * (len(counts) - 1)
-    return sums / counts
+def summarise(k: Tensor, block_size: int, pool: str) -> Tensor:
+    """What is known of each block before its keys are read: (B, H, S, D) -> (B, H, N, P), P = D (mean) or 2 D (max and min)."""
+    whole = k.size(-2) // block_size * block_size
+    parts = [k[:, :, :whole].unflatten(2, (-1, block_size)), k[:, :, None, whole:]]  # the last block may be short
+    return torch.cat([pooled(part, pool) for part in parts if part.numel()], dim=2)
 
 
-def into_blocks(x: Tensor, block_size: int) -> Tensor:
-    """Cut into blocks, the last filled up with zeros: (B, H, S, D) -> (B, H, N, block_size, D)."""
-    B, H, S, D = x.shape
-    return F.pad(x, (0, 0, 0, -S % block_size)).view(B, H, -1, block_size, D)
+def pooled(keys: Tensor, pool: str) -> Tensor:
+    """(..., n, D) -> (..., P)."""
+    return keys.mean(dim=-2) if pool == "mean" else torch.cat([keys.amax(dim=-2), keys.amin(dim=-2)], dim=-1)
+
+
+def summarise_nodes(nodes: Tensor, fan_out: int, pool: str) -> Tensor:
+    """One level up the pyramid: (B, H, M, P) -> (B, H, ceil(M / fan_out), P). A short last family repeats its last child."""
+    missing = -nodes.size(2) % fan_out
+    family = torch.cat([nodes, nodes[:, :, -1:].expand(-1, -1, missing, -1)], dim=2).unflatten(2, (-1, fan_out))
+    if pool == "mean":
+        return family.mean(dim=3)
+    most, least = family.chunk(2, dim=-1)
+    return torch.cat([most.amax(dim=3), least.amin(dim=3)], dim=-1)
+
+
+def nearest_blocks(own: Tensor, N: int, top_blocks: int, causal: bool) -> Tensor:
+    """The blocks beside the own (B or 1, T) -> (B or 1, 1, T, top_blocks): before it; not causal, by turns on both sides."""
+    rank = torch.arange(top_blocks, device=own.device)
+    offset = -1 - rank if causal else torch.where(rank % 2 == 0, -1 - rank // 2, 1 + rank // 2)
+    blocks = own[:, None, :, None] + offset
+    return blocks.masked_fill((blocks < 0) | (blocks >= N), -1)
+
+
+def descend(
+    q: Tensor, pyramid: list[Tensor], own: Tensor, N: int, top_blocks: int, causal: bool, beam: int, fan_out: int
+) -> Tensor:
+    """The best blocks for each query: from the pyramid's top down, open the best nodes. A pyramid of one level is "flat".
+
+    q (B, H, R, P), pyramid: summaries (B, H, M, P), blocks first; own (B or 1, R); candidates are the blocks below N
+    -> (B, H, R, top_blocks or fewer). The node that holds the own block is never scored (its summary may hold keys of the
+    future) and always opened; a node before it lies wholly in the past, and so do its children.
+    """
+    level, own = len(pyramid) - 1, own[:, None, :, None]  # (B or 1, 1, R, 1)
+    table = pyramid[level][:, :, : max(1, -(-N // fan_out**level))]
+    nodes, holder = torch.arange(table.size(2), device=q.device), own // fan_out**level
+    scores = (q @ table.mT).masked_fill_(nodes >= holder if causal else nodes == holder, float("-inf"))  # (B, H, R, M)
+    while True:
+        best, place = scores.topk(min(beam if level else top_blocks, scores.size(-1)), dim=-1)
+        nodes = nodes.expand_as(scores).gather(-1, place)  # (B, H, R, beam)
+        none = best == float("-inf")
+        if level == 0:
+            return nodes.masked_fill_(none, -1)
+        nodes = torch.cat([nodes.masked_fill_(none, pyramid[level].size(2)), holder.expand(*nodes.shape[:3], 1)], dim=-1)
+        nodes = (nodes[..., None] * fan_out + torch.arange(fan_out, device=q.device)).flatten(-2)  # their children
+        level -= 1
+        table, holder = pyramid[level], own // fan_out**level
+        hidden = nodes >= holder if causal else (nodes == holder) | (nodes >= table.size(2))
+        head = torch.arange(table.size(0) * table.size(1), device=q.device).view(*table.shape[:2], 1, 1) * table.size(2)
+        index = nodes.clamp(max=table.size(2) - 1) + head  # (B, H, R, C)
+        keys = table.flatten(0, 2).index_select(0, index.view(-1)).view(-1, nodes.size(-1), q.size(-1))  # (B*H*R, C, P)
+        scores = torch.bmm(q.reshape(-1, 1, q.size(-1)), keys.mT).view(nodes.shape).masked_fill_(hidden, float("-inf"))
+
+
+# ---- V1: read blocks -------------------------------------------------------------------------------------------------------
+
+
+def for_each_query(blocks: Tensor, T: int, block_size: int) -> Tensor:
+    """(B, H, R, K) -> (B, H, T, K): a tile's choice, repeated for each of its queries."""
+    if blocks.size(2) == T:
+        return blocks
+    if blocks.size(2) != -(-T // block_size):
+        raise ValueError(
+            f"{blocks.size(2)} rows of blocks for {T} queries: one row for each, or one for each tile of {block_size}"
+        )
+    return blocks.repeat_interleave(block_size, dim=2)[:, :, :T]
 
 
 def block_mask(q: Tensor, k: Tensor, blocks: Tensor, block_size: int, causal: bool, positions: Tensor | None = None) -> Tensor:
     """Which keys each query reads, given its blocks: bool (B, H, T, S)."""
-    B, H, T, _ = q.shape
-    if blocks.shape[:3] != (B, H, T):
-        raise ValueError(f"blocks of shape {tuple(blocks.shape)} for queries {tuple(q.shape)}: one row per query, please")
-    S = k.size(-2)
-    N = -(-S // block_size)
+    (B, H, T, _), S = q.shape, k.size(-2)
+    blocks, N = for_each_query(blocks, T, block_size), -(-S // block_size)
     own = query_positions(q, k, positions)[:, None, :, None] // block_size  # (B or 1, 1, T, 1)
     chosen = torch.zeros(B, H, T, N + 1, dtype=torch.bool, device=q.device)  # column N swallows the -1s
     chosen.scatter_(-1, blocks.masked_fill(blocks < 0, N), True)
@@ -181,17 +286,24 @@ def block_attention(
     causal: bool = True,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Each query reads its own block and those in its row of `blocks`.
+    """Each query reads its own block and those in its row of `blocks`, or of its tile's row.
 
-    q (B, H, T, D), k and v (B, H, S, D), blocks (B, H, T, K) with -1 for none -> (B, H, T, D). Two routes to one result:
-    gather the keys that are read, or mask PyTorch's kernel. Gathering copies T x (K + 1) x block_size keys, so it pays
-    where those are no more than the S keys there are: when decoding with a cache. Over a whole sequence it would copy each
-    key many times, and the masked kernel, which visits every pair, is quicker.
+    q (B, H, T, D), k and v (B, H, S, D), blocks (B, H, R, K), -1 for none, each at most once in a row -> (B, H, T, D).
+    One result, by the quickest of four routes: gather each query's keys (decoding); on a GPU, FlexAttention; a mask over
+    PyTorch's fused kernel, where the sequence is so short that visiting every pair costs less than sorting them (LOG.md);
+    the kernels of nanods/attention_kernel.py.
     """
-    if q.size(-2) * (blocks.size(-1) + 1) * block_size <= k.size(-2):
-        return gathered_block_attention(q, k, v, blocks, block_size, causal, positions)
-    mask = block_mask(q, k, blocks, block_size, causal, positions)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    T, S = q.size(2), k.size(2)
+    blocks_each = for_each_query(blocks, T, block_size)
+    if T * (blocks.size(-1) + 1) * block_size <= S:
+        return gathered_block_attention(q, k, v, blocks_each, block_size, causal, positions)
+    if positions is None and q.is_cuda and block_size >= 64:
+        return flex_block_attention(q, k, v, blocks, block_size, causal)
+    if positions is not None or T * block_size < 1 << 15:
+        mask = block_mask(q, k, blocks, block_size, causal, positions)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    attend = query_attention if blocks.size(2) == T else tile_attention
+    return attend(q, k, v, blocks, block_size, causal)
 
 
 def gathered_block_attention(
@@ -213,7 +325,9 @@ def gathered_block_attention(
         allowed &= key <= query_positions(q, k, positions)[:, None, :, None, None]
 
     def gather(x: Tensor) -> Tensor:
-        x = into_blocks(x, block_size).flatten(-2)  # (B, H, N, block_size * D)
+        if missing := -x.size(2) % block_size:
+            x = F.pad(x, (0, 0, 0, missing))
+        x = x.unflatten(2, (-1, block_size)).flatten(-2)  # (B, H, N, block_size * D); no copy
         index = read.clamp(min=0).view(B, H, -1, 1).expand(-1, -1, -1, block_size * D)
         return x.gather(2, index).view(B, H, T, (K + 1) * block_size, D)
 

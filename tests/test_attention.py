@@ -12,8 +12,8 @@ from nanods.attention import (
     dense_attention,
     gathered_block_attention,
     masked_attention,
-    pool_blocks,
     select_blocks,
+    summarise,
     topk_attention,
     visible,
 )
@@ -134,7 +134,7 @@ def test_the_future_changes_nothing():
 
 def test_a_leaky_selection_is_caught():
     def own_block_scored(q, k, block_size, top_blocks):  # the mean of the own block holds keys of the future
-        scores = q @ pool_blocks(k, block_size).mT
+        scores = q @ summarise(k, block_size, "mean").mT
         own = torch.arange(q.size(2))[:, None] // block_size
         scores = scores.masked_fill(torch.arange(scores.size(-1)) > own, float("-inf"))
         best, blocks = scores.topk(top_blocks, dim=-1)
@@ -183,5 +183,5 @@ def test_decoding_reads_what_the_whole_sequence_reads():
     ],
 )
 def test_wrong_arguments_say_so(call):
-    with pytest.raises(ValueError, match=r"at least|choices|positions|one row per query"):
+    with pytest.raises(ValueError, match=r"at least|choices|positions|one row for each"):
         call(*random_qkv((1, 1, 9, 4)))
