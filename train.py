@@ -27,7 +27,7 @@ from nanods.data.text import load_text
 from nanods.errors import UserError, run
 from nanods.gpt import GPT
 from nanods.training import checkpoint
-from nanods.training.muon import Muon, orthogonalise
+from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
 from nanods.training.tasks import LanguageModelling
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -42,7 +42,8 @@ def main() -> None:
         if saved.state["step"] >= config.steps:
             print(f"{config.out} is finished: all {config.steps} steps are done. Sample it: python sample.py {config.out}")
             return
-    device, dtype = choose_device(config), choose_dtype(config)
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
     data = load_text(config.data, config.model.vocab_size)
     if saved and saved.state["data_sha256"] != data.sha256:
         raise UserError(
@@ -98,7 +99,7 @@ def main() -> None:
         checkpoint.save(config.out, step, model.state_dict(), tensors, state)
 
     tokens_per_step = config.batch_size * config.model.context_length
-    per_step = time_step(gradients, task, model) + muon_seconds(matrices, optimizers[0])
+    per_step = time_step(gradients, task, model) + muon_seconds(matrices)
     print(forecast(config, model, data, micro_batch, per_step * (config.steps - step)))
     if not saved:
         save()
@@ -175,13 +176,13 @@ def choose_device(config: Config) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(config: Config) -> torch.dtype:
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         name, reason = config.dtype, "as asked"
-    elif config.device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        name, reason = "bf16", "the GPU has it"
+    elif fast_bf16(device):
+        name, reason = "bf16", f"this {device.type.upper()} multiplies it in hardware"
     else:
-        name, reason = "fp32", "the safe choice where bf16 is not known to be fast"
+        name, reason = "fp32", f"this {device.type.upper()} is not known to multiply bf16 in hardware"
     print(f"dtype      {name} ({reason})")
     return DTYPES[name]
 
@@ -215,12 +216,13 @@ def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
     return elapsed
 
 
-def muon_seconds(matrices: list[Tensor], optimizer: Muon) -> float:
-    """Seconds that the optimizer takes for one step, from its largest matrix."""
-    largest = max(matrices, key=lambda p: p.numel())
+def muon_seconds(matrices: list[Tensor]) -> float:
+    """Seconds that the optimizer takes for one step, from one stack of its largest matrices."""
+    largest = max(matrices, key=lambda p: p.numel()).shape
+    stack = torch.stack([p.detach() for p in matrices if p.shape == largest][:STACKED])
     start = time.perf_counter()
-    orthogonalise(largest.detach())
-    return (time.perf_counter() - start) * sum(p.numel() for p in matrices) / largest.numel()
+    orthogonalise(stack)
+    return (time.perf_counter() - start) * sum(p.numel() for p in matrices) / stack.numel()
 
 
 def forecast(config: Config, model: GPT, data, micro_batch: int, seconds: float) -> str:

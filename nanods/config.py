@@ -43,7 +43,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto: the first of cuda, mps and cpu that is there."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Precision of the computation. auto: bf16 where the GPU has it, otherwise fp32."""
+    """Precision of the computation. auto: bf16 where the GPU or the CPU multiplies it in hardware, otherwise fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on CUDA only; on a CPU it takes longer than it saves."""
     seed: int = 0

@@ -8,7 +8,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanods.config import PRESETS
-from nanods.gpt import GPT, AttentionConfig, Cache, GPTConfig, rotate, rotations, sample
+from nanods.gpt import (
+    GPT,
+    Attention,
+    AttentionConfig,
+    Cache,
+    GPTConfig,
+    RMSNorm,
+    SquaredReLU,
+    rms_norm,
+    rotate,
+    rotations,
+    sample,
+)
 
 DENSE = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_length=24, vocab_size=50)
 CONFIGS = {
@@ -150,6 +162,45 @@ def test_rope_depends_on_distance_alone():
 def test_a_new_model_is_uniform_and_its_blocks_are_the_identity():
     logits, _ = GPT(DENSE)(tokens_of(1, 8))
     assert logits.abs().max() == 0
+
+
+@pytest.mark.parametrize("function", [RMSNorm, SquaredReLU])
+def test_gradients_by_hand_are_autograds(function):
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    plain = {RMSNorm: x / x.square().mean(-1, keepdim=True).sqrt(), SquaredReLU: x.relu().square()}[function]
+    y = function.apply(x)
+    assert y.dtype == torch.float64 and (y - plain).abs().max() < 1e-14
+    assert torch.autograd.gradcheck(function.apply, x)
+    g = torch.randn_like(x)
+    (ours,), (theirs,) = torch.autograd.grad(y, x, g, create_graph=True), torch.autograd.grad(plain, x, g)
+    assert (ours - theirs).abs().max() < 1e-14
+    assert not ours.requires_grad  # a second derivative is refused, not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_vector_of_zeros_is_normalised_to_zeros(dtype):
+    x = torch.zeros(2, 16, dtype=dtype)
+    x[1] = 1e-3  # small, but not nothing
+    x.requires_grad_()
+    y = rms_norm(x)
+    y.sum().backward()
+    assert y.dtype == dtype and (y[0] == 0).all() and (y[1] - 1).abs().max() < 0.01
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_under_bf16_autocast_a_cpu_attends_in_fp32(kind, monkeypatch):
+    model, tokens, seen = GPT(CONFIGS[kind]), tokens_of(2, 24), []
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    plain, _ = model(tokens)
+    real = Attention.read
+    monkeypatch.setattr(Attention, "read", lambda self, q, k, v, among: (seen.append((q, k, v)), real(self, q, k, v, among))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = model(tokens)
+    assert rounded.dtype == torch.bfloat16 and {x.dtype for qkv in seen for x in qkv} == {torch.float32}
+    if kind == "dense":  # a rounded score may choose another block
+        assert (rounded - plain).abs().max() < 0.1 * plain.abs().max()
 
 
 def test_flops_agree_with_counting_them():

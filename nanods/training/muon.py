@@ -4,28 +4,43 @@ With G the momentum of a matrix's gradient and G = U S V^T, the update is U V^T:
 Newton-Schulz steps X <- a X + (b X X^T + c (X X^T)^2) X come near it with matrix products alone. The learning rate is then
 the spectral norm of the update, times sqrt(R / C) for a tall matrix (R, C), so it keeps its meaning from width to width.
 
-`torch.optim.Muon` is the same algorithm, always in bf16. A CPU without bf16 units emulates that (LOG.md has the figures); here
-a CPU orthogonalises in the weights' own dtype, which also lets fp64 runs be compared exactly. tests/training/test_muon.py
-holds the two together.
+`torch.optim.Muon` is the same algorithm, one matrix at a time and always in bf16. Here matrices of one shape go through it
+stacked, which makes the products large enough to pay, and a CPU without bf16 units, which would have to emulate them,
+orthogonalises in the weights' own dtype (LOG.md has the figures). fp64 stays fp64 everywhere, so that runs can be compared
+exactly. tests/training/test_muon.py holds the two together.
 """
 
 import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the post: chosen for slope at zero; singular values end near 1
+STACKED = 32  # matrices in one stack at most: the copies must not take the memory of a model of many layers
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware: a GPU that says so, or a CPU with such instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch cannot tell
+        return False
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # two of x86, one of ARM
 
 
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrix with orthonormal rows (or columns), roughly: singular values of about 0.7 to 1.2. (R, C) -> (R, C)."""
+    """The nearest matrices with orthonormal rows (or columns), roughly: singular values of about 0.7 to 1.2.
+
+    (N, R, C) -> (N, R, C), each of the N matrices by itself.
+    """
     a, b, c = COEFFICIENTS
-    X = G.bfloat16() if G.is_cuda else G
-    if tall := X.size(0) > X.size(1):
-        X = X.T  # X X^T is then the smaller of the two products
-    X = X / (X.norm() + 1e-7)  # singular values at most 1, where the iteration converges
+    X = G.bfloat16() if G.dtype != torch.float64 and fast_bf16(G.device) else G
+    if tall := X.size(-2) > X.size(-1):
+        X = X.mT  # X X^T is then the smaller of the two products
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values at most 1, where the iteration converges
     for _ in range(steps):
-        A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.T if tall else X).to(G.dtype)
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -39,12 +54,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            momentum = group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = orthogonalise(p.grad.lerp(buffer, momentum))  # Nesterov: look one step ahead
-                p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+            params = [p for p in group["params"] if p.grad is not None]
+            for shape in dict.fromkeys(p.shape for p in params):  # each shape once, in a fixed order
+                alike = [p for p in params if p.shape == shape]
+                rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                for some in (alike[i : i + STACKED] for i in range(0, len(alike), STACKED)):
+                    updates = orthogonalise(torch.stack([self.direction(p, group["momentum"]) for p in some]))
+                    for p, update in zip(some, updates, strict=True):
+                        p.add_(update, alpha=-rate)
+
+    def direction(self, p: Tensor, momentum: float) -> Tensor:
+        """Take the gradient into the momentum, and look one step ahead (Nesterov)."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(buffer, momentum)

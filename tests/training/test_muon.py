@@ -3,31 +3,58 @@
 import pytest
 import torch
 
-from nanods.training.muon import Muon, orthogonalise
+from nanods.training.muon import Muon, fast_bf16, orthogonalise
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (40, 10)])
-def test_the_update_is_nearly_orthogonal(shape):
-    G = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    singular = torch.linalg.svdvals(orthogonalise(G))
+def test_the_updates_are_nearly_orthogonal(shape, dtype):
+    G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    G[1] *= 1e3  # each matrix of a stack has a scale of its own
+    update = orthogonalise(G.to(dtype))
+    assert update.dtype == dtype
+    singular = torch.linalg.svdvals(update)
     assert singular.min() > 0.3 and singular.max() < 1.3
     U, _, V = torch.linalg.svd(G, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(orthogonalise(G).flatten(), (U @ V).flatten(), dim=0) > 0.9
+    assert torch.nn.functional.cosine_similarity(update.double().flatten(1), (U @ V).flatten(1)).min() > 0.9
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (12, 48), (48, 12)])
-def test_it_agrees_with_torchs_own_within_bf16(shape):
+def test_a_stack_is_each_matrix_alone():
+    G = torch.randn(5, 12, 30, dtype=torch.float64)
+    alone = torch.cat([orthogonalise(matrix[None]) for matrix in G])
+    assert (orthogonalise(G) - alone).abs().max() < 1e-12
+    assert (orthogonalise(torch.zeros(2, 4, 4)) == 0).all()  # nothing learnt, nothing moved
+
+
+def test_fp64_is_not_rounded_and_bf16_is_used_where_it_is_fast(monkeypatch):
+    G = torch.randn(2, 8, 8, dtype=torch.float64)
+    exact = orthogonalise(G)
+    assert (orthogonalise(G.float()).double() - exact).abs().max() < 0.05
+    assert ((exact - exact.bfloat16()).abs() > 0).any()
+    for has, there in (({}, False), ({"avx512_bf16": False}, False), ({"amx_bf16": True}, True), ({"bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        assert fast_bf16(torch.device("cpu")) == there
+        assert (orthogonalise(G.float()) == orthogonalise(G.float()).bfloat16()).all() == there
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not fast_bf16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stacked", [32, 2])
+def test_it_agrees_with_torchs_own_within_bf16(monkeypatch, stacked):
+    monkeypatch.setattr("nanods.training.muon.STACKED", stacked)
     torch.manual_seed(0)
-    start = torch.randn(shape)
-    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    a, b = Muon([ours], lr=0.1), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)
+    start = [torch.randn(shape) for shape in [(16, 16), (12, 48), (16, 16), (48, 12), (16, 16)]]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in "ab")
+    a, b = Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
     for _ in range(5):
-        ours.grad = torch.randn(shape)
-        theirs.grad = ours.grad.clone()
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
         a.step(), b.step()
-    moved = (theirs - start).norm()
-    assert moved > 0.1
-    assert (ours - theirs).norm() < 0.02 * moved
+    for p, q, before in zip(ours, theirs, start, strict=True):
+        moved = (q - before).norm()
+        assert moved > 0.1
+        assert (p - q).norm() < 0.02 * moved
 
 
 def test_vectors_are_refused():
