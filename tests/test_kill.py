@@ -82,8 +82,8 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(workspace):
     assert metrics(workspace / "cut") == metrics(workspace / "whole")
 
 
-def test_a_full_disk_is_said_and_nothing_saved_is_lost(workspace):
-    """A limit on the size of files stands for the full disk: the checkpoint that would cross it fails."""
+def test_a_limit_on_the_size_of_files_is_said_and_nothing_saved_is_lost(workspace):
+    """The nearest thing to a full disk that needs no rights: the checkpoint that would cross the limit fails."""
     first = start(workspace, "--steps", 3, "--save-every", 3, "--out-dir", "run", "--seed", 1)
     assert first.wait(120) == 0
     before = weights(workspace / "run")
@@ -96,3 +96,39 @@ def test_a_full_disk_is_said_and_nothing_saved_is_lost(workspace):
     assert process.returncode == 2, err
     assert "Traceback" not in err and ("refuses a file of this size" in err or "free some space" in err)
     assert not checkpoint.found(workspace / "full") and weights(workspace / "run") == before
+
+
+@pytest.fixture
+def small_disk(workspace):
+    """A file system of 8 MB of its own."""
+    disk = workspace / "disk"
+    disk.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room_again(workspace, small_disk):
+    options = ("--steps", 9, "--save-every", 3)
+    whole = start(workspace, *options, "--out-dir", "whole")
+    assert whole.wait(120) == 0, whole.stderr.read()
+    one = sum(path.stat().st_size for path in checkpoint.load(workspace / "whole").path.iterdir())
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(free - 2 * one))  # room for the first two checkpoints, not for a third beside them
+    full = start(workspace, *options, "--out-dir", small_disk / "run")
+    _, err = full.communicate(timeout=120)
+    assert full.returncode == 2, err
+    assert "Traceback" not in err and "space" in err
+    assert [path.name for path in checkpoint.found(small_disk / "run")] == ["step_000000", "step_000003"]
+    assert not list((small_disk / "run").glob(".writing-*"))
+    filler.unlink()
+    resumed = start(workspace, *options, "--out-dir", small_disk / "run", "--resume")
+    assert resumed.wait(120) == 0, resumed.stderr.read()
+    assert weights(small_disk / "run") == weights(workspace / "whole")
+    assert metrics(small_disk / "run") == metrics(workspace / "whole")
