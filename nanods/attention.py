@@ -43,6 +43,9 @@ blocks, K = `top_blocks`, R rows of the choice: T, one for each query, or ceil(T
 the keys 0..p. By default query t stands at t.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,6 +62,31 @@ __all__ = [
     "tile_attention",
     "topk_attention",
 ]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    kind: Literal["dense", "topk", "block"] = "dense"
+    """dense: every key (V0). topk: the highest-scoring keys (the article's idea). block: the best blocks of keys (V1)."""
+    top_k: int = 32
+    """Keys that each query reads (topk only)."""
+    block_size: int = 64
+    """Keys in a block (block only)."""
+    top_blocks: int = 4
+    """Past blocks that each query reads beside its own (block only)."""
+    method: Literal["flat", "shared", "tree", "window"] = "flat"
+    """Who chooses the blocks: each query, each tile of queries, each query by descent, or nobody: the nearest (block only)."""
+    pool: Literal["mean", "bound"] = "mean"
+    """What stands for a block until it is read: the mean of its keys, or a bound from their maxima and minima (block only)."""
+
+    def pairs(self, T: int) -> int:
+        """Pairs of a query and a key that it reads, over a causal sequence of T tokens; dense reads T (T + 1) / 2."""
+        if self.kind == "topk":
+            return sum(min(t + 1, self.top_k) for t in range(T))
+        if self.kind == "block":
+            size = self.block_size
+            return sum(min(t // size, self.top_blocks) * size + t % size + 1 for t in range(T))
+        return T * (T + 1) // 2
 
 
 def visible(q: Tensor, k: Tensor, causal: bool, positions: Tensor | None) -> Tensor:
@@ -120,6 +148,7 @@ def topk_attention(q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool = T
 # ---- V1: choose blocks -----------------------------------------------------------------------------------------------------
 
 METHODS, POOLS = ("flat", "shared", "tree", "window"), ("mean", "bound")
+BEAM, FAN_OUT = 16, 4  # nodes that a tree opens on each level, children of each
 SCORES = 1 << 20  # numbers in memory at once while choosing, so that choosing takes memory linear in T
 
 
@@ -134,8 +163,8 @@ def select_blocks(
     causal: bool = True,
     positions: Tensor | None = None,
     summaries: Tensor | None = None,
-    beam: int = 16,
-    fan_out: int = 4,
+    beam: int = BEAM,
+    fan_out: int = FAN_OUT,
 ) -> Tensor:
     """Choose the blocks of keys that each query, or each tile of queries, reads beside its own.
 
@@ -251,6 +280,26 @@ def for_each_query(blocks: Tensor, T: int, block_size: int) -> Tensor:
             f"{blocks.size(2)} rows of blocks for {T} queries: one row for each, or one for each tile of {block_size}"
         )
     return blocks.repeat_interleave(block_size, dim=2)[:, :, :T]
+
+
+@torch.no_grad()
+def cost(blocks: Tensor, T: int, D: int, block_size: int, method: str, pool: str) -> dict[str, Tensor]:
+    """What a causal choice (B, H, R, K) over T tokens costs, as shares of dense attention's pairs T (T + 1) / 2.
+
+    `keys_read` (H,): the pairs of query and key that are read. `flops` (): their arithmetic, 4 D a pair (q . k, weight . v),
+    and that of choosing, 2 D a summary scored (4 D for a bound), by the same measure.
+    """
+    chosen = (for_each_query(blocks, T, block_size) >= 0).sum(dim=-1) * block_size  # (B, H, T) keys beside the own block
+    own = torch.arange(T, device=blocks.device) % block_size + 1
+    keys_read = (chosen + own).double().mean(dim=(0, 2)) * 2 / (T + 1)
+    N = -(-T // block_size)
+    scored = {"flat": T * (N - 1) / 2, "shared": N * (N - 1) / 2, "window": 0, "tree": 0}[method]
+    while method == "tree" and N > BEAM * FAN_OUT:
+        scored, N = scored + T * (BEAM + 1) * FAN_OUT, -(-N // FAN_OUT)
+    if method == "tree":
+        scored += T * N / 2
+    choosing = scored * 2 * D * (2 if pool == "bound" else 1) / (4 * D * T * (T + 1) / 2)
+    return {"keys_read": keys_read, "flops": keys_read.mean() + choosing}
 
 
 def block_mask(q: Tensor, k: Tensor, blocks: Tensor, block_size: int, causal: bool, positions: Tensor | None = None) -> Tensor:

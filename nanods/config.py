@@ -85,8 +85,8 @@ V0 = {
 }
 SPARSE = {
     "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
-    "small": AttentionConfig("block", block_size=64, top_blocks=4),
-    "base": AttentionConfig("block", block_size=64, top_blocks=8),
+    "small": AttentionConfig("block", block_size=64, top_blocks=4, method="shared"),
+    "base": AttentionConfig("block", block_size=64, top_blocks=8, method="shared"),
 }
 V1 = {scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=SPARSE[scale])) for scale, v0 in V0.items()}
 

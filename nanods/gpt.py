@@ -20,35 +20,14 @@ Shapes: B batch, T tokens, C width (`n_embd`), H heads, D = C / H width of a hea
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nanods.attention import block_attention, dense_attention, select_blocks, topk_attention
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    kind: Literal["dense", "topk", "block"] = "dense"
-    """dense: every key (V0). topk: the highest-scoring keys (the article's idea). block: the best blocks of keys (V1)."""
-    top_k: int = 32
-    """Keys that each query reads (topk only)."""
-    block_size: int = 64
-    """Keys in a block (block only)."""
-    top_blocks: int = 4
-    """Past blocks that each query reads beside its own (block only)."""
-
-    def pairs(self, T: int) -> int:
-        """Pairs of a query and a key that it reads, over a causal sequence of T tokens; dense reads T (T + 1) / 2."""
-        if self.kind == "topk":
-            return sum(min(t + 1, self.top_k) for t in range(T))
-        if self.kind == "block":
-            size = self.block_size
-            return sum(min(t // size, self.top_blocks) * size + t % size + 1 for t in range(T))
-        return T * (T + 1) // 2
+from nanods.attention import AttentionConfig, block_attention, cost, dense_attention, select_blocks, topk_attention
+from nanods.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -63,7 +42,7 @@ class GPTConfig:
     """Longest sequence that the model reads, in tokens (T)."""
     vocab_size: int = 256
     """Tokens in the vocabulary (V): 256 means bytes, more a BPE trained on the data (needs the extra `bpe`)."""
-    attention: AttentionConfig = AttentionConfig()
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size"):
@@ -139,28 +118,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class Cache:
-    """The keys and values of the tokens read so far, for decoding: per layer two tensors (B, H, context_length, D).
-
-    Rows may differ in length: `lengths` (B,) says how many tokens of each row are real. What lies beyond is never seen,
-    because a query at position p reads the keys 0..p, and is overwritten when the row gets there.
-    """
-
-    def __init__(self, config: GPTConfig, B: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (B, config.n_head, config.context_length, config.n_embd // config.n_head)
-        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(config.n_layer)]
-        self.lengths = torch.zeros(B, dtype=torch.long, device=device)
-        self.longest = 0  # max(lengths) as a number, so that slicing does not wait for the GPU
-
-    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) at `positions` (B, T); return all keys and values so far (B, H, longest + T, D)."""
-        row = torch.arange(k.size(0), device=k.device)[:, None]
-        for stored, new in zip(self.layers[layer], (k, v), strict=True):
-            stored[row, :, positions] = new.transpose(1, 2).to(stored.dtype)
-        end = self.longest + k.size(2)
-        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, dense or sparse as the configuration says."""
 
@@ -171,37 +128,59 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
 
     def forward(
-        self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: Cache | None = None,
+        layer: int = 0,
+        inspect: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats. V1 tells its `blocks` (B, H, T, top_blocks)."""
+        """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats.
+
+        Over a whole sequence the stats tell of V1: `keys_read` (H,), the share of dense attention's pairs that was read, and
+        `flops` (), the realised share of its arithmetic, the choosing included. With `inspect` also q and k (B, H, T, D) and
+        the choice itself, `blocks` (B, H, R, top_blocks).
+        """
         B, T, C = x.shape
         q, k, v = (
             linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
             for linear in (self.query, self.key, self.value)
         )
         q, k = rms_norm(rotate(q, rope)), rms_norm(rotate(k, rope))
-        among = None  # where the queries stand among the keys: by default query t is key t
+        with torch.autocast("cpu", enabled=False):  # a CPU's bf16 attention takes four times as long backward as its fp32
+            y, stats = self.read(q, k, v.to(q.dtype), positions, cache, layer)
+        if inspect:
+            stats |= {"q": q, "k": k}
+        elif "blocks" in stats:
+            del stats["blocks"]
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), stats
+
+    def read(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Cache | None, layer: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """q, k, v (B, H, T, D) of new tokens, which read each other and what the cache holds -> (B, H, T, D), stats."""
+        c, T, D = self.config, q.size(2), q.size(3)
+        among, summaries = None, None  # where the queries stand among the keys: by default query t is key t
         if cache is not None:
             k_all, v_all = cache.append(layer, k, v, positions)
             if cache.longest:
                 k, v, among = k_all, v_all, positions
-        with torch.autocast("cpu", enabled=False):  # a CPU's bf16 attention takes four times as long backward as its fp32
-            y, stats = self.read(q, k, v.to(q.dtype), among)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), stats
-
-    def read(self, q: Tensor, k: Tensor, v: Tensor, among: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D), stats."""
-        stats = {}
-        if self.config.kind == "dense":
-            y = dense_attention(q, k, v, positions=among)
-        elif self.config.kind == "topk":
-            y = topk_attention(q, k, v, self.config.top_k, positions=among)
-        else:
-            size = self.config.block_size
-            blocks = select_blocks(q, k, size, self.config.top_blocks, positions=among)
-            y = block_attention(q, k, v, blocks, size, positions=among)
-            stats["blocks"] = blocks
-        return y, stats
+                summaries = cache.summaries[layer][:, :, : k.size(2) // c.block_size] if c.kind == "block" else None
+        if c.kind == "dense":
+            return dense_attention(q, k, v, positions=among), {}
+        if c.kind == "topk":
+            return topk_attention(q, k, v, c.top_k, positions=among), {}
+        method = "flat" if c.method == "shared" and among is not None else c.method
+        blocks = select_blocks(q, k, c.block_size, c.top_blocks, method, c.pool, positions=among, summaries=summaries)
+        if c.method == "shared" and cache is not None:
+            if among is not None:
+                blocks = cache.shared_choice(layer, blocks, positions)
+            else:
+                cache.choices[layer][:, :, : blocks.size(2)] = blocks
+        y = block_attention(q, k, v, blocks, c.block_size, positions=among)
+        stats = cost(blocks, T, D, c.block_size, c.method, c.pool) if among is None else {}
+        return y, stats | {"blocks": blocks}
 
 
 class MLP(nn.Module):
@@ -225,9 +204,15 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
 
     def forward(
-        self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: Cache | None = None,
+        layer: int = 0,
+        inspect: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, attention_stats = self.attention(rms_norm(x), positions, rope, cache, layer)
+        y, attention_stats = self.attention(rms_norm(x), positions, rope, cache, layer, inspect)
         x = x + y
         y, mlp_stats = self.mlp(rms_norm(x))
         return x + y, attention_stats | mlp_stats
@@ -251,9 +236,9 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=self.config.n_embd**-0.5)
 
     def forward(
-        self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None
+        self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None, inspect: bool = False
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """tokens (B, T) -> logits (B, T, V) for the token after each, and the stats of each layer.
+        """tokens (B, T) -> logits (B, T, V) for the token after each, and the stats of each layer (more with `inspect`).
 
         With a cache the tokens continue those read before. Rows of different `lengths` (B,) are padded on the right; what is
         computed at the padding is meaningless. ValueError if a sequence would exceed `context_length`.
@@ -269,12 +254,17 @@ class GPT(nn.Module):
         rope = rotations(positions, self.config.n_embd // self.config.n_head, x.dtype)
         stats = []
         for layer, block in enumerate(self.blocks):
-            x, layer_stats = block(x, positions, rope, cache, layer)
+            x, layer_stats = block(x, positions, rope, cache, layer, inspect)
             stats.append(layer_stats)
         if cache is not None:
             cache.lengths = cache.lengths + (T if lengths is None else lengths)
             cache.longest += T if lengths is None else int(lengths.max())
         return self.head(rms_norm(x)), stats
+
+    def new_cache(self, B: int) -> Cache:
+        """An empty cache for B rows of up to `context_length` tokens."""
+        c, weight = self.config, self.head.weight
+        return Cache(c.attention, c.n_layer, (B, c.n_head, c.context_length, c.n_embd // c.n_head), weight.device, weight.dtype)
 
     # ---- what it costs ---------------------------------------------------------------------------------------------------
 
@@ -331,7 +321,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if cache is None or cache.longest == context:  # the start, or a row is full: read the rows (again)
                 rows = [row if len(row) <= context else row[-max(1, context // 2) :] for row in rows]
-                cache = Cache(self.config, B, device, self.head.weight.dtype)
+                cache = self.new_cache(B)
                 lengths = torch.tensor([len(row) for row in rows], device=device)
                 padded = [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
                 logits, _ = self(torch.tensor(padded, device=device), cache, lengths)

@@ -12,7 +12,6 @@ from nanods.gpt import (
     GPT,
     Attention,
     AttentionConfig,
-    Cache,
     GPTConfig,
     RMSNorm,
     SquaredReLU,
@@ -26,7 +25,11 @@ DENSE = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_length=24, vocab_size=
 CONFIGS = {
     "dense": DENSE,
     "topk": replace(DENSE, attention=AttentionConfig("topk", top_k=5)),
-    "block": replace(DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=2)),
+    **{
+        f"{method}-{pool}": replace(DENSE, attention=AttentionConfig("block", 5, 4, 2, method, pool))
+        for method in ("flat", "shared", "tree", "window")
+        for pool in ("mean", "bound")
+    },
 }
 
 
@@ -73,7 +76,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_length(model):
     tokens = tokens_of(2, 24)
     full, _ = model(tokens)
     for prefix in range(1, 25):
-        cache = Cache(model.config, 2, tokens.device, torch.float64)
+        cache = model.new_cache(2)
         logits, _ = model(tokens[:, :prefix], cache)
         assert (logits - full[:, :prefix]).abs().max() <= 1e-10
         for t in range(prefix, 24):
@@ -82,10 +85,20 @@ def test_cached_decoding_equals_the_full_forward_at_every_length(model):
 
 
 @torch.no_grad()
+def test_a_prompt_read_in_pieces_equals_the_full_forward(model):
+    tokens = tokens_of(2, 24)
+    full, _ = model(tokens)
+    for first, second in ((5, 3), (8, 7), (4, 13)):
+        cache = model.new_cache(2)
+        pieces = [model(part, cache)[0] for part in tokens.split([first, second, 24 - first - second], dim=1)]
+        assert (torch.cat(pieces, dim=1) - full).abs().max() <= 1e-10
+
+
+@torch.no_grad()
 def test_ragged_prompts_decode_as_each_alone(model):
     tokens, lengths = tokens_of(3, 24), torch.tensor([3, 11, 7])
     full, _ = model(tokens)
-    cache = Cache(model.config, 3, tokens.device, torch.float64)
+    cache = model.new_cache(3)
     padded = tokens[:, :11].masked_fill(torch.arange(11) >= lengths[:, None], 0)
     model(padded, cache, lengths)
     for step in range(10):
@@ -195,7 +208,7 @@ def test_under_bf16_autocast_a_cpu_attends_in_fp32(kind, monkeypatch):
         torch.nn.init.normal_(p, std=0.3)
     plain, _ = model(tokens)
     real = Attention.read
-    monkeypatch.setattr(Attention, "read", lambda self, q, k, v, among: (seen.append((q, k, v)), real(self, q, k, v, among))[1])
+    monkeypatch.setattr(Attention, "read", lambda self, *args: (seen.append(args[:3]), real(self, *args))[1])
     with torch.autocast("cpu", torch.bfloat16):
         rounded, _ = model(tokens)
     assert rounded.dtype == torch.bfloat16 and {x.dtype for qkv in seen for x in qkv} == {torch.float32}
@@ -223,6 +236,20 @@ def test_pairs_agree_with_the_mask():
     assert config.pairs(30) == mask.sum()
     assert AttentionConfig().pairs(30) == 30 * 31 // 2
     assert AttentionConfig("topk", top_k=7).pairs(30) == sum(min(7, t + 1) for t in range(30))
+
+
+@pytest.mark.parametrize("method", ["flat", "shared", "tree", "window"])
+@torch.no_grad()
+def test_the_stats_tell_what_was_read(method):
+    from nanods.attention import block_mask
+
+    model = model_of(replace(DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=2, method=method)))
+    _, stats = model(tokens_of(2, 22), inspect=True)
+    for layer in stats:
+        mask = block_mask(layer["q"], layer["k"], layer["blocks"], 4, causal=True)
+        assert torch.allclose(layer["keys_read"], mask.double().mean(dim=(0, 2, 3)) * 22 * 22 / (22 * 23 / 2))
+        assert layer["flops"] >= layer["keys_read"].mean()
+    assert "blocks" not in model(tokens_of(2, 22))[1][0]
 
 
 def test_v1_tiny_is_truly_sparse():

@@ -15,7 +15,7 @@ import torch
 
 from nanods.config import PRESETS
 from nanods.data.download import place
-from nanods.gpt import GPT, Cache
+from nanods.gpt import GPT
 
 
 def median_ms(call, repeats: int) -> float:
@@ -31,7 +31,7 @@ def median_ms(call, repeats: int) -> float:
 def measure(preset: str, context: int = 1024) -> dict[str, float]:
     model = GPT(replace(PRESETS[preset].model, context_length=context))
     tokens = torch.randint(0, model.config.vocab_size, (1, context))
-    cache = Cache(model.config, 1, tokens.device, torch.float32)
+    cache = model.new_cache(1)
     model(tokens[:, :-1], cache)
     lengths, longest = cache.lengths, cache.longest
 
