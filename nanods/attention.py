@@ -338,21 +338,22 @@ def block_attention(
     """Each query reads its own block and those in its row of `blocks`, or of its tile's row.
 
     q (B, H, T, D), k and v (B, H, S, D), blocks (B, H, R, K), -1 for none, each at most once in a row -> (B, H, T, D).
-    One result, by the quickest of four routes: gather each query's keys (decoding); on a GPU, FlexAttention; a mask over
-    PyTorch's fused kernel, where the sequence is so short that visiting every pair costs less than sorting them (LOG.md);
-    the kernels of nanods/attention_kernel.py.
+    One result, by the quickest of four routes: gather each query's keys (decoding); on a GPU, FlexAttention; the kernels of
+    nanods/attention_kernel.py; a mask over PyTorch's own, where a sequence is so short that visiting every pair costs less
+    than sorting the pairs that are read (LOG.md). That mask is added to the scores, so a nan in a hidden key would pass it.
     """
-    T, S = q.size(2), k.size(2)
-    blocks_each = for_each_query(blocks, T, block_size)
+    (T, S), rows = (q.size(2), k.size(2)), blocks.size(2)
+    query_positions(q, k, positions)  # raises where it is not said how the queries stand among the keys
     if T * (blocks.size(-1) + 1) * block_size <= S:
-        return gathered_block_attention(q, k, v, blocks_each, block_size, causal, positions)
+        return gathered_block_attention(q, k, v, for_each_query(blocks, T, block_size), block_size, causal, positions)
     if positions is None and q.is_cuda and block_size >= 64:
         return flex_block_attention(q, k, v, blocks, block_size, causal)
-    if positions is not None or T * block_size < 1 << 15:
-        mask = block_mask(q, k, blocks, block_size, causal, positions)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    attend = query_attention if blocks.size(2) == T else tile_attention
-    return attend(q, k, v, blocks, block_size, causal)
+    if positions is None and rows != T:
+        return tile_attention(q, k, v, blocks, block_size, causal)
+    if positions is None and T * block_size >= 1 << 14:
+        return query_attention(q, k, v, blocks, block_size, causal)
+    mask = block_mask(q, k, blocks, block_size, causal, positions)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def gathered_block_attention(

@@ -49,7 +49,8 @@ class Scratch:
 
 
 def into_tiles(x: Tensor, block_size: int) -> Tensor:
-    """Cut each head's sequence into blocks, the last filled up with zeros: (B, H, T, D) -> (G, S, D)."""
+    """Cut each head's sequence into blocks, the last filled up with zeros, in at least fp32: (B, H, T, D) -> (G, S, D)."""
+    x = x if x.dtype == torch.float64 else x.float()
     if missing := -x.size(2) % block_size:  # F.pad would copy even to add nothing
         x = F.pad(x, (0, 0, 0, missing))
     return x.reshape(-1, block_size, x.size(3))
@@ -95,7 +96,7 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: 
     read = torch.cat([own.expand(B, H, N, 1) + head, torch.where(read < 0, -1, read + head)], dim=-1)
     tiles = (into_tiles(x, block_size) for x in (q, k, v))
     out = TileAttention.apply(*tiles, read.view(B * H * N, -1), Masks(T, block_size, causal, q.device))  # (G, S, D)
-    return out.view(B, H, N * block_size, D)[:, :, :T]
+    return out.view(B, H, N * block_size, D)[:, :, :T].to(q.dtype)
 
 
 class TileAttention(torch.autograd.Function):
@@ -176,7 +177,7 @@ def query_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size:
     starts = torch.searchsorted(block, torch.arange(B * H * N + 1, device=q.device))  # block j has starts[j] : starts[j + 1]
     tiles = (into_tiles(x, block_size) for x in (q, k, v))
     out = QueryAttention.apply(*tiles, pair // K, starts, Masks(T, block_size, causal, q.device))  # (G, S, D)
-    return out.view(B, H, N * block_size, D)[:, :, :T]
+    return out.view(B, H, N * block_size, D)[:, :, :T].to(q.dtype)
 
 
 class QueryAttention(torch.autograd.Function):

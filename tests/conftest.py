@@ -11,6 +11,13 @@ SIZE = {"n-layer": 2, "n-head": 2, "n-embd": 16, "context-length": 32, "batch-si
 TINY = ["--device", "cpu", *(word for name, value in SIZE.items() for word in (f"--{name}", str(value)))]
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

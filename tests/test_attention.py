@@ -6,19 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanods.attention import (
+    METHODS,
+    POOLS,
     block_attention,
     block_attention_reference,
     block_mask,
     dense_attention,
     gathered_block_attention,
     masked_attention,
+    query_attention,
     select_blocks,
     summarise,
+    tile_attention,
     topk_attention,
     visible,
 )
 
 FAST = (block_attention, gathered_block_attention)
+methods, pools = st.sampled_from(METHODS), st.sampled_from(POOLS)
 shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.sampled_from([2, 4, 8]))
 
 
@@ -97,50 +102,135 @@ def test_gradients_are_right(attend):
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.integers(1, 12), st.integers(1, 4), st.booleans())
-def test_selection_is_the_best_of_the_candidates(shape, block_size, top_blocks, causal):
+@given(shapes, st.integers(1, 12), st.integers(1, 4), st.booleans(), pools)
+def test_flat_selection_is_the_best_of_the_candidates(shape, block_size, top_blocks, causal, pool):
     q, k, _ = random_qkv(shape)
-    (B, H, T, _), blocks = shape, select_blocks(q, k, block_size, top_blocks, causal=causal)
+    (B, H, T, _), blocks = shape, select_blocks(q, k, block_size, top_blocks, pool=pool, causal=causal)
     assert blocks.shape == (B, H, T, top_blocks)
-    pooled = torch.stack([k[:, :, s : s + block_size].mean(2) for s in range(0, T, block_size)], dim=2)
     for b in range(B):
         for h in range(H):
+            keys = k[b, h].split(block_size)
             for t in range(T):
-                own = t // block_size
-                candidates = [n for n in range(pooled.size(2)) if (n < own if causal else n != own)]
-                best = sorted(candidates, key=lambda n: -(pooled[b, h, n] @ q[b, h, t]).item())[:top_blocks]
+                own, query = t // block_size, q[b, h, t]
+                if pool == "mean":
+                    scores = [float(query @ block.mean(0)) for block in keys]
+                else:
+                    scores = [float(torch.maximum(query * block.amax(0), query * block.amin(0)).sum()) for block in keys]
+                candidates = [n for n in range(len(keys)) if (n < own if causal else n != own)]
+                best = sorted(candidates, key=lambda n: -scores[n])[:top_blocks]
                 assert blocks[b, h, t].tolist() == best + [-1] * (top_blocks - len(best))
 
 
-def leaks(select):
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(1, 12))
+def test_no_key_scores_above_its_blocks_bound(shape, block_size):
+    q, k, _ = random_qkv(shape)
+    bound = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1) @ summarise(k, block_size, "bound").mT  # (B, H, T, N)
+    scores = q @ k.mT
+    for n, of_block in enumerate(scores.split(block_size, dim=-1)):
+        assert (of_block.amax(-1) <= bound[..., n] + 1e-12).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(1, 12), st.integers(1, 4), st.booleans(), pools, st.integers(2, 4))
+def test_a_beam_as_wide_as_the_tree_equals_flat(shape, block_size, top_blocks, causal, pool, fan_out):
+    q, k, _ = random_qkv(shape)
+    N = -(-shape[2] // block_size)
+    flat = select_blocks(q, k, block_size, top_blocks, "flat", pool, causal)
+    for beam in (max(1, N // fan_out), N):  # the first still has a level or two to descend
+        tree = select_blocks(q, k, block_size, top_blocks, "tree", pool, causal, beam=beam, fan_out=fan_out)
+        assert beam < N / fan_out or torch.equal(tree, flat)
+
+
+def test_a_narrow_beam_finds_the_blocks_of_a_topic():
+    """Keys that come in topics: whoever looks for a topic finds it from the top of the pyramid down."""
+    topics = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).double()
+    k = topics.repeat_interleave(32, dim=0)[None, None]  # (1, 1, 256, 16): 8 topics of 8 blocks of 4 keys
+    q = topics[2].expand(1, 1, 256, 16)
+    tree = select_blocks(q, k, 4, 8, "tree", beam=4, fan_out=2)
+    assert sorted(tree[0, 0, 255].tolist()) == list(range(16, 24))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(1, 12), st.integers(1, 4), pools)
+def test_shared_is_the_choice_of_the_tiles_first_query(shape, block_size, top_blocks, pool):
+    q, k, _ = random_qkv(shape)
+    flat, shared = (select_blocks(q, k, block_size, top_blocks, method, pool) for method in ("flat", "shared"))
+    assert torch.equal(shared, flat[:, :, ::block_size])
+    assert torch.equal(select_blocks(q, k, 1, top_blocks, "shared", pool), select_blocks(q, k, 1, top_blocks, "flat", pool))
+
+
+def test_window_takes_the_nearest():
+    q, k, _ = random_qkv((1, 1, 22, 4))
+    assert select_blocks(q, k, 4, 3, "window")[0, 0, [0, 5, 21]].tolist() == [[-1, -1, -1], [0, -1, -1], [4, 3, 2]]
+    assert select_blocks(q, k, 4, 3, "window", causal=False)[0, 0, [0, 8, 21]].tolist() == [[-1, 1, -1], [1, 3, 0], [4, -1, 3]]
+
+
+def leaks(select, T=26, dtype=torch.float64):
     """Does what comes at or after token p change the choice or the output before p, for any p?"""
-    T, block_size = 26, 4
-    q, k, v = random_qkv((1, 2, T, 4))
+    q, k, v = random_qkv((1, 2, T, 4), dtype=dtype)
     for p in range(1, T):
         q2, k2, v2 = q.clone(), k.clone(), v.clone()
         for x, seed in ((q2, 1), (k2, 2), (v2, 3)):
-            x[:, :, p:] = 5 * random_qkv((1, 2, T - p, 4), seed=seed * 100 + p)[0]
-        before, after = select(q, k, block_size, 2), select(q2, k2, block_size, 2)
-        if not torch.equal(before[:, :, :p], after[:, :, :p]):
+            x[:, :, p:] = 5 * random_qkv((1, 2, T - p, 4), seed=seed * 100 + p, dtype=dtype)[0]
+        before, after = select(q, k, 4, 2), select(q2, k2, 4, 2)
+        rows = p if before.size(2) == T else -(-p // 4)  # tiles that have a query before p
+        if not torch.equal(before[:, :, :rows], after[:, :, :rows]):
             return True
-        for attend in (*FAST, block_attention_reference):
-            close(attend(q, k, v, before, block_size)[:, :, :p], attend(q2, k2, v2, after, block_size)[:, :, :p])
+        for attend in (block_attention, block_attention_reference):
+            one, other = attend(q, k, v, before, 4)[:, :, :p], attend(q2, k2, v2, after, 4)[:, :, :p]
+            close(one, other, 1e-12 if dtype == torch.float64 else 1e-5)
     return False
 
 
-def test_the_future_changes_nothing():
-    assert not leaks(select_blocks)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [3, 16, 26])
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_future_changes_nothing(method, pool, T, dtype):
+    def select(q, k, block_size, top_blocks):
+        return select_blocks(q, k, block_size, top_blocks, method, pool, beam=2, fan_out=2)
+
+    assert not leaks(select, T, dtype)
 
 
-def test_a_leaky_selection_is_caught():
-    def own_block_scored(q, k, block_size, top_blocks):  # the mean of the own block holds keys of the future
-        scores = q @ summarise(k, block_size, "mean").mT
-        own = torch.arange(q.size(2))[:, None] // block_size
-        scores = scores.masked_fill(torch.arange(scores.size(-1)) > own, float("-inf"))
-        best, blocks = scores.topk(top_blocks, dim=-1)
-        return blocks.masked_fill(best == float("-inf"), -1)
+def by_own_block(q, k, block_size, top_blocks):
+    """Scores the own block, whose mean holds keys of the future."""
+    scores = q @ summarise(k, block_size, "mean").mT
+    own = torch.arange(q.size(2))[:, None] // block_size
+    scores = scores.masked_fill(torch.arange(scores.size(-1)) > own, float("-inf"))
+    best, blocks = scores.topk(top_blocks, dim=-1)
+    return blocks.masked_fill(best == float("-inf"), -1)
 
-    assert leaks(own_block_scored)
+
+def by_tile_mean(q, k, block_size, top_blocks):
+    """Takes past blocks alone, but by the mean of the tile's queries, most of which are in the first one's future."""
+    scores = summarise(q, block_size, "mean") @ summarise(k, block_size, "mean").mT
+    N = scores.size(-1)
+    best, blocks = scores.masked_fill(torch.ones(N, N, dtype=torch.bool).triu(), float("-inf")).topk(top_blocks, dim=-1)
+    return blocks.masked_fill(best == float("-inf"), -1)
+
+
+@pytest.mark.parametrize("leaky", [by_own_block, by_tile_mean])
+def test_a_leaky_selection_is_caught(leaky):
+    assert leaks(leaky)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_a_poisoned_key_reaches_only_those_who_see_it(method, pool, poison):
+    """By every route but PyTorch's kernel with a mask, which is added to the scores: nan - inf is nan."""
+    q, k, v = random_qkv((2, 1, 24, 4))
+    k2 = k.clone()
+    k2[0, 0, 13] = poison
+    for attend in (tile_attention,) if method == "shared" else (query_attention, gathered_block_attention):
+        clean = attend(q, k, v, select_blocks(q, k, 4, 2, method, pool), 4)
+        blocks = select_blocks(q, k2, 4, 2, method, pool)
+        poisoned, reference = attend(q, k2, v, blocks, 4), block_attention_reference(q, k2, v, blocks, 4)
+        close(poisoned[0, :, :13], clean[0, :, :13])
+        close(poisoned[1], clean[1])
+        assert torch.allclose(poisoned, reference, rtol=0, atol=1e-12, equal_nan=True)
 
 
 def test_the_own_block_is_always_read():
@@ -159,13 +249,17 @@ def test_lower_precision_stays_near(dtype):
     assert (block_attention(q, k, v, blocks, 8).double() - exact).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_decoding_reads_what_the_whole_sequence_reads():
+@pytest.mark.parametrize("method", ["flat", "tree", "window"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_decoding_reads_what_the_whole_sequence_reads(method, pool):
     q, k, v = random_qkv((2, 2, 23, 4))
-    whole = select_blocks(q, k, 4, 2)
+    options = {"method": method, "pool": pool, "beam": 2, "fan_out": 2}
+    whole = select_blocks(q, k, 4, 2, **options)
     out = block_attention_reference(q, k, v, whole, 4)
     at = torch.tensor([[9], [21]])  # each row of the batch stands somewhere else
     last = torch.stack([q[0, :, 9:10], q[1, :, 21:22]])
-    blocks = select_blocks(last, k, 4, 2, positions=at)
+    blocks = select_blocks(last, k, 4, 2, positions=at, **options)
+    assert torch.equal(blocks, select_blocks(last, k, 4, 2, positions=at, summaries=summarise(k, 4, pool), **options))
     for row, p in enumerate((9, 21)):
         assert torch.equal(blocks[row, :, 0], whole[row, :, p])
         for attend in (*FAST, block_attention_reference):
@@ -179,6 +273,9 @@ def test_decoding_reads_what_the_whole_sequence_reads():
         lambda q, k, v: select_blocks(q, k, 0, 1),
         lambda q, k, v: select_blocks(q, k, 4, 1, method="oracle"),
         lambda q, k, v: select_blocks(q[:, :, :3], k, 4, 1),
+        lambda q, k, v: select_blocks(q, k, 4, 1, "tree", beam=0),
+        lambda q, k, v: select_blocks(q, k, 4, 1, "shared", positions=torch.arange(9)[None]),
+        lambda q, k, v: block_attention(q[:, :, :8], k, v, torch.zeros(1, 1, 2, 1, dtype=torch.long), 4),
         lambda q, k, v: block_attention_reference(q, k, v, torch.zeros(1, 1, 2, 1, dtype=torch.long), 4),
     ],
 )

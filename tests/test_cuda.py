@@ -5,7 +5,7 @@ import torch
 
 from tests.test_train import metrics
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+pytestmark = pytest.mark.cuda
 
 
 def losses(train_tiny, workspace, device, *options):
