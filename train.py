@@ -27,6 +27,7 @@ from nanods.data.text import load_text
 from nanods.errors import UserError, run
 from nanods.gpt import GPT
 from nanods.training import checkpoint
+from nanods.training.inspection import sparsity_report
 from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
 from nanods.training.tasks import LanguageModelling
 
@@ -304,6 +305,10 @@ def report(config: Config, model: GPT, data, rows: list[dict]) -> None:
     )
     plots.save(figure, config.out / "loss.png")
     print(f"picture    {config.out / 'loss.png'}")
+    if config.model.attention.kind == "block":
+        window = torch.from_numpy(data.val[: config.model.context_length].astype("int64")).to(model.head.weight.device)
+        plots.save(plots.sparsity(sparsity_report(model, window)), config.out / "sparsity.png")
+        print(f"picture    {config.out / 'sparsity.png'}")
     prompt = torch.tensor([data.tokenizer.encode("\n").tolist()], device=model.head.weight.device)
     ids = [int(token[0]) for token in model.generate(prompt, 300, temperature=0.8, seed=config.seed)]
     print(f"sample     {data.tokenizer.decode(ids)}\n")

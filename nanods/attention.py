@@ -366,7 +366,7 @@ def gathered_block_attention(
     positions: Tensor | None = None,
 ) -> Tensor:
     """`block_attention` by touching no key but those read: work and memory T x (K + 1) x block_size."""
-    (B, H, T, D), K = q.shape, blocks.size(-1)
+    B, H, T, _ = q.shape
     own = query_positions(q, k, positions)[:, None, :, None] // block_size  # (B or 1, 1, T, 1)
     read = torch.cat([own.expand(B, H, T, 1), blocks], dim=-1)  # (B, H, T, K + 1)
     key = read[..., None] * block_size + torch.arange(block_size, device=q.device)  # (B, H, T, K + 1, block_size)
@@ -374,12 +374,15 @@ def gathered_block_attention(
     if causal:
         allowed &= key <= query_positions(q, k, positions)[:, None, :, None, None]
 
+    row = torch.arange(B, device=q.device)[:, None, None, None]
+    head = torch.arange(H, device=q.device)[:, None, None]
+
     def gather(x: Tensor) -> Tensor:
-        if missing := -x.size(2) % block_size:
+        if missing := -x.size(2) % block_size:  # a cache holds whole blocks, and nothing is copied but what is read
             x = F.pad(x, (0, 0, 0, missing))
-        x = x.unflatten(2, (-1, block_size)).flatten(-2)  # (B, H, N, block_size * D); no copy
-        index = read.clamp(min=0).view(B, H, -1, 1).expand(-1, -1, -1, block_size * D)
-        return x.gather(2, index).view(B, H, T, (K + 1) * block_size, D)
+        return x.unflatten(2, (-1, block_size))[row, head, read.clamp(min=0)].flatten(
+            3, 4
+        )  # (B, H, T, (K + 1) * block_size, D)
 
     # Each query has keys of its own: to the reference, a batch of single queries (B, H, T, 1, D).
     out = masked_attention(q[..., None, :], gather(k), gather(v), allowed.view(B, H, T, 1, -1))

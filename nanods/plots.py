@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
@@ -50,20 +51,64 @@ def curves(
     return figure
 
 
-def block_map(blocks: np.ndarray, block_size: int) -> Figure:
-    """Which block of keys each query reads: blocks (T, K), -1 for none; the own block in orange."""
-    T = len(blocks)
+def draw_block_map(axes: Axes, blocks: np.ndarray, T: int, block_size: int) -> None:
+    rows = np.repeat(blocks, block_size, axis=0)[:T] if len(blocks) < T else blocks  # a tile's row, for each of its queries
     N = -(-T // block_size)
     picture = np.ones((T, N, 3))
-    for colour, rows, columns in (
-        (BLUE, np.repeat(np.arange(T), blocks.shape[1]), blocks.reshape(-1)),
+    for colour, queries, columns in (
+        (BLUE, np.repeat(np.arange(T), rows.shape[1]), rows.reshape(-1)),
         (ORANGE, np.arange(T), np.arange(T) // block_size),
     ):
         keep = columns >= 0
-        picture[rows[keep], columns[keep]] = matplotlib.colors.to_rgb(colour)
-    figure = Figure(figsize=(5, 5))
-    axes = figure.subplots()
+        picture[queries[keep], columns[keep]] = matplotlib.colors.to_rgb(colour)
     axes.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, N * block_size, T, 0))
     axes.set(xlabel="keys, in blocks", ylabel="query", title="blue: chosen blocks; orange: own block")
     axes.grid(False)
+
+
+def block_map(blocks: np.ndarray, T: int, block_size: int) -> Figure:
+    """Which block of keys each of T queries reads: blocks (T or tiles, K), -1 for none; the own block in orange."""
+    figure = Figure(figsize=(5, 5))
+    draw_block_map(figure.subplots(), blocks, T, block_size)
+    return figure
+
+
+def draw_heads(axes: Axes, values: np.ndarray, title: str) -> None:
+    """A share for each layer and head, (L, H), in colour and in percent."""
+    axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (layer, head), value in np.ndenumerate(values):
+        axes.text(head, layer, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.6 else "black", fontsize=8)
+    axes.set(xlabel="head", ylabel="layer", title=title, xticks=range(values.shape[1]), yticks=range(values.shape[0]))
+    axes.grid(False)
+
+
+def sparsity(report: dict) -> Figure:
+    """What a model's selections do (nanods/training/inspection.py): the block map of one head, and shares by layer and head."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    draw_block_map(axes[0, 0], report["blocks"], report["tokens"], report["block_size"])
+    axes[0, 0].set_title(f"layer {report['layer']}, head {report['head']}: " + axes[0, 0].get_title())
+    draw_heads(axes[0, 1], report["keys_read"], "keys read, of all in the past")
+    draw_heads(axes[1, 0], report["weight_read"], "dense attention's weight on the keys read")
+    draw_heads(axes[1, 1], report["best_found"], "recall: blocks of most weight that were chosen")
+    return figure
+
+
+def cost_against_tokens(table: dict) -> Figure:
+    """Time and memory against T on log axes, with fitted exponents, from results/attention.json."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    colours = {"dense": GREY, "flat": ORANGE, "shared": BLUE}
+    for name, row in table["time"]["by_tokens"].items():
+        label = f"{name}: T^{table['time']['exponents'][name]:.2f} from 4,096 on"
+        time.loglog([int(T) for T in row], list(row.values()), "o-", color=colours[name], label=label)
+    time.set(xlabel="tokens T", ylabel="seconds", title="forward and backward, selection included")
+    for name, row in table["memory"]["bytes_per_token"].items():
+        xs, ys = [int(T) for T in row], [value * int(T) / 2**20 for T, value in row.items()]
+        slope = np.polyfit(np.log(xs), np.log(ys), 1)[0]
+        style = "o--" if "one head" in name else "o-"
+        memory.loglog(xs, ys, style, color=colours.get(name.split(",")[0], "black"), label=f"{name}: T^{slope:.2f}")
+    memory.set(xlabel="tokens T", ylabel="MiB above the inputs", title="peak memory, forward and backward")
+    for axes in (time, memory):
+        axes.legend(frameon=False)
     return figure

@@ -1,0 +1,283 @@
+"""Sparse attention against PyTorch's dense one: time, memory, decoding, and what the selection finds: results/attention.json.
+
+    python -m nanods.bench.attention                   about 12 minutes; `make bench-v1`
+    python -m nanods.bench.attention --only time       one part: time, memory, decode, tree, recall or needle
+
+One thread, fp32, B = 1, 4 heads of 64, blocks of 64, 8 chosen and the own. Rivals take turns in one process, and each figure is
+the median of its turns; choosing is part of every time. Memory is the rise of a fresh process's peak above its inputs.
+"""
+
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from nanods import plots
+from nanods.attention import (
+    AttentionConfig,
+    block_attention,
+    gathered_block_attention,
+    masked_attention,
+    select_blocks,
+    summarise,
+    visible,
+)
+from nanods.data.download import place
+from nanods.gpt import GPT, GPTConfig
+
+HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
+
+
+@dataclass(frozen=True)
+class Args:
+    only: Literal["all", "time", "memory", "decode", "tree", "recall", "needle"] = "all"
+    """One part; the others stay as they are in the results."""
+    results: Path = Path("results")
+    """Where the table and the pictures go."""
+
+
+def inputs(T: int, heads: int = HEADS) -> tuple[list[Tensor], Tensor]:
+    """q, k, v (1, heads, T, D) that want gradients, and the gradient of the output."""
+    return [torch.randn(1, heads, T, D, requires_grad=True) for _ in range(3)], torch.randn(1, heads, T, D)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention with its scores in memory, as in the article's snippet."""
+    return masked_attention(q, k, v, visible(q, k, True, None))
+
+
+def sparse(method: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_attention(q, k, v, select_blocks(q, k, SIZE, CHOSEN, method), SIZE)
+
+    return attend
+
+
+RIVALS = {"dense": dense, "shared": sparse("shared"), "flat": sparse("flat"), "unfused": unfused}
+
+
+def there_and_back(attend: Callable, qkv: list[Tensor], gradient: Tensor) -> None:
+    torch.autograd.grad(attend(*qkv), qkv, gradient)
+
+
+def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Seconds of each call, the rivals taking turns; one turn before the clock starts."""
+    seconds = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def fitted_exponent(xs: list[int], ys: list[float]) -> float:
+    """The slope of log y against log x, by least squares: 1 is linear, 2 quadratic."""
+    x, y = torch.tensor(xs).double().log(), torch.tensor(ys).double().log()
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
+    """{name: {T: value}} -> the same and the exponent of each, over lengths of at least `beyond`."""
+    slopes = {}
+    for name, row in table.items():
+        xs = [int(T) for T in row if int(T) >= beyond]
+        if len(xs) > 1:
+            slopes[name] = fitted_exponent(xs, [row[str(T)] for T in xs])
+    return {"by_tokens": table, "exponents": slopes}
+
+
+# ---- the parts --------------------------------------------------------------------------------------------------------------
+
+
+def part_time() -> dict:
+    """Seconds forward and backward against T."""
+    table = {name: {} for name in ("dense", "shared", "flat")}
+    for T, turns in ((512, 21), (1024, 21), (1536, 15), (2048, 15), (4096, 9), (8192, 7), (16384, 3), (65536, 3)):
+        qkv, gradient = inputs(T)
+        names = [name for name in table if T <= 16384 or name != "dense"]
+        calls = {name: lambda a=RIVALS[name], x=qkv, g=gradient: there_and_back(a, x, g) for name in names}
+        for name, seconds in medians(calls, turns).items():
+            table[name][str(T)] = seconds
+        print(T, {name: f"{1e3 * table[name][str(T)]:.1f} ms" for name in names}, flush=True)
+    ratio = {n: {T: table["dense"][T] / table[n][T] for T in table["dense"]} for n in ("shared", "flat")}
+    longer = {name: table[name]["65536"] / table["dense"]["16384"] for name in ("shared", "flat")}
+    return with_exponents(table, beyond=4096) | {"times_faster": ratio, "sparse_65536_over_dense_16384": longer}
+
+
+def part_memory() -> dict:
+    """Bytes a token, forward and backward, above the inputs; the unfused one with one head, for its T x T scores."""
+    table = {}
+    for name, heads in (("dense", HEADS), ("shared", HEADS), ("flat", HEADS), ("unfused", 1), ("shared", 1)):
+        label = name if heads == HEADS else f"{name}, one head"
+        table[label] = {}
+        for T in (4096, 8192, 16384):
+            command = [sys.executable, "-m", "nanods.bench.attention", "--measure-memory", name, str(T), str(heads)]
+            used = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            table[label][str(T)] = used / T
+        print(label, {T: f"{value:.0f} bytes a token" for T, value in table[label].items()}, flush=True)
+    over = {name: {T: table[name][T] / table["dense"][T] for T in table["dense"]} for name in ("shared", "flat")}
+    return {
+        "bytes_per_token": table,
+        "over_dense": over,
+        "unfused_over_shared_16384_one_head": table["unfused, one head"]["16384"] / table["shared, one head"]["16384"],
+    }
+
+
+def measure_memory(name: str, T: int, heads: int) -> None:
+    """In a process of its own: print how far one forward and backward pass raises its peak memory, in bytes."""
+    there_and_back(RIVALS[name], *inputs(256, heads))  # what is made once
+    qkv, gradient = inputs(T, heads)
+    gc.collect()
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    there_and_back(RIVALS[name], qkv, gradient)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+
+
+@torch.no_grad()
+def part_decode(S: int = 65536) -> dict:
+    """Milliseconds of one step at S tokens of context: the attention alone, and a whole model of 4 layers."""
+    q, (k, v) = torch.randn(1, HEADS, 1, D), torch.randn(2, 1, HEADS, S, D)
+    at, summaries = torch.tensor([[S - 1]]), summarise(k, SIZE, "mean")
+
+    def sparse_step() -> Tensor:
+        blocks = select_blocks(q, k, SIZE, CHOSEN, positions=at, summaries=summaries)
+        return gathered_block_attention(q, k, v, blocks, SIZE, positions=at)
+
+    attention = medians({"dense": lambda: F.scaled_dot_product_attention(q, k, v), "sparse": sparse_step}, 50)
+    steps = {}
+    for name, kind in (("V0", AttentionConfig()), ("V1", AttentionConfig("block", block_size=SIZE, top_blocks=CHOSEN))):
+        model = GPT(GPTConfig(n_layer=4, n_head=HEADS, n_embd=HEADS * D, context_length=S, attention=kind))
+        cache = model.new_cache(1)
+        for stored in (*cache.keys, *cache.values):
+            stored.normal_()
+        lengths = torch.tensor([S - 1])
+
+        def step(model: GPT = model, cache=cache, lengths: Tensor = lengths) -> None:
+            cache.lengths, cache.longest = lengths, S - 1  # write the same last place again
+            model(torch.tensor([[7]]), cache)
+
+        steps[name] = step
+    whole = medians(steps, 30)
+    return {
+        "context": S,
+        "attention_ms": {name: 1e3 * value for name, value in attention.items()},
+        "attention_times_faster": attention["dense"] / attention["sparse"],
+        "model_ms": {name: 1e3 * value for name, value in whole.items()},
+        "model_times_faster": whole["V0"] / whole["V1"],
+    }
+
+
+def part_tree() -> dict:
+    """Seconds to choose for every query of one head, by scoring all and by descent."""
+    table = {"flat": {}, "tree": {}}
+    for T, turns in ((16384, 5), (32768, 5), (65536, 3), (131072, 3), (262144, 1)):
+        q, k = torch.randn(2, 1, 1, T, D)
+        calls = {name: lambda m=name, q=q, k=k: select_blocks(q, k, SIZE, CHOSEN, m) for name in table}
+        for name, seconds in medians(calls, turns).items():
+            table[name][str(T)] = seconds
+        print(T, {name: f"{row[str(T)]:.3f} s" for name, row in table.items()}, flush=True)
+    ratio = {T: table["flat"][T] / table["tree"][T] for T in table["flat"]}
+    return with_exponents(table) | {"compiled": False, "tree_times_faster": ratio}
+
+
+def keys_in_topics(T: int, segment: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Keys (T, D) in segments of one topic each, and for each of them a query on some topic that has been heard."""
+    topics = torch.randn(-(-T // segment), D)
+    k = topics.repeat_interleave(segment, dim=0)[:T] + noise * torch.randn(T, D)
+    wanted = (torch.rand(T) * (torch.arange(T) // segment)).long()
+    return topics[wanted] + noise * torch.randn(T, D), k
+
+
+@torch.no_grad()
+def part_recall() -> dict:
+    """Share of the blocks that scoring all would choose and the descent finds; 2,048 queries of the second half."""
+    table = {"iid keys": {}, "topics of 256 tokens": {}}
+    for T in (8192, 16384, 32768, 65536, 131072):
+        for name, row in table.items():
+            q, k = torch.randn(2, T, D) if name == "iid keys" else keys_in_topics(T, 256)
+            at = torch.randint(T // 2, T, (2048,)).sort().values
+            q, k = q[at][None, None], k[None, None]
+            flat, tree = (select_blocks(q, k, SIZE, CHOSEN, m, positions=at[None]) for m in ("flat", "tree"))
+            row[str(T)] = float((flat[..., None] == tree[..., None, :]).any(dim=-1).double().mean())
+        print(T, {name: f"{row[str(T)]:.3f}" for name, row in table.items()}, flush=True)
+    return {"beam": 16, "fan_out": 4, "found": table}
+
+
+@torch.no_grad()
+def part_needle(T: int = 8192, trials: int = 512) -> dict:
+    """How often the block of one key in the query's own direction, at `strength` times the others' norm, is chosen."""
+    table = {}
+    for strength in (1.0, 1.5, 2.0, 3.0):
+        hits = {pool: 0 for pool in ("mean", "bound")}
+        for _ in range(trials // 16):
+            q, k = torch.randn(16, 1, 1, D), torch.randn(16, 1, T, D)
+            place = torch.randint(0, T - SIZE, (16,))
+            needle = strength * k.norm(dim=-1).mean() * F.normalize(q[:, 0, 0], dim=-1)  # (16, D)
+            k[torch.arange(16), 0, place] = needle
+            for pool in hits:
+                blocks = select_blocks(q, k, SIZE, CHOSEN, pool=pool, positions=torch.tensor([[T - 1]]))
+                hits[pool] += int((blocks[:, 0, 0] == place[:, None] // SIZE).sum())
+        table[f"{strength:g}x"] = {pool: count / trials for pool, count in hits.items()}
+        print(f"{strength:g}x", table[f"{strength:g}x"], flush=True)
+    return {"tokens": T, "trials": trials, "found": table}
+
+
+PARTS = {
+    "time": part_time,
+    "memory": part_memory,
+    "decode": part_decode,
+    "tree": part_tree,
+    "recall": part_recall,
+    "needle": part_needle,
+}
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--measure-memory"]:
+        return measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    args = tyro.cli(Args, description=__doc__)
+    path = args.results / "attention.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    for part in PARTS if args.only == "all" else (args.only,):
+        print(f"---- {part}", flush=True)
+        torch.manual_seed(0)
+        table[part] = PARTS[part]()
+    shapes = {"B": 1, "heads": HEADS, "D": D, "block_size": SIZE, "top_blocks": CHOSEN}
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": platform.processor() or platform.machine(),
+    }
+    table = {"machine": {**versions, "threads": 1, "dtype": "fp32", "shapes": shapes}, **table}
+    text = json.dumps(table, indent=1) + "\n"
+    place(path, lambda file: file.write(text.encode()))
+    if {"time", "memory"} <= table.keys():
+        plots.save(plots.cost_against_tokens(table), args.results / "attention.png")
+
+
+if __name__ == "__main__":
+    main()

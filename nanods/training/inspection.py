@@ -1,0 +1,59 @@
+"""What a sparse model's selections do, measured against the dense attention that they stand for."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanods.attention import block_mask, visible
+from nanods.gpt import GPT
+
+LONGEST = 2048  # queries looked at: the dense weights that serve as the measure take memory T x T
+
+
+@torch.no_grad()
+def sparsity_report(model: GPT, tokens: Tensor) -> dict:
+    """What each head of a block-sparse model reads of one sequence, tokens (T,); arrays (L, H) of shares from 0 to 1.
+
+    keys_read     pairs of query and key that are read, of all in the past
+    weight_read   dense attention's weight, from the same queries and keys, that lies on the keys read
+    best_found    of the `top_blocks` past blocks on which dense attention lays most weight, those that were chosen
+
+    and the choice of the head that reads least of its weight: `blocks` (T or tiles, K) with its `layer` and `head`.
+    """
+    size, top_blocks = model.config.attention.block_size, model.config.attention.top_blocks
+    tokens = tokens[:LONGEST]  # what comes later changes nothing before it
+    T = len(tokens)
+    was_training = model.training
+    _, layers = model.eval()(tokens[None], inspect=True)
+    model.train(was_training)
+    shares = {"keys_read": [], "weight_read": [], "best_found": []}
+    for stats in layers:
+        q, k, blocks = stats["q"].float(), stats["k"].float(), stats["blocks"]  # (1, H, T, D), (1, H, R, K)
+        read = block_mask(q, k, blocks, size, causal=True)  # (1, H, T, T)
+        past = visible(q, k, True, None)
+        weights = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~past, float("-inf")).softmax(dim=-1)
+        shares["keys_read"].append(stats["keys_read"])
+        shares["weight_read"].append((weights * read).sum(dim=-1).mean(dim=(0, 2)))
+        shares["best_found"].append(found(weights, read, size, top_blocks))
+    shares = {name: torch.stack(rows).double().cpu().numpy() for name, rows in shares.items()}
+    layer, head = np.unravel_index(shares["weight_read"].argmin(), shares["weight_read"].shape)
+    blocks = layers[layer]["blocks"][0, head].cpu().numpy()
+    return shares | {"tokens": T, "block_size": size, "layer": int(layer), "head": int(head), "blocks": blocks}
+
+
+def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
+    """Of each query's past blocks of most weight, the share that is read: weights, read (1, H, T, T) -> (H,).
+
+    Over the queries that have more past blocks than they may read; 1 where there is none, since nothing was missed.
+    """
+    T = weights.size(-1)
+    pad = (0, -T % size)
+    by_block = torch.nn.functional.pad(weights, pad).unflatten(-1, (-1, size)).sum(dim=-1)  # (1, H, T, N)
+    chosen = torch.nn.functional.pad(read, pad).unflatten(-1, (-1, size)).any(dim=-1)
+    own = torch.arange(T, device=weights.device) // size
+    by_block = by_block.masked_fill(torch.arange(by_block.size(-1), device=own.device) >= own[:, None], -1.0)
+    hard = own > top_blocks
+    if not hard.any():
+        return weights.new_ones(weights.size(1))
+    best = by_block[:, :, hard].topk(top_blocks, dim=-1).indices  # (1, H, hard, K)
+    return chosen[:, :, hard].gather(-1, best).double().mean(dim=(0, 2, 3))
