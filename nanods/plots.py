@@ -66,10 +66,12 @@ def draw_block_map(axes: Axes, blocks: np.ndarray, T: int, block_size: int) -> N
     axes.grid(False)
 
 
-def block_map(blocks: np.ndarray, T: int, block_size: int) -> Figure:
-    """Which block of keys each of T queries reads: blocks (T or tiles, K), -1 for none; the own block in orange."""
-    figure = Figure(figsize=(5, 5))
-    draw_block_map(figure.subplots(), blocks, T, block_size)
+def block_maps(choices: dict[str, np.ndarray], T: int, block_size: int) -> Figure:
+    """Which block of keys each of T queries reads: named choices (T or tiles, K), -1 for none; the own block in orange."""
+    figure = Figure(figsize=(5 * len(choices), 5), layout="constrained")
+    for axes, (name, blocks) in zip(figure.subplots(1, len(choices), squeeze=False)[0], choices.items(), strict=True):
+        draw_block_map(axes, blocks, T, block_size)
+        axes.set_title(name)
     return figure
 
 

@@ -1,7 +1,7 @@
 """Sparse attention against PyTorch's dense one: time, memory, decoding, and what the selection finds: results/attention.json.
 
     python -m nanods.bench.attention                   about 12 minutes; `make bench-v1`
-    python -m nanods.bench.attention --only time       one part: time, memory, decode, tree, recall or needle
+    python -m nanods.bench.attention --only time       one part: time, memory, decode, tree, recall, needle or peer
 
 One thread, fp32, B = 1, 4 heads of 64, blocks of 64, 8 chosen and the own. Rivals take turns in one process, and each figure is
 the median of its turns; choosing is part of every time. Memory is the rise of a fresh process's peak above its inputs.
@@ -36,14 +36,14 @@ from nanods.attention import (
     visible,
 )
 from nanods.data.download import place
-from nanods.gpt import GPT, GPTConfig
+from nanods.gpt import GPT, Attention, GPTConfig, rotations
 
 HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
 
 
 @dataclass(frozen=True)
 class Args:
-    only: Literal["all", "time", "memory", "decode", "tree", "recall", "needle"] = "all"
+    only: Literal["all", "time", "memory", "decode", "tree", "recall", "needle", "peer"] = "all"
     """One part; the others stay as they are in the results."""
     results: Path = Path("results")
     """Where the table and the pictures go."""
@@ -242,6 +242,31 @@ def part_needle(T: int = 8192, trials: int = 512) -> dict:
     return {"tokens": T, "trials": trials, "found": table}
 
 
+def part_peer() -> dict:
+    """Seconds forward and backward of a whole attention layer: ours and a package that has the same aim (the extra `peers`)."""
+    try:
+        from native_sparse_attention_pytorch import SparseAttention
+    except ImportError:
+        print("not installed, left out: make setup EXTRAS=peers")
+        return {"installed": False}
+    sizes = {"sliding_window_size": SIZE, "compress_block_size": SIZE, "compress_block_sliding_stride": SIZE}
+    sizes |= {"selection_block_size": SIZE, "num_selected_blocks": CHOSEN, "causal": True}
+    peer = SparseAttention(dim=HEADS * D, dim_head=D, heads=HEADS, **sizes)
+    config = GPTConfig(n_head=HEADS, n_embd=HEADS * D, attention=AttentionConfig("block", 32, SIZE, CHOSEN, "shared"))
+    ours, table = Attention(config), {"native-sparse-attention-pytorch": {}, "ours, shared": {}}
+    for T in (512, 1024):
+        x, positions = torch.randn(1, T, HEADS * D, requires_grad=True), torch.arange(T)[None]
+        rope = rotations(positions, D, x.dtype)
+        calls = {
+            "native-sparse-attention-pytorch": lambda x=x: peer(x).sum().backward(),
+            "ours, shared": lambda x=x, p=positions, r=rope: ours(x, p, r)[0].sum().backward(),
+        }
+        for name, seconds in medians(calls, 3).items():
+            table[name][str(T)] = seconds
+    print(table)
+    return {"installed": True, "parameters": sum(p.numel() for p in peer.parameters()), "by_tokens": table}
+
+
 PARTS = {
     "time": part_time,
     "memory": part_memory,
@@ -249,6 +274,7 @@ PARTS = {
     "tree": part_tree,
     "recall": part_recall,
     "needle": part_needle,
+    "peer": part_peer,
 }
 
 
