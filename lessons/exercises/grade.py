@@ -107,7 +107,7 @@ def load(path: Path) -> ModuleType:
 
 def judge(step: Step, function: Callable | None, path: Path) -> Result:
     if not callable(function):
-        return Result(step, "wrong", "is not in the file: was it renamed or deleted?")
+        return Result(step, "not done", "is not in the file: was it renamed or deleted?")
     try:
         step.check(Answer(function, path))
     except NotDone as waits:

@@ -105,6 +105,7 @@ def test_a_missing_function_is_missed(attempt):
     status, lines = attempt(SOLUTIONS.read_text().replace("def dense_attention", "def dense"))
     assert status == 1
     assert "dense_attention  is not in the file" in lines[0]
+    assert attempt(SOLUTIONS.read_text().replace("def select_for_tile", "def bonus"))[0] == 0
 
 
 @pytest.mark.parametrize(
