@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 sample-v0 sample-v1 bench results lessons notebook test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 sample-v0 sample-v1 bench results lessons notebook check-01 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
@@ -15,6 +15,7 @@ help:
 	@echo '  make train-v0    the same with dense attention                       5 min'
 	@echo '  make sample-v1   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0'
 	@echo '  make notebook    open the lessons in Jupyter'
+	@echo '  make check-01    grade your answers in lessons/exercises             seconds'
 	@echo '  make lessons     execute every lesson, top to bottom                 2 min'
 	@echo '  make test        the tests                                           3 min'
 	@echo '  make test-slow   kill tests                                          3 min'
@@ -60,6 +61,10 @@ lessons: .venv/dev
 
 notebook: .venv/dev
 	.venv/bin/jupyter lab lessons
+
+# ARGS=my_answers.py grades another file than the stubs themselves.
+check-01: check-%: .venv/base
+	$(PY) lessons/exercises/check_$*.py $(ARGS)
 
 test: .venv/dev
 	$(PY) -m pytest -m 'not slow' $(ARGS)

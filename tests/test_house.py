@@ -57,7 +57,10 @@ def test_the_package_never_imports_its_front_doors_or_the_wings_the_hall():
         assert not wings, f"{name}.py imports {wings}"
 
 
-@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "tests").rglob("*.py"))], ids=lambda p: str(p.relative_to(ROOT)))
+READ = [*FILES, *sorted(path for folder in ("tests", "lessons") for path in (ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", READ, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_over_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
 

@@ -1,0 +1,142 @@
+"""What the graders of all lessons share: load a learner's file, try its functions, say what is wrong in one line a step.
+
+A grader is a list of `Step`s. Each has a check, which experiments on the learner's function and raises `Mistake` with the
+reason. Exit status: 0 all steps pass, 1 some do not, 2 the file cannot be read or run at all.
+"""
+
+import argparse
+import importlib.util
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+class Mistake(Exception):  # noqa: N818 - it is the learner's, not an error of the program
+    """What is wrong, and where it shows: one sentence for the learner."""
+
+
+class NotDone(Exception):  # noqa: N818
+    """The function still raises the stub's bare NotImplementedError."""
+
+
+class Unusable(Exception):  # noqa: N818
+    """The file cannot be graded at all."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One function to write. `check(answer)` raises Mistake; an optional step may stay undone."""
+
+    name: str
+    check: Callable[["Answer"], None]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    step: Step
+    verdict: str  # "ok", "not done" or "wrong"
+    message: str
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "ok" or (self.verdict == "not done" and self.step.optional)
+
+
+class Crash(Mistake):
+    """The learner's function raised an exception: which, and in which of its lines."""
+
+    def __init__(self, error: BaseException, path: Path, when: str):
+        text = (str(error).splitlines() or [""])[0]
+        self.reason = f"{type(error).__name__}{line_of(error, path)}: {text[:110]}"
+        super().__init__(f"raises {self.reason}" + (f" ({when})" if when else ""))
+
+
+def line_of(error: BaseException, path: Path) -> str:
+    """The last line of the learner's file that the error passed through, as " at line 12"; "" if none."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    return f" at line {lines[-1]}" if lines else ""
+
+
+class Answer:
+    """A learner's function: called like it, on copies of the tensors, it raises Mistake for whatever it should not do."""
+
+    def __init__(self, function: Callable, path: Path):
+        self.function, self.path = function, path
+
+    def __call__(self, *arguments, when: str = "") -> Tensor:
+        given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        try:
+            out = self.function(*given)
+        except Exception as error:
+            if isinstance(error, NotImplementedError) and not error.args:  # torch's own always says what is missing
+                raise NotDone(traceback.extract_tb(error.__traceback__)[-1].name) from None
+            raise Crash(error, self.path, when) from None
+        if not isinstance(out, Tensor):
+            raise Mistake(f"returns {'nothing' if out is None else f'a {type(out).__name__}'}, not a tensor")
+        for i, (before, after) in enumerate(zip(arguments, given, strict=True)):
+            if isinstance(before, Tensor) and not torch.equal(before, after):
+                raise Mistake(f"changes its argument number {i + 1} in place: masked_fill, not masked_fill_, and the like")
+        return out
+
+
+def expect_shape(out: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
+    if tuple(out.shape) != tuple(shape):
+        raise Mistake(f"returns the wrong shape: {tuple(out.shape)}, not {tuple(shape)}{hint}")
+
+
+def load(path: Path) -> ModuleType:
+    """Run the learner's file as a module, whatever its name."""
+    spec = importlib.util.spec_from_file_location("exercise", path)
+    if spec is None or not path.is_file():
+        raise Unusable(f"{path}: there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise Unusable(f"{path}, line {error.lineno}: Python cannot read it: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        raise Unusable(f"{path} stops while it is loaded: {type(error).__name__}{line_of(error, path)}: {error}") from None
+    return module
+
+
+def judge(step: Step, function: Callable | None, path: Path) -> Result:
+    if not callable(function):
+        return Result(step, "not done", "is not in the file: was it renamed or deleted?")
+    try:
+        step.check(Answer(function, path))
+    except NotDone as waits:
+        if str(waits) not in (step.name, getattr(function, "__name__", step.name)):
+            return Result(step, "not done", f"not done yet: it calls {waits}, which is not written")
+        goal = (function.__doc__ or "").strip().split("\n")[0]
+        return Result(step, "not done", f"not done yet: {goal}")
+    except Mistake as mistake:
+        return Result(step, "wrong", str(mistake))
+    return Result(step, "ok", "OK")
+
+
+def grade(path: Path, steps: list[Step]) -> list[Result]:
+    path = Path(path).resolve()
+    module = load(path)
+    torch.manual_seed(0)
+    return [judge(step, getattr(module, step.name, None), path) for step in steps]
+
+
+def main(steps: list[Step], default: Path, arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Grade an exercise, step by step.")
+    parser.add_argument("file", nargs="?", type=Path, default=default, help=f"your answers (default: {default.name})")
+    try:
+        results = grade(parser.parse_args(arguments).file, steps)
+    except Unusable as reason:
+        print(reason)
+        return 2
+    width = max(len(step.name) for step in steps)
+    for number, result in enumerate(results, 1):
+        bonus = " (bonus)" if result.step.optional else ""
+        print(f"{number} {result.step.name:<{width}}  {result.message}{bonus}")
+    return 0 if all(result.passed for result in results) else 1
