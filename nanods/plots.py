@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
 BLUE, ORANGE, GREY = "#2f6db3", "#d9772b", "#9aa0a6"
+COLOURS = (BLUE, ORANGE, GREY, "#4b9e6a", "#8b5fbf")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -36,17 +37,22 @@ def loss_curve(steps: Sequence[float], train: Sequence[float], val_steps: Sequen
 
 
 def curves(
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, marks: dict[str, float]
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    marks: dict[str, float] | None = None,
+    xscale: str = "linear",
+    yscale: str = "linear",
 ) -> Figure:
     """Named lines (x, y), and named horizontal marks to reach."""
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    for (name, (x, y)), colour in zip(lines.items(), (BLUE, ORANGE, GREY), strict=False):
+    for (name, (x, y)), colour in zip(lines.items(), COLOURS, strict=False):
         axes.plot(x, y, "o-", markersize=3, color=colour, label=name)
-    for name, height in marks.items():
+    for name, height in (marks or {}).items():
         axes.axhline(height, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=GREY)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
     axes.legend(frameon=False)
     return figure
 

@@ -30,6 +30,7 @@ def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace, preset)
         assert word in out
     run = workspace / "runs" / preset
     assert (run / "loss.png").stat().st_size > 5000
+    assert (run / "sparsity.png").exists() == (preset == "v1-tiny")
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert rows[0].keys() >= {"step", "tokens", "train_loss", "lr"} and rows[-1].keys() >= {"val_loss", "val_bpb"}
