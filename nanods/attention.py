@@ -346,7 +346,7 @@ def block_attention(
     query_positions(q, k, positions)  # raises where it is not said how the queries stand among the keys
     if T * (blocks.size(-1) + 1) * block_size <= S:
         return gathered_block_attention(q, k, v, for_each_query(blocks, T, block_size), block_size, causal, positions)
-    if positions is None and q.is_cuda and block_size >= 64:
+    if positions is None and q.is_cuda and block_size % 64 == 0:
         return flex_block_attention(q, k, v, blocks, block_size, causal)
     if positions is None and rows != T:
         return tile_attention(q, k, v, blocks, block_size, causal)

@@ -23,6 +23,7 @@ arithmetic in it (LOG.md). Pinned by tests/test_attention_kernel.py: equal to th
 Shapes: B batch, H heads, T tokens, D width of a head, S = block_size, N = ceil(T / S) blocks, G = B*H*N blocks in all.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -259,14 +260,19 @@ class QueryAttention(torch.autograd.Function):
         return dq.mul_(D**-0.5), dk, dv, None, None, None
 
 
-# ---- on a GPU ----------------------------------------------------------------------------------------------------------------
+# ---- on a GPU: written from FlexAttention's documentation, not yet run on one ----------------------------------------------
+
+
+# Its kernel's own tiles must divide the blocks of the mask, and by default they are of 128: these suit any multiple of 64.
+KERNEL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
 
 def flex_block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool = True) -> Tensor:
     """The same choice as a BlockMask of PyTorch's FlexAttention, which compiles it to a kernel that skips what is not read.
 
     blocks (B, H, N, K), or (B, H, T, K): then a tile visits the union of its queries' choices, which is nearly everything, so
-    choose once a tile on a GPU. Without CUDA it runs uncompiled, forward only, over every pair: for testing.
+    choose once a tile on a GPU. There `block_size` must be a multiple of 64. Without CUDA it runs uncompiled, forward only and
+    over every pair: for testing.
     """
     (B, H, T, _), N = q.shape, -(-q.size(2) // block_size)
     R = blocks.size(2)
@@ -282,11 +288,19 @@ def flex_block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_
 
     tiles = chosen if R == N else F.pad(chosen, (0, 0, 0, N * block_size - T)).unflatten(2, (N, block_size)).any(dim=3)
     whole = tiles & (torch.arange(N, device=q.device) != torch.arange(N, device=q.device)[:, None]) & (R == N)
-    counts_and_order = []
-    for kind in (tiles & ~whole, whole):  # blocks of which some pairs are read, and those of which all are
-        counts_and_order += [
-            kind.sum(dim=-1, dtype=torch.int32),
-            kind.int().argsort(dim=-1, descending=True, stable=True).int(),
-        ]
-    mask = BlockMask.from_kv_blocks(*counts_and_order, BLOCK_SIZE=block_size, mask_mod=reads, seq_lengths=(T, T))
-    return (torch.compile(flex_attention) if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
+    some = tiles & ~whole  # blocks of which some pairs are read, and those of which all are
+    numbers = (f(kind) for kind in (some, whole) for f in (lambda x: x.sum(dim=-1, dtype=torch.int32), first_the_true))
+    mask = BlockMask.from_kv_blocks(*numbers, BLOCK_SIZE=block_size, mask_mod=reads, seq_lengths=(T, T))
+    if not q.is_cuda:
+        return flex_attention(q, k, v, block_mask=mask)
+    return compiled_flex_attention()(q, k, v, block_mask=mask, kernel_options=KERNEL_TILES)
+
+
+def first_the_true(x: Tensor) -> Tensor:
+    """The places of the last dimension, those that are true first."""
+    return x.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+@functools.cache
+def compiled_flex_attention():
+    return torch.compile(flex_attention)

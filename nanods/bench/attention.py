@@ -1,7 +1,7 @@
 """Sparse attention against PyTorch's dense one: time, memory, decoding, and what the selection finds: results/attention.json.
 
     python -m nanods.bench.attention                   about 12 minutes; `make bench-v1`
-    python -m nanods.bench.attention --only time       one part: time, memory, decode, tree, recall, needle or peer
+    python -m nanods.bench.attention --only time       one part: time, routes, memory, decode, tree, recall, needle or peer
 
 One thread, fp32, B = 1, 4 heads of 64, blocks of 64, 8 chosen and the own. Rivals take turns in one process, and each figure is
 the median of its turns; choosing is part of every time. Memory is the rise of a fresh process's peak above its inputs.
@@ -29,10 +29,13 @@ from nanods import plots
 from nanods.attention import (
     AttentionConfig,
     block_attention,
+    block_mask,
     gathered_block_attention,
     masked_attention,
+    query_attention,
     select_blocks,
     summarise,
+    tile_attention,
     visible,
 )
 from nanods.data.download import place
@@ -43,7 +46,7 @@ HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
 
 @dataclass(frozen=True)
 class Args:
-    only: Literal["all", "time", "memory", "decode", "tree", "recall", "needle", "peer"] = "all"
+    only: Literal["all", "time", "routes", "memory", "decode", "tree", "recall", "needle", "peer"] = "all"
     """One part; the others stay as they are in the results."""
     results: Path = Path("results")
     """Where the table and the pictures go."""
@@ -121,6 +124,27 @@ def part_time() -> dict:
     ratio = {n: {T: table["dense"][T] / table[n][T] for T in table["dense"]} for n in ("shared", "flat")}
     longer = {name: table[name]["65536"] / table["dense"]["16384"] for name in ("shared", "flat")}
     return with_exponents(table, beyond=4096) | {"times_faster": ratio, "sparse_65536_over_dense_16384": longer}
+
+
+def part_routes() -> dict:
+    """Milliseconds forward and backward of short sequences: PyTorch's kernel, with a mask and without, and ours."""
+    table = {}
+    for B, T, width, size, chosen in ((8, 256, 32, 16, 2), (2, 512, 32, 16, 4), (2, 512, 32, 32, 4), (1, 1024, 64, 64, 4)):
+        qkv = [torch.randn(B, HEADS, T, width, requires_grad=True) for _ in range(3)]
+        choices = {method: select_blocks(*qkv[:2], size, chosen, method) for method in ("flat", "shared")}
+        mask = block_mask(*qkv[:2], choices["flat"], size, causal=True)
+        calls = {
+            "dense": dense,
+            "masked": lambda q, k, v, m=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+            "by query": lambda q, k, v, b=choices["flat"], s=size: query_attention(q, k, v, b, s),
+            "by tile": lambda q, k, v, b=choices["shared"], s=size: tile_attention(q, k, v, b, s),
+        }
+        gradient = torch.randn(B, HEADS, T, width)
+        seconds = medians({n: lambda a=a, x=qkv, g=gradient: there_and_back(a, x, g) for n, a in calls.items()}, 11)
+        shape = f"B {B}, T {T}, D {width}, block_size {size}, top_blocks {chosen}"
+        table[shape] = {name: 1e3 * value for name, value in seconds.items()}
+        print(shape, {name: f"{value:.1f} ms" for name, value in table[shape].items()}, flush=True)
+    return table
 
 
 def part_memory() -> dict:
@@ -269,6 +293,7 @@ def part_peer() -> dict:
 
 PARTS = {
     "time": part_time,
+    "routes": part_routes,
     "memory": part_memory,
     "decode": part_decode,
     "tree": part_tree,
