@@ -17,8 +17,10 @@ the output and delta = sum(dO * O) over each row,
 
     dV = P^T dO        dS = P * (dO V^T - delta)        dQ = dS K / sqrt(D)        dK = dS^T Q / sqrt(D)
 
-Buffers are made once and used again by each chunk (`Scratch`): memory fresh from the system costs more than the
-arithmetic in it (LOG.md). Pinned by tests/test_attention_kernel.py: equal to the masked reference, forward and backward.
+Each chunk writes its intermediate results where the chunk before wrote its own (`Scratch`), in a megabyte or two that stay in
+the cache: nothing else but the output and the gradients is ever as long as the sequence.
+
+Pinned by tests/test_attention_kernel.py: equal to the masked reference, forward and backward.
 
 Shapes: B batch, H heads, T tokens, D width of a head, S = block_size, N = ceil(T / S) blocks, G = B*H*N blocks in all.
 """
