@@ -56,8 +56,8 @@ def main() -> None:
     model = GPT(config.model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [*model.embedding.parameters(), *model.head.parameters()]
-    adamw = torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizers = [Muon(matrices, lr=config.lr), adamw]
+    adamw = torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+    optimizers = [Muon(matrices, config.lr, config.momentum, config.weight_decay), adamw]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
     autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
     micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else fitting(config, model, device))

@@ -30,8 +30,12 @@ class Config:
     """Peak learning rate of Muon, for the matrices; AdamW, for the embedding and the head, gets half of it."""
     warmup: float = 0.02
     """Share of the steps in which the learning rate rises from zero."""
-    decay: float = 0.6
+    decay: float = 1.0
     """Share of the steps, the last ones, in which the learning rate falls to zero."""
+    momentum: float = 0.9
+    """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 - momentum) steps."""
+    weight_decay: float = 0.1
+    """Muon shrinks each matrix by learning rate x this, each step: against learning the text by heart."""
     clip: float = 1.0
     """Largest norm of the gradient; a longer one is scaled down to it."""
     micro_batch: int | None = None
@@ -66,6 +70,8 @@ class Config:
             )
         if not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"--lr {self.lr} and --clip {self.clip} must be above 0")
+        if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
+            raise ValueError(f"--momentum {self.momentum} must lie in [0, 1), --weight-decay {self.weight_decay} be at least 0")
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
             raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} are shares of the run, from 0 to 1")
 
@@ -74,12 +80,12 @@ class Config:
         return self.out_dir or Path("runs") / self.preset
 
 
-TINY = GPTConfig(n_layer=4, n_head=4, n_embd=128, context_length=256, vocab_size=256)
+TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
 
 V0 = {
-    "tiny": Config("v0-tiny", TINY, steps=1000, batch_size=8, lr=0.02),
+    "tiny": Config("v0-tiny", TINY, steps=2000, batch_size=8, lr=0.02),
     "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=0.02, data="wikitext-103"),
     "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=0.02, data="wikitext-103"),
 }

@@ -13,7 +13,6 @@ from nanods.gpt import (
     Attention,
     AttentionConfig,
     GPTConfig,
-    RMSNorm,
     SquaredReLU,
     rms_norm,
     rotate,
@@ -177,13 +176,17 @@ def test_a_new_model_is_uniform_and_its_blocks_are_the_identity():
     assert logits.abs().max() == 0
 
 
-@pytest.mark.parametrize("function", [RMSNorm, SquaredReLU])
-def test_gradients_by_hand_are_autograds(function):
+@pytest.mark.parametrize("name", ["norm", "longer norm", "squared ReLU"])
+def test_gradients_by_hand_are_autograds(name):
+    function, naive = {
+        "norm": (rms_norm, lambda x: x / x.square().mean(-1, keepdim=True).sqrt()),
+        "longer norm": (lambda x: rms_norm(x, 3.0), lambda x: 3 * x / x.square().mean(-1, keepdim=True).sqrt()),
+        "squared ReLU": (SquaredReLU.apply, lambda x: x.relu().square()),
+    }[name]
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
-    plain = {RMSNorm: x / x.square().mean(-1, keepdim=True).sqrt(), SquaredReLU: x.relu().square()}[function]
-    y = function.apply(x)
+    y, plain = function(x), naive(x)
     assert y.dtype == torch.float64 and (y - plain).abs().max() < 1e-14
-    assert torch.autograd.gradcheck(function.apply, x)
+    assert torch.autograd.gradcheck(function, x)
     g = torch.randn_like(x)
     (ours,), (theirs,) = torch.autograd.grad(y, x, g, create_graph=True), torch.autograd.grad(plain, x, g)
     assert (ours - theirs).abs().max() < 1e-14

@@ -158,6 +158,7 @@ MISTAKES = {
     "a word for a number": (["v1-tiny", "--lr", "abc"], "--lr"),
     "negative steps": (["v1-tiny", "--steps", "-3"], "steps"),
     "zero rate": (["v1-tiny", "--lr", "0"], "--lr"),
+    "momentum of one": (["v1-tiny", "--momentum", "1"], "--momentum"),
     "heads that do not divide": (["v1-tiny", "--n-head", "7"], "multiple"),
     "micro-batch that does not divide": (["v1-tiny", "--micro-batch", "3"], "divisor"),
     "no such device": (["v1-tiny", "--device", "cuda"], "leave the flag out"),

@@ -29,7 +29,7 @@ def median_ms(call, repeats: int) -> float:
 
 @torch.no_grad()
 def measure(preset: str, context: int = 1024) -> dict[str, float]:
-    model = GPT(replace(PRESETS[preset].model, context_length=context))
+    model = GPT(replace(PRESETS[preset].model, n_layer=4, n_head=4, n_embd=128, context_length=context))
     tokens = torch.randint(0, model.config.vocab_size, (1, context))
     cache = model.new_cache(1)
     model(tokens[:, :-1], cache)

@@ -20,6 +20,7 @@ import tyro
 
 from nanods.data.download import place
 from nanods.data.text import load_text
+from nanods.training.muon import fast_bf16
 
 RUNS = (("v0-tiny", "pydocs"), ("v1-tiny", "pydocs"), ("v0-tiny", "shakespeare"))
 
@@ -54,7 +55,8 @@ def main() -> None:
     jobs = [(p, d, seed) for p, d in RUNS for seed in range(args.seeds if d == "pydocs" else 1)]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda job: train(args, *job), jobs))
-    machine = {"torch": torch.__version__, "threads": 1, "python": sys.version.split()[0]}
+    dtype = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"  # what --dtype auto chose
+    machine = {"torch": torch.__version__, "threads": 1, "python": sys.version.split()[0], "dtype": dtype}
     ladder, expected = {"machine": machine}, {}
     for preset, data in RUNS:
         of = [row for job, row in zip(jobs, rows, strict=True) if job[:2] == (preset, data)]

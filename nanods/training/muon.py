@@ -44,10 +44,14 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions; embeddings, the output head and vectors belong to AdamW."""
+    """For parameters of two dimensions; embeddings, the output head and vectors belong to AdamW.
 
-    def __init__(self, params, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    `weight_decay` is AdamW's: each step shrinks the weights by lr * weight_decay of their size (Loshchilov & Hutter 2019,
+    arXiv:1711.05101).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon updates matrices only: give other parameters to AdamW")
 
@@ -61,7 +65,7 @@ class Muon(torch.optim.Optimizer):
                 for some in (alike[i : i + STACKED] for i in range(0, len(alike), STACKED)):
                     updates = orthogonalise(torch.stack([self.direction(p, group["momentum"]) for p in some]))
                     for p, update in zip(some, updates, strict=True):
-                        p.add_(update, alpha=-rate)
+                        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
     def direction(self, p: Tensor, momentum: float) -> Tensor:
         """Take the gradient into the momentum, and look one step ahead (Nesterov)."""

@@ -45,7 +45,7 @@ def test_it_agrees_with_torchs_own_within_bf16(monkeypatch, stacked):
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in [(16, 16), (12, 48), (16, 16), (48, 12), (16, 16)]]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in "ab")
-    a, b = Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    a, b = Muon(ours, 0.1, 0.9, weight_decay=0.3), torch.optim.Muon(theirs, 0.1, momentum=0.9, weight_decay=0.3)
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
