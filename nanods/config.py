@@ -34,7 +34,7 @@ class Config:
     """Share of the steps, the last ones, in which the learning rate falls to zero."""
     momentum: float = 0.9
     """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 - momentum) steps."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.2
     """Muon shrinks each matrix by learning rate x this, each step: against learning the text by heart."""
     clip: float = 1.0
     """Largest norm of the gradient; a longer one is scaled down to it."""

@@ -26,7 +26,7 @@ SIZE = {"n-layer": 4, "n-head": 4, "n-embd": 128, "context-length": 64, "batch-s
 
 @dataclass(frozen=True)
 class Args:
-    steps: tuple[int, ...] = (700, 3600)
+    steps: tuple[int, ...] = (700, 3500)
     """Lengths of the runs, in optimizer steps."""
     results: Path = Path("results")
     """Where the table and the picture go."""
