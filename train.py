@@ -4,10 +4,14 @@ The whole loop stands below, for every version. What is learnt (batches, loss, e
 nanods/training/tasks.py; what is saved, and how, from nanods/training/checkpoint.py.
 """
 
+import os
+
+# Threads that wait for each other give the core away: spinning, two of them beside another program took 9 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 import contextlib
 import json
 import math
-import os
 import resource
 import signal
 import sys
