@@ -63,6 +63,8 @@ __all__ = [
     "topk_attention",
 ]
 
+BEAM, FAN_OUT = 16, 4  # nodes that a tree opens on each level, children of each
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -78,6 +80,10 @@ class AttentionConfig:
     """Who chooses the blocks: each query, each tile of queries, each query by descent, or nobody: the nearest (block only)."""
     pool: Literal["mean", "bound"] = "mean"
     """What stands for a block until it is read: the mean of its keys, or a bound from their maxima and minima (block only)."""
+    beam: int = BEAM
+    """Nodes that a tree opens on each level; up to beam x fan-out blocks it has no levels, and equals flat (tree only)."""
+    fan_out: int = FAN_OUT
+    """Children of a tree's node (tree only)."""
 
     def pairs(self, T: int) -> int:
         """Pairs of a query and a key that it reads, over a causal sequence of T tokens; dense reads T (T + 1) / 2."""
@@ -148,7 +154,6 @@ def topk_attention(q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool = T
 # ---- V1: choose blocks -----------------------------------------------------------------------------------------------------
 
 METHODS, POOLS = ("flat", "shared", "tree", "window"), ("mean", "bound")
-BEAM, FAN_OUT = 16, 4  # nodes that a tree opens on each level, children of each
 SCORES = 1 << 20  # numbers in memory at once while choosing, so that choosing takes memory linear in T
 
 
@@ -283,7 +288,9 @@ def for_each_query(blocks: Tensor, T: int, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def cost(blocks: Tensor, T: int, D: int, block_size: int, method: str, pool: str) -> dict[str, Tensor]:
+def cost(
+    blocks: Tensor, T: int, D: int, block_size: int, method: str, pool: str, beam: int = BEAM, fan_out: int = FAN_OUT
+) -> dict[str, Tensor]:
     """What a causal choice (B, H, R, K) over T tokens costs, as shares of dense attention's pairs T (T + 1) / 2.
 
     `keys_read` (H,): the pairs of query and key that are read. `flops` (): their arithmetic, 4 D a pair (q . k, weight . v),
@@ -294,8 +301,8 @@ def cost(blocks: Tensor, T: int, D: int, block_size: int, method: str, pool: str
     keys_read = (chosen + own).double().mean(dim=(0, 2)) * 2 / (T + 1)
     N = -(-T // block_size)
     scored = {"flat": T * (N - 1) / 2, "shared": N * (N - 1) / 2, "window": 0, "tree": 0}[method]
-    while method == "tree" and N > BEAM * FAN_OUT:
-        scored, N = scored + T * (BEAM + 1) * FAN_OUT, -(-N // FAN_OUT)
+    while method == "tree" and beam * fan_out < N:
+        scored, N = scored + T * (beam + 1) * fan_out, -(-N // fan_out)
     if method == "tree":
         scored += T * N / 2
     choosing = scored * 2 * D * (2 if pool == "bound" else 1) / (4 * D * T * (T + 1) / 2)

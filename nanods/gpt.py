@@ -57,9 +57,9 @@ class GPTConfig:
                 f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads of even width: "
                 f"choose n_embd as a multiple of {2 * self.n_head}"
             )
-        for name in ("top_k", "block_size", "top_blocks"):
-            if getattr(self.attention, name) < 1:
-                raise ValueError(f"attention.{name} = {getattr(self.attention, name)} must be at least 1")
+        for name, least in (("top_k", 1), ("block_size", 1), ("top_blocks", 1), ("beam", 1), ("fan_out", 2)):
+            if getattr(self.attention, name) < least:
+                raise ValueError(f"attention.{name} = {getattr(self.attention, name)} must be at least {least}")
 
 
 # ---- two functions whose gradients are written out: autograd's own take more passes over memory, 8-12% of a step on a CPU ----
@@ -178,14 +178,15 @@ class Attention(nn.Module):
         if c.kind == "topk":
             return topk_attention(q, k, v, c.top_k, positions=among), {}
         method = "flat" if c.method == "shared" and among is not None else c.method
-        blocks = select_blocks(q, k, c.block_size, c.top_blocks, method, c.pool, positions=among, summaries=summaries)
+        tree = {"beam": c.beam, "fan_out": c.fan_out}
+        blocks = select_blocks(q, k, c.block_size, c.top_blocks, method, c.pool, True, among, summaries, **tree)
         if c.method == "shared" and cache is not None:
             if among is not None:
                 blocks = cache.shared_choice(layer, blocks, positions)
             else:
                 cache.choices[layer][:, :, : blocks.size(2)] = blocks
         y = block_attention(q, k, v, blocks, c.block_size, positions=among)
-        stats = cost(blocks, T, D, c.block_size, c.method, c.pool) if among is None else {}
+        stats = cost(blocks, T, D, c.block_size, c.method, c.pool, **tree) if among is None else {}
         return y, stats | {"blocks": blocks}
 
 

@@ -50,4 +50,4 @@ def test_resuming_takes_the_saved_values_and_refuses_conflicts():
 
 def test_flags_do_not_clash():
     config = PRESETS["v0-tiny"]
-    assert len(flatten(config)) == len(to_dict(config)) - 1 + len(to_dict(config)["model"]) - 1 + 6
+    assert len(flatten(config)) == len(to_dict(config)) - 1 + len(to_dict(config)["model"]) - 1 + 8

@@ -265,3 +265,20 @@ def test_v1_tiny_is_truly_sparse():
 def test_too_long_a_sequence_says_so(model):
     with pytest.raises(ValueError, match="context_length"):
         model(tokens_of(1, 25))
+
+
+def test_the_trees_beam_and_fan_out_reach_the_choice():
+    """16 blocks under the default beam need no pyramid, so a tree is flat; a beam of one over pairs is not."""
+    torch.manual_seed(0)
+    flat = AttentionConfig("block", block_size=2, top_blocks=3)
+    tokens, chosen = torch.randint(0, 61, (2, 32)), {}
+    for name, attention in {
+        "flat": flat,
+        "tree": replace(flat, method="tree"),
+        "narrow": replace(flat, method="tree", beam=1, fan_out=2),
+    }.items():
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, context_length=32, vocab_size=61, attention=attention))
+        chosen[name] = model(tokens, inspect=True)[1][0]["blocks"]
+    assert torch.equal(chosen["tree"], chosen["flat"])
+    assert not torch.equal(chosen["narrow"], chosen["flat"])
