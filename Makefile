@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 sample-v0 sample-v1 bench bench-v1 results lessons notebook check-01 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 sample-v0 sample-v1 bench bench-v1 bench-recall bench-long-text results lessons notebook check-01 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
@@ -21,7 +21,9 @@ help:
 	@echo '  make test-slow   kill tests                                          3 min'
 	@echo '  make lint        ruff; make format mends what it can                 seconds'
 	@echo '  make bench       time to loss, generation with and without a cache   10 min'
-	@echo '  make bench-v1    sparse attention against dense: time, memory, recall        12 min'
+	@echo '  make bench-v1    sparse attention against dense: time, memory, recall 12 min'
+	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
+	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               20 min'
 	@echo '  make results     train each tiny rung on 3 seeds, write results/     50 min'
 	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
 	@echo '  make clean       delete the environment (never runs or data)'
@@ -55,6 +57,12 @@ bench-v1: .venv/base
 bench: .venv/base
 	$(PY) -m nanods.bench.time_to_loss
 	$(PY) -m nanods.bench.generation
+
+bench-recall: .venv/base
+	$(PY) -m nanods.bench.recall $(ARGS)
+
+bench-long-text: .venv/base
+	$(PY) -m nanods.bench.long_text $(ARGS)
 
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)

@@ -120,3 +120,18 @@ def cost_against_tokens(table: dict) -> Figure:
     for axes in (time, memory):
         axes.legend(frameon=False)
     return figure
+
+
+def dots(rows: dict[str, Sequence[float]], bars: dict[str, float], xlabel: str) -> Figure:
+    """A row for each name: a dot for each value, their mean written beside them, and a tick at the bar to reach."""
+    figure = Figure(figsize=(7, 0.5 * len(rows) + 1))
+    axes = figure.subplots()
+    for y, (name, values) in enumerate(rows.items()):
+        axes.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.6)
+        if name in bars:
+            axes.plot([bars[name]], [y], "|", color=ORANGE, markersize=22, markeredgewidth=2)
+        if len(values):
+            axes.annotate(f"{np.mean(values):.3f}", (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axes.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), title="dots: seeds; tick: bar; right: mean")
+    axes.invert_yaxis()
+    return figure
