@@ -29,10 +29,6 @@ from torch.autograd.function import once_differentiable
 from nanods.attention import AttentionConfig, block_attention, cost, dense_attention, select_blocks, topk_attention
 from nanods.cache import Cache
 
-# QK-norm bounds q . k / sqrt(D) by sqrt(D), 5.7 for heads of 32: among 256 keys that score 0, even a perfect match would get
-# only half of the weight. Queries this much longer reach twice the score.
-SHARPNESS = 2.0
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -46,12 +42,18 @@ class GPTConfig:
     """Longest sequence that the model reads, in tokens (T)."""
     vocab_size: int = 256
     """Tokens in the vocabulary (V): 256 means bytes, more a BPE trained on the data (needs the extra `bpe`)."""
+    rope_base: float = 1_000.0
+    """RoPE's slowest pair of channels turns once in about 2 pi x this many tokens."""
+    sharpness: float = 2.0
+    """Length of the normalised queries: scores reach sharpness x sqrt(width of a head)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not self.rope_base > 1 or not self.sharpness > 0:
+            raise ValueError(f"rope_base = {self.rope_base} must be above 1, sharpness = {self.sharpness} above 0")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads of even width: "
@@ -106,7 +108,7 @@ def rms_norm(x: Tensor, length: float = 1.0) -> Tensor:
     return RMSNorm.apply(x, length)
 
 
-def rotations(positions: Tensor, D: int, dtype: torch.dtype, base: float = 1_000.0) -> tuple[Tensor, Tensor]:
+def rotations(positions: Tensor, D: int, dtype: torch.dtype, base: float) -> tuple[Tensor, Tensor]:
     """RoPE's angles: pair i of a head of width D turns by position * base^(-2i/D).
 
     positions (B or 1, T) -> their cosines and sines, each (B or 1, 1, T, D/2).
@@ -129,7 +131,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config, self.n_head = config.attention, config.n_head
+        self.config, self.n_head, self.sharpness = config.attention, config.n_head, config.sharpness
         C = config.n_embd
         self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
 
@@ -153,7 +155,7 @@ class Attention(nn.Module):
             linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
             for linear in (self.query, self.key, self.value)
         )
-        q, k = rms_norm(rotate(q, rope), SHARPNESS), rms_norm(rotate(k, rope))
+        q, k = rms_norm(rotate(q, rope), self.sharpness), rms_norm(rotate(k, rope))
         with torch.autocast("cpu", enabled=False):  # a CPU's bf16 attention takes four times as long backward as its fp32
             y, stats = self.read(q, k, v.to(q.dtype), positions, cache, layer)
         if inspect:
@@ -258,7 +260,7 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
         x = rms_norm(self.embedding(tokens))  # (B, T, C)
-        rope = rotations(positions, self.config.n_embd // self.config.n_head, x.dtype)
+        rope = rotations(positions, self.config.n_embd // self.config.n_head, x.dtype, self.config.rope_base)
         stats = []
         for layer, block in enumerate(self.blocks):
             x, layer_stats = block(x, positions, rope, cache, layer, inspect)

@@ -164,7 +164,7 @@ def test_rope_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(at_q, at_k):
-        turned = [rotate(x, rotations(torch.tensor([[at]]), 8, x.dtype)) for x, at in ((q, at_q), (k, at_k))]
+        turned = [rotate(x, rotations(torch.tensor([[at]]), 8, x.dtype, 1000.0)) for x, at in ((q, at_q), (k, at_k))]
         return (turned[0] * turned[1]).sum()
 
     assert max(abs(score(5 + s, 2 + s) - score(5, 2)) for s in (1, 100)) < 1e-12

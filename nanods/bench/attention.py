@@ -280,7 +280,7 @@ def part_peer() -> dict:
     ours, table = Attention(config), {"native-sparse-attention-pytorch": {}, "ours, shared": {}}
     for T in (512, 1024):
         x, positions = torch.randn(1, T, HEADS * D, requires_grad=True), torch.arange(T)[None]
-        rope = rotations(positions, D, x.dtype)
+        rope = rotations(positions, D, x.dtype, config.rope_base)
         calls = {
             "native-sparse-attention-pytorch": lambda x=x: peer(x).sum().backward(),
             "ours, shared": lambda x=x, p=positions, r=rope: ours(x, p, r)[0].sum().backward(),
