@@ -44,6 +44,7 @@ def measure(preset: str, context: int = 1024) -> dict[str, float]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     table = {"machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "fp32"}}
     for preset in ("v0-tiny", "v1-tiny"):
         table[preset] = measure(preset)

@@ -1,6 +1,6 @@
 """Long text: dense against block attention at 4,096 tokens, at equal steps and at equal time: results/long_text.json and .png.
 
-    python -m nanods.bench.long_text             about 13 minutes on one thread; `make bench-long-text`
+    python -m nanods.bench.long_text             about 10 minutes on one thread; `make bench-long-text`
     python -m nanods.bench.long_text --steps 50
 
 pydocs, the tiny preset with a context of 4,096, 2 sequences a step. Dense runs for --steps; each sparse variant (blocks of 64,
@@ -30,7 +30,7 @@ SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
 
 @dataclass(frozen=True)
 class Args:
-    steps: int = 110
+    steps: int = 80
     """Optimizer steps of the dense run, and of the sparse runs at equal steps."""
     methods: tuple[str, ...] = ("shared",)
     """How the sparse runs choose their blocks."""
