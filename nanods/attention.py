@@ -208,9 +208,9 @@ def select_blocks(
         part = slice(start, start + step)
         if positions is None and causal:  # the last query's own block: no later one is a candidate
             N = min(start + step, q.size(2)) - 1 if method == "shared" else (min(start + step, q.size(2)) - 1) // block_size
-        rows.append(descend(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out))
-    blocks = torch.cat(rows, dim=2)
-    return F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1)
+        blocks = descend(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out)
+        rows.append(F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1))  # early queries have fewer candidates
+    return torch.cat(rows, dim=2)
 
 
 def summarise(k: Tensor, block_size: int, pool: str) -> Tensor:

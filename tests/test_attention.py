@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanods import attention
 from nanods.attention import (
     METHODS,
     POOLS,
@@ -119,6 +120,16 @@ def test_flat_selection_is_the_best_of_the_candidates(shape, block_size, top_blo
                 candidates = [n for n in range(len(keys)) if (n < own if causal else n != own)]
                 best = sorted(candidates, key=lambda n: -scores[n])[:top_blocks]
                 assert blocks[b, h, t].tolist() == best + [-1] * (top_blocks - len(best))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_choosing_a_few_queries_at_a_time_changes_nothing(method, causal, monkeypatch):
+    q, k, _ = random_qkv((2, 2, 45, 4))
+    whole = select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2)
+    for numbers in (1, 200):  # one query at a time, and some
+        monkeypatch.setattr(attention, "SCORES", numbers)
+        assert torch.equal(select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2), whole)
 
 
 @settings(max_examples=30, deadline=None)
