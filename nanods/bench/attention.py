@@ -178,16 +178,24 @@ def measure_memory(name: str, T: int, heads: int) -> None:
 
 
 @torch.no_grad()
-def part_decode(S: int = 65536) -> dict:
-    """Milliseconds of one step at S tokens of context: the attention alone, and a whole model of 4 layers."""
-    q, (k, v) = torch.randn(1, HEADS, 1, D), torch.randn(2, 1, HEADS, S, D)
+def part_decode(S: int = 65536, run: int = 10) -> dict:
+    """Milliseconds of one step at S tokens of context: the attention alone, and a whole model of 4 layers.
+
+    Each turn takes `run` steps in a row, as generation does, each with a query of its own.
+    """
+    queries, (k, v) = torch.randn(run, 1, HEADS, 1, D), torch.randn(2, 1, HEADS, S, D)
     at, summaries = torch.tensor([[S - 1]]), summarise(k, SIZE, "mean")
 
-    def sparse_step() -> Tensor:
-        blocks = select_blocks(q, k, SIZE, CHOSEN, positions=at, summaries=summaries)
-        return gathered_block_attention(q, k, v, blocks, SIZE, positions=at)
+    def dense_steps() -> None:
+        for q in queries:
+            F.scaled_dot_product_attention(q, k, v)
 
-    attention = medians({"dense": lambda: F.scaled_dot_product_attention(q, k, v), "sparse": sparse_step}, 50)
+    def sparse_steps() -> None:
+        for q in queries:
+            blocks = select_blocks(q, k, SIZE, CHOSEN, positions=at, summaries=summaries)
+            gathered_block_attention(q, k, v, blocks, SIZE, positions=at)
+
+    attention = medians({"dense": dense_steps, "sparse": sparse_steps}, 15)
     steps = {}
     for name, kind in (("V0", AttentionConfig()), ("V1", AttentionConfig("block", block_size=SIZE, top_blocks=CHOSEN))):
         model = GPT(GPTConfig(n_layer=4, n_head=HEADS, n_embd=HEADS * D, context_length=S, attention=kind))
@@ -196,17 +204,18 @@ def part_decode(S: int = 65536) -> dict:
             stored.normal_()
         lengths = torch.tensor([S - 1])
 
-        def step(model: GPT = model, cache=cache, lengths: Tensor = lengths) -> None:
-            cache.lengths, cache.longest = lengths, S - 1  # write the same last place again
-            model(torch.tensor([[7]]), cache)
+        def model_steps(model: GPT = model, cache=cache, lengths: Tensor = lengths) -> None:
+            for token in range(run):
+                cache.lengths, cache.longest = lengths, S - 1  # write the same last place again
+                model(torch.tensor([[token]]), cache)
 
-        steps[name] = step
-    whole = medians(steps, 30)
+        steps[name] = model_steps
+    whole = medians(steps, 7)
     return {
         "context": S,
-        "attention_ms": {name: 1e3 * value for name, value in attention.items()},
+        "attention_ms": {name: 1e3 * value / run for name, value in attention.items()},
         "attention_times_faster": attention["dense"] / attention["sparse"],
-        "model_ms": {name: 1e3 * value for name, value in whole.items()},
+        "model_ms": {name: 1e3 * value / run for name, value in whole.items()},
         "model_times_faster": whole["V0"] / whole["V1"],
     }
 
