@@ -6,8 +6,9 @@ nanods/training/tasks.py; what is saved, and how, from nanods/training/checkpoin
 
 import os
 
-# Threads that wait for each other give the core away: spinning, two of them beside another program took 9 times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+# Threads that wait for each other soon give the core away: by default they spin on, and two of them beside another program
+# take nine times as long (LOG.md). For the OpenMP that PyTorch brings on Linux; read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import contextlib
 import json
