@@ -24,7 +24,7 @@ help:
 	@echo '  make bench-v1    sparse attention against dense: time, memory, recall 12 min'
 	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
 	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
-	@echo '  make results     train each tiny rung on 3 seeds, write results/     50 min'
+	@echo '  make results     train each tiny rung on 3 seeds, write results/     25 min'
 	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
 	@echo '  make clean       delete the environment (never runs or data)'
 

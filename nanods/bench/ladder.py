@@ -1,6 +1,6 @@
 """Train the tiny rungs of the ladder on several seeds and write what they reach: results/ladder.json, results/expected.json.
 
-    python -m nanods.bench.ladder                 about 45 minutes on 2 cores; `make results`
+    python -m nanods.bench.ladder                 about 25 minutes on 2 cores; `make results`
     python -m nanods.bench.ladder --seeds 1
 
 Two runs at a time, one thread each. `expected.json` is what train.py compares a run with: the mean over the seeds, and as
