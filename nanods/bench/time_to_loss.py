@@ -27,7 +27,7 @@ SIZE |= {"weight-decay": 0.1}  # half of the preset's: a smaller model learns le
 
 @dataclass(frozen=True)
 class Args:
-    steps: tuple[int, ...] = (700, 4000)
+    steps: tuple[int, ...] = (700, 3900)
     """Lengths of the runs, in optimizer steps."""
     results: Path = Path("results")
     """Where the table and the picture go."""
