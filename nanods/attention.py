@@ -52,17 +52,6 @@ from torch import Tensor
 
 from nanods.attention_kernel import flex_block_attention, query_attention, tile_attention
 
-__all__ = [
-    "block_attention",
-    "block_attention_reference",
-    "dense_attention",
-    "flex_block_attention",
-    "query_attention",
-    "select_blocks",
-    "tile_attention",
-    "topk_attention",
-]
-
 BEAM, FAN_OUT = 16, 4  # nodes that a tree opens on each level, children of each
 
 
@@ -206,8 +195,9 @@ def select_blocks(
     step, rows = max(1, SCORES // (q.size(0) * q.size(1) * width)), []
     for start in range(0, q.size(2), step):
         part = slice(start, start + step)
-        if positions is None and causal:  # the last query's own block: no later one is a candidate
-            N = min(start + step, q.size(2)) - 1 if method == "shared" else (min(start + step, q.size(2)) - 1) // block_size
+        if positions is None and causal:  # the last row's own block: no later one is a candidate
+            last = min(start + step, q.size(2)) - 1
+            N = last if method == "shared" else last // block_size
         blocks = descend(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out)
         rows.append(F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1))  # early queries have fewer candidates
     return torch.cat(rows, dim=2)

@@ -160,8 +160,8 @@ class Attention(nn.Module):
             y, stats = self.read(q, k, v.to(q.dtype), positions, cache, layer)
         if inspect:
             stats |= {"q": q, "k": k}
-        elif "blocks" in stats:
-            del stats["blocks"]
+        else:
+            stats.pop("blocks", None)
         return self.out(y.transpose(1, 2).reshape(B, T, C)), stats
 
     def read(

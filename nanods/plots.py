@@ -102,6 +102,11 @@ def sparsity(report: dict) -> Figure:
     return figure
 
 
+def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """The slope of log y against log x, by least squares: 1 is linear, 2 quadratic."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
 def cost_against_tokens(table: dict) -> Figure:
     """Time and memory against T on log axes, with fitted exponents, from results/attention.json."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
@@ -113,9 +118,10 @@ def cost_against_tokens(table: dict) -> Figure:
     time.set(xlabel="tokens T", ylabel="seconds", title="forward and backward, selection included")
     for name, row in table["memory"]["bytes_per_token"].items():
         xs, ys = [int(T) for T in row], [value * int(T) / 2**20 for T, value in row.items()]
-        slope = np.polyfit(np.log(xs), np.log(ys), 1)[0]
         style = "o--" if "one head" in name else "o-"
-        memory.loglog(xs, ys, style, color=colours.get(name.split(",")[0], "black"), label=f"{name}: T^{slope:.2f}")
+        memory.loglog(
+            xs, ys, style, color=colours.get(name.split(",")[0], "black"), label=f"{name}: T^{fitted_exponent(xs, ys):.2f}"
+        )
     memory.set(xlabel="tokens T", ylabel="MiB above the inputs", title="peak memory, forward and backward")
     for axes in (time, memory):
         axes.legend(frameon=False)

@@ -92,19 +92,13 @@ def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, flo
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def fitted_exponent(xs: list[int], ys: list[float]) -> float:
-    """The slope of log y against log x, by least squares: 1 is linear, 2 quadratic."""
-    x, y = torch.tensor(xs).double().log(), torch.tensor(ys).double().log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
-
-
 def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
     """{name: {T: value}} -> the same and the exponent of each, over lengths of at least `beyond`."""
     slopes = {}
     for name, row in table.items():
         xs = [int(T) for T in row if int(T) >= beyond]
         if len(xs) > 1:
-            slopes[name] = fitted_exponent(xs, [row[str(T)] for T in xs])
+            slopes[name] = plots.fitted_exponent(xs, [row[str(T)] for T in xs])
     return {"by_tokens": table, "exponents": slopes}
 
 

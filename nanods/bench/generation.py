@@ -6,25 +6,15 @@
 """
 
 import json
-import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from nanods.bench.attention import medians
 from nanods.config import PRESETS
 from nanods.data.download import place
 from nanods.gpt import GPT
-
-
-def median_ms(call, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[2:])
 
 
 @torch.no_grad()
@@ -39,7 +29,8 @@ def measure(preset: str, context: int = 1024) -> dict[str, float]:
         cache.lengths, cache.longest = lengths, longest  # write the same last place again
         model(tokens[:, -1:], cache)
 
-    with_cache, without = median_ms(cached, 50), median_ms(lambda: model(tokens), 20)
+    with_cache = 1e3 * medians({"cached": cached}, 50)["cached"]
+    without = 1e3 * medians({"recomputed": lambda: model(tokens)}, 20)["recomputed"]
     return {"cached_ms": with_cache, "recomputed_ms": without, "ratio": without / with_cache}
 
 

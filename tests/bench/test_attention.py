@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanods.bench.attention import RIVALS, fitted_exponent, inputs, keys_in_topics, with_exponents
+from nanods.bench.attention import RIVALS, inputs, keys_in_topics, with_exponents
+from nanods.plots import fitted_exponent
 
 
 def test_the_exponent_of_a_square_is_two():
