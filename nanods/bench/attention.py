@@ -38,7 +38,7 @@ from nanods.attention import (
     tile_attention,
     visible,
 )
-from nanods.data.download import place
+from nanods.bench.runs import write_json
 from nanods.gpt import GPT, Attention, GPTConfig, rotations
 
 HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
@@ -327,8 +327,7 @@ def main() -> None:
         "cpu": platform.processor() or platform.machine(),
     }
     table = {"machine": {**versions, "threads": 1, "dtype": "fp32", "shapes": shapes}, **table}
-    text = json.dumps(table, indent=1) + "\n"
-    place(path, lambda file: file.write(text.encode()))
+    write_json(path, table)
     if {"time", "memory"} <= table.keys():
         plots.save(plots.cost_against_tokens(table), args.results / "attention.png")
 

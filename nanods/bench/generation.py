@@ -5,15 +5,14 @@
 4 layers, 4 heads, width 128, 1,024 tokens of context, one row, medians of the same run; dense (V0) and block-sparse (V1).
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nanods.bench.attention import medians
+from nanods.bench.runs import write_json
 from nanods.config import PRESETS
-from nanods.data.download import place
 from nanods.gpt import GPT
 
 
@@ -40,8 +39,7 @@ def main() -> None:
     for preset in ("v0-tiny", "v1-tiny"):
         table[preset] = measure(preset)
         print(f"{preset}: {', '.join(f'{name} {value:.2f}' for name, value in table[preset].items())}", flush=True)
-    text = json.dumps(table, indent=1) + "\n"
-    place(Path("results/generation.json"), lambda file: file.write(text.encode()))
+    write_json(Path("results/generation.json"), table)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ Two runs at a time, one thread each. `expected.json` is what train.py compares a
 tolerance the larger of 0.02 bits per byte and twice their spread.
 """
 
-import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from nanods.data.download import place
+from nanods.bench.runs import as_words, trained, write_json
 from nanods.data.text import load_text
 from nanods.training.muon import fast_bf16
 
@@ -38,15 +35,10 @@ class Args:
 def train(args: Args, preset: str, data: str, seed: int) -> dict:
     """One run in a process of its own -> its last validation."""
     out = args.runs / f"{preset}-{data}-{seed}"
-    metrics = out / "metrics.jsonl"
-    command = [sys.executable, "train.py", preset, "--data", data, "--seed", str(seed), "--out-dir", str(out)]
-    if not (metrics.exists() and (out / "loss.png").exists()):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with Path(f"{out}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    last = json.loads(metrics.read_text().splitlines()[-1])
+    command, rows = trained(out, [preset, *as_words({"data": data, "seed": seed, "out-dir": out})])
+    last = rows[-1]
     print(f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, {last['seconds']:.0f} s", flush=True)
-    return {"seed": seed, "command": " ".join(command[1:]), **{k: last[k] for k in ("val_loss", "val_bpb", "seconds")}}
+    return {"seed": seed, "command": command, **{k: last[k] for k in ("val_loss", "val_bpb", "seconds")}}
 
 
 def main() -> None:
@@ -70,8 +62,7 @@ def main() -> None:
             "tolerance": round(tolerance, 4),
         }
     for name, content in (("ladder", ladder), ("expected", expected)):
-        text = json.dumps(content, indent=1) + "\n"
-        place(args.results / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+        write_json(args.results / f"{name}.json", content)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,6 @@ schedule of its learning rate. Time is CPU time on one thread, the training's al
 differences of a few thousandths of a bit mean nothing. A finished run is taken as it is; delete the runs' folder to repeat it.
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +16,7 @@ import torch
 import tyro
 
 from nanods import plots
-from nanods.data.download import place
+from nanods.bench.runs import as_words, trained, write_json
 from nanods.data.text import load_text
 from nanods.training.muon import fast_bf16
 
@@ -44,17 +40,11 @@ def train(args: Args, preset: str, flags: dict, steps: int) -> dict:
     """One run in a process of its own -> its command, and [step, seconds, bits per byte] at each validation."""
     out = args.runs / "-".join(map(str, (preset, *flags.values(), steps)))
     flags = SIZE | flags | {"steps": steps, "eval-every": -(-steps // 4), "save-every": steps, "out-dir": out}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "train.py", preset, *words]
-    if not (out / "loss.png").exists():  # the last thing that train.py writes
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with Path(f"{out}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    command, rows = trained(out, [preset, *as_words(flags)])
     curve = [[row["step"], row["seconds"], row["val_bpb"]] for row in rows if "val_bpb" in row]
     print(f"{out.name}: {curve[-1][1]:.0f} s, {curve[-1][2]:.4f} bits per byte", flush=True)
     spent = {"steps": steps, "seconds": curve[-1][1], "cpu_seconds": rows[-1]["cpu_seconds"], "val_bpb": curve[-1][2]}
-    return {"command": " ".join(command[1:]), **spent, "step_seconds_val_bpb": curve}
+    return {"command": command, **spent, "step_seconds_val_bpb": curve}
 
 
 def main() -> None:
@@ -77,8 +67,7 @@ def main() -> None:
         machine = {"torch": torch.__version__, "threads": 1, "dtype": "bf16" if fast_bf16(torch.device("cpu")) else "fp32"}
         table = {"machine": machine, "data": {"name": "pydocs", "sha256": sha256}, "seeds": 1}
         table |= {"differences": differences, "runs": runs}
-        text = json.dumps(table, indent=1, default=str) + "\n"
-        place(args.results / "long_text.json", lambda file, text=text: file.write(text.encode()))
+        write_json(args.results / "long_text.json", table)
     lines = {name: tuple(zip(*[row[1:] for row in run["step_seconds_val_bpb"]], strict=True)) for name, run in runs.items()}
     plots.save(plots.curves(lines, "seconds of training, one thread", "bits per byte", {}), args.results / "long_text.png")
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from nanods import plots
 from nanods.attention import AttentionConfig, for_each_query
-from nanods.data.download import place
+from nanods.bench.runs import write_json
 from nanods.errors import UserError, run
 from nanods.gpt import GPT, GPTConfig
 from nanods.training.muon import Muon, fast_bf16
@@ -217,9 +217,7 @@ def summarise(runs: dict[str, dict]) -> dict[str, dict]:
 
 
 def write(path: Path, settings: dict, runs: dict[str, dict]) -> None:
-    table = {"settings": settings, "summary": summarise(runs), "why": WHY, "runs": runs}
-    text = json.dumps(table, indent=1) + "\n"
-    place(path, lambda file: file.write(text.encode()))
+    write_json(path, {"settings": settings, "summary": summarise(runs), "why": WHY, "runs": runs})
 
 
 def main() -> None:

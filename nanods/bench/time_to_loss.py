@@ -7,10 +7,6 @@ and reports as 1.88 after 2,000 steps. Evaluations are left out of the time. The
 a learning rate that has not come down yet hides what was learnt.
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +14,7 @@ import torch
 import tyro
 
 from nanods import plots
-from nanods.data.download import place
+from nanods.bench.runs import as_words, trained, write_json
 from nanods.training.muon import fast_bf16
 
 SIZE = {"n-layer": 4, "n-head": 4, "n-embd": 128, "context-length": 64, "batch-size": 12}
@@ -39,17 +35,13 @@ def main() -> None:
     for steps in args.steps:
         out = Path("runs/time_to_loss") / str(steps)
         flags = SIZE | {"steps": steps, "eval-every": max(1, steps // 8), "save-every": steps, "out-dir": out, "device": "cpu"}
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "train.py", "v0-tiny", "--data", "shakespeare", *words]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        command, rows = trained(out, ["v0-tiny", "--data", "shakespeare", *as_words(flags)], fresh=True)
         curve = [[row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row]
-        runs[f"{steps} steps"] = {"command": " ".join(command[1:]), "step_cpu_seconds_val_loss": curve}
+        runs[f"{steps} steps"] = {"command": command, "step_cpu_seconds_val_loss": curve}
         print(f"{steps} steps: {curve[-1][1]:.0f} CPU-seconds, validation loss {curve[-1][2]:.4f}", flush=True)
     dtype = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"  # what --dtype auto chose
     table = {"machine": {"torch": torch.__version__, "threads": 1, "dtype": dtype}, "runs": runs}
-    text = json.dumps(table, indent=1) + "\n"
-    place(args.results / "time_to_loss.json", lambda file: file.write(text.encode()))
+    write_json(args.results / "time_to_loss.json", table)
     lines = {
         name: tuple(zip(*[row[1:] for row in run["step_cpu_seconds_val_loss"]], strict=True)) for name, run in runs.items()
     }
