@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 sample-v0 sample-v1 bench bench-v1 bench-recall bench-long-text results lessons notebook check-01 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 train-v2 sample-v0 sample-v1 sample-v2 bench bench-v1 bench-recall bench-long-text results lessons notebook check-01 check-02 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
@@ -45,10 +45,10 @@ help:
 setup: .venv/base
 	@$(if $(EXTRAS),$(PIP) -e '.[$(EXTRAS)]',:)
 
-train-v0 train-v1: train-%: .venv/base
+train-v0 train-v1 train-v2: train-%: .venv/base
 	$(PY) train.py $*-$(SCALE) $(ARGS)
 
-sample-v0 sample-v1: sample-%: .venv/base
+sample-v0 sample-v1 sample-v2: sample-%: .venv/base
 	$(PY) sample.py $*-$(SCALE) $(ARGS)
 
 bench-v1: .venv/base
@@ -75,7 +75,7 @@ notebook: .venv/dev
 	.venv/bin/jupyter lab lessons
 
 # ARGS=my_answers.py grades another file than the stubs themselves.
-check-01: check-%: .venv/base
+check-01 check-02: check-%: .venv/base
 	$(PY) lessons/exercises/check_$*.py $(ARGS)
 
 test: .venv/dev

@@ -32,9 +32,9 @@ from nanods.data.text import load_text
 from nanods.errors import UserError, run
 from nanods.gpt import GPT
 from nanods.training import checkpoint
-from nanods.training.inspection import sparsity_report
+from nanods.training.inspection import LoadWatch, sparsity_report
 from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
-from nanods.training.tasks import LanguageModelling
+from nanods.training.tasks import LanguageModelling, load_figures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 RESULTS = Path(__file__).parent / "results" / "expected.json"
@@ -59,10 +59,8 @@ def main() -> None:
 
     torch.manual_seed(config.seed)
     model = GPT(config.model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [*model.embedding.parameters(), *model.head.parameters()]
-    adamw = torch.optim.AdamW(others, lr=config.lr / 2, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
-    optimizers = [Muon(matrices, config.lr, config.momentum, config.weight_decay), adamw]
+    optimizers = make_optimizers(config, model)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
     autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
     micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else fitting(config, model, device))
@@ -76,18 +74,25 @@ def main() -> None:
         rows = [row for row in read_metrics(config.out) if row["step"] <= step]
         print(f"resume     {saved.path}, after step {step}")
     else:
+        if config.init_from:
+            print(f"start      {checkpoint.warm_start(config, model, data.tokenizer.to_json())}")
         make_room(config.out)
     fast = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and device.type == "cuda") else model
 
-    def gradients(windows: Tensor) -> float:
-        """Accumulate the gradient of the mean loss over the batch, micro-batch by micro-batch; return that loss."""
-        total, parts = 0.0, windows.split(micro_batch)
-        for part in parts:
+    def gradients(windows: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Accumulate the gradient of the mean loss over the batch, micro-batch by micro-batch; return that loss, and its parts.
+
+        The experts' losses have the micro-batch as their unit, so their mean depends on its size; the load is a sum.
+        """
+        total, parts, batches = 0.0, {}, windows.split(micro_batch)
+        for batch in batches:
             with autocast:
-                loss = task.loss(fast, part) / len(parts)
-            scaler.scale(loss).backward()
-            total += loss.item()
-        return total
+                loss, told = task.loss(fast, batch)
+            scaler.scale(loss / len(batches)).backward()
+            total += loss.item() / len(batches)
+            for name, value in told.items():
+                parts[name] = parts.get(name, 0) + (value if name == "load" else value / len(batches))
+        return total, parts
 
     def save() -> None:
         state = {
@@ -105,11 +110,11 @@ def main() -> None:
         checkpoint.save(config.out, step, model.state_dict(), tensors, state)
 
     tokens_per_step = config.batch_size * config.model.context_length
-    per_step = time_step(gradients, task, model) + muon_seconds(matrices)
+    per_step = time_step(gradients, task, model) + muon_seconds(optimizers[0])
     print(forecast(config, model, data, micro_batch, per_step * (config.steps - step)))
     if not saved:
         save()
-    stop = []
+    stop, watch = [], LoadWatch()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
     kept = "".join(json.dumps(row) + "\n" for row in rows)  # what a killed run wrote after its checkpoint is dropped
@@ -119,9 +124,11 @@ def main() -> None:
         while step < config.steps and not stop:
             start, cpu = time.perf_counter(), time.process_time()
             factor = schedule(step, config)
-            for optimizer, peak in zip(optimizers, (config.lr, config.lr / 2), strict=True):
-                optimizer.param_groups[0]["lr"] = peak * factor
-            loss = gradients(task.batch(step))
+            for optimizer, rates in zip(optimizers, peaks, strict=True):
+                for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = peak * factor
+            loss, parts = gradients(task.batch(step))
+            updating = time.perf_counter()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -132,15 +139,23 @@ def main() -> None:
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
+            if "load" in parts:
+                model.update_bias(parts["load"])
             step += 1
-            elapsed = time.perf_counter() - start
+            now = time.perf_counter()
+            elapsed = now - start
             seconds, cpu_seconds = seconds + elapsed, cpu_seconds + time.process_time() - cpu
             row = {"step": step, "tokens": step * tokens_per_step, "train_loss": loss, "lr": config.lr * factor}
+            load = parts.pop("load", None)
+            row |= {name: value.item() for name, value in parts.items()}
+            if load is not None:
+                row |= load_figures(load) | watch(load)
             if step % config.eval_every == 0 or step == config.steps:
                 with autocast:
                     row |= task.evaluate(fast)
             row |= {
                 "tokens_per_second": round(tokens_per_step / elapsed),
+                "optimizer_seconds": now - updating,
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
             }
@@ -148,7 +163,9 @@ def main() -> None:
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {row['tokens_per_second']:,} tokens/s, {memory(device)}")
+            if alarm := row.get("new_alarm"):
+                bar.write(f"warning    step {step}: {alarm}", file=sys.stderr)
+            bar.set_postfix_str(in_words(row) + f", {memory(device)}")
             if step % config.save_every == 0 or step == config.steps:
                 save()
         bar.close()
@@ -212,6 +229,21 @@ def fitting(config: Config, model: nn.Module, device: torch.device) -> int:
     return next((n for n in divisors if memory_needed(config, model, n) <= 0.8 * free), 1)
 
 
+def make_optimizers(config: Config, model: GPT) -> list[torch.optim.Optimizer]:
+    """Muon for the trunk's matrices; AdamW for the embedding, the head, the routers' gates and, by default, the experts."""
+    named = dict(model.blocks.named_parameters())
+    experts = [p for p in named.values() if p.ndim == 3]  # stacks (E, R, C)
+    gates = [p for name, p in named.items() if name.endswith("gate.weight")]
+    matrices = [p for name, p in named.items() if p.ndim == 2 and not name.endswith("gate.weight")]
+    groups = [{"params": [*model.embedding.parameters(), *model.head.parameters(), *gates], "lr": config.lr / 2}]
+    if config.experts == "muon":
+        matrices += experts
+    elif experts:
+        groups.append({"params": experts, "lr": config.expert_lr, "weight_decay": config.weight_decay})
+    adamw = torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+    return [Muon(matrices, config.lr, config.momentum, config.weight_decay), adamw]
+
+
 def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
     """Seconds that one batch takes, forward and backward: the second of two, whose gradients are thrown away."""
     for _ in range(2):
@@ -222,10 +254,12 @@ def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
     return elapsed
 
 
-def muon_seconds(matrices: list[Tensor]) -> float:
-    """Seconds that the optimizer takes for one step, from one stack of its largest matrices."""
+def muon_seconds(muon: Muon) -> float:
+    """Seconds that Muon takes for one step, from one stack of its largest matrices."""
+    params = muon.param_groups[0]["params"]
+    matrices = [matrix for p in params for matrix in p.detach().view(-1, *p.shape[-2:])]
     largest = max(matrices, key=lambda p: p.numel()).shape
-    stack = torch.stack([p.detach() for p in matrices if p.shape == largest][:STACKED])
+    stack = torch.stack([matrix for matrix in matrices if matrix.shape == largest][:STACKED])
     start = time.perf_counter()
     orthogonalise(stack)
     return (time.perf_counter() - start) * sum(p.numel() for p in matrices) / stack.numel()
@@ -268,6 +302,12 @@ def schedule(step: int, config: Config) -> float:
     return min(1.0, up, down)
 
 
+def in_words(row: dict) -> str:
+    """What the progress bar says of a step."""
+    load = f", load {row['load_max_over_mean']:.1f}x" if "load" in row else ""
+    return f"loss {row['ce_loss']:.3f}{load}, {row['tokens_per_second']:,} tokens/s" + (", ALARM" if row.get("alarm") else "")
+
+
 def diverged(config: Config, model: GPT, step: int, loss: float, lr: float) -> str:
     """What to say when the loss is no longer a number: where it began, and how to go on before it."""
     faulty = [
@@ -304,7 +344,7 @@ def report(config: Config, model: GPT, data, rows: list[dict]) -> None:
     validated = [row for row in rows if "val_loss" in row]
     figure = plots.loss_curve(
         [row["step"] for row in rows],
-        [row["train_loss"] for row in rows],
+        [row.get("ce_loss", row["train_loss"]) for row in rows],  # a run begun before V2 has no ce_loss
         [row["step"] for row in validated],
         [row["val_loss"] for row in validated],
     )

@@ -1,6 +1,6 @@
 """The ladder of presets: each version is the one before with one thing changed.
 
-    V0 = a dense GPT          V1 = replace(V0, attention=...)
+    V0 = a dense GPT          V1 = replace(V0, attention=...)          V2 = replace(V1, moe=...)
 
 A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is GPT-2's size (124M
 parameters, one GPU); base wants one node of GPUs. Every field can be overridden on the command line, has a type, and is
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nanods.errors import UserError
-from nanods.gpt import AttentionConfig, GPTConfig
+from nanods.gpt import AttentionConfig, GPTConfig, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Config:
     """Largest norm of the gradient; a longer one is scaled down to it."""
     micro_batch: int | None = None
     """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory."""
+    experts: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the experts' matrices (V2). Muon, the trunk's, costs more than the rest of a step there at tiny size."""
+    expert_lr: float = 0.002
+    """Peak learning rate of the experts under AdamW."""
+    init_from: str | None = None
+    """A run whose last weights to start from. Those of a dense run of the same sizes become experts (upcycling)."""
+    init_noise: float = 0.0
+    """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
     data: str = "pydocs"
     """pydocs, shakespeare, wikitext-2, wikitext-103, or the path of a UTF-8 text file."""
     out_dir: Path | None = None
@@ -70,6 +78,8 @@ class Config:
             )
         if not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"--lr {self.lr} and --clip {self.clip} must be above 0")
+        if not self.expert_lr > 0 or not self.init_noise >= 0:
+            raise ValueError(f"--expert-lr {self.expert_lr} must be above 0, --init-noise {self.init_noise} at least 0")
         if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
             raise ValueError(f"--momentum {self.momentum} must lie in [0, 1), --weight-decay {self.weight_decay} be at least 0")
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
@@ -95,16 +105,18 @@ SPARSE = {
     "base": AttentionConfig("block", block_size=64, top_blocks=8, method="shared"),
 }
 V1 = {scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=SPARSE[scale])) for scale, v0 in V0.items()}
+MOE = {scale: MoEConfig(n_expert=16, top_k=2) for scale in V1}
+V2 = {scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=MOE[scale])) for scale, v1 in V1.items()}
 
-PRESETS = {config.preset: config for version in (V0, V1) for config in version.values()}
+PRESETS = {config.preset: config for version in (V0, V1, V2) for config in version.values()}
 
 
 def from_command_line(description: str, args: list[str] | None = None) -> Config:
     """The preset that the command line names, with its overrides. Ends with exit code 2 where it cannot be understood."""
     described = {
         name: (
-            f"{config.model.attention.kind} attention, {config.model.n_layer} layers of width {config.model.n_embd}, "
-            f"context {config.model.context_length}",
+            f"{config.model.attention.kind} attention, {experts_in_words(config.model.moe)}{config.model.n_layer} layers of "
+            f"width {config.model.n_embd}, context {config.model.context_length}",
             config,
         )
         for name, config in PRESETS.items()
@@ -113,6 +125,10 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
         return tyro.extras.overridable_config_cli(described, description=description, args=args)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def experts_in_words(moe: MoEConfig) -> str:
+    return f"{moe.top_k} of {moe.n_expert} experts a token, " if moe.n_expert > 1 else ""
 
 
 def to_dict(config: Config) -> dict:
@@ -127,6 +143,7 @@ def from_dict(saved: dict) -> Config:
     try:
         model = dict(saved["model"])
         model["attention"] = AttentionConfig(**model["attention"])
+        model["moe"] = MoEConfig(**model.get("moe", {}))  # checkpoints older than V2 have none
         return Config(**{**saved, "model": GPTConfig(**model)})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the saved configuration cannot be read ({error}): was it saved by another version?") from None
@@ -136,8 +153,8 @@ def flatten(config: Config) -> dict[str, object]:
     """Fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense", "steps": 800, ...}."""
     flat = dataclasses.asdict(config)
     model = flat.pop("model")
-    attention = {f"attention.{name}": value for name, value in model.pop("attention").items()}
-    return {name.replace("_", "-"): value for name, value in (flat | model | attention).items()}
+    parts = {f"{part}.{name}": value for part in ("attention", "moe") for name, value in model.pop(part).items()}
+    return {name.replace("_", "-"): value for name, value in (flat | model | parts).items()}
 
 
 def resumed(asked: Config, saved: Config) -> Config:

@@ -5,11 +5,12 @@ A GPT (Radford et al. 2019) with what a decade of practice has changed since, ea
     RoPE             positions as rotations of queries and keys           Su et al. 2021, arXiv:2104.09864
     RMSNorm          x / rms(x), here without weights, before each layer  Zhang & Sennrich 2019, arXiv:1910.07467
     QK-norm          queries and keys normalised, so scores stay bounded  Henry et al. 2020, arXiv:2010.04245
-    squared ReLU     max(0, x)^2 in the MLP                               So et al. 2021, arXiv:2109.08668
+    squared ReLU     max(0, x)^2 in the MLP (nanods/moe.py)               So et al. 2021, arXiv:2109.08668
     no biases; output projections start at zero, so each block starts as the identity
 
-V0 and V1 differ in one field of `GPTConfig`, `attention`. Every layer returns `(x, stats)`: what it computed, and what it
-has to tell (V1's attention tells which blocks it chose). Nothing is kept in globals.
+V0 and V1 differ in one field of `GPTConfig`, `attention`; V1 and V2 in another, `moe`. Every layer returns `(x, stats)`:
+what it computed, and what it has to tell (V1's attention which blocks it chose, V2's experts their load). Nothing is kept
+in globals.
 
 Left out on purpose: the loss (nanods/training/tasks.py) and the training loop (train.py).
 
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from nanods.attention import AttentionConfig, block_attention, cost, dense_attention, select_blocks, topk_attention
 from nanods.cache import Cache
+from nanods.moe import MLP, MoE, MoEConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class GPTConfig:
     n_head: int = 4
     """Heads of each attention layer (H); must divide n_embd into heads of even width."""
     n_embd: int = 128
-    """Width of the model (C). The MLP's hidden width is four times that."""
+    """Width of the model (C)."""
+    hidden_ratio: int = 4
+    """Hidden width of the MLP, and of each expert (F), in multiples of n_embd."""
     context_length: int = 256
     """Longest sequence that the model reads, in tokens (T)."""
     vocab_size: int = 256
@@ -47,9 +51,10 @@ class GPTConfig:
     sharpness: float = 2.0
     """Length of the normalised queries: scores reach sharpness x sqrt(width of a head)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "context_length", "vocab_size"):
+        for name in ("n_layer", "n_head", "n_embd", "hidden_ratio", "context_length", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not self.rope_base > 1 or not self.sharpness > 0:
@@ -64,11 +69,11 @@ class GPTConfig:
                 raise ValueError(f"attention.{name} = {getattr(self.attention, name)} must be at least {least}")
 
 
-# ---- two functions whose gradients are written out: autograd's own take more passes over memory, 8-12% of a step on a CPU ----
-
-
 class RMSNorm(torch.autograd.Function):
-    """y = length x / rms(x) along the last dimension. The gradient is what is left of g beside y, scaled as x was."""
+    """y = length x / rms(x) along the last dimension. The gradient is what is left of g beside y, scaled as x was.
+
+    Written out, since autograd's own takes more passes over memory: 8-12% of a step on a CPU.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, length: float) -> Tensor:
@@ -85,22 +90,6 @@ class RMSNorm(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         along = (g * y).mean(dim=-1, keepdim=True)
         return torch.addcmul(g, y, along, value=-1 / ctx.length**2).mul_(scale), None
-
-
-class SquaredReLU(torch.autograd.Function):
-    """y = max(0, x)^2, and its gradient 2 max(0, x) g."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        r = x.relu()
-        ctx.save_for_backward(r)
-        return r * r
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor) -> Tensor:
-        (r,) = ctx.saved_tensors
-        return (g * r).mul_(2)
 
 
 def rms_norm(x: Tensor, length: float = 1.0) -> Tensor:
@@ -192,25 +181,18 @@ class Attention(nn.Module):
         return y, stats | {"blocks": blocks}
 
 
-class MLP(nn.Module):
-    """Two layers with a squared ReLU between them, applied to each token alone."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, C) -> x (B, T, C), stats."""
-        return self.out(SquaredReLU.apply(self.up(x))), {}  # (B, T, C) -> (B, T, F) -> (B, T, C)
-
-
 class Block(nn.Module):
-    """Tokens talk (attention), then each thinks for itself (MLP); both add to the residual stream."""
+    """Tokens talk (attention), then each thinks for itself (MLP, or its experts); both add to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(config), MLP(config)
+        C, F, moe = config.n_embd, config.hidden_ratio * config.n_embd, config.moe
+        self.attention = Attention(config)
+        if moe.n_expert == 1:
+            self.mlp = MLP(C, F)
+        else:
+            limit = (moe.capacity_factor, moe.priority)
+            self.mlp = MoE(C, moe.n_expert, moe.top_k, F, *limit, moe.normalise, moe.bias_rate)
 
     def forward(
         self,
@@ -220,10 +202,11 @@ class Block(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
         inspect: bool = False,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         y, attention_stats = self.attention(rms_norm(x), positions, rope, cache, layer, inspect)
         x = x + y
-        y, mlp_stats = self.mlp(rms_norm(x))
+        y, mlp_stats = self.mlp(rms_norm(x), valid, inspect)
         return x + y, attention_stats | mlp_stats
 
 
@@ -239,7 +222,7 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Matrices at 1/sqrt(width of the input); what writes to the residual stream or to the logits starts at zero."""
         for name, parameter in self.named_parameters():
-            if name.endswith("out.weight") or name == "head.weight":
+            if name.endswith(("out.weight", "mlp.out")) or name == "head.weight":
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=self.config.n_embd**-0.5)
@@ -259,11 +242,12 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
+        valid = None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T)
         x = rms_norm(self.embedding(tokens))  # (B, T, C)
         rope = rotations(positions, self.config.n_embd // self.config.n_head, x.dtype, self.config.rope_base)
         stats = []
         for layer, block in enumerate(self.blocks):
-            x, layer_stats = block(x, positions, rope, cache, layer, inspect)
+            x, layer_stats = block(x, positions, rope, cache, layer, inspect, valid)
             stats.append(layer_stats)
         if cache is not None:
             cache.lengths = cache.lengths + (T if lengths is None else lengths)
@@ -278,9 +262,15 @@ class GPT(nn.Module):
     # ---- what it costs ---------------------------------------------------------------------------------------------------
 
     def parameters_total_active(self) -> tuple[int, int]:
-        """Parameters in all, and those that each token uses (V0 and V1: all but the other tokens' rows of the embedding)."""
+        """Parameters in all, and those that each token uses: not the other tokens' rows of the embedding, nor other experts."""
         total = sum(p.numel() for p in self.parameters())
-        return total, total - self.embedding.weight.numel() + self.config.n_embd
+        return total, total - self.embedding.weight.numel() + self.config.n_embd - self.idle_parameters()
+
+    def idle_parameters(self) -> int:
+        """Parameters of the E - K experts that a token does not use, over all layers."""
+        c = self.config
+        idle = max(0, c.moe.n_expert - c.moe.top_k) * 2 * c.hidden_ratio * c.n_embd**2  # E = 1 is an MLP: K does not count
+        return c.n_layer * idle
 
     def flops_per_token(self, T: int | None = None) -> float:
         """Floating-point operations to train on one token of a sequence of T (default: context_length): forward + backward.
@@ -290,9 +280,16 @@ class GPT(nn.Module):
         Choosing blocks is left out: T x T / block_size products, forward only.
         """
         T = T or self.config.context_length
-        weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
+        weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel() - self.idle_parameters()
         pairs = self.config.attention.pairs(T) / T
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * pairs
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor) -> None:
+        """Once after each optimizer step, from that step's load (L, E) over all its tokens; nothing where there is no bias."""
+        if self.config.moe.bias_rate:
+            for block, row in zip(self.blocks, load, strict=True):
+                block.mlp.update_bias(row)
 
     # ---- generation ------------------------------------------------------------------------------------------------------
 

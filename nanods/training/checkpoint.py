@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nanods.config import Config, flatten, from_dict
 from nanods.data.download import file_sha256
 from nanods.errors import UserError
+from nanods.moe import upcycle
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
@@ -143,3 +145,47 @@ def restore_model(model: nn.Module, checkpoint: Checkpoint) -> None:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         raise UserError(f"{checkpoint.path} does not fit its own configuration: {error}") from None
+
+
+# ---- a start from another run's weights ------------------------------------------------------------------------------------
+
+SAME = ("n-layer", "n-head", "n-embd", "hidden-ratio", "vocab-size", "rope-base", "sharpness")
+
+
+def warm_start(config: Config, model: nn.Module, tokenizer: dict) -> str:
+    """Load the last weights of the run `config.init_from`; a dense run's MLPs become experts where the model has them.
+
+    Gates that the run does not have keep their own start. -> what was done. Raises UserError where sizes, tokenizer or
+    experts do not fit.
+    """
+    path = Path(config.init_from)
+    found = load(path)
+    source = from_dict(found.state["config"])
+    was, want = flatten(source), flatten(config)
+    different = [f"--{name} {was[name]} (asked for: {want[name]})" for name in SAME if was[name] != want[name]]
+    if different:
+        raise UserError(
+            f"--init-from {path}: that run has {', '.join(different)}. Its weights fit a model of the same sizes alone: "
+            "ask for those, or train a run of yours first"
+        )
+    if found.state["tokenizer"] != tokenizer:
+        raise UserError(
+            f"--init-from {path}: that run has another tokenizer; start from one that was trained on --data {config.data}"
+        )
+    had, has = source.model.moe.n_expert, config.model.moe.n_expert
+    weights, done = found.model, f"from {found.path}"
+    if had == 1 < has:
+        if not config.model.moe.normalise:
+            raise UserError(
+                "--init-from: copies of one MLP give it back only if their weights sum to 1; drop --moe.no-normalise"
+            )
+        weights = upcycle(weights, has, config.init_noise, config.seed)
+        own = model.state_dict()
+        weights |= {name: own[name] for name in own.keys() - weights.keys()}  # the gates and their biases
+        done += f", each MLP copied to {has} experts (noise {config.init_noise:g})"
+    elif had != has:
+        raise UserError(
+            f"--init-from {path}: that run has {had} experts, asked for: {has}; take a dense run, or --moe.n-expert {had}"
+        )
+    restore_model(model, Checkpoint(found.path, weights, {}, found.state))
+    return done

@@ -1,4 +1,6 @@
-"""What a sparse model's selections do, measured against the dense attention that they stand for."""
+"""What a sparse model's selections do, measured against the dense attention that they stand for, and an eye on experts."""
+
+import math
 
 import numpy as np
 import torch
@@ -57,3 +59,30 @@ def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
         return weights.new_ones(weights.size(1))
     best = by_block[:, :, hard].topk(top_blocks, dim=-1).indices  # (1, H, hard, K)
     return chosen[:, :, hard].gather(-1, best).double().mean(dim=(0, 2, 3))
+
+
+class LoadWatch:
+    """An alarm for each layer's router: an expert that starves, or a choice that has collapsed onto few experts.
+
+    Judged on a running mean of the load over about 20 steps: below a tenth of an even share an expert hardly learns; an
+    entropy below half of ln E means that fewer than sqrt(E) experts do the work.
+    """
+
+    def __init__(self) -> None:
+        self.mean, self.told = None, set()
+
+    def __call__(self, load: Tensor) -> dict[str, str]:
+        """load (L, E) of one step -> {"alarm": what is wrong now}, with "new_alarm" where that was not told before; or {}."""
+        share = load.double() / load.sum(dim=-1, keepdim=True)
+        self.mean = share if self.mean is None else self.mean.lerp(share, 0.05)
+        E = share.size(-1)
+        faults = {}
+        for layer, row in enumerate(self.mean.cpu()):
+            if torch.special.entr(row).sum() < 0.5 * math.log(E):
+                faults[layer, "all"] = f"layer {layer}: the router collapses ({row.max():.0%} of the load on one expert of {E})"
+            for e in (row < 0.1 / E).nonzero().flatten().tolist():
+                faults[layer, e] = f"layer {layer}: expert {e} starves ({row[e] * E:.0%} of an even share)"
+        new = [text for key, text in faults.items() if key not in self.told]
+        self.told |= faults.keys()
+        told = {"alarm": "; ".join(faults.values())} if faults else {}
+        return told | ({"new_alarm": "; ".join(new)} if new else {})

@@ -44,7 +44,7 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For parameters of two dimensions; embeddings, the output head and vectors belong to AdamW.
+    """For matrices (R, C) and stacks of them (E, R, C); embeddings, the output head and vectors belong to AdamW.
 
     `weight_decay` is AdamW's: each step shrinks the weights by lr * weight_decay of their size (Loshchilov & Hutter 2019,
     arXiv:1711.05101).
@@ -52,8 +52,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
-            raise ValueError("Muon updates matrices only: give other parameters to AdamW")
+        if any(p.ndim not in (2, 3) for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon updates matrices, or stacks of them: give other parameters to AdamW")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -61,9 +61,11 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             for shape in dict.fromkeys(p.shape for p in params):  # each shape once, in a fixed order
                 alike = [p for p in params if p.shape == shape]
-                rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                for some in (alike[i : i + STACKED] for i in range(0, len(alike), STACKED)):
-                    updates = orthogonalise(torch.stack([self.direction(p, group["momentum"]) for p in some]))
+                rate = group["lr"] * max(1, shape[-2] / shape[-1]) ** 0.5
+                at_once = max(1, STACKED // shape[:-2].numel())
+                for some in (alike[i : i + at_once] for i in range(0, len(alike), at_once)):
+                    directions = torch.stack([self.direction(p, group["momentum"]) for p in some])
+                    updates = orthogonalise(directions.flatten(0, -3)).view_as(directions)
                     for p, update in zip(some, updates, strict=True):
                         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 

@@ -28,16 +28,29 @@ class LanguageModelling:
         windows = np.stack([self.data.train[start : start + self.T + 1] for start in starts])
         return torch.from_numpy(windows.astype(np.int64)).to(self.device)
 
-    def loss(self, model: nn.Module, windows: Tensor) -> Tensor:
-        """Mean cross-entropy of each next token, in nats: windows (B, T + 1) -> ()."""
-        logits, _ = model(windows[:, :-1])
-        return cross_entropy(logits, windows[:, 1:])
+    def loss(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """windows (B, T + 1) -> what is minimised (), in nats, and its parts.
+
+        `ce_loss` is the mean cross-entropy of each next token. With experts also `balance_loss` and `z_loss`, means over the
+        layers and not yet weighed, `dropped`, and each layer's `load` (L, E).
+        """
+        logits, layers = model(windows[:, :-1])
+        loss = cross_entropy(logits, windows[:, 1:])
+        parts = {"ce_loss": loss.detach()}
+        if "load" in layers[0]:
+            moe, mean = self.config.model.moe, {}
+            for name in ("balance_loss", "z_loss", "dropped"):
+                mean[name] = torch.stack([stats[name] for stats in layers]).mean()
+            loss = loss + moe.balance_coefficient * mean["balance_loss"] + moe.z_coefficient * mean["z_loss"]
+            parts |= {name: value.detach() for name, value in mean.items()} | {"load": stacked_load(layers)}
+        return loss, parts
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> dict:
         """Pure cross-entropy over the whole validation text, in windows of T that do not overlap (the last may be short).
 
-        val_loss in nats per token; val_bpb in bits per byte of the text, which compares across tokenisers.
+        val_loss in nats per token; val_bpb in bits per byte of the text, which compares across tokenisers. With experts also
+        the load of the whole text, `val_load` (L, E), and its figures. Nothing is dropped: the model is in eval mode.
         """
         tokens = torch.from_numpy(self.data.val.astype(np.int64))
         inputs, targets = tokens[:-1].split(self.T), tokens[1:].split(self.T)
@@ -46,13 +59,35 @@ class LanguageModelling:
         pairs = [(torch.stack(inputs[i : i + 32][: whole - i]), torch.stack(targets[i : i + 32][: whole - i])) for i in batches]
         if whole < len(inputs):
             pairs.append((inputs[-1][None], targets[-1][None]))
-        total = 0.0
+        total, load, was_training = 0.0, 0, model.training
+        model.eval()
         for x, y in pairs:
-            logits, _ = model(x.to(self.device))
+            logits, layers = model(x.to(self.device))
             total += cross_entropy(logits, y.to(self.device)).item() * y.numel()
+            load = load + stacked_load(layers) if "load" in layers[0] else None
+        model.train(was_training)
         predicted = len(tokens) - 1
         val_loss = total / predicted
-        return {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) * len(tokens) / self.data.val_bytes}
+        row = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) * len(tokens) / self.data.val_bytes}
+        if load is not None:
+            row |= {f"val_{name}": value for name, value in load_figures(load).items()}
+        return row
+
+
+def stacked_load(layers: list[dict[str, Tensor]]) -> Tensor:
+    """Assignments of each layer and expert: (L, E), integers."""
+    return torch.stack([stats["load"] for stats in layers])
+
+
+def load_figures(load: Tensor) -> dict:
+    """load (L, E) -> how uneven it is: the largest over the mean, 1 where even and E where one takes all, and the entropy as
+    a share of ln E, 1 where even; both means over the layers. And the load itself, as lists."""
+    share = load.double() / load.sum(dim=-1, keepdim=True)
+    return {
+        "load_max_over_mean": (share.amax(dim=-1) * load.size(-1)).mean().item(),
+        "load_entropy": (torch.special.entr(share).sum(dim=-1) / math.log(load.size(-1))).mean().item(),
+        "load": load.tolist(),
+    }
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
