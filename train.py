@@ -236,12 +236,13 @@ def make_optimizers(config: Config, model: GPT) -> list[torch.optim.Optimizer]:
     gates = [p for name, p in named.items() if name.endswith("gate.weight")]
     matrices = [p for name, p in named.items() if p.ndim == 2 and not name.endswith("gate.weight")]
     groups = [{"params": [*model.embedding.parameters(), *model.head.parameters(), *gates], "lr": config.lr / 2}]
-    if config.experts == "muon":
-        matrices += experts
+    muons = [{"params": matrices}]
+    if experts and config.experts == "muon":
+        muons.append({"params": experts, "lr": config.expert_lr, "every": config.expert_every})
     elif experts:
         groups.append({"params": experts, "lr": config.expert_lr, "weight_decay": config.weight_decay})
     adamw = torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
-    return [Muon(matrices, config.lr, config.momentum, config.weight_decay), adamw]
+    return [Muon(muons, config.lr, config.momentum, config.weight_decay), adamw]
 
 
 def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
@@ -256,13 +257,11 @@ def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
 
 def muon_seconds(muon: Muon) -> float:
     """Seconds that Muon takes for one step, from one stack of its largest matrices."""
-    params = muon.param_groups[0]["params"]
-    matrices = [matrix for p in params for matrix in p.detach().view(-1, *p.shape[-2:])]
-    largest = max(matrices, key=lambda p: p.numel()).shape
-    stack = torch.stack([matrix for matrix in matrices if matrix.shape == largest][:STACKED])
+    share = {p: 1 / group["every"] for group in muon.param_groups for p in group["params"]}  # of the steps
+    stack = max(share, key=lambda p: p[..., :, :].numel()).detach().flatten(0, -3)[:STACKED]
     start = time.perf_counter()
     orthogonalise(stack)
-    return (time.perf_counter() - start) * sum(p.numel() for p in matrices) / stack.numel()
+    return (time.perf_counter() - start) * sum(p.numel() * part for p, part in share.items()) / stack.numel()
 
 
 def forecast(config: Config, model: GPT, data, micro_batch: int, seconds: float) -> str:

@@ -40,10 +40,12 @@ class Config:
     """Largest norm of the gradient; a longer one is scaled down to it."""
     micro_batch: int | None = None
     """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory."""
-    experts: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of the experts' matrices (V2). Muon, the trunk's, costs more than the rest of a step there at tiny size."""
-    expert_lr: float = 0.002
-    """Peak learning rate of the experts under AdamW."""
+    experts: Literal["adamw", "muon"] = "muon"
+    """Optimizer of the experts' matrices (V2)."""
+    expert_lr: float = 0.02
+    """Peak learning rate of the experts: for AdamW a tenth of Muon's or less."""
+    expert_every: int = 4
+    """Muon updates each stack of experts at every n-th step only, with n times the rate: it would take longer than the rest."""
     init_from: str | None = None
     """A run whose last weights to start from. Those of a dense run of the same sizes become experts (upcycling)."""
     init_noise: float = 0.0
@@ -68,7 +70,7 @@ class Config:
     """Go on from the last checkpoint in out-dir, with the configuration saved there."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "save_every", "micro_batch"):
+        for name in ("steps", "batch_size", "eval_every", "save_every", "micro_batch", "expert_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")

@@ -48,30 +48,39 @@ class Muon(torch.optim.Optimizer):
 
     `weight_decay` is AdamW's: each step shrinks the weights by lr * weight_decay of their size (Loshchilov & Hutter 2019,
     arXiv:1711.05101).
+
+    With `every` = n the parameters of a group take turns: each is updated at every n-th step, with n times the rate, from the
+    momentum that has gathered all gradients. It is for experts, whose orthogonalisation would take longer than the rest of a
+    step; and since each sees few of a step's tokens, it loses little (LOG.md).
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, every: int = 1) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every})
         if any(p.ndim not in (2, 3) for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon updates matrices, or stacks of them: give other parameters to AdamW")
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = [p for i, p in enumerate(group["params"]) if p.grad is not None and self.due(p, i, group)]
+            lr = group["lr"] * group["every"]
             for shape in dict.fromkeys(p.shape for p in params):  # each shape once, in a fixed order
                 alike = [p for p in params if p.shape == shape]
-                rate = group["lr"] * max(1, shape[-2] / shape[-1]) ** 0.5
+                rate = lr * max(1, shape[-2] / shape[-1]) ** 0.5
                 at_once = max(1, STACKED // shape[:-2].numel())
                 for some in (alike[i : i + at_once] for i in range(0, len(alike), at_once)):
-                    directions = torch.stack([self.direction(p, group["momentum"]) for p in some])
+                    directions = torch.stack(
+                        [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in some]  # Nesterov
+                    )
                     updates = orthogonalise(directions.flatten(0, -3)).view_as(directions)
                     for p, update in zip(some, updates, strict=True):
-                        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                        p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-rate)
 
-    def direction(self, p: Tensor, momentum: float) -> Tensor:
-        """Take the gradient into the momentum, and look one step ahead (Nesterov)."""
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum)
+    def due(self, p: Tensor, number: int, group: dict) -> bool:
+        """Take the gradient into the momentum, and say whether it is the parameter's turn to be updated."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"], state["step"] = torch.zeros_like(p), torch.zeros((), dtype=torch.long)
+        state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        state["step"] += 1
+        return (int(state["step"]) + number) % group["every"] == 0
