@@ -301,7 +301,7 @@ def load_balancing_loss(probs: Tensor, experts: Tensor) -> Tensor:
     """
     E = probs.size(-1)
     share = counted(experts, E).to(probs.dtype) / max(1, experts.numel())  # (E,)
-    return E * share @ probs.mean(dim=0)
+    return E * (share * probs.mean(dim=0)).sum()  # not @, which autocast would round
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
