@@ -13,12 +13,12 @@ from nanods.gpt import (
     Attention,
     AttentionConfig,
     GPTConfig,
-    SquaredReLU,
     rms_norm,
     rotate,
     rotations,
     sample,
 )
+from nanods.moe import MoEConfig, SquaredReLU
 
 DENSE = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_length=24, vocab_size=50)
 CONFIGS = {
@@ -29,6 +29,12 @@ CONFIGS = {
         for method in ("flat", "shared", "tree", "window")
         for pool in ("mean", "bound")
     },
+    "experts": replace(DENSE, moe=MoEConfig(n_expert=4, top_k=2)),
+    "sparse experts": replace(
+        DENSE,
+        attention=AttentionConfig("block", block_size=4, top_blocks=2),
+        moe=MoEConfig(n_expert=5, top_k=1, normalise=False),
+    ),
 }
 
 

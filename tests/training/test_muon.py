@@ -57,6 +57,25 @@ def test_it_agrees_with_torchs_own_within_bf16(monkeypatch, stacked):
         assert (p - q).norm() < 0.02 * moved
 
 
+@pytest.mark.parametrize("stacked", [32, 3])
+def test_a_stacked_parameter_moves_as_its_matrices_would(monkeypatch, stacked):
+    monkeypatch.setattr("nanods.training.muon.STACKED", stacked)
+    torch.manual_seed(0)
+    start = [torch.randn(4, R, C, dtype=torch.float64) for R, C in [(12, 30), (30, 12), (12, 30)]]
+    stacks = [torch.nn.Parameter(p.clone()) for p in start]
+    alone = [[torch.nn.Parameter(matrix.clone()) for matrix in p] for p in start]
+    a, b = (Muon(params, 0.1, 0.9, weight_decay=0.3) for params in (stacks, [p for matrices in alone for p in matrices]))
+    for _ in range(3):
+        for stack, matrices in zip(stacks, alone, strict=True):
+            stack.grad = torch.randn_like(stack) * torch.tensor([1, 1e-3, 1e3, 0]).view(4, 1, 1)
+            for p, grad in zip(matrices, stack.grad, strict=True):
+                p.grad = grad.clone()
+        a.step(), b.step()
+    for stack, matrices, before in zip(stacks, alone, start, strict=True):
+        assert (stack - torch.stack(matrices)).abs().max() < 1e-12
+        assert (stack - before).flatten(1).norm(dim=1).min() > 0.1
+
+
 def test_vectors_are_refused():
-    with pytest.raises(ValueError, match="matrices only"):
+    with pytest.raises(ValueError, match="matrices, or stacks"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
