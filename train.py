@@ -76,6 +76,9 @@ def main() -> None:
     else:
         if config.init_from:
             print(f"start      {checkpoint.warm_start(config, model, data.tokenizer.to_json())}")
+            with autocast:
+                rows = [{"step": 0} | task.evaluate(model)]
+            print(f"           validation loss {rows[0]['val_loss']:.6f} before the first step")
         make_room(config.out)
     fast = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and device.type == "cuda") else model
 
@@ -115,6 +118,9 @@ def main() -> None:
     if not saved:
         save()
     stop, watch = [], LoadWatch()
+    for row in rows:
+        if "load" in row:
+            watch(torch.tensor(row["load"]))  # as if it had never stopped
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
     kept = "".join(json.dumps(row) + "\n" for row in rows)  # what a killed run wrote after its checkpoint is dropped
@@ -340,10 +346,10 @@ def read_metrics(out: Path) -> list[dict]:
 
 
 def report(config: Config, model: GPT, data, rows: list[dict]) -> None:
-    validated = [row for row in rows if "val_loss" in row]
+    validated, trained = [row for row in rows if "val_loss" in row], [row for row in rows if row["step"]]
     figure = plots.loss_curve(
-        [row["step"] for row in rows],
-        [row.get("ce_loss", row["train_loss"]) for row in rows],  # a run begun before V2 has no ce_loss
+        [row["step"] for row in trained],
+        [row.get("ce_loss", row["train_loss"]) for row in trained],  # a run begun before V2 has no ce_loss
         [row["step"] for row in validated],
         [row["val_loss"] for row in validated],
     )

@@ -64,19 +64,21 @@ def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
 class LoadWatch:
     """An alarm for each layer's router: an expert that starves, or a choice that has collapsed onto few experts.
 
-    Judged on a running mean of the load over about 20 steps: below a tenth of an even share an expert hardly learns; an
+    Judged on a running mean of the load over about 20 steps, from the 20th on: below a tenth of an even share an expert hardly learns; an
     entropy below half of ln E means that fewer than sqrt(E) experts do the work.
     """
 
     def __init__(self) -> None:
-        self.mean, self.told = None, set()
+        self.mean, self.steps, self.told = None, 0, set()
 
     def __call__(self, load: Tensor) -> dict[str, str]:
         """load (L, E) of one step -> {"alarm": what is wrong now}, with "new_alarm" where that was not told before; or {}."""
         share = load.double() / load.sum(dim=-1, keepdim=True)
         self.mean = share if self.mean is None else self.mean.lerp(share, 0.05)
-        E = share.size(-1)
-        faults = {}
+        self.steps += 1
+        if self.steps < 20:
+            return {}
+        E, faults = share.size(-1), {}
         for layer, row in enumerate(self.mean.cpu()):
             if torch.special.entr(row).sum() < 0.5 * math.log(E):
                 faults[layer, "all"] = f"layer {layer}: the router collapses ({row.max():.0%} of the load on one expert of {E})"
