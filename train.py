@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nanods import config as ladder
-from nanods import plots
 from nanods.config import Config
 from nanods.data.download import place
 from nanods.data.text import load_text
 from nanods.errors import UserError, run
 from nanods.gpt import GPT
 from nanods.training import checkpoint
-from nanods.training.inspection import LoadWatch, sparsity_report
+from nanods.training.inspection import LoadWatch
 from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
+from nanods.training.pictures import draw
 from nanods.training.tasks import LanguageModelling, load_figures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -346,23 +346,12 @@ def read_metrics(out: Path) -> list[dict]:
 
 
 def report(config: Config, model: GPT, data, rows: list[dict]) -> None:
-    validated, trained = [row for row in rows if "val_loss" in row], [row for row in rows if row["step"]]
-    figure = plots.loss_curve(
-        [row["step"] for row in trained],
-        [row.get("ce_loss", row["train_loss"]) for row in trained],  # a run begun before V2 has no ce_loss
-        [row["step"] for row in validated],
-        [row["val_loss"] for row in validated],
-    )
-    plots.save(figure, config.out / "loss.png")
-    print(f"picture    {config.out / 'loss.png'}")
-    if config.model.attention.kind == "block":
-        window = torch.from_numpy(data.val[: config.model.context_length].astype("int64")).to(model.head.weight.device)
-        plots.save(plots.sparsity(sparsity_report(model, window)), config.out / "sparsity.png")
-        print(f"picture    {config.out / 'sparsity.png'}")
+    for path in draw(config, model, data, rows):
+        print(f"picture    {path}")
     prompt = torch.tensor([data.tokenizer.encode("\n").tolist()], device=model.head.weight.device)
     ids = [int(token[0]) for token in model.generate(prompt, 300, temperature=0.8, seed=config.seed)]
     print(f"sample     {data.tokenizer.decode(ids)}\n")
-    print(verdict(config, data, validated[-1]))
+    print(verdict(config, data, rows[-1]))
     print(f"next       python sample.py {config.out} --prompt 'Return the'")
 
 

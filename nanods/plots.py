@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import matplotlib.patches
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -140,4 +141,71 @@ def dots(rows: dict[str, Sequence[float]], bars: dict[str, float], xlabel: str) 
             axes.annotate(f"{np.mean(values):.3f}", (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), title="dots: seeds; tick: bar; right: mean")
     axes.invert_yaxis()
+    return figure
+
+
+def draw_load_over_time(axes: Axes, steps: Sequence[int], load: np.ndarray) -> None:
+    """Each expert's load in multiples of an even share, load (S, L, E) at S steps: a row for each expert, layer under layer."""
+    S, L, E = load.shape
+    columns = [part.mean(axis=0) for part in np.array_split(load, min(S, 150))]  # a few steps in one column: less noise
+    picture = np.stack(columns, axis=-1).reshape(L * E, -1)  # (L E, columns)
+    image = axes.imshow(
+        picture, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2, extent=(steps[0], steps[-1], L * E, 0)
+    )
+    for layer in range(1, L):
+        axes.axhline(layer * E, color="black", linewidth=1)
+    axes.set(xlabel="optimizer step", yticks=[(layer + 0.5) * E for layer in range(L)])
+    axes.set_yticklabels([f"layer {layer}" for layer in range(L)])
+    axes.set_title("load of each expert: white is an even share, blue idle, red twice or more")
+    axes.grid(False)
+    axes.figure.colorbar(image, ax=axes, pad=0.01)
+
+
+def draw_load(axes: Axes, load: np.ndarray) -> None:
+    """The load of a whole text, (L, E), in multiples of an even share: each layer's experts from the idlest to the busiest."""
+    share = np.sort(load / load.mean(axis=1, keepdims=True), axis=1)
+    for layer, row in enumerate(share):
+        axes.plot(range(1, len(row) + 1), row, "o-", markersize=3, label=f"layer {layer}: {row[-1]:.2f}x at most")
+    axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axes.set(xlabel="experts, from the idlest to the busiest", ylabel="load, 1 is an even share", title="load on validation")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_text_by_expert(axes: Axes, text: Sequence[str], experts: np.ndarray, title: str, width: int = 64) -> None:
+    """A text (T tokens) in cells coloured by the expert that each token chose first, experts (T,)."""
+    shades = matplotlib.colormaps["tab20"].colors
+    for i, (piece, expert) in enumerate(zip(text, experts, strict=True)):
+        y, x = divmod(i, width)
+        axes.add_patch(matplotlib.patches.Rectangle((x, y), 1, 1, color=shades[expert % len(shades)], alpha=0.75, linewidth=0))
+        shown = {"\n": "\u21b5", " ": "", "$": r"\$"}.get(piece, piece)
+        axes.text(x + 0.5, y + 0.55, shown, ha="center", va="center", fontsize=7, family="monospace")
+    axes.set(xlim=(0, width), ylim=(-(-len(text) // width), 0), xticks=[], yticks=[], title=title)
+    axes.grid(False)
+
+
+def experts(
+    steps: Sequence[int],
+    load: np.ndarray,
+    entropy: Sequence[float],
+    dropped: Sequence[float],
+    val_load: np.ndarray,
+    text: Sequence[str],
+    chosen: np.ndarray,
+) -> Figure:
+    """What a run's experts did: load (S, L, E) over S steps, its entropy and drops, val_load (L, E), first choices (L, T)."""
+    figure = Figure(figsize=(14, 11), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(3, 2.2, 1.6))
+    share = load / load.mean(axis=-1, keepdims=True)
+    draw_load_over_time(figure.add_subplot(grid[0, :]), steps, share)
+    draw_load(figure.add_subplot(grid[1, 0]), val_load)
+    axes = figure.add_subplot(grid[1, 1])
+    axes.plot(steps, entropy, color=BLUE, label="entropy of the load, of ln E (1: even)")
+    axes.plot(steps, dropped, color=ORANGE, label="assignments dropped")
+    axes.set(xlabel="optimizer step", ylabel="share", ylim=(-0.02, 1.05), title="training")
+    axes.legend(frameon=False)
+    for column, layer in enumerate((0, len(chosen) - 1)):
+        draw_text_by_expert(
+            figure.add_subplot(grid[2, column]), text, chosen[layer], f"first choice of each token, layer {layer}"
+        )
     return figure

@@ -61,11 +61,20 @@ def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
     return chosen[:, :, hard].gather(-1, best).double().mean(dim=(0, 2, 3))
 
 
+@torch.no_grad()
+def experts_of(model: GPT, tokens: Tensor) -> np.ndarray:
+    """The experts that each token of a sequence chose, the likeliest first: tokens (T,) -> (L, T, K)."""
+    was_training = model.training
+    _, layers = model.eval()(tokens[None], inspect=True)
+    model.train(was_training)
+    return torch.stack([stats["experts"][0] for stats in layers]).cpu().numpy()
+
+
 class LoadWatch:
     """An alarm for each layer's router: an expert that starves, or a choice that has collapsed onto few experts.
 
-    Judged on a running mean of the load over about 20 steps, from the 20th on: below a tenth of an even share an expert hardly learns; an
-    entropy below half of ln E means that fewer than sqrt(E) experts do the work.
+    Judged on a running mean of the load over about 20 steps, from the 20th on: below a tenth of an even share an expert
+    hardly learns; an entropy below half of ln E means that fewer than sqrt(E) experts do the work.
     """
 
     def __init__(self) -> None:
