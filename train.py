@@ -264,7 +264,8 @@ def time_step(gradients, task: LanguageModelling, model: nn.Module) -> float:
 def muon_seconds(muon: Muon) -> float:
     """Seconds that Muon takes for one step, from one stack of its largest matrices."""
     share = {p: 1 / group["every"] for group in muon.param_groups for p in group["params"]}  # of the steps
-    stack = max(share, key=lambda p: p[..., :, :].numel()).detach().flatten(0, -3)[:STACKED]
+    largest = max(share, key=Tensor.numel).detach()
+    stack = largest.view(-1, *largest.shape[-2:])[:STACKED]
     start = time.perf_counter()
     orthogonalise(stack)
     return (time.perf_counter() - start) * sum(p.numel() * part for p, part in share.items()) / stack.numel()

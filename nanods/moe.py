@@ -56,25 +56,19 @@ class MoEConfig:
     """How far the selection bias of each expert moves in one optimizer step towards an even load. 0: no bias."""
 
     def __post_init__(self) -> None:
-        if self.n_expert < 1:
-            raise ValueError(f"moe.n_expert = {self.n_expert} must be at least 1 (1 is a plain MLP)")
-        if self.n_expert > 1 and not 1 <= self.top_k <= self.n_expert:
-            raise ValueError(
-                f"moe.top_k = {self.top_k} must lie between 1 and moe.n_expert = {self.n_expert}: "
-                "choose fewer per token, or more experts"
-            )
-        if self.n_expert > 1 and self.top_k == 1 and self.normalise:
-            raise ValueError(
-                "moe.top_k = 1 with normalised weights: each weight is 1, so the router would learn nothing from the "
-                "cross-entropy; add --moe.no-normalise"
-            )
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise ValueError(
-                f"moe.capacity_factor = {self.capacity_factor} must be above 0, 1.25 say (None: no limit, nothing dropped)"
-            )
-        for name in ("balance_coefficient", "z_coefficient", "bias_rate"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"moe.{name} = {getattr(self, name)} must be at least 0 (0 turns it off)")
+        E, K, factor, many = self.n_expert, self.top_k, self.capacity_factor, self.n_expert > 1
+        rates = (self.balance_coefficient, self.z_coefficient, self.bias_rate)
+        faults = {
+            f"n_expert = {E} must be at least 1 (1 is a plain MLP)": E < 1,
+            f"top_k = {K} must lie between 1 and n_expert = {E}: choose fewer, or more experts": many and not 1 <= K <= E,
+            "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": many
+            and (K == 1 and self.normalise),
+            f"capacity_factor = {factor} must be above 0, say 1.25 (None: no limit)": factor is not None and not factor > 0,
+            "balance_coefficient, z_coefficient and bias_rate must be at least 0 (0: off)": not all(r >= 0 for r in rates),
+        }
+        for fault, there in faults.items():
+            if there:
+                raise ValueError(f"moe.{fault}")
 
 
 # ---- one MLP -----------------------------------------------------------------------------------------------------------------
@@ -188,11 +182,8 @@ def pieces(counts: list[int]) -> Iterator[tuple[int, slice, bool]]:
 
 
 def take(x: Tensor, token: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows of some tokens, in `dtype`; in bf16 with rows of zeros up to a multiple of 32.
-
-    A CPU's library writes a new kernel for each shape that it has not met in bf16 (0.3 ms, twice what the product takes at
-    tiny size), and an expert has another number of tokens at every step.
-    """
+    """The rows of some tokens, in `dtype`; in bf16 with rows of zeros up to a multiple of 32: a CPU's library writes a new
+    kernel for each shape it meets (0.3 ms, twice the product's time at tiny size), and counts differ at every step."""
     mine = x[token].to(dtype)
     return nn.functional.pad(mine, (0, 0, 0, -len(token) % 32)) if dtype == torch.bfloat16 else mine
 
@@ -255,7 +246,7 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 def mix_grouped(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """As mix_loop, by PyTorch's grouped matrix product: one kernel for all experts, and no count leaves the GPU.
 
-    Not for fp64. Dropped assignments are computed with zeros, so that every shape is known beforehand.
+    Not for fp64. Dropped assignments are computed too, with weight 0, so that every shape is known beforehand.
     """
     K, dtype = weights.size(1), computing_dtype(x)
     dropped = experts == len(up)
@@ -330,10 +321,8 @@ class MoE(nn.Module):
         bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if n_expert < 1 or not 1 <= top_k <= n_expert:
-            raise ValueError(f"top_k = {top_k} must lie between 1 and n_expert = {n_expert}")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"capacity_factor = {capacity_factor} must be above 0, or None for no limit")
+        if not 1 <= top_k <= n_expert or (capacity_factor is not None and not capacity_factor > 0):
+            raise ValueError(f"top_k = {top_k} of {n_expert} experts, capacity_factor = {capacity_factor}: cannot be")
         self.top_k, self.capacity_factor, self.priority = top_k, capacity_factor, priority
         self.normalise, self.bias_rate = normalise, bias_rate
         self.gate = nn.Linear(n_embd, n_expert, bias=False)

@@ -150,7 +150,13 @@ def draw_load_over_time(axes: Axes, steps: Sequence[int], load: np.ndarray) -> N
     columns = [part.mean(axis=0) for part in np.array_split(load, min(S, 150))]  # a few steps in one column: less noise
     picture = np.stack(columns, axis=-1).reshape(L * E, -1)  # (L E, columns)
     image = axes.imshow(
-        picture, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2, extent=(steps[0], steps[-1], L * E, 0)
+        picture,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="RdBu_r",
+        vmin=0,
+        vmax=2,
+        extent=(steps[0] - 0.5, steps[-1] + 0.5, L * E, 0),
     )
     for layer in range(1, L):
         axes.axhline(layer * E, color="black", linewidth=1)

@@ -64,7 +64,8 @@ def train_tiny(program):
     """A run of seconds on text.txt: train_tiny("v1-tiny", "--steps", 6)."""
 
     def call(preset, *args):
-        sparse = ["--attention.block-size", "8"] if preset.startswith("v1") else []
-        return program("train", preset, *TINY, *sparse, "--data", "text.txt", *args)
+        sparse = ["--attention.block-size", "8"] if preset >= "v1" else []
+        few = ["--moe.n-expert", "4"] if preset >= "v2" else []
+        return program("train", preset, *TINY, *sparse, *few, "--data", "text.txt", *args)
 
     return call

@@ -37,12 +37,13 @@ class LanguageModelling:
         logits, layers = model(windows[:, :-1])
         loss = cross_entropy(logits, windows[:, 1:])
         parts = {"ce_loss": loss.detach()}
-        if "load" in layers[0]:
+        load = stacked_load(layers)
+        if load is not None:
             moe, mean = self.config.model.moe, {}
             for name in ("balance_loss", "z_loss", "dropped"):
                 mean[name] = torch.stack([stats[name] for stats in layers]).mean()
             loss = loss + moe.balance_coefficient * mean["balance_loss"] + moe.z_coefficient * mean["z_loss"]
-            parts |= {name: value.detach() for name, value in mean.items()} | {"load": stacked_load(layers)}
+            parts |= {name: value.detach() for name, value in mean.items()} | {"load": load}
         return loss, parts
 
     @torch.no_grad()
@@ -64,19 +65,21 @@ class LanguageModelling:
         for x, y in pairs:
             logits, layers = model(x.to(self.device))
             total += cross_entropy(logits, y.to(self.device)).item() * y.numel()
-            load = load + stacked_load(layers) if "load" in layers[0] else None
+            if (more := stacked_load(layers)) is not None:
+                load = load + more
         model.train(was_training)
         predicted = len(tokens) - 1
         val_loss = total / predicted
         row = {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) * len(tokens) / self.data.val_bytes}
-        if load is not None:
+        if torch.is_tensor(load):
             row |= {f"val_{name}": value for name, value in load_figures(load).items()}
         return row
 
 
-def stacked_load(layers: list[dict[str, Tensor]]) -> Tensor:
-    """Assignments of each layer and expert: (L, E), integers."""
-    return torch.stack([stats["load"] for stats in layers])
+def stacked_load(layers: list[dict[str, Tensor]]) -> Tensor | None:
+    """Assignments of each layer and expert: (L, E), integers; None for a model without experts."""
+    loads = [stats["load"] for stats in layers if "load" in stats]
+    return torch.stack(loads) if loads else None
 
 
 def load_figures(load: Tensor) -> dict:
