@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from grade import Answer, Crash, Mistake, Step, expect_shape, main
-from probe import BLOCK, TINY, B, D, H, N, T, examine, expect_dtype, expect_separate, first, qkv, span, through_identity
+from grade import TINY, Answer, Crash, Mistake, Step, expect_dtype, expect_integers, expect_shape, first, main
+from probe import BLOCK, B, D, H, N, T, examine, expect_separate, qkv, span, through_identity
 from torch import Tensor
 
 from nanods.attention import block_mask, masked_attention, select_blocks, summarise, visible
@@ -177,8 +177,7 @@ def check_choice(answer: Answer, method: str, at: Tensor) -> None:
     if blocks.shape == (B, H, T, N) and R != T:
         raise Mistake(f"returns a row for each of the {T} queries, where one for each of the {R} tiles is asked")
     expect_shape(blocks, (B, H, R, N))
-    if blocks.dtype.is_floating_point or blocks.dtype == torch.bool:
-        raise Mistake(f"block numbers must be integers, and these are {str(blocks.dtype)[6:]}")
+    expect_integers(blocks, "block numbers")
     if (outside := (blocks < -1) | (blocks >= N)).any():
         raise Mistake(f"there is no block {blocks[outside][0]}: they go from 0 to {N - 1}, and -1 is none")
     expect_separate(lambda q, k: answer(q, k, BLOCK, N), [q, k])

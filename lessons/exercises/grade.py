@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+TINY = 1e-9  # what two ways to compute the same may differ by, in fp64
+
 
 class Mistake(Exception):  # noqa: N818 - it is the learner's, not an error of the program
     """What is wrong, and where it shows: one sentence for the learner."""
@@ -30,11 +32,15 @@ class Unusable(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Step:
-    """One function to write. `check(answer)` raises Mistake; an optional step may stay undone."""
+    """One function to write. `check(answer)` raises Mistake; an optional step may stay undone.
+
+    `returns` names what it returns, where that is several tensors.
+    """
 
     name: str
     check: Callable[["Answer"], None]
     optional: bool = False
+    returns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,10 @@ def line_of(error: BaseException, path: Path) -> str:
 class Answer:
     """A learner's function: called like it, on copies of the tensors, it raises Mistake for whatever it should not do."""
 
-    def __init__(self, function: Callable, path: Path):
-        self.function, self.path = function, path
+    def __init__(self, function: Callable, path: Path, returns: tuple[str, ...] = ()):
+        self.function, self.path, self.returns = function, path, returns
 
-    def __call__(self, *arguments, when: str = "") -> Tensor:
+    def __call__(self, *arguments, when: str = "") -> Tensor | tuple[Tensor, ...]:
         given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         try:
             out = self.function(*given)
@@ -77,17 +83,67 @@ class Answer:
             if isinstance(error, NotImplementedError) and not error.args:  # torch's own always says what is missing
                 raise NotDone(traceback.extract_tb(error.__traceback__)[-1].name) from None
             raise Crash(error, self.path, when) from None
-        if not isinstance(out, Tensor):
-            raise Mistake(f"returns {'nothing' if out is None else f'a {type(out).__name__}'}, not a tensor")
+        if not self.returns:
+            expect_tensor(out)
+        elif isinstance(out, tuple | list) and len(out) == len(self.returns):
+            for part, name in zip(out, self.returns, strict=True):
+                expect_tensor(part, f" as its {name}")
+        else:
+            number = f" of {len(out)}" if isinstance(out, tuple | list) else ""
+            raise Mistake(f"returns {kind(out)}{number}, not the {len(self.returns)} tensors {', '.join(self.returns)}")
         for i, (before, after) in enumerate(zip(arguments, given, strict=True)):
             if isinstance(before, Tensor) and not torch.equal(before, after):
                 raise Mistake(f"changes its argument number {i + 1} in place: masked_fill, not masked_fill_, and the like")
         return out
 
 
+def kind(out: object) -> str:
+    return "nothing" if out is None else f"a {type(out).__name__}"
+
+
+def expect_tensor(out: object, name: str = "") -> None:
+    if not isinstance(out, Tensor):
+        raise Mistake(f"returns {kind(out)}{name}, not a tensor")
+
+
 def expect_shape(out: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
     if tuple(out.shape) != tuple(shape):
         raise Mistake(f"returns the wrong shape: {tuple(out.shape)}, not {tuple(shape)}{hint}")
+
+
+def expect_dtype(out: Tensor, like: Tensor) -> None:
+    if out.dtype != like.dtype:
+        raise Mistake(f"turns {str(like.dtype)[6:]} into {str(out.dtype)[6:]}: new tensors need the dtype of the old ones")
+
+
+def expect_integers(out: Tensor, what: str) -> None:
+    if out.dtype.is_floating_point or out.dtype == torch.bool:
+        raise Mistake(f"{what} must be integers, and these are {str(out.dtype)[6:]}")
+
+
+def expect_gradients(function: Callable, right: Callable, tensors: dict[str, Tensor]) -> None:
+    """`function` returns what `right` returns; to each of the tensors must flow the same gradient, too."""
+    grads = []
+    for f in (function, right):
+        leaves = [x.clone().requires_grad_() for x in tensors.values()]
+        out = f(*leaves)
+        if not out.requires_grad:
+            raise Mistake("no gradient flows at all: something is under no_grad(), or detached")
+        asked = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
+        try:
+            grads.append(torch.autograd.grad((out * asked).sum(), leaves, allow_unused=True))
+        except RuntimeError as error:
+            raise Mistake(f"the backward pass fails: {str(error).splitlines()[0][:110]}") from None
+    for name, grad, wanted in zip(tensors, *grads, strict=True):
+        if grad is None:
+            raise Mistake(f"no gradient reaches {name}: it is detached, or used under no_grad()")
+        if (grad - wanted).abs().max() > TINY:
+            raise Mistake(f"the output is right, but the gradient of {name} is not: a part of its way is detached")
+
+
+def first(wrong: Tensor) -> list[int]:
+    """Where the first True stands."""
+    return wrong.nonzero()[0].tolist()
 
 
 def load(path: Path) -> ModuleType:
@@ -109,7 +165,7 @@ def judge(step: Step, function: Callable | None, path: Path) -> Result:
     if not callable(function):
         return Result(step, "not done", "is not in the file: was it renamed or deleted?")
     try:
-        step.check(Answer(function, path))
+        step.check(Answer(function, path, step.returns))
     except NotDone as waits:
         if str(waits) not in (step.name, getattr(function, "__name__", step.name)):
             return Result(step, "not done", f"not done yet: it calls {waits}, which is not written")

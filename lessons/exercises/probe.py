@@ -7,14 +7,13 @@ keys), which shows who reads whom, and how much. Positions, blocks and heads cou
 from collections.abc import Callable
 
 import torch
-from grade import Mistake, expect_shape
+from grade import TINY, Mistake, expect_dtype, expect_gradients, expect_shape, first
 from torch import Tensor
 
 from nanods.attention import masked_attention
 
 B, H, T, D = 2, 3, 14, 8  # all different, so that no two can be confused
 BLOCK, N = 4, 4  # N blocks, the last of 2 tokens
-TINY = 1e-9  # in fp64
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -30,18 +29,8 @@ def through_identity(function: Callable[[Tensor], Tensor]) -> Tensor:
     return torch.cat([function(part.expand(B, H, T, D)) for part in eye.split(D, dim=1)], dim=-1)[..., :T]
 
 
-def first(wrong: Tensor) -> list[int]:
-    """Where the first True stands."""
-    return wrong.nonzero()[0].tolist()
-
-
 def span(block: int) -> str:
     return f"{block * BLOCK}-{min(block * BLOCK + BLOCK, T) - 1}"
-
-
-def expect_dtype(out: Tensor, like: Tensor) -> None:
-    if out.dtype != like.dtype:
-        raise Mistake(f"turns {str(like.dtype)[6:]} into {str(out.dtype)[6:]}: new tensors need the dtype of the old ones")
 
 
 def expect_separate(function: Callable[..., Tensor], tensors: list[Tensor]) -> None:
@@ -88,7 +77,7 @@ def examine(attend: Attend, mask: Tensor, tensors: list[Tensor], explain: Callab
         raise Mistake(f"position {t} gives position {s} the weight {W[b, h, t, s]:.3f}, not {right[b, h, t, s]:.3f}")
     if (out - right @ v).abs().max() > TINY:
         raise Mistake("the weights are right, but the output is not weights @ v")
-    expect_gradients(attend, mask, tensors)
+    expect_gradients(attend, lambda q, k, v: masked_attention(q, k, v, mask), dict(zip("qkv", tensors, strict=True)))
     single = [x.float() for x in tensors]
     expect_dtype(attend(*single), single[0])
     if not attend(1000 * single[0], *single[1:]).isfinite().all():
@@ -128,21 +117,3 @@ def expect_scale(W: Tensor, dots: Tensor, mask: Tensor) -> None:
     known |= {1 / n: f"divided by {name}, not by sqrt(D)" for name, n in (("D", D), ("H", H), ("sqrt(T)", T**0.5))}
     what = next((text for value, text in known.items() if abs(c - value) < 1e-6), f"{c:.3g} q . k, not q . k / sqrt(D)")
     raise Mistake(f"scores are {what}: at D = {D} they are {c * D**0.5:.3g} times what they should be")
-
-
-def expect_gradients(attend: Attend, mask: Tensor, tensors: list[Tensor]) -> None:
-    grads = []
-    for function in (attend, lambda q, k, v: masked_attention(q, k, v, mask)):
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        out = function(*leaves)
-        if not out.requires_grad:
-            raise Mistake("no gradient flows at all: something is under no_grad(), or detached")
-        try:
-            grads.append(torch.autograd.grad((out * tensors[0].cos()).sum(), leaves, allow_unused=True))
-        except RuntimeError as error:
-            raise Mistake(f"the backward pass fails: {str(error).splitlines()[0][:110]}") from None
-    for name, grad, right in zip("qkv", *grads, strict=True):
-        if grad is None:
-            raise Mistake(f"no gradient reaches {name}: it is detached, or used under no_grad()")
-        if (grad - right).abs().max() > TINY:
-            raise Mistake(f"the output is right, but the gradient of {name} is not: a part of its way is detached")

@@ -1,21 +1,17 @@
 """The grader of lesson 01: it passes the solutions, and finds in each wrong answer the mistake that is in it."""
 
-import re
-import sys
 from pathlib import Path
 
+import check_01
+import grade
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import inf
 
-FOLDER = Path(__file__).parents[2] / "lessons" / "exercises"
-sys.path.insert(0, str(FOLDER))  # as for a script that is run from there
+from tests.lessons.wrong_answers import WrongAnswers
 
-import check_01  # noqa: E402
-import grade  # noqa: E402
-
-right = grade.load(FOLDER / "01_solutions.py")
+right = grade.load(Path(check_01.__file__).with_name("01_solutions.py"))
 
 
 def scores(q, k):
@@ -36,23 +32,8 @@ def read(q, blocks, block_size):
     return (blocks[..., None] == block_of).any(-2), block_of[:, None] == block_of, block_of
 
 
-WRONG = []
-
-
-def wrong(step, message):
-    """Register a wrong answer to a step, with the pattern that belongs to its mistake alone."""
-
-    def register(function):
-        WRONG.append(pytest.param(step, message, function, id=f"{step}-{function.__name__}"))
-        return function
-
-    return register
-
-
-def wrongs(step, **answers):
-    """The same for lambdas: name = (pattern, function)."""
-    for name, (message, function) in answers.items():
-        WRONG.append(pytest.param(step, message, function, id=f"{step}-{name}"))
+WRONG = WrongAnswers()
+wrong, wrongs = WRONG.one, WRONG.some
 
 
 # ---- step 1 ----------------------------------------------------------------------------------------------------------------
@@ -330,14 +311,6 @@ wrongs(
 )
 
 
-def judge(step, function):
-    return grade.judge(next(s for s in check_01.STEPS if s.name == step), function, Path(__file__))
-
-
-@pytest.mark.parametrize(("step", "message", "function"), WRONG)
+@pytest.mark.parametrize(("step", "message", "function"), WRONG.list)
 def test_each_mistake_gets_the_message_meant_for_it(step, message, function):
-    result = judge(step, function)
-    assert result.verdict == "wrong"
-    assert re.search(message, result.message), result.message
-    others = {p.values[1] for p in WRONG if p.values[0] == step} - {message}
-    assert not [other for other in others if re.search(other, result.message)]
+    WRONG.check(check_01.STEPS, step, message, function)

@@ -1,19 +1,14 @@
 """The grader of lesson 01 asks for results, not for one way to them: loops and gathers pass where the solutions mask."""
 
-import sys
 from pathlib import Path
 
+import check_01
+import grade
 import pytest
 import torch
 import torch.nn.functional as F
 
-FOLDER = Path(__file__).parents[2] / "lessons" / "exercises"
-sys.path.insert(0, str(FOLDER))  # as for a script that is run from there
-
-import check_01  # noqa: E402
-import grade  # noqa: E402
-
-right = grade.load(FOLDER / "01_solutions.py")
+right = grade.load(Path(check_01.__file__).with_name("01_solutions.py"))
 
 
 def dense_by_loop(q, k, v):

@@ -1,0 +1,36 @@
+"""A list of wrong answers to the steps of one exercise, each with the message that belongs to its mistake alone."""
+
+import re
+from pathlib import Path
+
+import grade
+import pytest
+
+
+class WrongAnswers:
+    def __init__(self):
+        self.list = []
+
+    def add(self, step, message, function, name):
+        self.list.append(pytest.param(step, message, function, id=f"{step}-{name}"))
+
+    def one(self, step, message):
+        """A decorator: this function is a wrong answer to the step, and `message` a pattern for what it is told."""
+
+        def register(function):
+            self.add(step, message, function, function.__name__)
+            return function
+
+        return register
+
+    def some(self, step, **answers):
+        """The same for lambdas: name = (pattern, function)."""
+        for name, (message, function) in answers.items():
+            self.add(step, message, function, name)
+
+    def check(self, steps, step, message, function):
+        result = grade.judge(next(s for s in steps if s.name == step), function, Path(__file__))
+        assert result.verdict == "wrong"
+        assert re.search(message, result.message), result.message
+        others = {p.values[1] for p in self.list if p.values[0] == step} - {message}
+        assert not [other for other in others if re.search(other, result.message)]
