@@ -15,7 +15,7 @@ help:
 	@echo '  make train-v0    the same with dense attention                       5 min'
 	@echo '  make sample-v1   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0'
 	@echo '  make notebook    open the lessons in Jupyter'
-	@echo '  make check-01    grade your answers in lessons/exercises             seconds'
+	@echo '  make check-01    grade your answers in lessons/exercises             seconds; also check-02'
 	@echo '  make lessons     execute every lesson, top to bottom                 2 min'
 	@echo '  make test        the tests                                           3 min'
 	@echo '  make test-slow   kill tests                                          3 min'

@@ -4,30 +4,49 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
+import check_01
+import check_02
+import grade
 import pytest
+import torch
 
-FOLDER = Path(__file__).parents[2] / "lessons" / "exercises"
-STUBS, SOLUTIONS = FOLDER / "01_sparse_attention.py", FOLDER / "01_solutions.py"
-sys.path.insert(0, str(FOLDER))  # as for a script that is run from there
-
-import check_01  # noqa: E402
-import grade  # noqa: E402
-
-NAMES = [step.name for step in check_01.STEPS]
+FOLDER = Path(grade.__file__).parent
 ONE = "dense_attention"
+
+
+class Lesson(NamedTuple):
+    grader: ModuleType
+    stubs: Path
+    solutions: Path
+    names: list[str]
+    needed: list[str]
+
+
+def lesson(grader, title):
+    number, names = title[:2], [step.name for step in grader.STEPS]
+    needed = [step.name for step in grader.STEPS if not step.optional]
+    return Lesson(grader, FOLDER / f"{title}.py", FOLDER / f"{number}_solutions.py", names, needed)
+
+
+FIRST = lesson(check_01, "01_sparse_attention")
+LESSONS = [FIRST, lesson(check_02, "02_mixture_of_experts")]
+NAMES, SOLUTIONS = FIRST.names, FIRST.solutions
+each = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stubs.stem)
 
 
 @pytest.fixture
 def attempt(tmp_path, capsys):
     """Grade a text, or a path: (exit status, lines printed)."""
 
-    def call(text_or_path):
+    def call(text_or_path, lesson=FIRST):
         path = text_or_path
         if isinstance(path, str):
             path = tmp_path / "mine.py"
             path.write_text(text_or_path)
-        status = grade.main(check_01.STEPS, STUBS, [str(path)])
+        status = grade.main(lesson.grader.STEPS, lesson.stubs, [str(path)])
         return status, capsys.readouterr().out.splitlines()
 
     return call
@@ -41,42 +60,48 @@ def replaced(source, name, body):
     return ast.unparse(tree)
 
 
-def test_the_solutions_pass(attempt):
-    status, lines = attempt(SOLUTIONS)
+@each
+def test_the_solutions_pass(attempt, lesson):
+    status, lines = attempt(lesson.solutions, lesson)
     assert status == 0
-    assert [line.split()[1:3] for line in lines] == [[name, "OK"] for name in NAMES]
+    assert [line.split()[1:3] for line in lines] == [[name, "OK"] for name in lesson.names]
 
 
-def test_the_stubs_fail_each_step_by_its_first_line(attempt):
-    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", STUBS], cwd=FOLDER, capture_output=True).returncode == 1:
+@each
+def test_the_stubs_fail_each_step_by_its_first_line(attempt, lesson):
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", lesson.stubs], cwd=FOLDER, capture_output=True)
+    if changed.returncode == 1:
         pytest.skip("you have begun to fill them in")
-    status, lines = attempt(STUBS)
-    stubs = grade.load(STUBS)
+    status, lines = attempt(lesson.stubs, lesson)
+    stubs = grade.load(lesson.stubs)
     assert status == 1
-    for line, name in zip(lines, NAMES, strict=True):
+    for line, name in zip(lines, lesson.names, strict=True):
         assert "not done yet: " + getattr(stubs, name).__doc__.splitlines()[0] in line
 
 
-def test_stubs_and_solutions_have_the_same_signatures():
+@each
+def test_stubs_and_solutions_have_the_same_signatures(lesson):
     def signatures(path):
         functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
-        return {f.name: (ast.unparse(f.args), ast.unparse(f.returns)) for f in functions if f.name in NAMES}
+        return {f.name: (ast.unparse(f.args), ast.unparse(f.returns)) for f in functions if f.name in lesson.names}
 
-    assert list(signatures(STUBS)) == NAMES
-    assert signatures(STUBS) == signatures(SOLUTIONS)
-
-
-def test_the_bonus_may_stay_undone_but_not_be_wrong(attempt):
-    source = SOLUTIONS.read_text()
-    assert attempt(replaced(source, NAMES[-1], "raise NotImplementedError"))[0] == 0
-    assert attempt(replaced(source, NAMES[-1], "return q"))[0] == 1
+    assert list(signatures(lesson.stubs)) == lesson.names
+    assert signatures(lesson.stubs) == signatures(lesson.solutions)
 
 
-@pytest.mark.parametrize("name", NAMES[:-1])
-def test_each_other_step_is_needed(attempt, name):
-    status, lines = attempt(replaced(SOLUTIONS.read_text(), name, "raise NotImplementedError"))
+@each
+def test_a_bonus_may_stay_undone_but_not_be_wrong(attempt, lesson):
+    source = lesson.solutions.read_text()
+    for name in set(lesson.names) - set(lesson.needed):
+        assert attempt(replaced(source, name, "raise NotImplementedError"), lesson)[0] == 0
+        assert attempt(replaced(source, name, "return 1"), lesson)[0] == 1
+
+
+@pytest.mark.parametrize(("lesson", "name"), [(lesson, name) for lesson in LESSONS for name in lesson.needed])
+def test_each_other_step_is_needed(attempt, lesson, name):
+    status, lines = attempt(replaced(lesson.solutions.read_text(), name, "raise NotImplementedError"), lesson)
     assert status == 1
-    assert "not done yet" in lines[NAMES.index(name)]
+    assert "not done yet" in lines[lesson.names.index(name)]
 
 
 def test_a_wrong_step_does_not_stop_the_others(attempt):
@@ -126,8 +151,26 @@ def test_a_broken_file_gives_status_2_and_one_line(attempt, text, message):
     assert message in lines[0]
 
 
-def test_the_command_grades_the_stubs_by_default():
-    done = subprocess.run([sys.executable, FOLDER / "check_01.py"], capture_output=True, text=True)
+@each
+def test_the_command_grades_the_stubs_by_default(lesson):
+    done = subprocess.run([sys.executable, lesson.grader.__file__], capture_output=True, text=True)
     assert done.returncode == 1
-    assert [line.split()[1] for line in done.stdout.splitlines()] == NAMES
+    assert [line.split()[1] for line in done.stdout.splitlines()] == lesson.names
     assert not done.stderr
+
+
+PAIR = grade.Step("pair", lambda answer: answer(), returns=("weights", "experts"))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ([torch.ones(1)] * 2, "OK"),
+        (torch.ones(2), "returns a Tensor, not the 2 tensors weights, experts"),
+        ((torch.ones(2),), "returns a tuple of 1, not the 2 tensors weights, experts"),
+        ((torch.ones(2), None), "returns nothing as its experts, not a tensor"),
+        (None, "returns nothing, not the 2 tensors weights, experts"),
+    ],
+)
+def test_a_step_may_return_several_tensors(out, message):
+    assert grade.judge(PAIR, lambda: out, Path(__file__)).message == message
