@@ -4,11 +4,12 @@ Mistakes are found by experiments on the functions (see probe_experts.py for ste
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from grade import TINY, Answer, Mistake, Step, expect_dtype, expect_gradients, expect_integers, expect_shape, first, main
-from probe_experts import C, E, F, K, N, examine, expect_cases, expect_little_work, tokens
+from probe_experts import C, E, F, K, N, examine, expect_cases, expect_little_work, shaped, tokens
 from torch import Tensor
 
 from nanods import moe
@@ -16,27 +17,32 @@ from nanods import moe
 # ---- step 1: route ---------------------------------------------------------------------------------------------------------
 
 
-def scored(N: int = N, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """x and a gate whose probabilities spread well."""
-    x, gate = tokens(N, seed=seed)[0], torch.randn(E, C, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x, 2 * gate / C**0.5
+def scored(N: int = N) -> tuple[Tensor, Tensor]:
+    """x and a gate."""
+    x = tokens(N)[0]
+    return x, torch.randn(E, C, generator=torch.Generator().manual_seed(0), dtype=x.dtype) / C**0.5
 
 
 def check_route(answer: Answer) -> None:
+    def asked(x: Tensor, gate: Tensor, top_k: int, when: str = "") -> tuple[Tensor, Tensor]:
+        parts = answer(x, gate, top_k, when=when)
+        for part, name in zip(parts, ("weights", "experts"), strict=True):
+            whole = part.shape == (N, E) and top_k < E
+            how = f", {when}" if when else ": gather those of the chosen" if whole else ""
+            expect_shape(part, (len(x), top_k), f" (the {name}){how}")
+        return parts
+
     x, gate = scored()
-    weights, experts = answer(x, gate, K)
+    weights, experts = asked(x, gate, K)
     if experts.dtype.is_floating_point and not weights.dtype.is_floating_point:
         raise Mistake("returns experts, weights: the two are swapped")
-    whole = ": gather those of the chosen experts" if weights.shape == (N, E) else ""
-    expect_shape(weights, (N, K), f" (the weights){whole}")
-    expect_shape(experts, (N, K), " (the experts)")
     expect_integers(experts, "the numbers of experts")
     if (outside := (experts < 0) | (experts >= E)).any():
         raise Mistake(f"there is no expert {experts[outside][0]}: they go from 0 to {E - 1}")
     expect_dtype(weights, x)
     x2 = x.clone()
     x2[0] = -x2[0]
-    changed = ((answer(x2, gate, K)[0] - weights).abs() > TINY).any(-1)
+    changed = ((asked(x2, gate, K)[0] - weights).abs() > TINY).any(-1)
     changed[0] = False
     if changed.any():
         raise Mistake(f"the weights of token {first(changed)[0]} change with token 0: is the softmax over the tokens? dim=-1")
@@ -52,14 +58,13 @@ def check_route(answer: Answer) -> None:
     expect_router_weights(weights, right, logits.gather(-1, best), probs.gather(-1, best), best)
     for when, (length, top_k) in {"top_k = 1": (N, 1), f"top_k = E = {E}": (N, E), "one token": (1, K)}.items():
         x, gate = scored(length)
-        weights, experts = answer(x, gate, top_k, when=f"for {when}")
+        weights, experts = asked(x, gate, top_k, when=f"for {when}")
         right, best, _ = moe.route(x, gate, top_k)
-        expect_shape(weights, right.shape, f", for {when}")
         if not (experts.equal(best) and (weights - right).abs().max() < TINY):
             raise Mistake(f"right in general, but wrong for {when}")
     x, gate = scored()
-    expect_gradients(lambda *a: answer(*a, K)[0], lambda *a: moe.route(*a, K)[0], {"x": x, "gate": gate})
-    expect_router_precision(answer)
+    expect_gradients(lambda *a: asked(*a, K)[0], lambda *a: moe.route(*a, K)[0], {"x": x, "gate": gate})
+    expect_router_precision(asked)
 
 
 def expect_router_weights(weights: Tensor, right: Tensor, logits: Tensor, probs: Tensor, experts: Tensor) -> None:
@@ -72,22 +77,22 @@ def expect_router_weights(weights: Tensor, right: Tensor, logits: Tensor, probs:
     if (weights - probs.softmax(-1)).abs().max() < TINY:
         raise Mistake("the softmax is taken twice, of the probabilities too: divide these by their sum")
     sums = weights.sum(-1)
-    if (short := (sums - 1).abs() > TINY).any():
-        t = first(short)[0]
+    if ((sums - 1).abs() > TINY).any():
+        t = (sums - 1).abs().argmax()
         raise Mistake(f"the weights of token {t} sum to {sums[t]:.2f}, not to 1: divide them by the sum of those chosen")
-    t, k = first((weights - right).abs() > TINY)
+    t, k = first(~((weights - right).abs() < TINY))
     raise Mistake(f"token {t} gives expert {experts[t, k]} the weight {weights[t, k]:.3f}, not {right[t, k]:.3f}")
 
 
-def expect_router_precision(answer: Answer) -> None:
+def expect_router_precision(route: Callable[..., tuple[Tensor, Tensor]]) -> None:
     x, gate = (part.float() for part in scored())
-    expect_dtype(answer(x, gate, K)[0], x)
-    if not answer(1000 * x, gate, K)[0].isfinite().all():
+    expect_dtype(route(x, gate, K)[0], x)
+    if not route(1000 * x, gate, K)[0].isfinite().all():
         raise Mistake("overflows on large scores: their exp() is infinite; torch.softmax subtracts the largest first")
     x, gate = scored(200)
-    gate[1], gate[1, 0] = gate[0], gate[0, 0] + 0.05  # scores nearer to one another than bf16 can tell
-    x, gate = x.bfloat16(), gate.bfloat16()
-    weights, experts = answer(x, gate, K, when="for bf16")
+    gate[1], gate[1, 0] = gate[0], gate[0, 0] + 0.0025  # scores nearer to one another than bf16 can tell
+    x, gate = x.bfloat16(), (4 * gate).bfloat16()
+    weights, experts = route(x, gate, K, when="for bf16")
     right, best, _ = moe.route(x.double(), gate.double(), K)
     if (off := (experts != best).any(-1)).any():
         t = first(off)[0]
@@ -103,13 +108,13 @@ def expect_router_precision(answer: Answer) -> None:
 
 
 def check_mix(answer: Answer) -> None:
-    examine(answer)
-    expect_cases(answer)
+    examine(shaped(answer))
+    expect_cases(shaped(answer))
 
 
 def check_mix_sorted(answer: Answer) -> None:
     check_mix(answer)
-    expect_little_work(answer)
+    expect_little_work(shaped(answer))
 
 
 # ---- steps 4 and 5, and the first bonus: an even load ------------------------------------------------------------------------
@@ -118,24 +123,29 @@ def check_mix_sorted(answer: Answer) -> None:
 def check_loss(answer: Answer) -> None:
     experts = tokens()[2]
     probs, other = (tokens(seed=seed)[0][:, :E].softmax(-1) for seed in (2, 3))
-    loss = answer(probs, experts)
-    expect_shape(loss, (), ": sum over the experts" if loss.shape == (E,) else "")
+
+    def asked(probs: Tensor, experts: Tensor, when: str = "") -> Tensor:
+        loss = answer(probs, experts, when=when)
+        expect_shape(loss, (), f", {when}" if when else ": sum over the experts" if loss.shape == (E,) else "")
+        return loss
+
+    loss = asked(probs, experts)
     expect_dtype(loss, probs)
 
     def same(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs() < TINY)
 
-    if same(loss, answer(probs, (experts + 1) % E)):
-        raise Mistake("does not change with `experts`: count what was chosen, not what the probabilities would choose")
-    if same(loss, answer(other, experts)):
+    if same(loss, asked(other, experts)):
         raise Mistake("does not change with `probs`: the counts alone have no gradient, so nothing would be learned")
+    if same(loss, asked(probs, (experts + 1) % E)):
+        raise Mistake("does not change with `experts`: count what was chosen, not what the probabilities would choose")
     seconds = torch.cat([experts[:, :1], (experts[:, :1] + 1) % E], dim=-1)
-    if same(loss, answer(probs, seconds)):
+    if same(loss, asked(probs, seconds)):
         raise Mistake("counts the first choices alone (slot 0): all N K assignments count")
     right = moe.load_balancing_loss(probs, experts)
     known = {
         1 / E: f"the factor E = {E} is missing",
-        K: f"divided by N = {N} tokens, where there are N K = {N * K} assignments",
+        K: f"the counts are divided by N = {N}, and there are N K = {N * K} assignments",
         K / E: "the counts are divided by N, not by N K, and the factor E is missing",
         N * K: "the counts are not divided by their number, N K",
         N * K / E: "the counts are not divided by their number, N K, and the factor E is missing",
@@ -151,19 +161,19 @@ def check_loss(answer: Answer) -> None:
         raise Mistake("multiplies token by token and averages then: average shares and probabilities over the tokens first")
     if not same(loss, right):
         raise Mistake(f"gives {loss:.4f} where it should give {right:.4f}")
-    expect_gradients(lambda p: answer(p, experts), lambda p: moe.load_balancing_loss(p, experts), {"probs": probs})
+    expect_gradients(lambda p: asked(p, experts), lambda p: moe.load_balancing_loss(p, experts), {"probs": probs})
     cases = {
         "K = 1": (probs, experts[:, :1]),
-        "one token": (probs[:1], experts[:1]),
         "an expert chosen by nobody": (probs, tokens(unused=(1,))[2]),
         "the last expert chosen by nobody": (probs, tokens(unused=(E - 1,))[2]),
+        "one token": (probs[:1], experts[:1]),
         "all tokens with expert 0": (torch.eye(1, E, dtype=torch.float64).expand(N, E), torch.zeros(N, 1, dtype=torch.long)),
     }
     for when, given in cases.items():
-        loss, right = answer(*given, when=f"for {when}"), moe.load_balancing_loss(*given)
-        if not (loss.shape == () and same(loss, right)):
-            raise Mistake(f"right in general, but wrong for {when}: it gives {loss.tolist()}, not {right:.4f}")
-    expect_dtype(answer(probs.float(), experts), probs.float())
+        loss, right = asked(*given, when=f"for {when}"), moe.load_balancing_loss(*given)
+        if not same(loss, right):
+            raise Mistake(f"right in general, but wrong for {when}: it gives {loss:.4f}, not {right:.4f}")
+    expect_dtype(asked(probs.float(), experts), probs.float())
 
 
 def check_capacity(answer: Answer) -> None:
@@ -247,10 +257,12 @@ def check_bias(answer: Answer) -> None:
     c = (step * distance).sum() / distance.square().sum()
     if (step - c * distance).abs().max() < 1e-6 and c > TINY:
         raise Mistake("the step is longer where the load is further from the mean: only the sign counts")
-    if (wrong := (step - wanted).abs() > TINY).any():
+    if (wrong := ~((step - wanted).abs() < TINY)).any():
         e = first(wrong)[0]
         raise Mistake(f"expert {e} had {load[e]}, the mean is 5, so its bias moves by {wanted[e]:.3g}; here by {step[e]:.3g}")
-    expect_dtype(answer(bias.float(), load, rate), bias.float())
+    single = answer(bias.float(), load, rate)
+    expect_shape(single, (E,))
+    expect_dtype(single, bias.float())
 
 
 # ---- the second bonus: start from one MLP ------------------------------------------------------------------------------------
@@ -269,7 +281,7 @@ def check_upcycle(answer: Answer) -> None:
             raise Mistake(
                 f"each expert's {name} is {c:.3g} times the MLP's: a token's weights sum to 1, so no factor is needed"
             )
-        if (wrong := (copies - one).abs().amax((1, 2)) > TINY).any():
+        if (wrong := ~((copies - one).abs().amax((1, 2)) < TINY)).any():
             raise Mistake(f"{name}[{first(wrong)[0]}] is not the MLP's {name}: each expert starts as a copy of it")
         copies[0, 0, 0] += 1
         if copies[1, 0, 0] == copies[0, 0, 0]:

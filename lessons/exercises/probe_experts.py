@@ -7,7 +7,7 @@ of what it is made of: which expert's result of which token, and with what weigh
 from collections.abc import Callable
 
 import torch
-from grade import TINY, Crash, Mistake, expect_dtype, expect_gradients, expect_shape, first
+from grade import TINY, Answer, Crash, Mistake, expect_dtype, expect_gradients, expect_shape, first
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +32,18 @@ def tokens(N: int = N, K: int = K, seed: int = 1, unused: tuple[int, ...] = ()) 
     return [random(N, C), best.softmax(-1), experts, random(E, F, C) / C**0.5, random(E, C, F) / F**0.5]
 
 
+def shaped(answer: Answer) -> Mix:
+    """`answer`, which must return the shape of x each time."""
+
+    def mix(x: Tensor, weights: Tensor, *rest: Tensor, when: str = "") -> Tensor:
+        y, (N, K) = answer(x, weights, *rest, when=when), weights.shape
+        apart = {(N, K, C): ": sum over the slots of each token", (N * K, C): ": add the assignments to their tokens"}
+        expect_shape(y, x.shape, f", {when}" if when else apart.get(tuple(y.shape), ""))
+        return y
+
+    return mix
+
+
 def examine(mix: Mix) -> None:
     """`mix` must mix as nanods does."""
     x, weights, experts, up, out = tokens()
@@ -41,8 +53,6 @@ def examine(mix: Mix) -> None:
         if crash.reason.startswith("NameError"):
             raise Mistake(f"reads a name that is not defined, as the article's snippet does: {crash.reason}") from None
         raise
-    apart = {(N, K, C): ": sum over the slots of each token", (N * K, C): ": add the assignments to their tokens"}
-    expect_shape(y, x.shape, apart.get(tuple(y.shape), ""))
     expect_dtype(y, x)
     if not y.isfinite().all():
         raise Mistake(f"returns NaN or infinity for token {first(~y.isfinite())[0]}: empty() instead of zeros()?")
@@ -63,19 +73,15 @@ def examine(mix: Mix) -> None:
 
 def expect_activation(mix: Mix) -> None:
     """One token, one expert, one channel: y = activation(x)."""
-    one, when = torch.ones(1, 1, dtype=torch.float64), "for one token and one expert"
-    none, made = torch.zeros(1, 1, dtype=torch.long), []
-    for value in (2.0, -2.0):
-        y = mix(value * one, one, none, one[None], one[None], when=when)
-        expect_shape(y, (1, 1), f", {when}")
-        made.append(round(y.item(), 9))
+    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.long)
+    ys = [mix(x * one, one, none, one[None], one[None], when="for one token and one expert") for x in (1, 2, -2)]
     known = {
         (2, 0): "the ReLU is not squared",
         (4, 4): "it is squared, but there is no ReLU",
         (2, -2): "there is no activation between up and out",
     }
-    if made != [4, 0]:
-        a, b = made
+    unit, a, b = (round(y.item(), 9) for y in ys)
+    if abs(a - 4 * unit) > 1e-6 or b != 0:  # a wrong `unit` is that of the weights
         why = known.get((a, b), "is it relu(.) ** 2?")
         raise Mistake(f"the activation turns 2 and -2 into {a:.3g} and {b:.3g}, where squared ReLU makes 4 and 0: {why}")
 
@@ -168,15 +174,13 @@ def expect_weights(M: Tensor, weights: Tensor, experts: Tensor) -> None:
 def expect_cases(mix: Mix) -> None:
     cases = {
         "K = 1": tokens(K=1),
-        "one token": tokens(N=1),
         "every expert chosen by every token (K = E)": tokens(K=E),
         "experts 1 and 3 chosen by nobody": tokens(unused=(1, 3)),
         "the last expert chosen by nobody": tokens(unused=(E - 1,)),
+        "one token": tokens(N=1),
     }
     for when, given in cases.items():
-        y = mix(*given, when=f"for {when}")
-        expect_shape(y, given[0].shape, f", for {when}")
-        if not (y - mix_loop(*given)).abs().max() < TINY:
+        if not (mix(*given, when=f"for {when}") - mix_loop(*given)).abs().max() < TINY:
             raise Mistake(f"right in general, but wrong for {when}")
 
 

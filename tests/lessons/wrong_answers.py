@@ -29,7 +29,7 @@ class WrongAnswers:
             self.add(step, message, function, name)
 
     def check(self, steps, step, message, function):
-        result = grade.judge(next(s for s in steps if s.name == step), function, Path(__file__))
+        result = grade.judge(next(s for s in steps if s.name == step), function, Path(function.__code__.co_filename))
         assert result.verdict == "wrong"
         assert re.search(message, result.message), result.message
         others = {p.values[1] for p in self.list if p.values[0] == step} - {message}
