@@ -48,7 +48,7 @@ class MoEConfig:
     """Most tokens an expert takes in training, in multiples of an even share; the rest are dropped. None: no limit."""
     priority: Literal["token", "slot"] = "token"
     """Who is served first under a capacity: the earlier token, or all tokens' first choices before any second one."""
-    balance_coefficient: float = 0.05
+    balance_coefficient: float = 0.1
     """Weight of the load-balancing loss, a mean over the layers, beside the cross-entropy. 0: off."""
     z_coefficient: float = 0.001
     """Weight of the router z-loss, likewise."""

@@ -1,6 +1,6 @@
 """Train the tiny rungs of the ladder on several seeds and write what they reach: results/ladder.json, results/expected.json.
 
-    python -m nanods.bench.ladder                 about 25 minutes on 2 cores; `make results`
+    python -m nanods.bench.ladder                 about 50 minutes on 2 cores; `make results`
     python -m nanods.bench.ladder --seeds 1
 
 Two runs at a time, one thread each. `expected.json` is what train.py compares a run with: the mean over the seeds, and as
@@ -19,7 +19,7 @@ from nanods.bench.runs import as_words, trained, write_json
 from nanods.data.text import load_text
 from nanods.training.muon import fast_bf16
 
-RUNS = (("v0-tiny", "pydocs"), ("v1-tiny", "pydocs"), ("v0-tiny", "shakespeare"))
+RUNS = (("v0-tiny", "pydocs"), ("v1-tiny", "pydocs"), ("v2-tiny", "pydocs"), ("v0-tiny", "shakespeare"))
 
 
 @dataclass(frozen=True)
