@@ -9,12 +9,9 @@ the median of its turns; choosing is part of every time. Memory is the rise of a
 
 import gc
 import json
-import platform
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +35,7 @@ from nanods.attention import (
     tile_attention,
     visible,
 )
-from nanods.bench.runs import write_json
+from nanods.bench.runs import machine, medians, with_exponents, write_json
 from nanods.gpt import GPT, Attention, GPTConfig, rotations
 
 HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
@@ -78,28 +75,6 @@ RIVALS = {"dense": dense, "shared": sparse("shared"), "flat": sparse("flat"), "u
 
 def there_and_back(attend: Callable, qkv: list[Tensor], gradient: Tensor) -> None:
     torch.autograd.grad(attend(*qkv), qkv, gradient)
-
-
-def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Seconds of each call, the rivals taking turns; one turn before the clock starts."""
-    seconds = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
-    """{name: {T: value}} -> the same and the exponent of each, over lengths of at least `beyond`."""
-    slopes = {}
-    for name, row in table.items():
-        xs = [int(T) for T in row if int(T) >= beyond]
-        if len(xs) > 1:
-            slopes[name] = plots.fitted_exponent(xs, [row[str(T)] for T in xs])
-    return {"by_tokens": table, "exponents": slopes}
 
 
 # ---- the parts --------------------------------------------------------------------------------------------------------------
@@ -321,12 +296,7 @@ def main() -> None:
         torch.manual_seed(0)
         table[part] = PARTS[part]()
     shapes = {"B": 1, "heads": HEADS, "D": D, "block_size": SIZE, "top_blocks": CHOSEN}
-    versions = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": platform.processor() or platform.machine(),
-    }
-    table = {"machine": {**versions, "threads": 1, "dtype": "fp32", "shapes": shapes}, **table}
+    table = {"machine": {**machine(), "shapes": shapes}, **table}
     write_json(path, table)
     if {"time", "memory"} <= table.keys():
         plots.save(plots.cost_against_tokens(table), args.results / "attention.png")

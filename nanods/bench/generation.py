@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanods.bench.attention import medians
-from nanods.bench.runs import write_json
+from nanods.bench.runs import medians, write_json
 from nanods.config import PRESETS
 from nanods.gpt import GPT
 

@@ -1,12 +1,18 @@
-"""What the benches share: runs of train.py in processes of their own, and tables that are written whole."""
+"""What the benches share: runs of train.py in processes of their own, rivals that take turns, tables that are written whole."""
 
 import json
 import os
+import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
+from nanods import plots
 from nanods.data.download import place
 
 
@@ -31,3 +37,31 @@ def as_words(flags: dict[str, object]) -> list[str]:
 def write_json(path: Path, table: dict) -> None:
     text = json.dumps(table, indent=1) + "\n"
     place(path, lambda file: file.write(text.encode()))
+
+
+def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Seconds of each call, the rivals taking turns; one turn before the clock starts."""
+    seconds = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
+    """{name: {T: value}} -> the same and the exponent of each, over lengths of at least `beyond`."""
+    slopes = {}
+    for name, row in table.items():
+        xs = [int(T) for T in row if int(T) >= beyond]
+        if len(xs) > 1:
+            slopes[name] = plots.fitted_exponent(xs, [row[str(T)] for T in xs])
+    return {"by_tokens": table, "exponents": slopes}
+
+
+def machine() -> dict[str, object]:
+    """What figures of speed depend on."""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {**versions, "cpu": platform.processor() or platform.machine(), "threads": 1, "dtype": "fp32"}

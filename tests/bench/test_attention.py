@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanods.bench.attention import RIVALS, inputs, keys_in_topics, with_exponents
+from nanods.bench.attention import RIVALS, inputs, keys_in_topics
+from nanods.bench.runs import with_exponents
 from nanods.plots import fitted_exponent
 
 
