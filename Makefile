@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 train-v2 sample-v0 sample-v1 sample-v2 bench bench-v1 bench-recall bench-long-text results lessons notebook check-01 check-02 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 train-v2 sample-v0 sample-v1 sample-v2 bench bench-v1 bench-v2 bench-recall bench-long-text results lessons notebook check-01 check-02 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
@@ -22,6 +22,7 @@ help:
 	@echo '  make lint        ruff; make format mends what it can                 seconds'
 	@echo '  make bench       time to loss, generation with and without a cache   10 min'
 	@echo '  make bench-v1    sparse attention against dense: time, memory, recall 12 min'
+	@echo '  make bench-v2    experts against one MLP: time, memory, skew, rivals 15 min'
 	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
 	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
 	@echo '  make results     train each tiny rung on 3 seeds, write results/     25 min'
@@ -53,6 +54,9 @@ sample-v0 sample-v1 sample-v2: sample-%: .venv/base
 
 bench-v1: .venv/base
 	$(PY) -m nanods.bench.attention $(ARGS)
+
+bench-v2: .venv/base
+	$(PY) -m nanods.bench.moe $(ARGS)
 
 bench: .venv/base
 	$(PY) -m nanods.bench.time_to_loss

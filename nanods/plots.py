@@ -129,6 +129,25 @@ def cost_against_tokens(table: dict) -> Figure:
     return figure
 
 
+def cost_of_experts(table: dict) -> Figure:
+    """Time and memory of a Mixture of Experts and its rivals against tokens on log axes, from results/moe.json."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    styles = {"dense": (GREY, "o-"), "moe": (BLUE, "o-"), "one_hot": (ORANGE, "o-"), "one_hot_in_groups": (ORANGE, "o--")}
+    for name, (colour, style) in styles.items():
+        seconds, peak = (row[name] for row in (table["growth"]["by_tokens"], table["memory"]["bytes_by_tokens"]))
+        label = name.replace("_", " ")
+        xs = [int(N) for N in seconds]
+        fitted = f"{label}: N^{table['growth']['exponents'][name]:.2f}"
+        time.loglog(xs, list(seconds.values()), style, color=colour, label=fitted)
+        memory.loglog([int(N) for N in peak], [value / 2**20 for value in peak.values()], style, color=colour, label=label)
+    time.set(xlabel="tokens N", ylabel="seconds", title="forward and backward, routing included")
+    memory.set(xlabel="tokens N", ylabel="MiB above input and weights", title="peak memory, forward and backward")
+    for axes in (time, memory):
+        axes.legend(frameon=False)
+    return figure
+
+
 def dots(rows: dict[str, Sequence[float]], bars: dict[str, float], xlabel: str) -> Figure:
     """A row for each name: a dot for each value, their mean written beside them, and a tick at the bar to reach."""
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1))

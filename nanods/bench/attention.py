@@ -7,9 +7,7 @@ One thread, fp32, B = 1, 4 heads of 64, blocks of 64, 8 chosen and the own. Riva
 the median of its turns; choosing is part of every time. Memory is the rise of a fresh process's peak above its inputs.
 """
 
-import gc
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +33,7 @@ from nanods.attention import (
     tile_attention,
     visible,
 )
-from nanods.bench.runs import machine, medians, with_exponents, write_json
+from nanods.bench.runs import machine, medians, rise_of_peak, with_exponents, write_json
 from nanods.gpt import GPT, Attention, GPTConfig, rotations
 
 HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
@@ -139,11 +137,7 @@ def measure_memory(name: str, T: int, heads: int) -> None:
     """In a process of its own: print how far one forward and backward pass raises its peak memory, in bytes."""
     there_and_back(RIVALS[name], *inputs(256, heads))  # what is made once
     qkv, gradient = inputs(T, heads)
-    gc.collect()
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    there_and_back(RIVALS[name], qkv, gradient)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+    print(rise_of_peak(lambda: there_and_back(RIVALS[name], qkv, gradient)))
 
 
 @torch.no_grad()

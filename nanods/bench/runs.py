@@ -1,8 +1,10 @@
 """What the benches share: runs of train.py in processes of their own, rivals that take turns, tables that are written whole."""
 
+import gc
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,6 +51,15 @@ def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, flo
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def rise_of_peak(call: Callable[[], object]) -> int:
+    """Bytes by which a call raises the peak of this process's memory: wants a fresh process, whose peak is what it holds."""
+    gc.collect()
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
 def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
