@@ -6,14 +6,16 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 train-v2 sample-v0 sample-v1 sample-v2 bench bench-v1 bench-v2 bench-recall bench-long-text results lessons notebook check-01 check-02 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 train-v2 upcycle-v2 sample-v0 sample-v1 sample-v2 bench bench-v1 bench-v2 bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
 	@echo
-	@echo '  make train-v1    train, plot and sample the sparse-attention GPT     5 min, once 2 min more to set up'
+	@echo '  make train-v2    train, plot and sample the GPT with 16 experts      6 min, once 2 min more to set up'
+	@echo '  make train-v1    the same with one MLP: sparse attention alone       5 min'
 	@echo '  make train-v0    the same with dense attention                       5 min'
-	@echo '  make sample-v1   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0'
+	@echo '  make upcycle-v2  experts that start as the MLPs of a trained V1      2 min after train-v1'
+	@echo '  make sample-v2   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0, sample-v1'
 	@echo '  make notebook    open the lessons in Jupyter'
 	@echo '  make check-01    grade your answers in lessons/exercises             seconds; also check-02'
 	@echo '  make lessons     execute every lesson, top to bottom                 2 min'
@@ -26,7 +28,8 @@ help:
 	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
 	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
 	@echo '  make bench-arithmetic are experts better at sums? V2 against V1      20 min'
-	@echo '  make results     train each tiny rung on 3 seeds, write results/     25 min'
+	@echo '  make bench-experts    balance, quality, upcycling, stability       3 hours'
+	@echo '  make results     train each tiny rung on 3 seeds, write results/     50 min'
 	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
 	@echo '  make clean       delete the environment (never runs or data)'
 
@@ -50,6 +53,11 @@ setup: .venv/base
 train-v0 train-v1 train-v2: train-%: .venv/base
 	$(PY) train.py $*-$(SCALE) $(ARGS)
 
+# 400 more steps from a trained V1, which is trained first where there is none.
+upcycle-v2: .venv/base
+	@test -f runs/v1-$(SCALE)/loss.png || $(PY) train.py v1-$(SCALE)
+	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) --steps 400 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
+
 sample-v0 sample-v1 sample-v2: sample-%: .venv/base
 	$(PY) sample.py $*-$(SCALE) $(ARGS)
 
@@ -71,6 +79,9 @@ bench-long-text: .venv/base
 
 bench-arithmetic: .venv/base
 	$(PY) -m nanods.bench.arithmetic $(ARGS)
+
+bench-experts: .venv/base
+	$(PY) -m nanods.bench.experts $(ARGS)
 
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)

@@ -27,13 +27,12 @@ import torch
 import tyro
 
 from nanods import plots
-from nanods.bench.runs import as_words, trained, write_json
+from nanods.bench.runs import as_words, machine, trained, write_json
 from nanods.config import from_dict
 from nanods.data.download import place
 from nanods.data.text import load_text
 from nanods.gpt import GPT
 from nanods.training import checkpoint
-from nanods.training.muon import fast_bf16
 
 DIGITS = {"+": 3, "*": 2}  # of each operand
 LONGEST = max(DIGITS["+"] + 1, 2 * DIGITS["*"]) + 1  # an answer's digits and the line's end
@@ -184,10 +183,9 @@ def main() -> None:
     jobs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda job: train(args, data, *job), jobs))
-    machine = {"torch": torch.__version__, "threads": 1, "dtype": "bf16" if fast_bf16(torch.device("cpu")) else "fp32"}
     task = {"digits": DIGITS, "units_first": args.units_first, "lines": args.lines, "sha256": sha256}
     summary = summarise(runs)
-    table = {"machine": machine, "task": task | {"held_out": args.held_out, "steps": args.steps}, **summary, "runs": runs}
+    table = {"machine": machine(), "task": task | {"held_out": args.held_out, "steps": args.steps}, **summary, "runs": runs}
     write_json(args.results / "arithmetic.json", table)
     rows, bars = {}, {}
     for kind in ("both", *DIGITS):

@@ -290,7 +290,7 @@ def main() -> None:
         torch.manual_seed(0)
         table[part] = PARTS[part]()
     shapes = {"B": 1, "heads": HEADS, "D": D, "block_size": SIZE, "top_blocks": CHOSEN}
-    table = {"machine": {**machine(), "shapes": shapes}, **table}
+    table = {"machine": {**machine("fp32"), "shapes": shapes}, **table}
     write_json(path, table)
     if {"time", "memory"} <= table.keys():
         plots.save(plots.cost_against_tokens(table), args.results / "attention.png")

@@ -7,17 +7,14 @@ Two runs at a time, one thread each. `expected.json` is what train.py compares a
 tolerance the larger of 0.02 bits per byte and twice their spread.
 """
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
-from nanods.bench.runs import as_words, trained, write_json
+from nanods.bench.runs import as_words, machine, trained, write_json
 from nanods.data.text import load_text
-from nanods.training.muon import fast_bf16
 
 RUNS = (("v0-tiny", "pydocs"), ("v1-tiny", "pydocs"), ("v2-tiny", "pydocs"), ("v0-tiny", "shakespeare"))
 
@@ -47,9 +44,7 @@ def main() -> None:
     jobs = [(p, d, seed) for p, d in RUNS for seed in range(args.seeds if d == "pydocs" else 1)]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda job: train(args, *job), jobs))
-    dtype = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"  # what --dtype auto chose
-    machine = {"torch": torch.__version__, "threads": 1, "python": sys.version.split()[0], "dtype": dtype}
-    ladder, expected = {"machine": machine}, {}
+    ladder, expected = {"machine": machine()}, {}
     for preset, data in RUNS:
         of = [row for job, row in zip(jobs, rows, strict=True) if job[:2] == (preset, data)]
         values = [row["val_bpb"] for row in of]

@@ -12,13 +12,11 @@ differences of a few thousandths of a bit mean nothing. A finished run is taken 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from nanods import plots
-from nanods.bench.runs import as_words, trained, write_json
+from nanods.bench.runs import as_words, machine, trained, write_json
 from nanods.data.text import load_text
-from nanods.training.muon import fast_bf16
 
 SIZE = {"context-length": 4096, "batch-size": 2, "device": "cpu", "dtype": "auto", "seed": 0}
 SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
@@ -64,8 +62,7 @@ def main() -> None:
             "time_over_dense_at_equal_time": timed["cpu_seconds"] / dense["cpu_seconds"],
         }
         print(f"{method}: {', '.join(f'{name} {value:+.4f}' for name, value in differences[method].items())}", flush=True)
-        machine = {"torch": torch.__version__, "threads": 1, "dtype": "bf16" if fast_bf16(torch.device("cpu")) else "fp32"}
-        table = {"machine": machine, "data": {"name": "pydocs", "sha256": sha256}, "seeds": 1}
+        table = {"machine": machine(), "data": {"name": "pydocs", "sha256": sha256}, "seeds": 1}
         table |= {"differences": differences, "runs": runs}
         write_json(args.results / "long_text.json", table)
     lines = {name: tuple(zip(*[row[1:] for row in run["step_seconds_val_bpb"]], strict=True)) for name, run in runs.items()}

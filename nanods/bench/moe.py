@@ -376,7 +376,7 @@ def main() -> None:
         torch.manual_seed(0)
         table[part] = PARTS[part]() or table.get(part, {})  # what was measured stays where no peer is installed
     shapes = {"C": C, "F": HIDDEN, "E": E, "K": K, "chunk": CHUNK, "group": GROUP, "capacity_factor": FACTOR}
-    table = {**table, "machine": {**machine(), "shapes": shapes}, "aims": judged(table)}
+    table = {**table, "machine": {**machine("fp32"), "shapes": shapes}, "aims": judged(table)}
     write_json(path, {name: table[name] for name in ("machine", "aims", *PARTS) if name in table})
     if {"growth", "memory"} <= table.keys():
         plots.save(plots.cost_of_experts(table), args.results / "moe.png")

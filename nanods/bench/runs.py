@@ -16,6 +16,7 @@ import torch
 
 from nanods import plots
 from nanods.data.download import place
+from nanods.training.muon import fast_bf16
 
 
 def trained(out: Path, words: Sequence[str], fresh: bool = False) -> tuple[str, list[dict]]:
@@ -72,7 +73,9 @@ def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
     return {"by_tokens": table, "exponents": slopes}
 
 
-def machine() -> dict[str, object]:
-    """What figures of speed depend on."""
+def machine(dtype: str = "auto") -> dict[str, object]:
+    """What figures of speed depend on; "auto" is train.py's choice of precision."""
+    if dtype == "auto":
+        dtype = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {**versions, "cpu": platform.processor() or platform.machine(), "threads": 1, "dtype": "fp32"}
+    return {**versions, "cpu": platform.processor() or platform.machine(), "threads": 1, "dtype": dtype}

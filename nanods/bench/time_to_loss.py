@@ -10,12 +10,10 @@ a learning rate that has not come down yet hides what was learnt.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from nanods import plots
-from nanods.bench.runs import as_words, trained, write_json
-from nanods.training.muon import fast_bf16
+from nanods.bench.runs import as_words, machine, trained, write_json
 
 SIZE = {"n-layer": 4, "n-head": 4, "n-embd": 128, "context-length": 64, "batch-size": 12}
 SIZE |= {"weight-decay": 0.1}  # half of the preset's: a smaller model learns less by heart (LOG.md)
@@ -39,8 +37,7 @@ def main() -> None:
         curve = [[row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row]
         runs[f"{steps} steps"] = {"command": command, "step_cpu_seconds_val_loss": curve}
         print(f"{steps} steps: {curve[-1][1]:.0f} CPU-seconds, validation loss {curve[-1][2]:.4f}", flush=True)
-    dtype = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"  # what --dtype auto chose
-    table = {"machine": {"torch": torch.__version__, "threads": 1, "dtype": dtype}, "runs": runs}
+    table = {"machine": machine(), "runs": runs}
     write_json(args.results / "time_to_loss.json", table)
     lines = {
         name: tuple(zip(*[row[1:] for row in run["step_cpu_seconds_val_loss"]], strict=True)) for name, run in runs.items()
