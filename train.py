@@ -352,6 +352,8 @@ def report(config: Config, model: GPT, data, rows: list[dict]) -> None:
     prompt = torch.tensor([data.tokenizer.encode("\n").tolist()], device=model.head.weight.device)
     ids = [int(token[0]) for token in model.generate(prompt, 300, temperature=0.8, seed=config.seed)]
     print(f"sample     {data.tokenizer.decode(ids)}\n")
+    optimizer = sum(row.get("optimizer_seconds", 0) for row in rows)
+    print(f"time       {rows[-1]['seconds']:.0f} s of training, {optimizer / rows[-1]['seconds']:.0%} of it the optimizers'")
     print(verdict(config, data, rows[-1]))
     print(f"next       python sample.py {config.out} --prompt 'Return the'")
 
