@@ -3,10 +3,10 @@
     python -m nanods.bench.arithmetic            about 20 minutes on 2 cores; `make bench-arithmetic`
     python -m nanods.bench.arithmetic --seeds 1 --variants v1-2f v2
 
-The text is lines like `347+582=929` and `47*83=1093`, half of each, the answer's units digit first: a carry comes from the
-digits before, so what is written in this order needs no look ahead (Lee et al. 2023, arXiv:2307.03381; LOG.md has both
-orders). Of the pairs of operands one in 8 is held out, (a, b) and (b, a) together: the answers are counted on those alone,
-each written greedily after `\\n47*83=` and right if every digit is, and the line's end.
+The text is lines like `347+582=929` and `47*83=3901`, half of each. Of the pairs of operands one in 8 is held out, (a, b) and
+(b, a) together: the answers are counted on those alone, each written greedily after `\\n47*83=` and right if every digit is,
+and the line's end. Answers are written as people write them. The units digit first (--units-first) needs no look ahead
+for a carry (Lee et al. 2023, arXiv:2307.03381), and yet it was slower to learn at first, for V2 by far (LOG.md).
 
 train.py trains each model, as its preset says but for the size of a batch, at equal tokens: v1 (with MLPs of width 4 C), v1-2f
 (of 8 C: the active FLOPs of v2, which uses 2 experts of 4 C) and v2. Attention is dense in all three: the question is about
@@ -54,8 +54,8 @@ class Args:
     """Problems in the text."""
     held_out: int = 500
     """Problems of each kind that the answers are counted on."""
-    units_first: bool = True
-    """Whether answers are written with their units digit first."""
+    units_first: bool = False
+    """Write the answers with their units digit first."""
     jobs: int = 2
     """Runs at a time, one thread each."""
     results: Path = Path("results")

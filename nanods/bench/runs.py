@@ -16,6 +16,7 @@ import torch
 
 from nanods import plots
 from nanods.data.download import place
+from nanods.errors import UserError
 from nanods.training.muon import fast_bf16
 
 
@@ -29,6 +30,8 @@ def trained(out: Path, words: Sequence[str], fresh: bool = False) -> tuple[str, 
         out.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{out}.log").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if not (out / "loss.png").exists():  # train.py ends in peace when it is told to stop
+            raise UserError(f"{out} was stopped before its last step; start the bench again: what is finished is kept")
     return " ".join(command[1:]), [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -1,0 +1,25 @@
+"""What the benches share: a run that was stopped is not taken for a finished one."""
+
+import pytest
+
+from nanods.bench import runs
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_stopped_run_is_refused(tmp_path, monkeypatch, fresh):
+    out = tmp_path / "run"
+
+    def stopped(command, **_):  # as train.py on SIGTERM: metrics, no picture, exit code 0
+        out.mkdir(exist_ok=True)
+        (out / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    monkeypatch.setattr(runs.subprocess, "run", stopped)
+    with pytest.raises(runs.UserError, match="stopped before its last step"):
+        runs.trained(out, ["v0-tiny"], fresh)
+
+
+def test_a_finished_run_is_taken_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "loss.png").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("it was run again"))
+    assert runs.trained(tmp_path, ["v0-tiny"])[1] == [{"step": 1}, {"step": 2}]
