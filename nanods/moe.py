@@ -17,7 +17,7 @@ so parameters grow with E and the work per token with K alone. One idea at a tim
     upcycle             experts that start as V1's MLP                                   Komatsuzaki 2022, arXiv:2212.05055
 
 Nothing is dropped unless a capacity is asked for, and then in training only: a limit makes a token's output depend on tokens
-that stand after it or in other rows (tests/test_moe.py shows both), which generation could not repeat.
+that stand after it or in other rows (tests/test_moe_layer.py shows both), which generation could not repeat.
 
 Left out on purpose, as exercises: sigmoid scores, jitter, shared and fine-grained experts (DeepSeekMoE, arXiv:2401.06066).
 
@@ -199,8 +199,8 @@ class SortedExperts(torch.autograd.Function):
         y, hidden = torch.zeros_like(x), []
         for e, rows, _ in pieces(counts):
             r = (take(x, token[rows], dtype) @ up[e].to(dtype).T).relu_()
-            made = (r * r) @ out[e].to(dtype).T
-            y.index_add_(0, token[rows], made[: len(token[rows])].to(x.dtype) * w[rows, None].to(x.dtype))
+            made = ((r * r) @ out[e].to(dtype).T)[: rows.stop - rows.start]
+            y.index_add_(0, token[rows], made.to(x.dtype) * w[rows, None].to(x.dtype))
             hidden.append(r)
         ctx.save_for_backward(x, w, up, out, order, token, *hidden)
         ctx.counts, ctx.dtype, ctx.K = counts, dtype, weights.size(1)
@@ -217,7 +217,7 @@ class SortedExperts(torch.autograd.Function):
             if count == 0:
                 grad_up[e], grad_out[e] = 0, 0
         for (e, rows, first), r in zip(pieces(ctx.counts), hidden, strict=True):
-            mine, asked, n = take(x, token[rows], dtype), take(g, token[rows], dtype), len(token[rows])
+            mine, asked, n = take(x, token[rows], dtype), take(g, token[rows], dtype), rows.stop - rows.start
             wide = torch.zeros(len(r), 1, dtype=dtype, device=x.device)
             wide[:n, 0] = w[rows]
             inner = (asked @ out[e].to(dtype)).mul_(r)  # r x the gradient of r^2, before the weight
