@@ -27,7 +27,7 @@ help:
 	@echo '  make bench-v2    experts against one MLP: time, memory, skew, rivals 15 min'
 	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
 	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
-	@echo '  make bench-arithmetic are experts better at sums? V2 against V1      20 min'
+	@echo '  make bench-arithmetic are experts better at sums? V2 against V1      12 min'
 	@echo '  make bench-experts    balance, quality, upcycling, stability       3 hours'
 	@echo '  make results     train each tiny rung on 3 seeds, write results/     50 min'
 	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'

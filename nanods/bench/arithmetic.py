@@ -1,6 +1,6 @@
 """Are experts better at sums? V2 against V1 on addition and multiplication: results/arithmetic.json and .png.
 
-    python -m nanods.bench.arithmetic            about 20 minutes on 2 cores; `make bench-arithmetic`
+    python -m nanods.bench.arithmetic            about 12 minutes on 2 cores; `make bench-arithmetic`
     python -m nanods.bench.arithmetic --seeds 1 --variants v1-2f v2
 
 The text is lines like `347+582=929` and `47*83=3901`, half of each. Of the pairs of operands one in 8 is held out, (a, b) and
@@ -48,7 +48,7 @@ class Args:
     """Runs of each variant: other first weights and batches, the same text."""
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which of v1, v1-2f and v2 to run."""
-    steps: int = 800
+    steps: int = 500
     """Optimizer steps of 2,048 tokens."""
     lines: int = 120_000
     """Problems in the text."""

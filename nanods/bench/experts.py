@@ -6,7 +6,7 @@
 pydocs at the tiny preset, each run a train.py of its own on one thread. A finished run is taken as it is; delete its folder
 to repeat it. The runs of v1-tiny and v2-tiny as they are stand in runs/ladder (`make results`).
 
-    balance     v2-tiny with the balancing loss, with the bias alone, with neither
+    balance     v2-tiny with the balancing loss and with none; STEPS steps with the bias alone
     quality     V2 against V1 with hidden 2F (equal active FLOPs) and V1 as it is, at equal tokens; V1 at equal time
     upcycling   STEPS more steps from a trained V1: as V2, as V1, as V1 for as long as V2 took; and V2 from scratch
     stability   the article's three means together (capacity 1.25, balancing loss, warm start), a capacity without them, none
@@ -37,6 +37,7 @@ from nanods.training.inspection import experts_of
 STEPS = 400  # of the shorter runs: upcycling and stability
 OFF = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
 FULL = PRESETS["v2-tiny"].steps
+FEWER = {"none": 2, "bias": 1, "v1, equal time": 1}  # seeds at most of long runs that only complete the picture
 WINDOW = 50  # steps before, from which a spike stands out
 EVERY = 25  # steps averaged into one column of the load's history
 
@@ -44,9 +45,7 @@ EVERY = 25  # steps averaged into one column of the load's history
 @dataclass(frozen=True)
 class Args:
     seeds: int = 3
-    """Seeds of each variant."""
-    bias_seeds: int = 1
-    """Seeds of the bias alone and of V1 at equal time, which only complete the picture."""
+    """Seeds of each variant, but for the few of FEWER."""
     jobs: int = 2
     """Runs at a time, one thread each."""
     results: Path = Path("results")
@@ -69,7 +68,7 @@ def variants(seed: int) -> dict[str, tuple[str, dict]]:
         "all three": ("v2-tiny", warm | limit),
         "capacity alone": ("v2-tiny", OFF | limit | {"steps": STEPS}),
         "none of them": ("v2-tiny", OFF | {"steps": STEPS}),
-        "bias": ("v2-tiny", OFF | {"moe.bias-rate": 0.001}),
+        "bias": ("v2-tiny", OFF | {"moe.bias-rate": 0.001, "steps": STEPS}),
     }
 
 
@@ -182,15 +181,11 @@ def main() -> None:
     ladder = {"v1 as it is": "v1-tiny", "loss": "v2-tiny"}
     jobs = [(name, preset, {"data": "pydocs"}, seed) for name, preset in ladder.items() for seed in range(args.seeds)]
     for name in variants(0):
-        few = args.bias_seeds if name == "bias" else args.seeds
-        jobs += [(name, *variants(seed)[name], seed) for seed in range(few)]
+        jobs += [(name, *variants(seed)[name], seed) for seed in range(min(args.seeds, FEWER.get(name, args.seeds)))]
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(lambda job: run(args, *job), jobs))
         runs = {name: [row for job, row in zip(jobs, rows, strict=True) if job[0] == name] for name, *_ in jobs}
-        timed = [
-            ("v1, equal time", "v1-tiny", {"steps": equal_steps(runs["v1"], runs["loss"])}, seed)
-            for seed in range(args.bias_seeds)
-        ]
+        timed = [("v1, equal time", "v1-tiny", {"steps": equal_steps(runs["v1"], runs["loss"])}, 0)]
         more = equal_steps(runs["continued"], runs["upcycled"])
         for seed in range(args.seeds):
             preset, flags = variants(seed)["continued"]
