@@ -53,10 +53,10 @@ setup: .venv/base
 train-v0 train-v1 train-v2: train-%: .venv/base
 	$(PY) train.py $*-$(SCALE) $(ARGS)
 
-# 400 more steps from a trained V1, which is trained first where there is none.
+# 400 more steps from a trained V1, which is trained first where there is none; at the full rate it would unlearn (LOG.md).
 upcycle-v2: .venv/base
 	@test -f runs/v1-$(SCALE)/loss.png || $(PY) train.py v1-$(SCALE)
-	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) --steps 400 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
+	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) --steps 400 --lr 0.005 --expert-lr 0.005 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
 
 sample-v0 sample-v1 sample-v2: sample-%: .venv/base
 	$(PY) sample.py $*-$(SCALE) $(ARGS)

@@ -64,7 +64,9 @@ class MoEConfig:
             "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": many
             and (K == 1 and self.normalise),
             f"capacity_factor = {factor} must be above 0, say 1.25 (None: no limit)": factor is not None and not factor > 0,
-            "balance_coefficient, z_coefficient and bias_rate must be at least 0 (0: off)": not all(r >= 0 for r in rates),
+            f"balance_coefficient, z_coefficient, bias_rate = {rates}: each must be at least 0 (0: off)": not all(
+                r >= 0 for r in rates
+            ),
         }
         for fault, there in faults.items():
             if there:

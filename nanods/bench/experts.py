@@ -56,7 +56,8 @@ class Args:
 
 def variants(seed: int) -> dict[str, tuple[str, dict]]:
     """What is trained, by name: preset and flags."""
-    warm = {"init-from": f"runs/ladder/v1-tiny-pydocs-{seed}", "steps": STEPS}
+    slow = {"lr": 0.005, "expert-lr": 0.005}  # V1 had it when three quarters of its schedule were over
+    warm = {"init-from": f"runs/ladder/v1-tiny-pydocs-{seed}", "steps": STEPS, **slow}
     limit = {"moe.capacity-factor": 1.25}
     return {
         "none": ("v2-tiny", OFF),
