@@ -56,13 +56,12 @@ class MoEConfig:
     """How far the selection bias of each expert moves in one optimizer step towards an even load. 0: no bias."""
 
     def __post_init__(self) -> None:
-        E, K, factor, many = self.n_expert, self.top_k, self.capacity_factor, self.n_expert > 1
+        E, K, factor, alone = self.n_expert, self.top_k, self.capacity_factor, self.top_k == 1 and self.normalise
         rates = (self.balance_coefficient, self.z_coefficient, self.bias_rate)
         faults = {
             f"n_expert = {E} must be at least 1 (1 is a plain MLP)": E < 1,
-            f"top_k = {K} must lie between 1 and n_expert = {E}: choose fewer, or more experts": many and not 1 <= K <= E,
-            "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": many
-            and (K == 1 and self.normalise),
+            f"top_k = {K} must lie between 1 and n_expert = {E}: choose fewer, or more experts": E > 1 and not 1 <= K <= E,
+            "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": E > 1 and alone,
             f"capacity_factor = {factor} must be above 0, say 1.25 (None: no limit)": factor is not None and not factor > 0,
             f"balance_coefficient, z_coefficient, bias_rate = {rates}: each must be at least 0 (0: off)": not all(
                 r >= 0 for r in rates

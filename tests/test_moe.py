@@ -319,5 +319,5 @@ def test_settings_at_their_limits_are_taken():
     MoEConfig(n_expert=4, top_k=4, capacity_factor=0.1, balance_coefficient=0, z_coefficient=0, bias_rate=0)
     MoEConfig(n_expert=4, top_k=1, normalise=False)
     for capacity_factor in (0.0, -1.0):
-        with pytest.raises(ValueError, match="capacity_factor.*cannot be"):
+        with pytest.raises(ValueError, match=r"capacity_factor.*cannot be"):
             MoE(4, 2, 1, 8, capacity_factor)
