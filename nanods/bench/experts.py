@@ -37,7 +37,7 @@ from nanods.training.inspection import experts_of
 STEPS = 400  # of the shorter runs: upcycling and stability
 OFF = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
 FULL = PRESETS["v2-tiny"].steps
-FEWER = {"none": 2, "bias": 1, "v1, equal time": 1}  # seeds at most of long runs that only complete the picture
+FEWER = {"none": 1, "bias": 1, "v1, equal time": 1}  # seeds at most of long runs that only complete the picture
 WINDOW = 50  # steps before, from which a spike stands out
 EVERY = 25  # steps averaged into one column of the load's history
 
@@ -195,6 +195,7 @@ def main() -> None:
             runs.setdefault(job[0], []).append(row)
     gaps = {
         "balanced minus unbalanced": gap(runs, "loss", "none"),
+        "balanced minus unbalanced, short": gap(runs, "scratch", "none of them"),
         "V2 minus V1, equal tokens": gap(runs, "loss", "v1"),
         "V2 minus V1 as it is, which sees more tokens": gap(runs, "loss", "v1 as it is"),
         "V2 minus V1 with 2F, equal tokens and active FLOPs": gap(runs, "loss", "wide"),
