@@ -302,9 +302,7 @@ def mixtral(way: str) -> nn.Module:
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     sizes = {"hidden_size": C, "intermediate_size": GATED, "num_local_experts": E, "num_experts_per_tok": K}
-    config = MixtralConfig(**sizes)
-    config._experts_implementation = way
-    block = MixtralSparseMoeBlock(config)
+    block = MixtralSparseMoeBlock(MixtralConfig(**sizes, experts_implementation=way))
     for weight in block.parameters():  # which it leaves as they lie in memory
         nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
     return block
@@ -371,13 +369,15 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     path = args.results / "moe.json"
     table = json.loads(path.read_text()) if path.exists() else {}
+    shapes = {"C": C, "F": HIDDEN, "E": E, "K": K, "chunk": CHUNK, "group": GROUP, "capacity_factor": FACTOR}
     for part in PARTS if args.only == "all" else (args.only,):
         print(f"---- {part}", flush=True)
         torch.manual_seed(0)
         table[part] = PARTS[part]() or table.get(part, {})  # what was measured stays where no peer is installed
-    shapes = {"C": C, "F": HIDDEN, "E": E, "K": K, "chunk": CHUNK, "group": GROUP, "capacity_factor": FACTOR}
-    table = {**table, "machine": {**machine("fp32"), "shapes": shapes}, "aims": judged(table)}
-    write_json(path, {name: table[name] for name in ("machine", "aims", *PARTS) if name in table})
+        table |= {"machine": {**machine("fp32"), "shapes": shapes}, "aims": judged(table)}
+        write_json(path, {name: table[name] for name in ("machine", "aims", *PARTS) if name in table})
+    for name, row in table["aims"].items():
+        print(f"{name} {row['measured']:.3f}, aim {row['aim']}: {'met' if row['met'] else 'missed'}")
     if {"growth", "memory"} <= table.keys():
         plots.save(plots.cost_of_experts(table), args.results / "moe.png")
 
@@ -392,7 +392,6 @@ def judged(table: dict) -> dict[str, dict]:
         if value:
             met = {"<=": value <= aim, ">=": value >= aim, ">": value > aim}[sign]
             found[name] = {"aim": f"{sign} {aim}", "measured": value, "met": met}
-            print(f"{name} {value:.3f}, aim {sign} {aim}: {'met' if met else 'missed'}")
     return found
 
 

@@ -1,8 +1,14 @@
-"""What the benches share: a run that was stopped is not taken for a finished one."""
+"""What the benches share: a run that was stopped is not taken for a finished one; a peak of memory is a process's own."""
+
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from nanods.bench import runs
+
+MEASURE = "import torch; from nanods.bench.runs import rise_of_peak; print(rise_of_peak(lambda: torch.ones(1 << 25)))"
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -23,3 +29,9 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("it was run again"))
     assert runs.trained(tmp_path, ["v0-tiny"])[1] == [{"step": 1}, {"step": 2}]
+
+
+def test_a_peak_is_not_that_of_the_process_that_started_it():
+    held = torch.ones(1 << 27)  # 512 MiB, far above the peak of a child that has little more than torch
+    rise = int(subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout)
+    assert 0.95 < rise / (4 << 25) < 1.2 and len(held)
