@@ -37,7 +37,7 @@ from nanods.training.inspection import experts_of
 STEPS = 400  # of the shorter runs: upcycling and stability
 OFF = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
 FULL = PRESETS["v2-tiny"].steps
-FEWER = {"none": 1, "bias": 1, "v1, equal time": 1}  # seeds at most of long runs that only complete the picture
+FEWER = {"none": 1, "wide": 2, "bias": 1}  # seeds at most, of long runs; V1 at equal time has one
 WINDOW = 50  # steps before, from which a spike stands out
 EVERY = 25  # steps averaged into one column of the load's history
 
