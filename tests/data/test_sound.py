@@ -1,0 +1,218 @@
+"""Sound: log_mel against the plain sums and known tones, resampling, and WAV files of every kind and damage."""
+
+import io
+import struct
+import wave
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanods.data.sound import (
+    FLOOR,
+    HOP,
+    LOWEST,
+    MELS,
+    RATE,
+    WINDOW,
+    band_edges,
+    fit,
+    hertz,
+    log_mel,
+    mel,
+    mel_filters,
+    pcm,
+    read_wav,
+    resample,
+    write_wav,
+)
+from nanods.errors import UserError
+
+
+def sine(hertz, samples=RATE, rate=RATE, loudness=0.5):
+    return (loudness * np.sin(2 * np.pi * hertz * np.arange(samples) / rate)).astype(np.float32)
+
+
+def wav(frames, channels=1, width=2, rate=RATE):
+    """The bytes of a WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setparams((channels, width, rate, 0, "NONE", ""))
+        out.writeframes(frames)
+    return file.getvalue()
+
+
+def read(data):
+    return read_wav(io.BytesIO(data))
+
+
+class TestLogMel:
+    def test_equals_the_sums_written_out(self):
+        """Hann, Fourier sum, triangles and logarithm in loops, on two frames."""
+        samples = np.random.default_rng(0).uniform(-1, 1, WINDOW + HOP).astype(np.float32)
+        step = (2595 * np.log10(1 + 4000 / 700) - 2595 * np.log10(1 + 60 / 700)) / (MELS + 1)
+        edges = [700 * (10 ** ((2595 * np.log10(1 + 60 / 700) + i * step) / 2595) - 1) for i in range(MELS + 2)]
+        n = np.arange(WINDOW)
+        window = np.sin(np.pi * n / WINDOW) ** 2
+        expected = np.zeros((MELS, 2))
+        for frame in range(2):
+            piece = samples[frame * HOP : frame * HOP + WINDOW] * window
+            for k in range(WINDOW // 2 + 1):
+                power = abs((piece * np.exp(-2j * np.pi * k * n / WINDOW)).sum()) ** 2 / (window.sum() / 2) ** 2
+                at = k * RATE / WINDOW
+                for m in range(MELS):
+                    low, middle, high = edges[m : m + 3]
+                    if low < at < high:
+                        expected[m, frame] += power * (
+                            (at - low) / (middle - low) if at < middle else (high - at) / (high - middle)
+                        )
+        np.testing.assert_allclose(log_mel(samples), 10 * np.log10(expected), atol=1e-3)
+
+    @pytest.mark.parametrize("band", [0, 1, 5, 12, 20, 31])
+    def test_a_tone_peaks_in_its_band(self, band):
+        bands = log_mel(sine(band_edges()[band + 1]))
+        assert bands.shape == (MELS, 1 + (RATE - WINDOW) // HOP)
+        assert (bands.argmax(axis=0) == band).all()
+
+    def test_decibels(self):
+        """A full-scale tone in the middle of a band is about 0 (its skirts add up to 1.8), ten times softer is 20 less."""
+        tone = band_edges()[21]
+        loud, soft = (log_mel(sine(tone, loudness=x))[20] for x in (1.0, 0.1))
+        assert (abs(loud - 10 * np.log10(1.5)) < 0.7).all()
+        np.testing.assert_allclose(loud - soft, 20, atol=0.1)
+
+    def test_silence_is_the_floor(self):
+        np.testing.assert_allclose(log_mel(np.zeros(RATE)), FLOOR, atol=1e-4)
+
+    def test_any_number_of_waves(self):
+        waves = np.random.default_rng(1).normal(0, 0.1, (2, 3, 2000)).astype(np.float32)
+        all_at_once = log_mel(waves)
+        assert all_at_once.shape == (2, 3, MELS, 6) and all_at_once.dtype == np.float32
+        np.testing.assert_array_equal(all_at_once[1, 2], log_mel(waves[1, 2]))
+        assert log_mel(waves[..., :WINDOW]).shape == (2, 3, MELS, 1)
+
+    def test_too_short(self):
+        with pytest.raises(ValueError, match="shorter than one frame"):
+            log_mel(np.zeros(WINDOW - 1))
+
+    def test_mel(self):
+        assert mel(1000) == pytest.approx(1000, abs=0.1)  # what the scale was made for
+        np.testing.assert_allclose(hertz(mel(np.array([60, 440, 4000]))), [60, 440, 4000])
+
+    def test_the_bands_cover_all_between_the_lowest_and_the_highest(self):
+        filters, frequency = mel_filters(), np.arange(WINDOW // 2 + 1) * RATE / WINDOW
+        assert filters.shape == (257, MELS) and (filters.max(axis=0) > 0.7).all()
+        inside = (frequency > band_edges()[1]) & (frequency < band_edges()[-2])
+        np.testing.assert_allclose(filters.sum(axis=1)[inside], 1, atol=1e-5)
+        assert not filters[frequency <= LOWEST].any()
+
+
+class TestResample:
+    @pytest.mark.parametrize("rate", [1000, 7999, 11_025, 16_000, 44_100, 48_000])
+    def test_a_tone_stays_a_tone(self, rate):
+        got = resample(sine(200, samples=rate, rate=rate), rate)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, sine(200), atol=1e-4)
+
+    def test_what_no_longer_fits_is_gone_and_does_not_fold_back(self):
+        assert abs(resample(sine(7000, 48_000, 48_000), 48_000)).max() < 1e-4
+
+    def test_a_single_sample(self):
+        np.testing.assert_allclose(resample(np.ones(1, np.float32), 48_000), [1])
+
+
+def test_fit():
+    np.testing.assert_array_equal(fit(np.arange(3.0), 5), [0, 1, 2, 0, 0])
+    np.testing.assert_array_equal(fit(np.arange(3.0), 2), [0, 1])
+
+
+class TestFiles:
+    def test_round_trip(self, tmp_path):
+        samples = np.random.default_rng(0).uniform(-1, 1, 3000).astype(np.float32)
+        write_wav(tmp_path / "a.wav", samples)
+        got = read_wav(tmp_path / "a.wav")
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, samples, atol=1 / 32768)
+        write_wav(str(tmp_path / "b.wav"), got)  # what is on the grid of 16 bits comes back as it was
+        np.testing.assert_array_equal(read_wav(str(tmp_path / "b.wav")), got)
+        with wave.open(str(tmp_path / "a.wav")) as file:
+            assert file.getparams()[:4] == (1, 2, 8000, 3000)
+
+    def test_beyond_full_scale_is_clipped_not_wrapped(self):
+        file = io.BytesIO()
+        write_wav(file, np.array([2.0, -2.0, 1.0, -1.0]))
+        np.testing.assert_allclose(read(file.getvalue()), [1, -1, 1, -1], atol=1e-4)
+
+    @pytest.mark.parametrize("samples", [np.zeros((2, 3)), np.array([np.nan]), np.array([np.inf])])
+    def test_what_is_not_one_wave(self, samples):
+        with pytest.raises(ValueError, match="one wave of finite numbers"):
+            write_wav(io.BytesIO(), samples)
+
+    @pytest.mark.parametrize(
+        ("width", "data"),
+        [
+            (1, bytes([0, 128, 192])),
+            (2, struct.pack("<3h", -(2**15), 0, 2**14)),
+            (3, b"\0\0\x80" + b"\0\0\0" + b"\0\0\x40"),
+            (4, struct.pack("<3i", -(2**31), 0, 2**30)),
+        ],
+    )
+    def test_widths(self, width, data):
+        np.testing.assert_array_equal(pcm(data, width), np.array([-1, 0, 0.5], np.float32))
+        np.testing.assert_array_equal(read(wav(data, width=width)), np.array([-1, 0, 0.5], np.float32))
+
+    @pytest.mark.parametrize("channels", [2, 5])
+    def test_channels_become_their_mean(self, channels):
+        both = np.zeros((100, channels), "<i2")
+        both[:, 0] = 16384
+        np.testing.assert_allclose(read(wav(both.tobytes(), channels=channels)), 0.5 / channels)
+
+    def test_other_rates(self):
+        stereo = np.stack([sine(300, 44_100, 44_100)] * 2, axis=1)
+        got = read(wav(np.round(stereo * 32768).astype("<i2").tobytes(), channels=2, rate=44_100))
+        np.testing.assert_allclose(got, sine(300), atol=1e-3)
+
+
+GOOD = wav(np.round(sine(440, 50) * 32768).astype("<i2").tobytes())
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"", "not a WAV file of plain PCM .it ends too early.; convert it.*ffmpeg"),
+            (b"ID3\x04" * 20, "not a WAV file of plain PCM .*RIFF"),
+            (GOOD[:30], "not a WAV file"),
+            (GOOD[:-10], "cut off, 90 bytes of sound where 100 are announced: fetch it again"),
+            (GOOD[:44], "cut off, 0 bytes"),
+            (GOOD[:20] + b"\3\0" + GOOD[22:], "unknown format: 3.*ffmpeg"),  # floats
+            (GOOD[:22] + b"\0\0" + GOOD[24:], "not a WAV file"),  # no channels
+            (GOOD[:34] + b"\x40\0" + GOOD[36:], "64 bits a sample, and only 8, 16, 24 and 32.*ffmpeg"),
+            (wav(b"\0\0", rate=50), "50 samples a second, and only 1,000 to 768,000.*ffmpeg"),
+            (GOOD[:24] + b"\0\0\0\0" + GOOD[28:], "0 samples a second"),
+            (wav(b""), "there is no sound in it"),
+        ],
+    )
+    def test_files(self, tmp_path, data, message):
+        (tmp_path / "bad.wav").write_bytes(data)
+        with pytest.raises(UserError, match=rf"bad\.wav: .*{message}"):
+            read_wav(tmp_path / "bad.wav")
+
+    @pytest.mark.parametrize("name", ["nothing.wav", "."])
+    def test_no_file(self, tmp_path, name):
+        with pytest.raises(UserError, match=r"cannot be read .*give a WAV file"):
+            read_wav(tmp_path / name)
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.integers(0, len(GOOD)), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4))
+    def test_any_damage_is_a_wave_or_a_user_error(self, end, changes):
+        data = bytearray(GOOD)
+        for place, value in changes:
+            data[place] = value
+        try:
+            samples = read(bytes(data[:end]))
+        except UserError as error:
+            assert str(error).startswith("the sound: ")
+        else:
+            assert samples.ndim == 1 and len(samples) and np.isfinite(samples).all()
