@@ -193,7 +193,7 @@ def main() -> None:
             rows[f"{variant}, {kind}"] = [run["score"][kind] for run in runs if run["variant"] == variant]
             print(f"{variant:5} {kind:4} {row[kind]['mean']:.1%} ({row[kind]['least']:.1%} to {row[kind]['most']:.1%})")
         if {"v1", "v2"} <= summary["variants"].keys():
-            bars[f"v2, {kind}"] = CLAIM * summary["variants"]["v1"][kind]["mean"]
+            bars[f"v2, {kind}"] = min(1.0, CLAIM * summary["variants"]["v1"][kind]["mean"])
     plots.save(plots.dots(rows, bars, "share of held-out problems whose answer is right"), args.results / "arithmetic.png")
     for pair, by_kind in summary["verdict"].items():
         words = (
