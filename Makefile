@@ -18,7 +18,7 @@ help:
 	@echo '  make sample-v2   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0, sample-v1'
 	@echo '  make notebook    open the lessons in Jupyter'
 	@echo '  make check-01    grade your answers in lessons/exercises             seconds; also check-02'
-	@echo '  make lessons     execute every lesson, top to bottom                 2 min'
+	@echo '  make lessons     execute every lesson, top to bottom                 3 min'
 	@echo '  make test        the tests                                           3 min'
 	@echo '  make test-slow   kill tests                                          3 min'
 	@echo '  make lint        ruff; make format mends what it can                 seconds'
