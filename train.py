@@ -236,7 +236,7 @@ def fitting(config: Config, model: nn.Module, device: torch.device) -> int:
 
 
 def make_optimizers(config: Config, model: GPT) -> list[torch.optim.Optimizer]:
-    """Muon for the trunk's matrices; AdamW for the embedding, the head, the routers' gates and, by default, the experts."""
+    """Muon for the trunk's matrices and, in turns, the experts'; AdamW for the embedding, the head and the routers' gates."""
     named = dict(model.blocks.named_parameters())
     experts = [p for p in named.values() if p.ndim == 3]  # stacks (E, R, C)
     gates = [p for name, p in named.items() if name.endswith("gate.weight")]

@@ -80,7 +80,9 @@ class Muon(torch.optim.Optimizer):
         """Take the gradient into the momentum, and say whether it is the parameter's turn to be updated."""
         state = self.state[p]
         if not state:
-            state["momentum_buffer"], state["step"] = torch.zeros_like(p), torch.zeros((), dtype=torch.long)
+            state["momentum_buffer"] = torch.zeros_like(p)
+        if "step" not in state:  # at the start, and in checkpoints older than V2
+            state["step"] = torch.zeros((), dtype=torch.long)
         state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
         state["step"] += 1
         return (int(state["step"]) + number) % group["every"] == 0
