@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from nanods.config import PRESETS, from_dict
+from nanods.config import PRESETS
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
-from nanods.gpt import GPT
 from nanods.training import checkpoint
 
 
@@ -46,9 +45,8 @@ def main() -> None:
     if not out.is_dir():
         raise UserError(f"{out}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: make train-v1")
     saved = checkpoint.load(out)
-    config, tokenizer = from_dict(saved.state["config"]), tokenizer_from_json(saved.state["tokenizer"])
-    model = GPT(config.model).to(args.device).eval()
-    checkpoint.restore_model(model, saved)
+    tokenizer = tokenizer_from_json(saved.state["tokenizer"])
+    model = checkpoint.saved_model(saved).to(args.device)
     text = read_prompt(args.prompt)
     prompt = torch.tensor([tokenizer.encode(text).tolist()], device=args.device)
     for number in range(args.num_samples):

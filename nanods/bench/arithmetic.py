@@ -28,7 +28,6 @@ import tyro
 
 from nanods import plots
 from nanods.bench.runs import as_words, machine, trained, write_json
-from nanods.config import from_dict
 from nanods.data.download import place
 from nanods.data.text import load_text
 from nanods.gpt import GPT
@@ -133,9 +132,7 @@ def train(args: Args, data: Path, variant: str, seed: int) -> dict:
     out = data.with_name(f"{data.stem}-{variant}-{args.steps}-{seed}")
     flags = SIZE | flags | {"data": data, "steps": args.steps, "eval-every": args.steps, "save-every": args.steps}
     command, rows = trained(out, [preset, *as_words(flags | {"seed": seed, "out-dir": out})])
-    saved = checkpoint.load(out)
-    model = GPT(from_dict(saved.state["config"]).model).eval()
-    checkpoint.restore_model(model, saved)
+    model = checkpoint.saved_model(checkpoint.load(out))
     scores = {kind: score(model, exam(kind, args.held_out), args.units_first) for kind in DIGITS}
     scores["both"] = statistics.mean(scores.values())
     last = rows[-1]

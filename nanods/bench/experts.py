@@ -28,9 +28,8 @@ import tyro
 
 from nanods import plots
 from nanods.bench.runs import as_words, machine, trained, write_json
-from nanods.config import PRESETS, from_dict
+from nanods.config import PRESETS
 from nanods.data.text import load_text
-from nanods.gpt import GPT
 from nanods.training import checkpoint
 from nanods.training.inspection import experts_of
 
@@ -145,13 +144,10 @@ def explained(experts: np.ndarray, by: np.ndarray) -> float:
 
 def domains(run: Path) -> dict:
     """By layer: how much of a token's first expert its byte explains, the byte before it, and the kind of text."""
-    saved = checkpoint.load(run)
-    config = from_dict(saved.state["config"]).model
-    model = GPT(config)
-    checkpoint.restore_model(model, saved)
+    model = checkpoint.saved_model(checkpoint.load(run))
     bytes_, before, kind, chosen = [], [], [], []
     for number, text in enumerate(kinds_of_text().values()):
-        for window in torch.tensor(list(text)).split(config.context_length):
+        for window in torch.tensor(list(text)).split(model.config.context_length):
             bytes_ += window[1:].tolist()
             before += window[:-1].tolist()
             kind += [number] * (len(window) - 1)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nanods.config import Config, flatten, from_dict
 from nanods.data.download import file_sha256
 from nanods.errors import UserError
+from nanods.gpt import GPT
 from nanods.moe import upcycle
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -145,6 +146,13 @@ def restore_model(model: nn.Module, checkpoint: Checkpoint) -> None:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         raise UserError(f"{checkpoint.path} does not fit its own configuration: {error}") from None
+
+
+def saved_model(checkpoint: Checkpoint) -> GPT:
+    """The model that a checkpoint holds, in eval mode, on the CPU. Raises UserError as `restore_model` does."""
+    model = GPT(from_dict(checkpoint.state["config"]).model).eval()
+    restore_model(model, checkpoint)
+    return model
 
 
 # ---- a start from another run's weights ------------------------------------------------------------------------------------
