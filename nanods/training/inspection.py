@@ -12,6 +12,14 @@ from nanods.gpt import GPT
 LONGEST = 2048  # queries looked at: the dense weights that serve as the measure take memory T x T
 
 
+def inspected(model: GPT, tokens: Tensor) -> list[dict[str, Tensor]]:
+    """What each layer tells of one sequence, tokens (T,), as in evaluation; the model's mode stays what it was."""
+    was_training = model.training
+    _, layers = model.eval()(tokens[None], inspect=True)
+    model.train(was_training)
+    return layers
+
+
 @torch.no_grad()
 def sparsity_report(model: GPT, tokens: Tensor) -> dict:
     """What each head of a block-sparse model reads of one sequence, tokens (T,); arrays (L, H) of shares from 0 to 1.
@@ -25,9 +33,7 @@ def sparsity_report(model: GPT, tokens: Tensor) -> dict:
     size, top_blocks = model.config.attention.block_size, model.config.attention.top_blocks
     tokens = tokens[:LONGEST]  # what comes later changes nothing before it
     T = len(tokens)
-    was_training = model.training
-    _, layers = model.eval()(tokens[None], inspect=True)
-    model.train(was_training)
+    layers = inspected(model, tokens)
     shares = {"keys_read": [], "weight_read": [], "best_found": []}
     for stats in layers:
         q, k, blocks = stats["q"].float(), stats["k"].float(), stats["blocks"]  # (1, H, T, D), (1, H, R, K)
@@ -64,9 +70,7 @@ def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
 @torch.no_grad()
 def experts_of(model: GPT, tokens: Tensor) -> np.ndarray:
     """The experts that each token of a sequence chose, the likeliest first: tokens (T,) -> (L, T, K)."""
-    was_training = model.training
-    _, layers = model.eval()(tokens[None], inspect=True)
-    model.train(was_training)
+    layers = inspected(model, tokens)
     return torch.stack([stats["experts"][0] for stats in layers]).cpu().numpy()
 
 
