@@ -160,7 +160,7 @@ def saved_model(checkpoint: Checkpoint) -> GPT:
 SAME = ("n-layer", "n-head", "n-embd", "hidden-ratio", "vocab-size", "rope-base", "sharpness")
 
 
-def warm_start(config: Config, model: nn.Module, tokenizer: dict) -> str:
+def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
     """Load the last weights of the run `config.init_from`; a dense run's MLPs become experts where the model has them.
 
     Gates that the run does not have keep their own start. -> what was done. Raises UserError where sizes, tokenizer or
