@@ -12,7 +12,7 @@ so parameters grow with E and the work per token with K alone. One idea at a tim
     mix_sorted          the same with tokens sorted by expert, and its own backward      the three together
     mix_grouped         the same as two grouped matrix products, for a GPU
     within_capacity     a limit for each expert, and who goes without                    GShard, arXiv:2006.16668
-    load_balancing_loss, router_z_loss, MoE.update_bias      three ways to an even load
+    load_balancing_loss, router_z_loss, MoE.update_bias      three ways to an even load; entropy_loss, for several modalities
     MoE                 the layer
     upcycle             experts that start as V1's MLP                                   Komatsuzaki 2022, arXiv:2212.05055
 
@@ -58,18 +58,16 @@ class MoEConfig:
     def __post_init__(self) -> None:
         E, K, factor, alone = self.n_expert, self.top_k, self.capacity_factor, self.top_k == 1 and self.normalise
         rates = (self.balance_coefficient, self.z_coefficient, self.bias_rate)
+        below = not all(r >= 0 for r in rates)
         faults = {
             f"n_expert = {E} must be at least 1 (1 is a plain MLP)": E < 1,
             f"top_k = {K} must lie between 1 and n_expert = {E}: choose fewer, or more experts": E > 1 and not 1 <= K <= E,
             "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": E > 1 and alone,
             f"capacity_factor = {factor} must be above 0, say 1.25 (None: no limit)": factor is not None and not factor > 0,
-            f"balance_coefficient, z_coefficient, bias_rate = {rates}: each must be at least 0 (0: off)": not all(
-                r >= 0 for r in rates
-            ),
+            f"balance_coefficient, z_coefficient, bias_rate = {rates}: each must be at least 0 (0: off)": below,
         }
-        for fault, there in faults.items():
-            if there:
-                raise ValueError(f"moe.{fault}")
+        if found := [fault for fault, there in faults.items() if there]:
+            raise ValueError(f"moe.{found[0]}")
 
 
 # ---- one MLP -----------------------------------------------------------------------------------------------------------------
@@ -87,8 +85,7 @@ class SquaredReLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> Tensor:
-        (r,) = ctx.saved_tensors
-        return (g * r).mul_(2)
+        return (g * ctx.saved_tensors[0]).mul_(2)
 
 
 class MLP(nn.Module):
@@ -214,9 +211,8 @@ class SortedExperts(torch.autograd.Function):
         dtype = ctx.dtype
         grad_x, grad_w = torch.zeros_like(x), torch.zeros_like(w)
         grad_up, grad_out = torch.empty_like(up), torch.empty_like(out)
-        for e, count in enumerate(ctx.counts):
-            if count == 0:
-                grad_up[e], grad_out[e] = 0, 0
+        for e in (e for e, count in enumerate(ctx.counts) if count == 0):
+            grad_up[e], grad_out[e] = 0, 0
         for (e, rows, first), r in zip(pieces(ctx.counts), hidden, strict=True):
             mine, asked, n = take(x, token[rows], dtype), take(g, token[rows], dtype), rows.stop - rows.start
             wide = torch.zeros(len(r), 1, dtype=dtype, device=x.device)
@@ -289,8 +285,7 @@ def load_balancing_loss(probs: Tensor, experts: Tensor) -> Tensor:
 
     Switch Transformer's (Fedus et al. 2021, arXiv:2101.03961). 1.0 where both are even; E where all of it goes to one expert
     with K = 1. It can fall below 1: where the choices and the probabilities lean to different experts. The gradient comes
-    through the probabilities alone. The micro-batch is its unit: over several, it is the mean of their losses.
-    """
+    through the probabilities alone. The micro-batch is its unit: over several, it is the mean of their losses."""
     E = probs.size(-1)
     share = counted(experts, E).to(probs.dtype) / max(1, experts.numel())  # (E,)
     return E * (share * probs.mean(dim=0)).sum()  # not @, which autocast would round
@@ -299,6 +294,12 @@ def load_balancing_loss(probs: Tensor, experts: Tensor) -> Tensor:
 def router_z_loss(logits: Tensor) -> Tensor:
     """Mean of (log sum exp of a token's logits)^2: keeps them small, (N, E) -> (). Zoph et al. 2022, arXiv:2202.08906."""
     return logits.logsumexp(dim=-1).square().mean()
+
+
+def entropy_loss(doubt: Tensor, importance: Tensor, least: float) -> Tensor:
+    """For one modality of several, in nats: each token sure of its experts, all together using `least` of them or more. From the
+    mean entropy of a token's probabilities () and their mean (E,). LIMoE: Mustafa et al. 2022, arXiv:2206.02770."""
+    return doubt + (math.log(least) - torch.special.entr(importance).sum()).clamp(min=0)
 
 
 # ---- the layer ---------------------------------------------------------------------------------------------------------------
@@ -336,11 +337,11 @@ class MoE(nn.Module):
 
         stats, of this call's tokens:
             load (E,)         assignments each expert was chosen for, before any are dropped; sums to N K
-            importance (E,)   mean probability
+            importance (E,)   mean probability, with its gradient
             load_entropy ()   of the load's shares, in nats: ln E where even
             dropped ()        share of the assignments that found no place
             router_margin ()  mean distance of the last expert chosen from the first one that was not
-            balance_loss, z_loss ()  with their gradients
+            balance_loss, z_loss, doubt ()  with their gradients; doubt is the mean entropy of a token's probabilities
         and with `inspect` experts (B, T, K).
         """
         E, (B, T, C) = len(self.up), x.shape
@@ -359,16 +360,16 @@ class MoE(nn.Module):
             load = counted(experts, E)
         mix = mix_grouped if x.device.type == "cuda" and computing_dtype(x) == torch.bfloat16 else mix_sorted
         y = mix(rows, weights, experts, self.up, self.out)
-        total = wanted.sum().clamp(min=1)
-        share = wanted / total
+        share = wanted / wanted.sum().clamp(min=1)
         stats = {
             "load": wanted,
-            "importance": probs.detach().mean(dim=0),
+            "importance": probs.mean(dim=0),
             "load_entropy": torch.special.entr(share).sum(),
-            "dropped": 1 - load.sum() / total,
+            "dropped": 1 - load.sum() / wanted.sum().clamp(min=1),
             "router_margin": margin.mean(),
             "balance_loss": load_balancing_loss(probs, chosen),
             "z_loss": router_z_loss(logits),
+            "doubt": torch.special.entr(probs).sum(dim=-1).mean(),
         }
         return y.view(B, T, C), stats | ({"experts": experts.view(B, T, -1)} if inspect else {})
 
@@ -384,9 +385,8 @@ def upcycle(weights: dict[str, Tensor], n_expert: int, noise: float = 0.0, seed:
     """A dense model's weights by name -> those of the model in which each MLP has become `n_expert` copies of itself.
 
     A new gate chooses among equals, and weights that sum to 1 give back the MLP: the loss does not change. Then the experts
-    part, since each sees other tokens; `noise`, in multiples of a matrix's root mean square, parts them from the start.
-    The gates are not among what is returned.
-    """
+    part, since each sees other tokens; `noise`, in multiples of a matrix's root mean square, parts them from the start. The
+    gates are not among what is returned."""
     random = torch.Generator().manual_seed(seed)
     many = {}
     for name, weight in weights.items():

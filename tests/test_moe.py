@@ -15,6 +15,7 @@ from nanods.moe import (
     MLP,
     MoE,
     choose,
+    entropy_loss,
     load_balancing_loss,
     mix_grouped,
     mix_loop,
@@ -243,6 +244,25 @@ def test_z_loss_is_its_formula():
     assert router_z_loss(logits).item() == pytest.approx(expected, rel=1e-12)
     assert router_z_loss(torch.full((3, 4), 1e4)).isfinite()
     assert torch.autograd.gradcheck(router_z_loss, logits)
+
+
+def test_the_entropy_loss_asks_for_sure_tokens_that_differ():
+    def loss(probs, least=2.0):
+        probs = torch.tensor(probs, dtype=torch.float64)
+        return entropy_loss(torch.special.entr(probs).sum(dim=-1).mean(), probs.mean(dim=0), least).item()
+
+    assert loss([[1.0, 0, 0], [0, 1, 0]]) == pytest.approx(0, abs=1e-12)  # each sure, both experts used
+    assert loss([[1.0, 0, 0], [0, 0.5, 0.5]]) == pytest.approx(math.log(2) / 2)  # one unsure
+    assert loss([[1.0, 0, 0], [1, 0, 0]]) == pytest.approx(math.log(2))  # all on one expert, where two are asked for
+    assert loss([[1.0, 0, 0], [1, 0, 0]], least=1) == 0
+    assert loss([[0.5, 0.5, 0]] * 2) == pytest.approx(math.log(2))  # two experts, but no token is sure
+    logits = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+
+    def of(logits):
+        probs = logits.softmax(dim=-1)
+        return entropy_loss(torch.special.entr(probs).sum(dim=-1).mean(), probs.mean(dim=0), 3.0)
+
+    assert torch.autograd.gradcheck(of, logits)
 
 
 # ---- experts from an MLP, and settings ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nanods.moe import MLP, MoE, choose, load_balancing_loss, mix_loop, route, r
 from tests.test_gpt import DENSE, model_of, tokens_of
 
 LOSSES = ("balance_loss", "z_loss")
+TEACH = (*LOSSES, "doubt", "importance")  # what of the stats carries a gradient
 PRIORITIES = ("token", "slot")
 
 
@@ -121,6 +122,7 @@ def test_the_stats_tell_what_happened(K, training, capacity_factor):
     close(stats["router_margin"], (ranked[:, K - 1] - ranked[:, K]).mean())
     close(stats["balance_loss"], load_balancing_loss(probs, experts))
     close(stats["z_loss"], router_z_loss(rows @ layer.gate.weight.T))
+    close(stats["doubt"], -(probs * probs.log()).sum(dim=-1).mean())
     limited = training and capacity_factor is not None
     capacity = math.ceil(capacity_factor * N * K / 5) if limited else N
     assert stats["dropped"].item() == pytest.approx(sum(max(0, n - capacity) for n in load) / (N * K), abs=1e-7)
@@ -130,7 +132,7 @@ def test_the_stats_tell_what_happened(K, training, capacity_factor):
     assert [(chosen == e).sum().item() for e in range(5)] == [min(n, capacity) for n in load]
     close(y.flatten(0, 1), mix_loop(rows, weights, chosen, layer.up, layer.out))
     assert "experts" not in layer(x)[1]
-    assert not any(value.requires_grad for name, value in stats.items() if name not in LOSSES)
+    assert not any(value.requires_grad for name, value in stats.items() if name not in TEACH)
 
 
 @pytest.mark.parametrize(("capacity_factor", "priority"), [(None, "token"), (0.8, "token"), (0.8, "slot")])
