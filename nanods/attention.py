@@ -111,14 +111,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 # ---- V0: every key ----------------------------------------------------------------------------------------------------
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, positions: Tensor | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, positions: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
     """Every query reads every key (of its past, if causal): `masked_attention`, by PyTorch's fused kernel.
 
-    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Time T x S, memory T (the kernel never stores the scores).
+    q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Time T x S, memory T (the kernel never stores the scores). Keys that
+    are not `valid` (B, S) are read by none; each row needs one that is.
     """
-    if positions is None and q.size(-2) == k.size(-2):
+    if positions is None and valid is None and q.size(-2) == k.size(-2):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q, k, causal, positions))
+    mask = visible(q, k, causal, positions)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if valid is None else mask & valid[:, None, None])
 
 
 # ---- the article's idea, done right: the highest-scoring keys -----------------------------------------------------------

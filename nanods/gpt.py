@@ -116,11 +116,11 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, dense or sparse as the configuration says."""
+    """Multi-head self-attention, dense or sparse as the configuration says; dense it need not be causal, as in V3's encoders."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
-        self.config, self.n_head, self.sharpness = config.attention, config.n_head, config.sharpness
+        self.config, self.n_head, self.sharpness, self.causal = config.attention, config.n_head, config.sharpness, causal
         C = config.n_embd
         self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
 
@@ -132,8 +132,11 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
         inspect: bool = False,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats.
+
+        Causal, what is not `valid` (B, T), the padding at the end, needs no mask; otherwise nobody reads it.
 
         Over a whole sequence the stats tell of V1: `keys_read` (H,), the share of dense attention's pairs that was read, and
         `flops` (), the realised share of its arithmetic, the choosing included. With `inspect` also q and k (B, H, T, D) and
@@ -146,7 +149,10 @@ class Attention(nn.Module):
         )
         q, k = rms_norm(rotate(q, rope), self.sharpness), rms_norm(rotate(k, rope))
         with torch.autocast("cpu", enabled=False):  # a CPU's bf16 attention takes four times as long backward as its fp32
-            y, stats = self.read(q, k, v.to(q.dtype), positions, cache, layer)
+            if self.causal:
+                y, stats = self.read(q, k, v.to(q.dtype), positions, cache, layer)
+            else:
+                y, stats = dense_attention(q, k, v.to(q.dtype), causal=False, valid=valid), {}
         if inspect:
             stats |= {"q": q, "k": k}
         else:
@@ -184,10 +190,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Tokens talk (attention), then each thinks for itself (MLP, or its experts); both add to the residual stream."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
         C, F, moe = config.n_embd, config.hidden_ratio * config.n_embd, config.moe
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         if moe.n_expert == 1:
             self.mlp = MLP(C, F)
         else:
@@ -204,7 +210,7 @@ class Block(nn.Module):
         inspect: bool = False,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, attention_stats = self.attention(rms_norm(x), positions, rope, cache, layer, inspect)
+        y, attention_stats = self.attention(rms_norm(x), positions, rope, cache, layer, inspect, valid)
         x = x + y
         y, mlp_stats = self.mlp(rms_norm(x), valid, inspect)
         return x + y, attention_stats | mlp_stats

@@ -297,8 +297,8 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def entropy_loss(doubt: Tensor, importance: Tensor, least: float) -> Tensor:
-    """For one modality of several, in nats: each token sure of its experts, all together using `least` of them or more. From the
-    mean entropy of a token's probabilities () and their mean (E,). LIMoE: Mustafa et al. 2022, arXiv:2206.02770."""
+    """For one modality of several, in nats: each token sure of its experts, all together using `least` of them or more. From
+    the mean entropy of a token's probabilities () and their mean (E,). LIMoE: Mustafa et al. 2022, arXiv:2206.02770."""
     return doubt + (math.log(least) - torch.special.entr(importance).sum()).clamp(min=0)
 
 
