@@ -191,7 +191,9 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 # ---- one batch in pieces -----------------------------------------------------------------------------------------------------
 
 
-def cached_gradients(encode: Callable[[Batch], Batch], inputs: Batch, loss: Callable[[Batch], Tensor], size: int) -> Tensor:
+def cached_gradients(
+    encode: Callable[[Batch], Batch | tuple[Batch, Tensor]], inputs: Batch, loss: Callable[[Batch], Tensor], size: int
+) -> Tensor:
     """What `loss(encode(inputs)).backward()` does, with the activations of `size` items in memory at a time -> the loss ().
 
     The loss needs all embeddings at once, but those are small; what is large is the graph behind them. So: embed all without a
@@ -201,22 +203,32 @@ def cached_gradients(encode: Callable[[Batch], Batch], inputs: Batch, loss: Call
 
     `encode` maps a piece of `inputs` to embeddings, row by row; either is a tensor, or tensors by modality, equally many of
     each. It must give the same embeddings twice: *no dropout*. (Replaying the random state would mend that, on every device it
-    is drawn on.) A loss made inside it, such as MoE's for the balance, gets no gradient. Under DistributedDataParallel pass the
-    bare model, and take the mean of the gradients afterwards: its hooks would do so at each piece. ValueError for inputs that
-    are not equally many.
+    is drawn on.) With them it may give a loss of its own (), such as MoE's for the balance: its mean over the pieces is added.
+    Under DistributedDataParallel pass the bare model, and take the mean of the gradients afterwards: its hooks would do so at
+    each piece. ValueError for inputs that are not equally many.
     """
     pieces = split(inputs, size)
     with torch.no_grad():
-        made = join([encode(piece) for piece in pieces])
+        made = join([apart(encode(piece))[0] for piece in pieces])
     leaves = {name: e.requires_grad_() for name, e in named(made).items()}
     total = loss(made)
     total.backward()
     for start, piece in zip(range(0, len(pieces) * size, size), pieces, strict=True):
-        again, grads = named(encode(piece)), {n: e.grad for n, e in leaves.items() if e.grad is not None}  # of what is used
+        again, own = apart(encode(piece))
+        again, grads = named(again), {n: e.grad for n, e in leaves.items() if e.grad is not None}  # of what is used
         mine = [name for name in grads if again[name].requires_grad]  # not of a frozen encoder
-        if mine:
-            torch.autograd.backward([again[n] for n in mine], [grads[n][start : start + size] for n in mine])
+        roots, theirs = [again[n] for n in mine], [grads[n][start : start + size] for n in mine]
+        if own is not None:
+            total = total + own.detach() / len(pieces)
+            roots, theirs = [*roots, own], [*theirs, torch.full_like(own, 1 / len(pieces))]
+        if roots:
+            torch.autograd.backward(roots, theirs)
     return total.detach()
+
+
+def apart(made: Batch | tuple[Batch, Tensor]) -> tuple[Batch, Tensor | None]:
+    """Embeddings, and the loss that came with them or None."""
+    return made if isinstance(made, tuple) else (made, None)
 
 
 def named(x: Batch) -> dict[str, Tensor]:

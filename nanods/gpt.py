@@ -116,7 +116,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, dense or sparse as the configuration says; dense it need not be causal, as in V3's encoders."""
+    """Multi-head self-attention, dense or sparse as the configuration says; where it is not causal (V3), dense."""
 
     def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
