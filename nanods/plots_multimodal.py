@@ -1,17 +1,23 @@
 """The pictures of V3, from arrays; knows nothing of models, scenes or files of metrics.
 
-Shapes: n items of a gallery, M width of an embedding, L layers, E experts.
+Shapes: n items of a gallery, M width of an embedding or mel bands, F frames, L layers, E experts. An item is a text, an image
+(3, Y, X) in 0 .. 1, or a sound as its log-mel spectrogram (M, F).
 """
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from nanods.plots import BLUE, GREY, ORANGE
+
+Item = str | np.ndarray
+Result = tuple[Item | None, str, float]  # what was found, its caption, its score; of a text the caption is all there is
 
 INK, GREY_TEXT, PAPER = "#30343b", "#6b7177", "#f1f2f4"
 THREE = (BLUE, ORANGE, INK)  # apart in lightness too: for every kind of colour vision
@@ -147,3 +153,83 @@ def load_by_modality(loads: dict[str, np.ndarray]) -> Figure:
     panels[-1].set_xlabel("expert")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(loads) + 1, frameon=False)
     return figure
+
+
+# ---- what was found ----------------------------------------------------------------------------------------------------------
+
+Cell = tuple[Item, str, str, bool]  # what to draw, the caption below, the heading, whether it is the true one
+SIDE, GAP, LINE = 1.5, 0.22, 0.145  # inches: a cell, the room between two, a line of its caption
+LETTERS = 25  # of a caption, to a line
+
+
+def balanced(text: str, width: int) -> str:
+    """In as few lines as this width allows, of about the same length: no last line of one word."""
+    count = len(textwrap.wrap(text, width))
+    return next(("\n".join(lines) for w in range(1, width + 1) if len(lines := textwrap.wrap(text, w)) == count), text)
+
+
+def draw_item(axes: Axes, item: Item, limits: tuple[float, float] = (None, None)) -> None:
+    """A text in words, an image (3, Y, X) in its colours, a sound (M, F) with time to the right and low bands at the bottom."""
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    if isinstance(item, str):
+        axes.set_facecolor(PAPER)
+        words = balanced(textwrap.shorten(item, 150, placeholder=" \u2026"), 20)
+        axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=9, transform=axes.transAxes, parse_math=False)
+    elif item.ndim == 3:
+        axes.imshow(np.clip(item, 0, 1).transpose(1, 2, 0), interpolation="nearest")
+    else:
+        axes.imshow(item, origin="lower", aspect="auto", interpolation="nearest", cmap="magma", vmin=limits[0], vmax=limits[1])
+
+
+def draw_cell(axes: Axes, cell: Cell, limits: tuple[float, float]) -> None:
+    item, caption, heading, true = cell
+    draw_item(axes, item, limits)
+    axes.spines[:].set(visible=true, color=ORANGE, linewidth=3)
+    axes.set_title(heading, fontsize=9, color="#b0540c" if true else INK, pad=5)
+    axes.set_xlabel(balanced(caption, LETTERS), fontsize=8, color=INK, labelpad=5, parse_math=False)
+
+
+def sheet(rows: list[list[Cell | None]], title: str) -> Figure:
+    """Cells in rows, the first column (the queries) set apart; a row is as high as its longest caption asks."""
+    lines = [max(len(textwrap.wrap(cell[1], LETTERS)) for cell in row if cell) for row in rows]
+    heights = [SIDE + LINE * n + 2 * GAP for n in lines]
+    sounds = [cell[0] for row in rows for cell in row if cell and not isinstance(cell[0], str) and cell[0].ndim == 2]
+    limits = (min(map(np.min, sounds)), max(map(np.max, sounds))) if sounds else (None, None)
+    head, foot = 1.5 * GAP * bool(title), GAP * bool(sounds)
+    width, height = max(map(len, rows)) * (SIDE + GAP) + GAP, head + sum(heights) + foot
+    figure = Figure(figsize=(width, height))
+    for y, row in enumerate(rows):
+        bottom = height - head - sum(heights[:y]) - GAP - SIDE
+        for x, cell in enumerate(row):
+            if cell:
+                left = x * (SIDE + GAP) + (GAP if x else 0)
+                draw_cell(figure.add_axes((left / width, bottom / height, SIDE / width, SIDE / height)), cell, limits)
+    figure.text(0, 1, title, fontsize=11, va="top", parse_math=False)
+    if sounds:
+        note = "sounds: time to the right, low bands at the bottom, one scale of brightness"
+        figure.text(0, 0, note, fontsize=8, color=GREY_TEXT)
+    return figure
+
+
+def cells_of(results: Sequence[Result], true: int | None) -> list[Cell]:
+    cells = []
+    for rank, (item, caption, score) in enumerate(results):
+        heading = f"{rank + 1}.  {score:.2f}" + ("  the true one" if rank == true else "")
+        cells.append((caption, "", heading, rank == true) if item is None else (item, caption, heading, rank == true))
+    return cells
+
+
+def contact_sheet(
+    query: Item, results: Sequence[Result], true: int | None = None, caption: str = "", title: str = "", columns: int = 5
+) -> Figure:
+    """What a query (with its caption, if any) found, best first: rank and score above, caption below; results[true] framed."""
+    cells = cells_of(results, true)
+    rows = [[None, *cells[i : i + columns]] for i in range(0, max(1, len(cells)), columns)]
+    rows[0][0] = (query, caption, "query", False)
+    return sheet(rows, title)
+
+
+def neighbours(rows: Sequence[tuple[Item, str, Sequence[Result], int | None]], title: str = "") -> Figure:
+    """A contact sheet of several queries: in each row a query, its caption, its nearest, and which of them is the true one."""
+    return sheet([[(query, caption, "query", False), *cells_of(found, true)] for query, caption, found, true in rows], title)

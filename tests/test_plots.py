@@ -15,6 +15,14 @@ def words(figure):
     return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
 
 
+def pictures(figure):
+    return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
+
+
+def framed(figure):
+    return [axes.get_title() for axes in figure.axes if axes.spines["left"].get_visible()]
+
+
 def overlaps(figure):
     """Pairs of texts that lie on each other."""
     figure.draw_without_rendering()
@@ -99,3 +107,51 @@ def test_bars_are_shares_of_each_modality():
     heights = [[[bar.get_height() for bar in bars] for bars in axes.containers] for axes in figure.axes]
     assert heights == [[[0.75, 0.25], [0.5, 0.5]], [[0, 1], [0.75, 0.25]]]
     assert "even share, 50%" in words(figure) and "image" in words(figure)
+
+
+# ---- what was found ----------------------------------------------------------------------------------------------------------
+
+CAPTION = r"there is one little yellow triangle right of the large orange rhombus $\frac$"  # no mathematics: an error in TeX
+
+
+def results(kind, count=7):
+    items = {
+        "text": [None] * count,
+        "image": RANDOM.uniform(0, 1, (count, 3, 4, 4)),
+        "audio": RANDOM.normal(size=(count, 4, 6)),
+    }
+    return [(item, f"{i} {CAPTION}", 0.9 - 0.1 * i) for i, item in enumerate(items[kind])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_contact_sheet_shows_query_captions_scores_and_the_true_one(kind):
+    found = results(kind)
+    figure = mm.contact_sheet("a query", found, true=2, title="found", columns=3)
+    assert len(figure.axes) == 8 and framed(figure) == ["3.  0.70  the true one"]
+    assert all(f"{i} {CAPTION}" in words(figure) and f"{i + 1}.  {0.9 - 0.1 * i:.2f}" in words(figure) for i in range(7))
+    assert "a query" in words(figure) and not overlaps(figure)
+    for axes, (item, _, _) in zip(figure.axes[1:], found, strict=True):
+        shown = [np.asarray(image.get_array()) for image in axes.images]
+        assert not shown if item is None else (shown[0] == (item if kind == "audio" else item.transpose(1, 2, 0))).all()
+
+
+def test_a_sound_has_low_bands_at_the_bottom_and_one_brightness_for_all():
+    figure = mm.contact_sheet(np.zeros((4, 6)), [(np.ones((4, 6)), "loud", 1.0)])
+    for axes in figure.axes:
+        assert axes.images[0].origin == "lower" and axes.images[0].get_clim() == (0, 1)
+    assert "time to the right" in words(figure) and "time" not in words(mm.contact_sheet("a", results("image")))
+
+
+def test_neighbours_are_a_row_for_each_query():
+    queries = [("a text", "", results("image", 3), 1), (np.full((3, 4, 4), 0.5), "its caption", results("text", 3), None)]
+    figure = mm.neighbours(queries)
+    rows = [round(axes.get_position().y0, 6) for axes in figure.axes]
+    assert rows == sorted(rows, reverse=True) and len(set(rows)) == 2 and rows.count(rows[0]) == 4
+    assert framed(figure) == ["2.  0.80  the true one"] and "its caption" in words(figure)
+    assert (pictures(figure)[-1] == 0.5).all() and not overlaps(figure)
+
+
+def test_lines_are_balanced_and_lose_no_word():
+    assert mm.balanced("a little green hoop is on the left of a large green box", 25).count("\n") == 2
+    assert min(map(len, mm.balanced("a little green hoop is on the left of a large green box", 25).split("\n"))) > 14
+    assert mm.balanced("", 25) == "" and mm.balanced("one line of just this much", 26) == "one line of just this much"
