@@ -18,8 +18,10 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def loss_curve(steps: Sequence[float], train: Sequence[float], val_steps: Sequence[float], val: Sequence[float]) -> Figure:
-    """Training loss of each step (faint), its running mean, and validation loss; nats per token."""
+def loss_curve(
+    steps: Sequence[float], train: Sequence[float], val_steps: Sequence[float], val: Sequence[float], unit: str = "token"
+) -> Figure:
+    """Training loss of each step (faint), its running mean, and validation loss; nats per `unit`."""
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(steps, train, color=GREY, linewidth=0.5, label="training, each step")
@@ -32,7 +34,7 @@ def loss_curve(steps: Sequence[float], train: Sequence[float], val_steps: Sequen
             label=f"mean of {width}",
         )
     axes.plot(val_steps, val, "o-", color=ORANGE, label=f"validation, last {val[-1]:.3f}" if len(val) else "validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})")
     axes.legend(frameon=False)
     return figure
 

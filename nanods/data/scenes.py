@@ -24,6 +24,7 @@ Left out on purpose: three objects, overlap, negation, words that mean two thing
 Shapes: B items, S samples, M mel bands, T frames, L bytes. Images are [channel, y, x], y downwards, pixels as units of length.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -309,6 +310,11 @@ class Scenes:
     waves: np.ndarray  # (B, 8448) float32 in -1 .. 1
     mels: np.ndarray  # (B, 32, 32) float32: band, frame; `heard` of the waves
 
+    @property
+    def ids(self) -> np.ndarray:
+        """The meanings, by the name that every data set of items has for what is the same thing."""
+        return self.meanings
+
 
 def heard(waves: np.ndarray) -> np.ndarray:
     """waves (..., S) -> (..., M, T): log_mel, shifted and scaled to a mean near 0 and a standard deviation near 1."""
@@ -354,3 +360,24 @@ def gallery(size: int = 512, seed: int = 0) -> Scenes:
     if not 1 <= size <= len(held_out):
         raise ValueError(f"{len(held_out):,} meanings are held out: a gallery shows 1 to all of them, not {size:,}")
     return render(held_out[:size], 0, seed)
+
+
+class SceneData:
+    """Scenes as nanods/training/matching.py wants a data set of items."""
+
+    name, modalities = "scenes", ("text", "image", "audio")
+
+    def __init__(self) -> None:
+        self.train, self.held_out = split()
+        captions = "\n".join(describe(self.held_out, 0))
+        self.sha256 = hashlib.sha256(captions.encode()).hexdigest()  # of words alone: pixels may round otherwise elsewhere
+
+    def text(self) -> str:
+        """A caption of each training meaning, for a tokenizer to learn from."""
+        return "\n".join(describe(self.train, 0))
+
+    def batch(self, step: int, size: int, seed: int = 0) -> Scenes:
+        return batch(step, size, seed)
+
+    def gallery(self, size: int) -> Scenes:
+        return gallery(size)

@@ -55,12 +55,10 @@ def load_text(name_or_path: str, vocab_size: int = 256) -> TextData:
     `vocab_size` 256 means bytes, more means a BPE trained on the training part. Raises UserError for every mistake in
     `name_or_path` or `vocab_size`, for a failed download and for a missing extra.
     """
-    if vocab_size < 256:
-        raise UserError(f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes alone)")
     train, val = read_splits(name_or_path)
     if not train or not val:
         raise UserError(f"--data {name_or_path}: the text is too short to split into training and validation")
-    tokenizer = ByteTokenizer() if vocab_size == 256 else trained_bpe(train, vocab_size)
+    tokenizer = tokenizer_for(train, vocab_size)
     return TextData(
         name=name_or_path,
         sha256=sha256(train + val),
@@ -166,6 +164,13 @@ def joined(name: str, rows) -> str:
 
 
 # ---- text -> tokens on disk
+
+
+def tokenizer_for(train: str, vocab_size: int) -> ByteTokenizer | BPETokenizer:
+    """Bytes for a vocabulary of 256, a BPE of this training text for a larger one. Raises UserError for a smaller one."""
+    if vocab_size < 256:
+        raise UserError(f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes alone)")
+    return ByteTokenizer() if vocab_size == 256 else trained_bpe(train, vocab_size)
 
 
 def trained_bpe(train: str, vocab_size: int) -> BPETokenizer:
