@@ -1,6 +1,6 @@
 """The ladder of presets: each version is the one before with one thing changed.
 
-    V0 = a dense GPT          V1 = replace(V0, attention=...)          V2 = replace(V1, moe=...)
+    V0 = a dense GPT      V1 = replace(V0, attention=...)      V2 = replace(V1, moe=...)      V3 = replace(V2, multimodal=...)
 
 A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is GPT-2's size (124M
 parameters, one GPU); base wants one node of GPUs. Every field can be overridden on the command line, has a type, and is
@@ -8,7 +8,7 @@ saved in every checkpoint.
 """
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +16,7 @@ import tyro
 
 from nanods.errors import UserError
 from nanods.gpt import AttentionConfig, GPTConfig, MoEConfig
+from nanods.multimodal import MultimodalConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Config:
     steps: int
     """Optimizer steps of the whole run."""
     batch_size: int
-    """Sequences in one optimizer step, over all micro-batches: batch-size x context-length tokens."""
+    """Sequences in one optimizer step, over all micro-batches: batch-size x context-length tokens. V3: items, each in all its
+    modalities; the more, the harder the question."""
     lr: float
     """Peak learning rate of Muon, for the matrices; AdamW, for the embedding and the head, gets half of it."""
     warmup: float = 0.02
@@ -36,10 +38,12 @@ class Config:
     """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 - momentum) steps."""
     weight_decay: float = 0.2
     """Muon shrinks each matrix by learning rate x this, each step: against learning the text by heart."""
+    multimodal: MultimodalConfig = field(default_factory=MultimodalConfig)
     clip: float = 1.0
     """Largest norm of the gradient; a longer one is scaled down to it."""
     micro_batch: int | None = None
-    """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory."""
+    """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory. V3's
+    loss compares the whole batch all the same, by gradient caching."""
     experts: Literal["adamw", "muon"] = "muon"
     """Optimizer of the experts' matrices (V2)."""
     expert_lr: float = 0.02
@@ -51,7 +55,8 @@ class Config:
     init_noise: float = 0.0
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
     data: str = "pydocs"
-    """pydocs, shakespeare, wikitext-2, wikitext-103, or the path of a UTF-8 text file."""
+    """pydocs, shakespeare, wikitext-2, wikitext-103, or the path of a UTF-8 text file. V3: scenes, or a folder of captioned
+    images or sounds (README)."""
     out_dir: Path | None = None
     """Where checkpoints, metrics and pictures go. Default: runs/PRESET."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -111,13 +116,41 @@ MOE = {scale: MoEConfig(n_expert=16, top_k=2) for scale in V1}
 V2 = {scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=MOE[scale])) for scale, v1 in V1.items()}
 V2["tiny"] = replace(V2["tiny"], steps=1500)  # still minutes on two cores, with more work a token
 
-PRESETS = {config.preset: config for version in (V0, V1, V2) for config in version.values()}
+# Items are short (80 + 64 + 16 tokens at tiny size), so V3's attention is dense. At tiny size its MLPs are plain ones: there
+# 16 experts take 1.4 times as long a step and find nothing more (LOG.md). At small and base size: CLIP's ViT-B/16 and
+# ViT-L/14 in one trunk for both towers, with V2's experts, for captioned images such as COCO's.
+ENDS = {
+    "tiny": MultimodalConfig(("text", "image", "audio")),
+    "small": MultimodalConfig(("text", "image"), width=512, image_side=224, patch_side=16, entropy_coefficient=0.02),
+    "base": MultimodalConfig(("text", "image"), width=768, image_side=336, patch_side=14, entropy_coefficient=0.02),
+}
+TRUNKS = {
+    "tiny": {"n_layer": 3, "n_head": 4, "n_embd": 128, "context_length": 80, "moe": MoEConfig(n_expert=1)},
+    "small": {"context_length": 80, "vocab_size": 16_384},
+    "base": {"n_layer": 24, "n_embd": 1024, "context_length": 80, "vocab_size": 16_384},
+}
+V3 = {
+    scale: replace(
+        v2,
+        preset=f"v3-{scale}",
+        model=replace(v2.model, attention=AttentionConfig("dense"), **TRUNKS[scale]),
+        multimodal=ENDS[scale],
+        data="scenes" if scale == "tiny" else "data/coco",
+    )
+    for scale, v2 in V2.items()
+}
+V3["tiny"] = replace(V3["tiny"], steps=600, batch_size=128, weight_decay=0.0, eval_every=100, save_every=100)
+V3["small"] = replace(V3["small"], steps=12_000, batch_size=1024)
+V3["base"] = replace(V3["base"], steps=12_000, batch_size=4096)
+
+PRESETS = {config.preset: config for version in (V0, V1, V2, V3) for config in version.values()}
 
 
 def from_command_line(description: str, args: list[str] | None = None) -> Config:
     """The preset that the command line names, with its overrides. Ends with exit code 2 where it cannot be understood."""
     described = {
         name: (
+            f"{' and '.join(config.multimodal.modalities)}{': ' if config.multimodal.modalities else ''}"
             f"{config.model.attention.kind} attention, {experts_in_words(config.model.moe)}{config.model.n_layer} layers of "
             f"width {config.model.n_embd}, context {config.model.context_length}",
             config,
@@ -147,7 +180,8 @@ def from_dict(saved: dict) -> Config:
         model = dict(saved["model"])
         model["attention"] = AttentionConfig(**model["attention"])
         model["moe"] = MoEConfig(**model.get("moe", {}))  # checkpoints older than V2 have none
-        return Config(**{**saved, "model": GPTConfig(**model)})
+        lists = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.get("multimodal", {}).items()}
+        return Config(**{**saved, "model": GPTConfig(**model), "multimodal": MultimodalConfig(**lists)})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the saved configuration cannot be read ({error}): was it saved by another version?") from None
 
@@ -156,7 +190,8 @@ def flatten(config: Config) -> dict[str, object]:
     """Fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense", "steps": 800, ...}."""
     flat = dataclasses.asdict(config)
     model = flat.pop("model")
-    parts = {f"{part}.{name}": value for part in ("attention", "moe") for name, value in model.pop(part).items()}
+    nested = {"attention": model.pop("attention"), "moe": model.pop("moe"), "multimodal": flat.pop("multimodal")}
+    parts = {f"{part}.{name}": value for part, fields in nested.items() for name, value in fields.items()}
     return {name.replace("_", "-"): value for name, value in (flat | model | parts).items()}
 
 

@@ -153,7 +153,8 @@ class Image(Modality):
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
         """Images (B, 3, Y, X) in 0 .. 1."""
-        return self.patch(F.unfold(x - 0.5, self.side, stride=self.side).mT), None  # (B, 3 side^2, T) -> (B, T, C)
+        patches = F.unfold(x.to(self.place.dtype) - 0.5, self.side, stride=self.side)  # (B, 3 side^2, T)
+        return self.patch(patches.mT), None
 
 
 class Audio(Modality):
@@ -164,7 +165,8 @@ class Audio(Modality):
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
         """Log-mels (B, S, F), of mean 0 and standard deviation 1 or so."""
-        return self.patch(x.unflatten(2, (-1, self.frames)).transpose(1, 2).flatten(2)), None  # (B, T, S frames) -> (B, T, C)
+        parts = x.to(self.place.dtype).unflatten(2, (-1, self.frames)).transpose(1, 2).flatten(2)  # (B, T, S frames)
+        return self.patch(parts), None
 
 
 BANDS = 32  # of the mel scale, as nanods/data/sound.py makes them
@@ -216,6 +218,13 @@ class Multimodal(nn.Module):
         return {name: e for name, (e, _) in made.items()}, {name: stats for name, (_, stats) in made.items()}
 
     # ---- what it costs -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor) -> None:
+        """As GPT's, from the load (L, E) of the shared trunk, or of each trunk after the other."""
+        if self.trunk.moe.bias_rate:
+            for block, row in zip((block for blocks in self.trunks.values() for block in blocks), load, strict=True):
+                block.mlp.update_bias(row)
 
     def tokens_per_item(self) -> dict[str, int]:
         """The tokens of an item by modality; of a text the most it may have."""

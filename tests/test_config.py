@@ -51,5 +51,5 @@ def test_resuming_takes_the_saved_values_and_refuses_conflicts():
 def test_flags_do_not_clash():
     saved = to_dict(PRESETS["v2-tiny"])
     model = saved["model"]
-    parts = [saved, model, model["attention"], model["moe"]]
-    assert len(flatten(PRESETS["v2-tiny"])) == sum(map(len, parts)) - 3  # less the names of the parts themselves
+    parts = [saved, model, model["attention"], model["moe"], saved["multimodal"]]
+    assert len(flatten(PRESETS["v2-tiny"])) == sum(map(len, parts)) - 4  # less the names of the parts themselves

@@ -125,17 +125,18 @@ def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
     row = {"val_loss": 1.0, "val_bpb": 1.5}
     monkeypatch.setattr(train, "RESULTS", workspace / "expected.json")
 
-    class Data:
-        sha256 = "known"
+    class Task(train.LanguageModelling):
+        def __init__(self):
+            self.data = type("Data", (), {"sha256": "known"})
 
     for expected, sha256, word in ((1.5, "known", "PASS"), (1.4, "known", "FAIL"), (1.6, "known", "FAIL")):
         entry = {"sha256": sha256, "val_bpb": expected, "tolerance": 0.02}
         (workspace / "expected.json").write_text(json.dumps({"v0-tiny/pydocs": entry}))
-        assert train.verdict(asked, Data, row).endswith(word)
+        assert train.verdict(asked, Task(), row).endswith(word)
     for expected, word in ((1.45, "PASS"), (9.0, "PASS"), (1.3, "FAIL")):
         entry = {"sha256": "another", "val_bpb": expected, "tolerance": 0.02}
         (workspace / "expected.json").write_text(json.dumps({"v0-tiny/pydocs": entry}))
-        assert train.verdict(asked, Data, row).endswith(word)
+        assert train.verdict(asked, Task(), row).endswith(word)
 
 
 # ---- sample.py ------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from nanods.data.download import file_sha256
 from nanods.errors import UserError
 from nanods.gpt import GPT
 from nanods.moe import upcycle
+from nanods.multimodal import Multimodal
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
@@ -148,16 +149,26 @@ def restore_model(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.path} does not fit its own configuration: {error}") from None
 
 
-def saved_model(checkpoint: Checkpoint) -> GPT:
+def build(config: Config) -> GPT | Multimodal:
+    """The model that a configuration asks for, untrained. Raises UserError where it cannot be."""
+    try:
+        return Multimodal(config.model, config.multimodal) if config.multimodal.modalities else GPT(config.model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def saved_model(checkpoint: Checkpoint) -> GPT | Multimodal:
     """The model that a checkpoint holds, in eval mode, on the CPU. Raises UserError as `restore_model` does."""
-    model = GPT(from_dict(checkpoint.state["config"]).model).eval()
+    model = build(from_dict(checkpoint.state["config"])).eval()
     restore_model(model, checkpoint)
     return model
 
 
 # ---- a start from another run's weights ------------------------------------------------------------------------------------
 
-SAME = ("n-layer", "n-head", "n-embd", "hidden-ratio", "vocab-size", "rope-base", "sharpness")
+TRUNK = ("n-layer", "n-head", "n-embd", "hidden-ratio", "vocab-size", "rope-base", "sharpness")
+ENDS = ("modalities", "shared", "width", "image-side", "patch-side", "frames", "patch-frames")  # of V3
+SAME = (*TRUNK, *(f"multimodal.{name}" for name in ENDS))
 
 
 def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:

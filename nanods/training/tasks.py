@@ -1,10 +1,14 @@
-"""What is learnt: a task gives the training loop its batches, its loss and its evaluation.
+"""What is learnt: a task gives the training loop its data, its batches, their gradients and its evaluation.
 
-`LanguageModelling` predicts each next token of a text. Batch `step` is a function of (seed, step) alone, so the position in
-the data is the step number, and a resumed run reads what the undisturbed one would have read.
+`LanguageModelling` predicts each next token of a text. (V3's task is nanods/training/matching.py.) Batch `step` is a function
+of (seed, step) alone, so the position in the data is the step number, and a resumed run reads what the undisturbed one would
+have read.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,14 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanods.config import Config
-from nanods.data.text import TextData
+from nanods.data.text import TextData, load_text
+from nanods.gpt import GPT
+from nanods.training.pictures import draw
+
+Scale = Callable[[Tensor], Tensor]  # of a loss before backward(), for fp16
 
 
 class LanguageModelling:
-    def __init__(self, config: Config, data: TextData, device: torch.device) -> None:
-        data.require(config.model.context_length)
-        self.config, self.data, self.device = config, data, device
-        self.T = config.model.context_length
+    unit, figure, better = "tokens", "val_bpb", "lower"  # what is counted; what a run is judged by
+
+    def __init__(self, config: Config, device: torch.device, autocast: AbstractContextManager, data: TextData | None = None):
+        """`data`: where it is not the one that the configuration names. Raises UserError if that cannot be learnt from."""
+        self.config, self.device, self.autocast, self.T = config, device, autocast, config.model.context_length
+        self.data = data or load_text(config.data, config.model.vocab_size)
+        self.data.require(self.T)
+        self.tokenizer = self.data.tokenizer
+        self.units, self.tokens_per_item = config.batch_size * self.T, self.T  # of a step; of an item of the batch
+
+    def __str__(self) -> str:
+        data = self.data
+        return f"{data.name}: {len(data.train):,} + {len(data.val):,} tokens, sha256 {data.sha256[:12]}"
 
     def batch(self, step: int) -> Tensor:
         """Windows of T + 1 tokens at random places in the training text: (batch_size, T + 1)."""
@@ -27,6 +44,20 @@ class LanguageModelling:
         starts = random.integers(0, len(self.data.train) - self.T, size=self.config.batch_size)
         windows = np.stack([self.data.train[start : start + self.T + 1] for start in starts])
         return torch.from_numpy(windows.astype(np.int64)).to(self.device)
+
+    def gradients(self, model: nn.Module, windows: Tensor, micro_batch: int, scale: Scale) -> tuple[float, dict[str, Tensor]]:
+        """Accumulate the gradient of the mean loss over the batch, micro-batch by micro-batch -> that loss, and its parts.
+
+        The experts' losses have the micro-batch as their unit, so their mean depends on its size; the load is a sum.
+        """
+        total, parts, batches = 0.0, {}, windows.split(micro_batch)
+        for batch in batches:
+            with self.autocast:
+                loss, told = self.loss(model, batch)
+            scale(loss / len(batches)).backward()
+            total += loss.item() / len(batches)
+            add_parts(parts, told, len(batches))
+        return total, parts
 
     def loss(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """windows (B, T + 1) -> what is minimised (), in nats, and its parts.
@@ -63,7 +94,8 @@ class LanguageModelling:
         total, load, was_training = 0.0, 0, model.training
         model.eval()
         for x, y in pairs:
-            logits, layers = model(x.to(self.device))
+            with self.autocast:
+                logits, layers = model(x.to(self.device))
             total += cross_entropy(logits, y.to(self.device)).item() * y.numel()
             if (more := stacked_load(layers)) is not None:
                 load = load + more
@@ -74,6 +106,32 @@ class LanguageModelling:
         if torch.is_tensor(load):
             row |= {f"val_{name}": value for name, value in load_figures(load).items()}
         return row
+
+    # ---- in words and pictures -----------------------------------------------------------------------------------------------
+
+    def work(self, model: GPT) -> str:
+        return f"{model.flops_per_token() / 1e6:.1f} MFLOP per token"
+
+    def size(self) -> str:
+        return f"{self.config.batch_size} x {self.T} tokens"
+
+    def got(self, row: dict) -> str:
+        return f"validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte"
+
+    def draw(self, model: GPT, rows: list[dict]) -> list[Path]:
+        return draw(self.config, model, self.data, rows)
+
+    def show(self, model: GPT) -> str:
+        """A text of the model's own, and how to get another."""
+        prompt = torch.tensor([self.tokenizer.encode("\n").tolist()], device=self.device)
+        ids = [int(token[0]) for token in model.generate(prompt, 300, temperature=0.8, seed=self.config.seed)]
+        return f"sample     {self.tokenizer.decode(ids)}\n\nnext       python sample.py {self.config.out} --prompt 'Return the'"
+
+
+def add_parts(parts: dict[str, Tensor], told: dict[str, Tensor], micro_batches: int) -> None:
+    """Add what one of some micro-batches told: loads are summed, all else is a mean over them."""
+    for name, value in told.items():
+        parts[name] = parts.get(name, 0) + (value if name.startswith("load") else value / micro_batches)
 
 
 def stacked_load(layers: list[dict[str, Tensor]]) -> Tensor | None:

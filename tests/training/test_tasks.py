@@ -1,6 +1,7 @@
 """Language modelling: batches by step, and a validation that is pure cross-entropy over every token."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,9 @@ def task_of(train=200, val=67, T=8, seed=0):
     config = replace(config, model=replace(config.model, context_length=T), batch_size=3, seed=seed)
     random = np.random.default_rng(0)
     train, val = (random.integers(0, 256, n).astype(np.uint16) for n in (train, val))
-    return LanguageModelling(config, TextData("x", "hash", train, val, ByteTokenizer(), len(val)), torch.device("cpu"))
+    return LanguageModelling(
+        config, torch.device("cpu"), nullcontext(), TextData("x", "hash", train, val, ByteTokenizer(), len(val))
+    )
 
 
 class Bigram(nn.Module):
