@@ -6,16 +6,21 @@ reason. Exit status: 0 all steps pass, 1 some do not, 2 the file cannot be read 
 
 import argparse
 import importlib.util
+import signal
+import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TINY = 1e-9  # what two ways to compute the same may differ by, in fp64
+PATIENCE = 10.0  # seconds for one call: each takes milliseconds
 
 
 class Mistake(Exception):  # noqa: N818 - it is the learner's, not an error of the program
@@ -28,6 +33,10 @@ class NotDone(Exception):  # noqa: N818
 
 class Unusable(Exception):  # noqa: N818
     """The file cannot be graded at all."""
+
+
+class Endless(BaseException):
+    """A call has taken longer than PATIENCE. Not an Exception, which the learner's own `except` might stop."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,43 @@ def line_of(error: BaseException, path: Path) -> str:
     return f" at line {lines[-1]}" if lines else ""
 
 
+@contextmanager
+def patience() -> Iterator[None]:
+    """Raise Endless in what takes too long; where there is no such signal (Windows, other threads), wait for it."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        if sys.gettrace() is None:  # else a debugger waits for its user
+            raise Endless
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Answer:
-    """A learner's function: called like it, on copies of the tensors, it raises Mistake for whatever it should not do."""
+    """A learner's function: called like it, on copies of the tensors, it raises Mistake for whatever it should not do.
+
+    A Parameter is handed over itself, since it may be the learner's task to change it.
+    """
 
     def __init__(self, function: Callable, path: Path, returns: tuple[str, ...] = ()):
         self.function, self.path, self.returns = function, path, returns
 
     def __call__(self, *arguments, when: str = "") -> Tensor | tuple[Tensor, ...]:
-        given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        given = [a.clone() if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else a for a in arguments]
         try:
-            out = self.function(*given)
-        except Exception as error:
+            with patience():
+                out = self.function(*given)
+        except Endless as error:
+            raise Mistake(f"is not done after {PATIENCE:g} seconds{line_of(error, self.path)}: an endless loop?") from None
+        except (Exception, SystemExit) as error:
             if isinstance(error, NotImplementedError) and not error.args:  # torch's own always says what is missing
                 raise NotDone(traceback.extract_tb(error.__traceback__)[-1].name) from None
             raise Crash(error, self.path, when) from None
@@ -92,9 +127,14 @@ class Answer:
             number = f" of {len(out)}" if isinstance(out, tuple | list) else ""
             raise Mistake(f"returns {kind(out)}{number}, not the {len(self.returns)} tensors {', '.join(self.returns)}")
         for i, (before, after) in enumerate(zip(arguments, given, strict=True)):
-            if isinstance(before, Tensor) and not torch.equal(before, after):
+            if isinstance(before, Tensor) and not same(before, after):
                 raise Mistake(f"changes its argument number {i + 1} in place: masked_fill, not masked_fill_, and the like")
         return out
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit but for NaN, which equals NaN here."""
+    return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
 
 
 def kind(out: object) -> str:
@@ -137,6 +177,8 @@ def expect_gradients(function: Callable, right: Callable, tensors: dict[str, Ten
     for name, grad, wanted in zip(tensors, *grads, strict=True):
         if grad is None:
             raise Mistake(f"no gradient reaches {name}: it is detached, or used under no_grad()")
+        if not grad.isfinite().all():
+            raise Mistake(f"the output is right, but the gradient of {name} is NaN or infinite")
         if (grad - wanted).abs().max() > TINY:
             raise Mistake(f"the output is right, but the gradient of {name} is not: a part of its way is detached")
 

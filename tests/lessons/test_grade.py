@@ -1,8 +1,12 @@
 """Grading as a learner meets it: the stubs, the solutions, files half done, files that are broken."""
 
 import ast
+import math
+import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -12,6 +16,7 @@ import check_02
 import grade
 import pytest
 import torch
+from torch import nn
 
 FOLDER = Path(grade.__file__).parent
 ONE = "dense_attention"
@@ -174,3 +179,52 @@ PAIR = grade.Step("pair", lambda answer: answer(), returns=("weights", "experts"
 )
 def test_a_step_may_return_several_tensors(out, message):
     assert grade.judge(PAIR, lambda: out, Path(__file__)).message == message
+
+
+def judged(function, *arguments):
+    return grade.judge(grade.Step("one", lambda answer: answer(*arguments)), function, Path(__file__)).message
+
+
+def endless():
+    while True:
+        try:
+            sum(range(1000))
+        except Exception:
+            continue
+
+
+def test_a_call_without_end_is_a_mistake(monkeypatch):
+    monkeypatch.setattr(grade, "PATIENCE", 0.05)
+    number = endless.__code__.co_firstlineno
+    assert re.search(
+        rf"is not done after 0.05 seconds at line ({number}|{number + 1}|{number + 3}): an endless", judged(endless)
+    )
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_where_there_is_no_signal_it_grades_without_one():
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(judged, lambda: torch.ones(1)).result() == "OK"
+
+
+def test_an_answer_that_leaves_the_program_does_not_end_the_grader():
+    assert "raises SystemExit at line" in judged(lambda: sys.exit(3))
+
+
+def test_nan_in_an_argument_is_no_change():
+    x = torch.tensor([1, math.nan])
+    assert judged(lambda x: x + 1, x) == "OK"
+    assert "in place" in judged(lambda x: x.fill_(math.nan), x)
+    assert "in place" in judged(lambda x: x.unsqueeze_(0), x)
+
+
+def test_a_parameter_may_be_changed():
+    parameter = nn.Parameter(torch.ones(()))
+    assert judged(lambda x: x.data.add_(1), parameter) == "OK"
+    assert parameter == 2
+
+
+def test_a_gradient_of_nan_is_not_right():
+    x = {"x": torch.zeros(2, dtype=torch.float64)}
+    with pytest.raises(grade.Mistake, match="gradient of x is NaN"):
+        grade.expect_gradients(lambda x: x.square().sum().sqrt() * 0, lambda x: x.sum() * 0, x)
