@@ -87,7 +87,7 @@ def read_csv(folder: Path) -> tuple[Rows, Rows] | None:
     """captions.txt -> rows, none of them held out; None if there is no such file."""
     if not (file := folder / "captions.txt").is_file():
         return None
-    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(file)), strict=True)
     try:
         if next(reader, None) != ["image", "caption"]:
             raise csv.Error("the header image,caption is wanted")

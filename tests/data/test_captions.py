@@ -54,7 +54,7 @@ class TestForms:
         [
             ("Flickr8k.token.txt", TOKENS),
             ("results_20130124.token", TOKENS.replace("\n", "\r\n\r\n")),
-            ("captions.txt", CSV),
+            ("captions.txt", CSV.replace("\n", "\n\n")),
             ("captions.txt", "\ufeff" + CSV.replace("\n", "\r\n").replace('"', "")),  # a comma that nothing encloses
         ],
     )
