@@ -217,7 +217,7 @@ def test_ends_that_cannot_be_are_refused_with_the_mend(changes, message):
 
 
 def test_trunks_that_cannot_be_are_refused_with_the_mend():
-    with pytest.raises(ValueError, match="attention.kind = block: .* take dense"):
+    with pytest.raises(ValueError, match=r"attention.kind = block: .* take dense"):
         model_of(replace(TRUNK, attention=AttentionConfig("block")))
     with pytest.raises(ValueError, match="heads of width 2: images need a multiple of 4"):
         model_of(replace(TRUNK, n_head=8))

@@ -117,6 +117,10 @@ class Pairs:
         """How many corrupt files the batches and galleries met so far."""
         return len(self._faults)
 
+    def text(self) -> str:
+        """The training captions, for a tokenizer to learn from."""
+        return "\n".join(caption for _, caption in self.train)
+
     def batch(self, step: int, size: int, seed: int = 0) -> Items:
         """The training items of a step. UserError if there are fewer than `size`, or fewer that can be decoded."""
         if not 1 <= size <= len(self.train):

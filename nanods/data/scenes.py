@@ -228,6 +228,13 @@ def caption(facts: list[int], random: list[int]) -> str:
     return sentence.format(a=name(*a), b=name(*b), to=pick(WORDS[to]), to_it=pick(WORDS_TO_IT[to]))
 
 
+@cache
+def vocabulary() -> frozenset[str]:
+    """Every word that a caption may have."""
+    choices = [SENTENCES, ARTICLES, COLOURS, *WORDS.values(), *WORDS_TO_IT.values()]
+    return frozenset(word for some in choices for text in some for word in text.split() if "{" not in word)
+
+
 def encode(captions: list[str]) -> np.ndarray:
     """Captions -> (B, CAPTION_BYTES) uint8: UTF-8, then zeros. ValueError for one that is too long or holds a zero."""
     data = [text.encode() for text in captions]

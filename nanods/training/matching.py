@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nanods.config import Config
 from nanods.contrastive import all_pairs_loss, cached_gradients, chance, median_rank, recall_at_k
+from nanods.data.pairs import load_pairs
 from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
@@ -181,7 +182,7 @@ def load_items(config: Config):
     """The data set of items that the configuration names. Raises UserError for one that cannot be read."""
     if config.data == "scenes":
         return SceneData()
-    raise UserError(f"--data {config.data}: no such data set")
+    return load_pairs(Path(config.data), config.multimodal.image_side, config.multimodal.frames)
 
 
 def encode(captions: list[str], tokenizer, most: int) -> Tensor:
