@@ -56,6 +56,8 @@ class MultimodalConfig:
     """Frames of a sound, 32 ms each."""
     patch_frames: int = 2
     """Frames in a token; must divide frames."""
+    hard_batches: bool = True
+    """Whether scenes that are alike stand in one batch: a mirror image, another shape. Otherwise a batch is drawn at random."""
     entropy_coefficient: float = 0.0
     """Weight of the experts' entropy losses for each modality (LIMoE), beside the balance of all tokens together. 0: off."""
     least_experts: float = 4.0
@@ -145,16 +147,20 @@ class Text(Modality):
 
 
 class Image(Modality):
+    """A patch is read with what surrounds it, half a patch on every side: an outline that is cut shows how it goes on (the idea
+    of early convolutions, Xiao et al. 2021, arXiv:2106.14881). Recall after 200 steps is 0.89, without it 0.78 (LOG.md)."""
+
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
         self.side = config.patch_side
         rows = config.image_side // self.side
         super().__init__(trunk, config.width, rows, rows)
-        self.patch = nn.Linear(3 * self.side**2, trunk.n_embd, bias=False)
+        self.patch = nn.Linear(3 * (2 * self.side) ** 2, trunk.n_embd, bias=False)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
         """Images (B, 3, Y, X) in 0 .. 1."""
-        patches = F.unfold(x.to(self.place.dtype) - 0.5, self.side, stride=self.side)  # (B, 3 side^2, T)
-        return self.patch(patches.mT), None
+        half, rest = self.side // 2, self.side - self.side // 2
+        x = F.pad(x.to(self.place.dtype) - 0.5, (half, rest, half, rest))  # grey around it
+        return self.patch(F.unfold(x, 2 * self.side, stride=self.side).mT), None  # (B, 3 (2 side)^2, T) -> (B, T, C)
 
 
 class Audio(Modality):

@@ -99,18 +99,25 @@ def test_every_token_reads_every_other():
         assert (block(changed, None, rope)[0] - before).abs().amax(dim=(0, 2)).min() > 1e-6
 
 
-def test_a_token_is_its_own_patch():
-    model = model_of()
-    image, audio = model.modalities["image"], model.modalities["audio"]
-    x, y = inputs_of()["image"], inputs_of()["audio"]
-    changed, heard = x.clone(), y.clone()
-    changed[:, :, 0:4, 4:8] += 1  # the patch at the top right, second of four
-    heard[:, :, 2:4] += 1  # the second two frames of three times two
-    for tokens, others in (
-        (image.tokens(changed)[0] - image.tokens(x)[0], (0, 2, 3)),
-        (audio.tokens(heard)[0] - audio.tokens(y)[0], (0, 2)),
-    ):
-        assert tokens[:, 1].abs().min() > 0 and not tokens[:, list(others)].any()
+@pytest.mark.parametrize("side", [4, 2, 1])
+def test_a_token_of_an_image_reads_its_patch_and_half_a_patch_around(side):
+    image = model_of(patch_side=side).modalities["image"]
+    x = inputs_of()["image"][:1].requires_grad_()
+    for token in (0, 8 // side + 1 if side < 8 else 0, (8 // side) ** 2 - 1):
+        (slope,) = torch.autograd.grad(image.tokens(x)[0][0, token].sum(), x)
+        read = torch.zeros(8 + 2 * side, 8 + 2 * side, dtype=torch.bool)  # with a margin of one patch
+        row, column = divmod(token, 8 // side)
+        top, left = (place * side + side - side // 2 for place in (row, column))
+        read[top : top + 2 * side, left : left + 2 * side] = True
+        assert torch.equal(slope[0].abs().amax(dim=0) > 0, read[side:-side, side:-side])
+
+
+def test_a_token_of_a_sound_is_its_own_frames():
+    audio, y = model_of().modalities["audio"], inputs_of()["audio"]
+    heard = y.clone()
+    heard[:, :, 2:4] += 1  # the second two of three times two
+    change = audio.tokens(heard)[0] - audio.tokens(y)[0]
+    assert change[:, 1].abs().min() > 0 and not change[:, [0, 2]].any()
 
 
 def test_rope_on_a_grid_sees_distances_along_each_axis():

@@ -15,18 +15,19 @@ Everything else is chance: place, wording, radius, tint, loudness, tempo, noise.
 (seed, meaning, variant), a training batch by (seed, step, size), with no state, whatever was drawn before, in any process; to
 the last bit on one kind of processor, since sines and Fourier transforms may round otherwise on another.
 
-A tenth of all meanings is held out: no training batch draws them, under any seed. `gallery` shows 512 of them.
+A tenth of all meanings is held out: no training batch draws them, under any seed. `gallery` shows 512 of them. And a batch is
+hard: who sees only strangers in it never needs to tell left from right (lessons/03_multimodal.ipynb has the figures).
 
     python -m timeit -p -s 'from nanods.data.scenes import batch' 'batch(0, 128)'      23 ms of one core: 5,500 items a second
 
 Left out on purpose: three objects, overlap, negation, words that mean two things. Every caption is true, no sound is missing.
 
-Shapes: B items, S samples, M mel bands, T frames, L bytes. Images are [channel, y, x], y downwards, pixels as units of length.
+Shapes: B items, S samples, M mel bands, T frames. Images are [channel, y, x], y downwards, pixels as units of length.
 """
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -84,6 +85,7 @@ def meanings_of(facts: np.ndarray) -> np.ndarray:
 # ---- chance as a function ----------------------------------------------------------------------------------------------------
 
 GOLDEN = 0x9E3779B97F4A7C15
+GROUPS = 16  # into which a hard epoch deals each family of meanings
 SPLIT, ORDER, IMAGE, CAPTION, SOUND = range(5)  # what a random number is for: the first part of its key
 
 
@@ -202,7 +204,6 @@ WORDS_TO_IT = {
     "left of": ("to its left", "on its left"), "right of": ("to its right", "on its right"),
     "above": ("above it", "over it"), "below": ("below it", "under it"),
 }  # fmt: skip
-CAPTION_BYTES = 80  # the longest caption has 78
 
 
 def describe(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> list[str]:
@@ -233,15 +234,6 @@ def vocabulary() -> frozenset[str]:
     """Every word that a caption may have."""
     choices = [SENTENCES, ARTICLES, COLOURS, *WORDS.values(), *WORDS_TO_IT.values()]
     return frozenset(word for some in choices for text in some for word in text.split() if "{" not in word)
-
-
-def encode(captions: list[str]) -> np.ndarray:
-    """Captions -> (B, CAPTION_BYTES) uint8: UTF-8, then zeros. ValueError for one that is too long or holds a zero."""
-    data = [text.encode() for text in captions]
-    for text in data:
-        if len(text) > CAPTION_BYTES or 0 in text:
-            raise ValueError(f"a caption has at most {CAPTION_BYTES} bytes and no zero among them: {text.decode()!r}")
-    return np.array(data, f"S{CAPTION_BYTES}").view(np.uint8).reshape(len(data), CAPTION_BYTES)
 
 
 # ---- sounds ------------------------------------------------------------------------------------------------------------------
@@ -313,7 +305,6 @@ class Scenes:
     meanings: np.ndarray  # (B,) int64
     images: np.ndarray  # (B, 3, 32, 32) float32 in 0 .. 1
     captions: list[str]
-    tokens: np.ndarray  # (B, 80) uint8: the captions' bytes, then zeros
     waves: np.ndarray  # (B, 8448) float32 in -1 .. 1
     mels: np.ndarray  # (B, 32, 32) float32: band, frame; `heard` of the waves
 
@@ -332,7 +323,7 @@ def render(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> S
     """The scenes of these meanings (B,); a variant (B,), from 0 up, is another place, wording and noise of the same."""
     meanings = np.asarray(meanings, np.int64)
     captions, waves = describe(meanings, variants, seed), play(meanings, variants, seed)
-    return Scenes(meanings, draw(meanings, variants, seed), captions, encode(captions), waves, heard(waves))
+    return Scenes(meanings, draw(meanings, variants, seed), captions, waves, heard(waves))
 
 
 @cache
@@ -343,26 +334,44 @@ def split() -> tuple[np.ndarray, np.ndarray]:
     return shuffled[MEANINGS // 10 :], shuffled[: MEANINGS // 10]
 
 
-def training_meanings(step: int, size: int, seed: int = 0) -> np.ndarray:
+def kin(meanings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """meanings (B,) -> the number of each one's family (B,), whose members differ in shapes and in who is first alone, and of its
+    two objects (B,), whoever is first."""
+    facts = facts_of(meanings)
+    looks = facts[:, [1, 5]] * len(SIZES) + facts[:, [2, 6]]  # (B, 2)
+    things = looks * len(SHAPES) + facts[:, [0, 4]]
+    family, pair = (np.sort(which, axis=1) @ (OBJECTS, 1) * 2 + facts[:, 3] for which in (looks, things))
+    return family, pair
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch: int, seed: int, hard: bool) -> np.ndarray:
+    """The training meanings in the order of an epoch. Hard: in groups of about four of a family, each with its mirror image."""
+    train, _ = split()
+    keys = random_bits(len(train), seed, ORDER, epoch)[0]
+    if hard:
+        family, pair = kin(train)
+        group = (random_bits(1, seed, ORDER, epoch, 1, pair)[:, 0] % GROUPS).astype(np.int64)
+        keys = random_bits(1, seed, ORDER, epoch, 2, family, group)[:, 0]
+    return train[keys.argsort(kind="stable")]
+
+
+def training_meanings(step: int, size: int, seed: int = 0, hard: bool = True) -> np.ndarray:
     """The meanings (size,) of a training step, all different: each occurs once before any comes again."""
     train, _ = split()
     if not 1 <= size <= len(train):
         raise ValueError(f"a batch has 1 to {len(train):,} scenes, not {size:,}")
     epoch, place = divmod(step, len(train) // size)
-    order = random_bits(len(train), seed, ORDER, epoch)[0].argsort(kind="stable")
-    return train[order[place * size : (place + 1) * size]]
+    return epoch_order(epoch, seed, hard)[place * size : (place + 1) * size]
 
 
-def batch(step: int, size: int, seed: int = 0) -> Scenes:
+def batch(step: int, size: int, seed: int = 0, hard: bool = True) -> Scenes:
     """The training scenes of a step: never a held-out meaning. ValueError for a size that is not 1 to 16,416."""
-    return render(training_meanings(step, size, seed), step, seed)
+    return render(training_meanings(step, size, seed, hard), step, seed)
 
 
 def gallery(size: int = 512, seed: int = 0) -> Scenes:
-    """Held-out meanings, all different, the same at every call; no training batch shares their meanings or their chance.
-
-    ValueError for more than there are.
-    """
+    """Held-out meanings, all different, the same at every call. ValueError for more than there are."""
     _, held_out = split()
     if not 1 <= size <= len(held_out):
         raise ValueError(f"{len(held_out):,} meanings are held out: a gallery shows 1 to all of them, not {size:,}")
@@ -374,8 +383,8 @@ class SceneData:
 
     name, modalities = "scenes", ("text", "image", "audio")
 
-    def __init__(self) -> None:
-        self.train, self.held_out = split()
+    def __init__(self, hard: bool = True) -> None:
+        self.hard, (self.train, self.held_out) = hard, split()
         captions = "\n".join(describe(self.held_out, 0))
         self.sha256 = hashlib.sha256(captions.encode()).hexdigest()  # of words alone: pixels may round otherwise elsewhere
 
@@ -384,7 +393,7 @@ class SceneData:
         return "\n".join(describe(self.train, 0))
 
     def batch(self, step: int, size: int, seed: int = 0) -> Scenes:
-        return batch(step, size, seed)
+        return batch(step, size, seed, self.hard)
 
     def gallery(self, size: int) -> Scenes:
         return gallery(size)

@@ -181,7 +181,7 @@ class Matching:
 def load_items(config: Config):
     """The data set of items that the configuration names. Raises UserError for one that cannot be read."""
     if config.data == "scenes":
-        return SceneData()
+        return SceneData(config.multimodal.hard_batches)
     return load_pairs(Path(config.data), config.multimodal.image_side, config.multimodal.frames)
 
 

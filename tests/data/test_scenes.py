@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from nanods.config import PRESETS
 from nanods.data import scenes as module
 from nanods.data.scenes import (
-    CAPTION_BYTES,
     COLOURS,
     MEANINGS,
     OVERTONES,
@@ -30,15 +28,16 @@ from nanods.data.scenes import (
     caption,
     describe,
     draw,
-    encode,
     facts_of,
     gallery,
+    kin,
     meanings_of,
     play,
     random_bits,
     render,
     split,
     training_meanings,
+    vocabulary,
 )
 from nanods.data.sound import RATE
 from tests.data.decoders import outlines, read_caption, read_image, read_sound
@@ -120,6 +119,30 @@ class TestSplit:
         assert len(np.unique(first)) == len(np.unique(second)) == 128 * 128  # of 16,416: the rest fills no batch
         assert (first != second).any()
         np.testing.assert_array_equal(np.sort(training_meanings(7, 16_416)), np.sort(split()[0]))
+
+    def test_kin_differ_in_shapes_and_order_alone(self):
+        family, pair = kin(ALL)
+        facts = facts_of(ALL)
+        looks = np.sort(facts[:, [1, 5]] * 2 + facts[:, [2, 6]], axis=1)  # colour and size of each object, in any order
+        told = np.column_stack([looks, facts[:, 3]])
+        assert (
+            len(np.unique(family))
+            == len(np.unique(told, axis=0))
+            == len(np.unique(np.column_stack([family[:, None], told]), axis=0))
+        )
+        mirrored = meanings_of(facts[:, [4, 5, 6, 3, 0, 1, 2]])  # the objects change places
+        np.testing.assert_array_equal(kin(mirrored)[1], pair)
+        assert (np.bincount(pair)[pair] == 2).all()  # a scene and its mirror image, no third
+
+    @pytest.mark.parametrize(("hard", "least", "most"), [(True, 0.95, 1.0), (False, 0.0, 0.05)])
+    def test_a_hard_batch_holds_mirror_images(self, hard, least, most):
+        """Of the scenes whose mirror image is a training meaning too; a few groups are cut by a batch's end."""
+        train, together = split()[0], []
+        for step in range(20):
+            meanings = training_meanings(step, 128, 0, hard)
+            mirrored = meanings_of(facts_of(meanings)[:, [4, 5, 6, 3, 0, 1, 2]])
+            together.append(np.isin(mirrored, meanings)[np.isin(mirrored, train)].mean())
+        assert least <= np.mean(together) <= most
 
     def test_the_gallery(self):
         shown = gallery()
@@ -223,12 +246,11 @@ class TestShapesAndRanges:
         scenes = batch(2, 33, seed=1)
         types = [(array.shape[1:], array.dtype) for array in arrays(scenes) if array.dtype.kind != "U"]
         f = np.dtype(np.float32)
-        expected = [((), np.dtype(np.int64)), ((3, 32, 32), f), ((80,), np.dtype(np.uint8)), ((8448,), f), ((32, 32), f)]
+        expected = [((), np.dtype(np.int64)), ((3, 32, 32), f), ((8448,), f), ((32, 32), f)]
         assert types == expected and all(len(array) == 33 for array in arrays(scenes))
         np.testing.assert_array_equal(scenes.meanings, training_meanings(2, 33, 1))
         assert scenes.images.min() >= 0 and scenes.images.max() <= 1
         assert abs(scenes.waves).max() <= 1 and np.isfinite(scenes.mels).all()
-        assert bytes(scenes.tokens[5]).rstrip(b"\0").decode() == scenes.captions[5]
 
     def test_what_a_model_hears_is_centred(self):
         mels = batch(0, 128).mels
@@ -275,17 +297,13 @@ class TestBytes:
         for relation in RELATIONS:
             for sentence in SENTENCES:
                 to, it = (max(table[relation], key=len) for table in (WORDS, WORDS_TO_IT))
-                assert len(sentence.format(a=longest, b=longest, to=to, to_it=it)) <= 78 <= CAPTION_BYTES
-        assert max(self.longest()) <= 78
+                assert (
+                    len(sentence.format(a=longest, b=longest, to=to, to_it=it)) <= 78 <= PRESETS["v3-tiny"].model.context_length
+                )
+        assert max(self.longest()) <= 78 <= PRESETS["v3-tiny"].model.context_length
 
-    @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20), max_size=5))
-    def test_any_text_comes_back(self, captions):
-        assert [bytes(row).rstrip(b"\0").decode() for row in encode(captions)] == captions
-
-    @pytest.mark.parametrize("text", ["x" * 81, "é" * 41, "a\0b"])
-    def test_texts_that_do_not_fit(self, text):
-        with pytest.raises(ValueError, match="at most 80 bytes"):
-            encode(["fine", text])
+    def test_the_vocabulary_is_what_captions_say(self):
+        assert {word for text in describe(ALL, 0) for word in text.split()} == vocabulary()
 
 
 def test_names_are_different_words():

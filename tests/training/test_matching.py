@@ -155,9 +155,7 @@ def test_evaluation_finds_what_is_there_and_gives_no_credit_for_a_collapse():
     flat.keys = model.keys
     row = task.evaluate(flat)
     assert row["recall1_text_audio"] == row["recall5_image_audio"] == 0 and row["median_rank_text_audio"] == 512
-    assert (
-        row["recall1_audio_text"] == 1 / 512 and row["recall1_text_image"] == 1
-    )  # one question, asked 512 times
+    assert row["recall1_audio_text"] == 1 / 512 and row["recall1_text_image"] == 1  # one question, asked 512 times
 
 
 def test_captions_become_padded_rows():
