@@ -335,8 +335,8 @@ def split() -> tuple[np.ndarray, np.ndarray]:
 
 
 def kin(meanings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """meanings (B,) -> the number of each one's family (B,), whose members differ in shapes and in who is first alone, and of its
-    two objects (B,), whoever is first."""
+    """meanings (B,) -> the number of each one's family (B,), whose members differ in shapes and in who is first alone, and of
+    its two objects (B,), whoever is first."""
     facts = facts_of(meanings)
     looks = facts[:, [1, 5]] * len(SIZES) + facts[:, [2, 6]]  # (B, 2)
     things = looks * len(SHAPES) + facts[:, [0, 4]]
