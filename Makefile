@@ -6,16 +6,18 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 train-v2 upcycle-v2 sample-v0 sample-v1 sample-v2 bench bench-v1 bench-v2 bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
 	@echo
-	@echo '  make train-v2    train, plot and sample the GPT with 16 experts      6 min, once 2 min more to set up'
+	@echo '  make train-v3    text, image and sound in one space, with pictures   5 min, once 2 min more to set up'
+	@echo '  make train-v2    train, plot and sample the GPT with 16 experts      6 min'
 	@echo '  make train-v1    the same with one MLP: sparse attention alone       5 min'
 	@echo '  make train-v0    the same with dense attention                       5 min'
 	@echo '  make upcycle-v2  experts that start as the MLPs of a trained V1      2 min after train-v1'
 	@echo '  make sample-v2   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0, sample-v1'
+	@echo '  make sample-v3   find by text, image or sound (ARGS="--query ...")   seconds'
 	@echo '  make notebook    open the lessons in Jupyter'
 	@echo '  make check-01    grade your answers in lessons/exercises             seconds; also check-02, check-03'
 	@echo '  make lessons     execute every lesson, top to bottom                 3 min'
@@ -25,6 +27,7 @@ help:
 	@echo '  make bench       time to loss, generation with and without a cache   10 min'
 	@echo '  make bench-v1    sparse attention against dense: time, memory, recall 12 min'
 	@echo '  make bench-v2    experts against one MLP: time, memory, skew, rivals 15 min'
+	@echo '  make bench-v3    what V3 finds, and what it owes it to               1.5 hours'
 	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
 	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
 	@echo '  make bench-arithmetic are experts better at sums? V2 against V1      12 min'
@@ -50,7 +53,7 @@ help:
 setup: .venv/base
 	@$(if $(EXTRAS),$(PIP) -e '.[$(EXTRAS)]',:)
 
-train-v0 train-v1 train-v2: train-%: .venv/base
+train-v0 train-v1 train-v2 train-v3: train-%: .venv/base
 	$(PY) train.py $*-$(SCALE) $(ARGS)
 
 # 400 more steps from a trained V1, which is trained first where there is none; at the full rate it would unlearn (LOG.md).
@@ -58,7 +61,7 @@ upcycle-v2: .venv/base
 	@test -f runs/v1-$(SCALE)/loss.png || $(PY) train.py v1-$(SCALE)
 	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) --steps 400 --lr 0.005 --expert-lr 0.005 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
 
-sample-v0 sample-v1 sample-v2: sample-%: .venv/base
+sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
 	$(PY) sample.py $*-$(SCALE) $(ARGS)
 
 bench-v1: .venv/base
@@ -66,6 +69,9 @@ bench-v1: .venv/base
 
 bench-v2: .venv/base
 	$(PY) -m nanods.bench.moe $(ARGS)
+
+bench-v3: .venv/base
+	$(PY) -m nanods.bench.multimodal $(ARGS)
 
 bench: .venv/base
 	$(PY) -m nanods.bench.time_to_loss

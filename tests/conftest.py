@@ -66,6 +66,7 @@ def train_tiny(program):
     def call(preset, *args):
         sparse = ["--attention.block-size", "8"] if preset >= "v1" else []
         few = ["--moe.n-expert", "4"] if preset >= "v2" else []
-        return program("train", preset, *TINY, *sparse, *few, "--data", "text.txt", *args)
+        data = ["--data", "scenes" if preset >= "v3" else "text.txt"]
+        return program("train", preset, *TINY, *sparse, *few, *data, *args)
 
     return call

@@ -10,7 +10,7 @@ import torch
 
 from nanods.training import checkpoint
 
-TIMINGS = ("seconds", "cpu_seconds", "optimizer_seconds", "tokens_per_second")
+TIMINGS = ("seconds", "cpu_seconds", "optimizer_seconds", "tokens_per_second", "items_per_second")
 
 
 def metrics(out):
@@ -58,7 +58,12 @@ def test_each_dtype_trains(train_tiny, workspace, dtype):
 
 
 @pytest.mark.parametrize(
-    ("preset", "flags"), [("v1-tiny", ()), ("v2-tiny", ("--moe.bias-rate", 0.01, "--moe.capacity-factor", 1))]
+    ("preset", "flags"),
+    [
+        ("v1-tiny", ()),
+        ("v2-tiny", ("--moe.bias-rate", 0.01, "--moe.capacity-factor", 1)),
+        ("v3-tiny", ("--moe.bias-rate", 0.01, "--multimodal.entropy-coefficient", 0.1, "--eval-every", 16)),
+    ],
 )
 def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatch, preset, flags):
     """With experts that take turns under Muon, their load, its alarms and the bias too."""

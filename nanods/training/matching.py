@@ -44,6 +44,10 @@ class Matching:
                 f"--data {config.data} has no {' and no '.join(missing)}: choose other data, or "
                 f"--multimodal.modalities {' '.join(self.data.modalities)}"
             )
+        if config.batch_size > len(self.data.train):
+            raise UserError(
+                f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} items; take fewer at a time"
+            )
         self.tokenizer = tokenizer_for(self.data.text() if config.model.vocab_size > 256 else "", config.model.vocab_size)
         self.pairs, self.units = c.compared(), config.batch_size  # of a step
         tokens = {"text": config.model.context_length, "image": (c.image_side // c.patch_side) ** 2}
@@ -166,13 +170,14 @@ class Matching:
 
     def show(self, model: Multimodal) -> str:
         """What a few held-out captions find, and how to ask."""
+        skipped = getattr(self.data, "skipped", 0)
         others = [name for name in self.config.multimodal.modalities if name != "text"]
         query = f"python sample.py {self.config.out} --query '{self.gallery.captions[0]}'"
         if len(others) == len(self.config.multimodal.modalities):
             return f"next       python sample.py {self.config.out} --{others[0]} FILE"
         embeddings, _ = self.embed(model, self.inputs(self.gallery))
-        lines = []
-        for i in range(3):
+        lines = [f"data       {skipped} corrupt file{' was' if skipped == 1 else 's were'} skipped"] if skipped else []
+        for i in range(min(3, len(self.gallery.captions))):
             best = int((embeddings[others[0]] @ embeddings["text"][i]).argmax())
             lines.append(f"asked      {self.gallery.captions[i]}\n{others[0]:<10} of: {self.gallery.captions[best]}")
         return "\n".join([*lines, "", f"next       {query}"])
