@@ -139,7 +139,7 @@ V3 = {
     )
     for scale, v2 in V2.items()
 }
-V3["tiny"] = replace(V3["tiny"], steps=600, batch_size=128, weight_decay=0.0, eval_every=100, save_every=100)
+V3["tiny"] = replace(V3["tiny"], steps=800, batch_size=128, weight_decay=0.0, eval_every=100, save_every=100)
 V3["small"] = replace(V3["small"], steps=12_000, batch_size=1024)
 V3["base"] = replace(V3["base"], steps=12_000, batch_size=4096)
 
