@@ -82,12 +82,12 @@ def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatc
         train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "cut")
     monkeypatch.setattr(train, "schedule", real)
     assert metrics(workspace / "cut")[-1]["step"] == 29
-    code, out, err = train_tiny(preset, "--resume", "--out-dir", "cut")
+    code, out, err = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
     assert code == 0, err
     assert "after step 28" in out
     assert metrics(workspace / "cut") == metrics(workspace / "whole")
     assert weights(workspace / "cut") == weights(workspace / "whole")
-    code, out, _ = train_tiny(preset, "--resume", "--out-dir", "cut")
+    code, out, _ = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
     assert code == 0 and "finished" in out
 
 
