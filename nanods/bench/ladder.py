@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from nanods.bench.runs import as_words, machine, trained, write_json
+from nanods.bench.runs import as_words, expect, machine, trained, write_json
 from nanods.data.text import load_text
 
 RUNS = (("v0-tiny", "pydocs"), ("v1-tiny", "pydocs"), ("v2-tiny", "pydocs"), ("v0-tiny", "shakespeare"))
@@ -56,8 +56,8 @@ def main() -> None:
             "val_bpb": round(mean, 4),
             "tolerance": round(tolerance, 4),
         }
-    for name, content in (("ladder", ladder), ("expected", expected)):
-        write_json(args.results / f"{name}.json", content)
+    write_json(args.results / "ladder.json", ladder)
+    expect(args.results / "expected.json", expected)
 
 
 if __name__ == "__main__":

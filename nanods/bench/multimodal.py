@@ -1,4 +1,4 @@
-"""What V3 finds, and what it owes it to: results/multimodal.json and .png.
+"""What V3 finds, and what it owes it to: results/multimodal.json and .png, and what train.py expects of v3-tiny.
 
     python -m nanods.bench.multimodal             about an hour on 2 cores, two runs at a time; `make bench-v3`
     python -m nanods.bench.multimodal --seeds 1   a third of that
@@ -31,7 +31,7 @@ import tyro
 from torch import Tensor
 
 from nanods import plots
-from nanods.bench.runs import as_words, machine, trained, write_json
+from nanods.bench.runs import as_words, expect, machine, trained, write_json
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.training import checkpoint
@@ -183,6 +183,11 @@ def main() -> None:
         }
     table |= {"summary": {name: summary(of) for name, of in runs.items()}, "runs": runs}
     write_json(args.results / "multimodal.json", table)
+    if "as it is" in runs:
+        recalls = [one["val_recall1"] for one in runs["as it is"]]
+        tolerance = max(0.01, 2 * (max(recalls) - min(recalls)))
+        known = {"sha256": table["data"]["sha256"], "val_recall1": round(mean(recalls), 4), "tolerance": round(tolerance, 4)}
+        expect(args.results / "expected.json", {"v3-tiny/scenes": known})
     curves = {
         name: (of[0]["curve"]["steps"], np.mean([one["curve"]["recall1"] for one in of], axis=0)) for name, of in runs.items()
     }

@@ -45,6 +45,12 @@ def write_json(path: Path, table: dict) -> None:
     place(path, lambda file: file.write(text.encode()))
 
 
+def expect(path: Path, entries: dict[str, dict]) -> None:
+    """Write into expected.json what train.py shall compare these runs with; the other entries stay."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, known | entries)
+
+
 def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """Seconds of each call, the rivals taking turns; one turn before the clock starts."""
     seconds = {name: [] for name in calls}
