@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
 BLUE, ORANGE, GREY = "#2f6db3", "#d9772b", "#9aa0a6"
-COLOURS = (BLUE, ORANGE, GREY, "#4b9e6a", "#8b5fbf")
+COLOURS = (BLUE, ORANGE, GREY, "#4b9e6a", "#8b5fbf", "#c2455e", "#3aa6a6", "#8a6d3b")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -50,7 +50,7 @@ def curves(
     """Named lines (x, y), and named horizontal marks to reach."""
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    for (name, (x, y)), colour in zip(lines.items(), COLOURS, strict=False):
+    for (name, (x, y)), colour in zip(lines.items(), COLOURS[: len(lines)], strict=True):
         axes.plot(x, y, "o-", markersize=3, color=colour, label=name)
     for name, height in (marks or {}).items():
         axes.axhline(height, color=GREY, linestyle="--", linewidth=1)

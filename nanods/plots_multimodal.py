@@ -46,7 +46,7 @@ def similarities(matrices: dict[str, np.ndarray], scale: float | None = None) ->
         axes.grid(False)
     figure.colorbar(image, ax=panels, pad=0.01, shrink=0.85, label="cosine")
     if scale is not None:
-        odds = f"a cosine higher by 0.1 is given {np.exp(0.1 * scale):.1f} times the probability"
+        odds = f"a cosine higher by 0.1 is given {np.exp(0.1 * scale):.3g} times the probability"
         figure.supxlabel(f"the loss multiplies the cosines by {scale:.1f} (temperature {1 / scale:.3f}): {odds}", fontsize=9)
     return figure
 

@@ -24,7 +24,8 @@ from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
 from nanods.moe import entropy_loss
-from nanods.multimodal import Multimodal
+from nanods.multimodal import MODALITIES, Multimodal
+from nanods.training.checkpoint import build
 from nanods.training.pictures import draw_space
 from nanods.training.tasks import Scale, add_parts, load_figures
 
@@ -50,8 +51,8 @@ class Matching:
             )
         self.tokenizer = tokenizer_for(self.data.text() if config.model.vocab_size > 256 else "", config.model.vocab_size)
         self.pairs, self.units = c.compared(), config.batch_size  # of a step
-        tokens = {"text": config.model.context_length, "image": (c.image_side // c.patch_side) ** 2}
-        self.tokens_per_item = sum((tokens | {"audio": c.frames // c.patch_frames})[name] for name in c.modalities)
+        with torch.device("meta"):
+            self.tokens_per_item = sum(build(config).tokens_per_item().values())
         self.gallery = self.data.gallery(min(GALLERY, len(self.data.held_out)))
 
     def __str__(self) -> str:
@@ -60,12 +61,12 @@ class Matching:
 
     def inputs(self, items) -> dict[str, Tensor]:
         """What the model reads of items, by modality."""
-        made = {
-            "text": lambda: encode(items.captions, self.tokenizer, self.config.model.context_length),
-            "image": lambda: torch.from_numpy(items.images),
-            "audio": lambda: torch.from_numpy(items.mels),
+        read = {name: getattr(items, MODALITIES[name].reads) for name in self.config.multimodal.modalities}
+        inputs = {
+            name: encode(x, self.tokenizer, self.config.model.context_length) if isinstance(x, list) else torch.from_numpy(x)
+            for name, x in read.items()
         }
-        return {name: made[name]().to(self.device) for name in self.config.multimodal.modalities}
+        return {name: x.to(self.device) for name, x in inputs.items()}
 
     def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """The inputs of a step's items, and their ids (B,)."""
