@@ -116,8 +116,8 @@ MOE = {scale: MoEConfig(n_expert=16, top_k=2) for scale in V1}
 V2 = {scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=MOE[scale])) for scale, v1 in V1.items()}
 V2["tiny"] = replace(V2["tiny"], steps=1500)  # still minutes on two cores, with more work a token
 
-# Items are short (80 + 64 + 16 tokens at tiny size), so V3's attention is dense. At tiny size its MLPs are plain ones: there
-# 16 experts take 1.4 times as long a step and find nothing more (LOG.md). At small and base size: CLIP's ViT-B/16 and
+# Items are short (80, 64 and 16 tokens at tiny size), so V3's attention is dense. At tiny size its MLPs are plain ones: there
+# 16 experts take longer and find nothing more (LOG.md). At small and base size: CLIP's ViT-B/16 and
 # ViT-L/14 in one trunk for both towers, with V2's experts, for captioned images such as COCO's.
 ENDS = {
     "tiny": MultimodalConfig(("text", "image", "audio")),

@@ -13,8 +13,8 @@ Between these ends everything is shared, the experts too. `shared=False` gives e
 (Radford et al. 2021, arXiv:2103.00020) has two towers; that is the article's "specialised model" (its claim V3.2). A fourth
 modality is one more class and one more line in `MODALITIES` (lessons/03_multimodal.ipynb adds point clouds).
 
-Left out on purpose: the loss (nanods/contrastive.py); sparse attention, since an item is shorter than two of its blocks of 64;
-a class token or attention instead of the mean.
+Left out on purpose: the loss (nanods/contrastive.py); sparse attention, since items are short (80 tokens at tiny size, 576 at
+base); a class token or attention instead of the mean.
 
 Pinned by tests/test_multimodal.py: neither padding nor the rest of the batch changes an embedding, and each place can be told
 from every other.
