@@ -27,7 +27,7 @@ help:
 	@echo '  make bench       time to loss, generation with and without a cache   10 min'
 	@echo '  make bench-v1    sparse attention against dense: time, memory, recall 12 min'
 	@echo '  make bench-v2    experts against one MLP: time, memory, skew, rivals 15 min'
-	@echo '  make bench-v3    what V3 finds, and what it owes it to               45 min'
+	@echo '  make bench-v3    what V3 finds, and what it owes it to               50 min'
 	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
 	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
 	@echo '  make bench-arithmetic are experts better at sums? V2 against V1      12 min'

@@ -1,6 +1,6 @@
 """What V3 finds, and what it owes it to: results/multimodal.json and .png, and what train.py expects of v3-tiny.
 
-    python -m nanods.bench.multimodal             45 minutes on 2 cores, two runs at a time; `make bench-v3`
+    python -m nanods.bench.multimodal             50 minutes on 2 cores, two runs at a time; `make bench-v3`
     python -m nanods.bench.multimodal --seeds 1   half of that
 
 v3-tiny on scenes, each run a train.py of its own on one thread, asked about 512 meanings that no training saw. A finished run
@@ -11,6 +11,7 @@ is taken as it is; delete its folder to repeat it.
     separate      one trunk for each modality, the same steps (the article's claim V3.2)
     experts       16 experts a layer, 2 a token, each of half the MLP's width: the same arithmetic, LIMoE's entropy losses
     balanced      the same, balanced over all tokens and nothing else
+    longer        no experts, for the time that they took
     random        batches drawn at random, where look-alikes seldom meet
 
 `facts` is zero-shot classification from prompts: an item against its own caption in which one fact is replaced, by each value
@@ -44,9 +45,10 @@ VARIANTS = {
     "separate": {"multimodal.no-shared": ()},
     "experts": EXPERTS | {"multimodal.entropy-coefficient": 0.02},
     "balanced": EXPERTS,
+    "longer": {"steps": 1200},
     "random": {"multimodal.no-hard-batches": ()},
 }
-FEWER = {"experts": 1, "balanced": 1, "random": 1}  # seeds at most
+FEWER = {"experts": 1, "balanced": 1, "longer": 1, "random": 1}  # seeds at most
 FACTS = {"shape": 0, "colour": 1, "size": 2, "relation": 3}  # columns of scenes.facts_of
 
 
