@@ -194,7 +194,7 @@ def main() -> None:
     curves = {
         name: (of[0]["curve"]["steps"], np.mean([one["curve"]["recall1"] for one in of], axis=0)) for name, of in runs.items()
     }
-    figure = plots.curves(curves, "optimizer step", "recall at 1, mean of six directions and the seeds", {"chance": 1 / 512})
+    figure = plots.curves(curves, "optimizer step", "recall@1, mean of six directions", {"chance": 1 / 512})
     plots.save(figure, args.results / "multimodal.png")
 
 
