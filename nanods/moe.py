@@ -208,8 +208,7 @@ class SortedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, up, out, order, token, *hidden = ctx.saved_tensors
-        dtype = ctx.dtype
-        grad_x, grad_w = torch.zeros_like(x), torch.zeros_like(w)
+        dtype, grad_x, grad_w = ctx.dtype, torch.zeros_like(x), torch.zeros_like(w)
         grad_up, grad_out = torch.empty_like(up), torch.empty_like(out)
         for e in (e for e, count in enumerate(ctx.counts) if count == 0):
             grad_up[e], grad_out[e] = 0, 0
@@ -257,6 +256,12 @@ def mix_grouped(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Te
         return torch.zeros_like(x).index_add(0, order // K, made * w[:, None])
 
 
+def mix_fastest(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """mix_grouped where it is the faster one, in bf16 on a GPU; mix_sorted elsewhere."""
+    grouped = x.device.type == "cuda" and computing_dtype(x) == torch.bfloat16
+    return (mix_grouped if grouped else mix_sorted)(x, weights, experts, up, out)
+
+
 # ---- capacity ----------------------------------------------------------------------------------------------------------------
 
 
@@ -267,8 +272,7 @@ def within_capacity(experts: Tensor, n_expert: int, capacity: int, priority: str
     token's second choice then waits for the first choices of tokens that come *after* it.
     """
     queue = experts if priority == "token" else experts.T  # read row by row
-    order, _ = by_expert(queue, n_expert + 1)  # those without an expert queue at a desk of their own
-    counts = counted(queue, n_expert + 1)
+    order, counts = by_expert(queue, n_expert + 1)  # those without an expert queue at a desk of their own
     start = counts.cumsum(0) - counts  # where each expert's queue begins
     flat = queue.flatten()
     place = torch.empty_like(flat)
@@ -326,7 +330,7 @@ class MoE(nn.Module):
         if not 1 <= top_k <= n_expert or (capacity_factor is not None and not capacity_factor > 0):
             raise ValueError(f"top_k = {top_k} of {n_expert} experts, capacity_factor = {capacity_factor}: cannot be")
         self.top_k, self.capacity_factor, self.priority = top_k, capacity_factor, priority
-        self.normalise, self.bias_rate = normalise, bias_rate
+        self.normalise, self.bias_rate, self.mix = normalise, bias_rate, mix_fastest  # expert_parallel.py mixes otherwise
         self.gate = nn.Linear(n_embd, n_expert, bias=False)
         self.up = nn.Parameter(torch.randn(n_expert, hidden, n_embd) * n_embd**-0.5)
         self.out = nn.Parameter(torch.randn(n_expert, n_embd, hidden) * hidden**-0.5)
@@ -344,7 +348,7 @@ class MoE(nn.Module):
             balance_loss, z_loss, doubt ()  with their gradients; doubt is the mean entropy of a token's probabilities
         and with `inspect` experts (B, T, K).
         """
-        E, (B, T, C) = len(self.up), x.shape
+        E, (B, T, C) = len(self.gate.weight), x.shape
         rows = x.reshape(-1, C)  # (N, C)
         logits = router_logits(rows, self.gate.weight)
         weights, experts, probs, margin = choose(logits, self.top_k, self.bias if self.bias_rate else None, self.normalise)
@@ -353,19 +357,17 @@ class MoE(nn.Module):
             real = valid.reshape(-1)
             experts = experts.masked_fill(~real[:, None], E)
             logits, probs, chosen, margin = logits[real], probs[real], chosen[real], margin[real]
-        wanted = load = counted(experts, E)
+        load = counted(experts, E)
         if self.training and self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * chosen.numel() / E)
             experts = experts.masked_fill(~within_capacity(experts, E, capacity, self.priority), E)
-            load = counted(experts, E)
-        mix = mix_grouped if x.device.type == "cuda" and computing_dtype(x) == torch.bfloat16 else mix_sorted
-        y = mix(rows, weights, experts, self.up, self.out)
-        share = wanted / wanted.sum().clamp(min=1)
+        y = self.mix(rows, weights, experts, self.up, self.out)
+        total = load.sum().clamp(min=1)
         stats = {
-            "load": wanted,
+            "load": load,
             "importance": probs.mean(dim=0),
-            "load_entropy": torch.special.entr(share).sum(),
-            "dropped": 1 - load.sum() / wanted.sum().clamp(min=1),
+            "load_entropy": torch.special.entr(load / total).sum(),
+            "dropped": 1 - (experts < E).sum() / total,
             "router_margin": margin.mean(),
             "balance_loss": load_balancing_loss(probs, chosen),
             "z_loss": router_z_loss(logits),
@@ -392,9 +394,7 @@ def upcycle(weights: dict[str, Tensor], n_expert: int, noise: float = 0.0, seed:
     for name, weight in weights.items():
         if name.endswith((".mlp.up.weight", ".mlp.out.weight")):
             stack = weight.expand(n_expert, *weight.shape)
-            rms = weight.square().mean().sqrt()
             spread = torch.randn(stack.shape, generator=random, dtype=weight.dtype) if noise else 0
-            many[name.removesuffix(".weight")] = stack + noise * rms * spread
-        else:
-            many[name] = weight
+            name, weight = name.removesuffix(".weight"), stack + noise * weight.square().mean().sqrt() * spread
+        many[name] = weight
     return many
