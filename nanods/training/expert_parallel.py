@@ -9,8 +9,8 @@ token goes to the processes that own its experts, is computed there, comes back,
       ->   all_to_all back: each row to where it came from
     home   y = sum over the chosen e of w_e made_e, in the order of the experts
 
-An expert so meets the rows, in the order, that it would meet in one process that had the tokens of all: the result is that
-process's bit for bit in fp32, however uneven the load. Rows travel in the dtype in which they are multiplied.
+An expert so meets the rows, in the order, that it would meet in one process that had the tokens of all: on a CPU the result is
+that process's bit for bit, however uneven the load. Rows travel in the dtype in which they are multiplied.
 
 What each process must do with the gradients, the rule of one process's. Let W processes (P, or several groups of P, each with
 a copy of the experts) have losses L_1 .. L_W, each the mean over its own micro-batches, equally many. They count equally:
@@ -160,7 +160,8 @@ def clip(model: nn.Module, most: float) -> Tensor:
 def whole_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What one process with all experts would save: on the first process of the group, {} on the others.
 
-    All of them must call it. The stacks come one by one, and onto the CPU: all together might be too much for a GPU.
+    All of them must call it, with the same names in the same order. The stacks come one by one, and onto the CPU: all together
+    might be too much for a GPU.
     """
     stacks, whole, first = split_stacks(model), {}, True
     for key, value in state.items():
