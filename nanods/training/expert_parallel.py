@@ -100,8 +100,8 @@ def mix_parallel(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: T
 def split_experts(model: nn.Module, group: Group) -> None:
     """Each MoE of the model keeps the experts of this process: up (E/P, F, C), out (E/P, C, F); its tokens travel in `group`.
 
-    To be called on a whole model, the same on all processes, before its optimizers are made. ValueError where P does not
-    divide E, or there are no experts.
+    To be called once, on a whole model, the same on all processes, before its optimizers are made. ValueError where P does not
+    divide E; a model of plain MLPs has one expert.
     """
     P = dist.get_world_size(group)
     layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
