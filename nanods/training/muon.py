@@ -10,6 +10,8 @@ orthogonalises in the weights' own dtype (LOG.md has the figures). fp64 stays fp
 exactly. tests/training/test_muon.py holds the two together.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -54,8 +56,18 @@ class Muon(torch.optim.Optimizer):
     step; and since each sees few of a step's tokens, it loses little (LOG.md).
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, every: int = 1) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every})
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        every: int = 1,
+        orthogonalise: Callable[[Tensor], Tensor] = orthogonalise,
+    ) -> None:
+        """`orthogonalise`: (N, R, C) -> (N, R, C), where several processes deal that work out among themselves."""
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every}
+        super().__init__(params, defaults | {"orthogonalise": orthogonalise})
         if any(p.ndim not in (2, 3) for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon updates matrices, or stacks of them: give other parameters to AdamW")
 
@@ -72,7 +84,7 @@ class Muon(torch.optim.Optimizer):
                     directions = torch.stack(
                         [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in some]  # Nesterov
                     )
-                    updates = orthogonalise(directions.flatten(0, -3)).view_as(directions)
+                    updates = group["orthogonalise"](directions.flatten(0, -3)).view_as(directions)
                     for p, update in zip(some, updates, strict=True):
                         p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-rate)
 
