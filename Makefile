@@ -1,6 +1,8 @@
 # nanods: each target makes what it needs, the environment included. `make` alone prints this page.
 SCALE  ?= tiny
 ARGS   ?=
+PROCS  ?= 1
+GPUS   ?= $(PROCS)
 EXTRAS ?=
 PYTHON ?= python3
 PY     := .venv/bin/python
@@ -12,6 +14,7 @@ help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
 	@echo
 	@echo '  make train-v3    text, image and sound in one space, with pictures   5 min, once 2 min more to set up'
+	@echo '  make train-v2 PROCS=2   by two processes that share the batch; GPUS=8 by eight, a GPU each'
 	@echo '  make train-v2    train, plot and sample the GPT with 16 experts      6 min'
 	@echo '  make train-v1    the same with one MLP: sparse attention alone       5 min'
 	@echo '  make train-v0    the same with dense attention                       5 min'
@@ -36,6 +39,9 @@ help:
 	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
 	@echo '  make clean       delete the environment (never runs or data)'
 
+# One process, or as many as GPUS or (without any GPU) PROCS asks for, which torchrun starts and, once, starts again.
+TRAIN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS) --max-restarts 1) train.py
+
 # The environment is made once, and again when the pins change: the stamp files are younger than constraints.txt.
 .venv/base: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -54,7 +60,7 @@ setup: .venv/base
 	@$(if $(EXTRAS),$(PIP) -e '.[$(EXTRAS)]',:)
 
 train-v0 train-v1 train-v2 train-v3: train-%: .venv/base
-	$(PY) train.py $*-$(SCALE) $(ARGS)
+	$(TRAIN) $*-$(SCALE) $(ARGS)
 
 # 400 more steps from a trained V1, which is trained first where there is none; at the full rate it would unlearn (LOG.md).
 upcycle-v2: .venv/base

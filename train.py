@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -29,9 +30,11 @@ from nanods.config import Config
 from nanods.data.download import place
 from nanods.errors import UserError, run
 from nanods.training import checkpoint
+from nanods.training.expert_parallel import clip, own_state, split_experts, whole_state
 from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
 from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
+from nanods.training.parallel import Team, deal
 from nanods.training.tasks import LanguageModelling, load_figures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -40,6 +43,16 @@ RESULTS = Path(__file__).parent / "results" / "expected.json"
 
 def main() -> None:
     config = ladder.from_command_line("Train one preset of nanods.")
+    team = Team(config.mesh, config.model.moe.n_expert)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoint.found(config.out):
+        config = replace(config, resume=True)  # torchrun has started the processes again, since one had died
+    try:
+        train(config, team)
+    finally:
+        team.leave()
+
+
+def train(config: Config, team: Team) -> None:
     saved = checkpoint.load(config.out) if config.resume else None
     if saved:
         config = ladder.resumed(config, ladder.from_dict(saved.state["config"]))
@@ -50,6 +63,8 @@ def main() -> None:
     dtype = choose_dtype(config, device)
     autocast = torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
     task = (Matching if config.multimodal.modalities else LanguageModelling)(config, device, autocast)
+    rows_of_batch = team.rows(config.batch_size)
+    print(f"processes  {team}")
     if saved and saved.state["data_sha256"] != task.data.sha256:
         raise UserError(
             f"--data {config.data} has changed since {saved.path} was saved: bring the old text back, or start anew"
@@ -57,29 +72,41 @@ def main() -> None:
 
     torch.manual_seed(config.seed)
     model = checkpoint.build(config).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    optimizers = make_optimizers(config, model)
+    if config.init_from and not saved:
+        print(f"start      {checkpoint.warm_start(config, model, task.tokenizer.to_json())}")
+    total, active, work = *model.parameters_total_active(), task.work(model)  # before the experts part
+    if team.ep > 1:
+        if dtype == torch.float16:
+            raise UserError("--dtype fp16 with ep: a gradient that overflows is seen by one process alone; take bf16 or fp32")
+        split_experts(model, team.group("ep"))
+    optimizers = make_optimizers(config, model, team)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
-    micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else fitting(config, task, model, device))
+    own = config.batch_size // team.size  # items of a step that are this process's
+    micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else team.least(fitting(own, task, model, device)))
+    if own % (micro_batch := min(micro_batch, own)):
+        raise UserError(f"--micro-batch {micro_batch} does not divide the {own} items of each process: choose a divisor")
 
     step, seconds, cpu_seconds, rows = 0, 0.0, 0.0, []
     if saved:
-        checkpoint.restore_model(model, saved)
-        checkpoint.restore_optimizers(model, optimizers, saved.optimizer)
+        checkpoint.restore_model(model, replace(saved, model=own_state(model, saved.model)))
+        checkpoint.restore_optimizers(model, optimizers, own_state(model, saved.optimizer))
         scaler.load_state_dict(saved.state["scaler"])
         step, seconds, cpu_seconds = (saved.state[key] for key in ("step", "seconds", "cpu_seconds"))
         rows = [row for row in read_metrics(config.out) if row["step"] <= step]
         print(f"resume     {saved.path}, after step {step}")
     else:
         if config.init_from:
-            print(f"start      {checkpoint.warm_start(config, model, task.tokenizer.to_json())}")
             rows = [{"step": 0} | task.evaluate(model)]
             print(f"           validation loss {rows[0]['val_loss']:.6f} before the first step")
-        make_room(config.out)
+        if team.first:
+            make_room(config.out)
     fast = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and device.type == "cuda") else model
 
     def gradients(step: int) -> tuple[float, dict[str, Tensor]]:
-        return task.gradients(fast, task.batch(step), micro_batch, scaler.scale)
+        told = task.gradients(fast, task.batch(step, rows_of_batch), micro_batch, scaler.scale)
+        team.average(model)
+        return team.mean(*told)
 
     def save() -> None:
         state = {
@@ -93,11 +120,19 @@ def main() -> None:
             "config": ladder.to_dict(config),
             "tokenizer": task.tokenizer.to_json(),
         }
-        tensors = checkpoint.optimizer_tensors(model, optimizers)
-        checkpoint.save(config.out, step, model.state_dict(), tensors, state)
+        weights, tensors = model.state_dict(), checkpoint.optimizer_tensors(model, optimizers)
+        weights, tensors = whole_state(model, weights), whole_state(model, tensors)
+        if team.first:
+            checkpoint.save(config.out, step, weights, tensors, state)
+        team.wait()
 
     per_step = time_step(gradients, model) + muon_seconds(optimizers[0])
-    print(forecast(config, task, model, micro_batch, per_step * (config.steps - step)))
+    needed = memory_needed(config, task, model, micro_batch) / 2**30
+    print(
+        f"data       {task}\n"
+        f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), {work}, about {needed:.2f} GiB, "
+        f"{clock(per_step * (config.steps - step))} for {config.steps} steps of {task.size()} (micro-batches of {micro_batch})"
+    )
     if not saved:
         save()
     stop, watch = [], LoadWatch()
@@ -107,10 +142,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
     kept = "".join(json.dumps(row) + "\n" for row in rows)  # what a killed run wrote after its checkpoint is dropped
-    place(config.out / "metrics.jsonl", lambda file: file.write(kept.encode()))
-    with (config.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-        bar = tqdm(total=config.steps, initial=step, unit="step", disable=None)
-        while step < config.steps and not stop:
+    if team.first:
+        place(config.out / "metrics.jsonl", lambda file: file.write(kept.encode()))
+    with (config.out / "metrics.jsonl" if team.first else Path(os.devnull)).open("a", encoding="utf-8") as metrics:
+        bar = tqdm(total=config.steps, initial=step, unit="step", disable=None if team.first else True)
+        while step < config.steps and not team.any(bool(stop)):
             start, cpu = time.perf_counter(), time.process_time()
             factor = schedule(step, config)
             for optimizer, rates in zip(optimizers, peaks, strict=True):
@@ -120,7 +156,7 @@ def main() -> None:
             updating = time.perf_counter()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = clip(model, config.clip)
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
                 bar.close()
                 raise UserError(diverged(config, model, step, loss, config.lr * factor))
@@ -144,6 +180,7 @@ def main() -> None:
             row |= {
                 f"{task.unit}_per_second": round(task.units / elapsed),
                 "optimizer_seconds": now - updating,
+                **({"communication_seconds": team.spent} if team.size > 1 else {}),
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
             }
@@ -151,20 +188,19 @@ def main() -> None:
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
             bar.update()
-            if alarm := row.get("new_alarm"):
+            if team.first and (alarm := row.get("new_alarm")):
                 bar.write(f"warning    step {step}: {alarm}", file=sys.stderr)
             bar.set_postfix_str(in_words(row, task.unit) + f", {memory(device)}")
             if step % config.save_every == 0 or step == config.steps:
                 save()
         bar.close()
-    if stop:
+    if step < config.steps:
         if step % config.save_every:
             save()
-        print(
-            f"{stop[0]}: saved after step {step}. Go on with: python train.py {config.preset} --resume --out-dir {config.out}"
-        )
-        return
-    report(config, task, model, rows)
+        told = stop[0] if stop else "a signal elsewhere"
+        print(f"{told}: saved after step {step}. Go on with: python train.py {config.preset} --resume --out-dir {config.out}")
+    elif team.first:
+        report(config, task, checkpoint.saved_model(checkpoint.load(config.out)).to(device) if team.ep > 1 else model, rows)
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------------------
@@ -207,29 +243,33 @@ def memory_needed(config: Config, task, model: nn.Module, micro_batch: int) -> f
     return weights + activations + masks
 
 
-def fitting(config: Config, task, model: nn.Module, device: torch.device) -> int:
-    """The largest micro-batch (a divisor of the batch) that should take at most 80% of the memory that is free."""
+def fitting(own: int, task, model: nn.Module, device: torch.device) -> int:
+    """The largest micro-batch (a divisor of the items of a process) that should take at most 80% of the memory that is free."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    divisors = [n for n in range(config.batch_size, 0, -1) if config.batch_size % n == 0]
-    return next((n for n in divisors if memory_needed(config, task, model, n) <= 0.8 * free), 1)
+    divisors = [n for n in range(own, 0, -1) if own % n == 0]
+    return next((n for n in divisors if memory_needed(task.config, task, model, n) <= 0.8 * free), 1)
 
 
 TABLES = ("embedding.weight", "place", "head.weight", "gate.weight")  # a row each for what is a thing of its own
 
 
-def make_optimizers(config: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for matrices and, in turns, the experts'; AdamW for embeddings, the head, the routers' gates and single numbers."""
+def make_optimizers(config: Config, model: nn.Module, team: Team | None = None) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and, in turns, the experts'; AdamW for embeddings, the head, the routers' gates and single numbers.
+
+    The processes of a team deal out the orthogonalising of what they all hold."""
     named = dict(model.named_parameters())
     experts = [p for p in named.values() if p.ndim == 3]  # stacks (E, R, C)
     matrices = [p for name, p in named.items() if p.ndim == 2 and not name.endswith(TABLES)]
     others = [p for name, p in named.items() if p.ndim < 2 or name.endswith(TABLES)]
     groups = [{"params": others, "lr": config.lr / 2}]
-    muons = [{"params": matrices}]
+    together = deal if team and team.size > 1 else orthogonalise
+    muons = [{"params": matrices, "orthogonalise": together}]
     if experts and config.experts == "muon":
-        muons.append({"params": experts, "lr": config.expert_lr, "every": config.expert_every})
+        alone = orthogonalise if team and team.ep > 1 else together  # experts that one process owns
+        muons.append({"params": experts, "lr": config.expert_lr, "every": config.expert_every, "orthogonalise": alone})
     elif experts:
         groups.append({"params": experts, "lr": config.expert_lr, "weight_decay": config.weight_decay})
     adamw = torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
@@ -254,16 +294,6 @@ def muon_seconds(muon: Muon) -> float:
     start = time.perf_counter()
     orthogonalise(stack)
     return (time.perf_counter() - start) * sum(p.numel() * part for p, part in share.items()) / stack.numel()
-
-
-def forecast(config: Config, task, model: nn.Module, micro_batch: int, seconds: float) -> str:
-    total, active = model.parameters_total_active()
-    return (
-        f"data       {task}\n"
-        f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), {task.work(model)}, "
-        f"about {memory_needed(config, task, model, micro_batch) / 2**30:.2f} GiB, {clock(seconds)} for {config.steps} steps "
-        f"of {task.size()} (micro-batches of {micro_batch})"
-    )
 
 
 def clock(seconds: float) -> str:
@@ -344,18 +374,7 @@ def verdict(config: Config, task, last: dict) -> str:
     got = task.got(last)
     expected = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     known = expected.get(f"{config.preset}/{config.data}")
-    free = (
-        "seed",
-        "device",
-        "out-dir",
-        "resume",
-        "save-every",
-        "data",
-        "eval-every",
-        "micro-batch",
-        "dtype",
-        "compile",
-    )
+    free = {*ladder.FREE, "seed", "data", "eval-every", "micro-batch", "dtype"}
     ours, default = ladder.flatten(config), ladder.flatten(ladder.PRESETS[config.preset])
     changed = [f"--{name}" for name in ours if name not in free and ours[name] != default[name]]
     if known is None or changed:

@@ -71,6 +71,8 @@ class Config:
     """Steps between two validations."""
     save_every: int = 250
     """Steps between two checkpoints."""
+    mesh: str | None = None
+    """How several processes share the work: dp=2, ep=2 or dp=2,ep=2 (nanods/training/parallel.py). Default: all are copies."""
     resume: bool = False
     """Go on from the last checkpoint in out-dir, with the configuration saved there."""
 
@@ -195,17 +197,19 @@ def flatten(config: Config) -> dict[str, object]:
     return {name.replace("_", "-"): value for name, value in (flat | model | parts).items()}
 
 
+FREE = ("resume", "out-dir", "device", "save-every", "compile", "mesh")  # flags that do not change what is learnt
+
+
 def resumed(asked: Config, saved: Config) -> Config:
     """The saved configuration, unless the command line asks for something else than the preset and the saved run say.
 
     What does not change the result (device, how often to save, where) may differ. Raises UserError naming each conflict.
     """
-    free = {"resume", "out-dir", "device", "save-every", "compile"}
     default, wanted, was = flatten(PRESETS[asked.preset]), flatten(asked), flatten(saved)
     conflicts = [
         f"--{name} {wanted[name]} (the run has {was[name]})"
         for name in wanted
-        if name not in free and wanted[name] != was[name] and (name == "preset" or wanted[name] != default[name])
+        if name not in FREE and wanted[name] != was[name] and (name == "preset" or wanted[name] != default[name])
     ]
     if conflicts:
         raise UserError(
@@ -219,4 +223,5 @@ def resumed(asked: Config, saved: Config) -> Config:
         device=asked.device,
         save_every=asked.save_every,
         compile=asked.compile,
+        mesh=asked.mesh,
     )

@@ -121,8 +121,11 @@ class Pairs:
         """The training captions, for a tokenizer to learn from."""
         return "\n".join(caption for _, caption in self.train)
 
-    def batch(self, step: int, size: int, seed: int = 0) -> Items:
-        """The training items of a step. UserError if there are fewer than `size`, or fewer that can be decoded."""
+    def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Items:
+        """The training items of a step, or these rows of them: decoded all, so that processes agree on what is skipped.
+
+        UserError if there are fewer than `size`, or fewer that can be decoded.
+        """
         if not 1 <= size <= len(self.train):
             raise UserError(
                 f"--data {self.name}: {len(self.train):,} training captions do not make a batch of {size:,}; "
@@ -132,7 +135,7 @@ class Pairs:
         ahead = self._ahead.pop((step, size, seed), None) or self._start(order[:size])
         items = self._collect((self.train[row] for row in order), ahead, size)
         self._ahead = {(step + 1, size, seed): self._start(self._order(step + 1, size, seed)[:size])}
-        return items
+        return Items(**{name: value if value is None else value[rows] for name, value in vars(items).items()})
 
     def _order(self, step: int, size: int, seed: int) -> np.ndarray:
         """All training captions in the order of this step's epoch, which is a circle, from the step's first on."""

@@ -392,8 +392,8 @@ class SceneData:
         """A caption of each training meaning, for a tokenizer to learn from."""
         return "\n".join(describe(self.train, 0))
 
-    def batch(self, step: int, size: int, seed: int = 0) -> Scenes:
-        return batch(step, size, seed, self.hard)
+    def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Scenes:
+        return render(training_meanings(step, size, seed, self.hard)[rows], step, seed)
 
     def gallery(self, size: int) -> Scenes:
         return gallery(size)

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from nanods.config import Config
-from nanods.contrastive import all_pairs_loss, cached_gradients, chance, median_rank, recall_at_k
+from nanods.contrastive import (
+    all_pairs_loss,
+    cached_gradients,
+    chance,
+    gather_with_gradient,
+    median_rank,
+    own_rows,
+    recall_at_k,
+)
 from nanods.data.pairs import load_pairs
 from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
@@ -68,13 +76,13 @@ class Matching:
         }
         return {name: x.to(self.device) for name, x in inputs.items()}
 
-    def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
-        """The inputs of a step's items, and their ids (B,)."""
-        items = self.data.batch(step, self.config.batch_size, self.config.seed)
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
+        """The inputs of a step's items, or of these rows of them, and their ids (B,)."""
+        items = self.data.batch(step, self.config.batch_size, self.config.seed, rows)
         return self.inputs(items), torch.tensor(items.ids, device=self.device)
 
     def gradients(self, model: nn.Module, batch: tuple, micro_batch: int, scale: Scale) -> tuple[float, dict[str, Tensor]]:
-        """Add the gradient of the loss of the whole batch -> that loss, in nats, and its parts.
+        """Add the gradient of the loss of the whole batch, this process's rows of it -> that loss, in nats, and its parts.
 
         `ce_loss` is the contrastive loss, the mean of the pairs' (`loss_text_image`, ...); by chance it is ln B. The experts'
         losses have the micro-batch as their unit, so their mean depends on its size; loads are sums.
@@ -96,7 +104,9 @@ class Matching:
 
         def loss(embeddings: dict[str, Tensor]) -> Tensor:
             nonlocal total
-            value, by_pair = all_pairs_loss(embeddings, model.temperature(), self.pairs, ids)
+            everyones = {name: gather_with_gradient(e) for name, e in embeddings.items()}
+            rows = own_rows(len(ids))  # these alone are counted, among all: the mean over the processes is the whole
+            value, by_pair = all_pairs_loss(everyones, model.temperature(), self.pairs, gather_with_gradient(ids), rows)
             parts.update({f"loss_{pair.replace('-', '_')}": one for pair, one in by_pair.items()})
             parts.update(ce_loss=value.detach(), temperature=1 / model.temperature().detach())
             total += value.item()

@@ -38,11 +38,11 @@ class LanguageModelling:
         data = self.data
         return f"{data.name}: {len(data.train):,} + {len(data.val):,} tokens, sha256 {data.sha256[:12]}"
 
-    def batch(self, step: int) -> Tensor:
-        """Windows of T + 1 tokens at random places in the training text: (batch_size, T + 1)."""
+    def batch(self, step: int, rows: slice = slice(None)) -> Tensor:
+        """Windows of T + 1 tokens at random places in the training text: (batch_size, T + 1), or these rows of them."""
         random = np.random.default_rng([self.config.seed, step])
         starts = random.integers(0, len(self.data.train) - self.T, size=self.config.batch_size)
-        windows = np.stack([self.data.train[start : start + self.T + 1] for start in starts])
+        windows = np.stack([self.data.train[start : start + self.T + 1] for start in starts[rows]])
         return torch.from_numpy(windows.astype(np.int64)).to(self.device)
 
     def gradients(self, model: nn.Module, windows: Tensor, micro_batch: int, scale: Scale) -> tuple[float, dict[str, Tensor]]:

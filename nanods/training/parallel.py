@@ -1,0 +1,202 @@
+"""Several processes, one run: `torchrun --nproc-per-node 2 train.py v2-tiny --mesh dp=2`, or `make train-v2 PROCS=2`.
+
+Each process holds other items of the batch; together they take the step that one process would take with the same
+micro-batches one after another. What is split, and what travels for it:
+
+    dp    nothing: each holds the whole model              gradients, added up once a step
+    ep    the experts: process r owns E / ep of them       rows of tokens, to their experts and back; other gradients
+          (nanods/training/expert_parallel.py)
+
+alone or together, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each group is a copy.
+
+The loss is the mean over all processes, so a gradient is the sum of theirs over their number. Of an expert that one process
+owns, its gradient already is the sum over its ep group, since the group's tokens came to it; it is added up over the copies
+alone, and divided by the number of *all* processes. Muon's orthogonalisation, which every process would repeat, is dealt out.
+
+Gradients are added up after the last micro-batch, in buckets, by all_reduce: what DistributedDataParallel does while backward
+still runs. Left out: that overlap (it would need a second rule for gradient caching and for experts), sharded weights (FSDP)
+and tensor parallelism. Tested and measured on gloo, CPU against CPU; never run on several GPUs.
+
+Pinned by tests/training/test_parallel.py: in fp64 two and four processes make the steps of one, to 1e-10.
+"""
+
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nanods.errors import UserError
+from nanods.training.expert_parallel import expert_parameters
+from nanods.training.muon import orthogonalise
+
+MESHES = (("dp",), ("ep",), ("dp", "ep"))
+PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it ends with an error
+BUCKET = 1 << 22  # numbers added up at a time: large enough to pay, small beside the model
+
+
+def parse(mesh: str | None, processes: int) -> dict[str, int]:
+    """As written, "dp=2,ep=2" -> {"dp": 2, "ep": 2}; nothing asked for: all are copies. UserError for what cannot be."""
+    if mesh is None:
+        return {"dp": processes}
+    try:
+        sizes = {name: int(size) for name, size in (part.split("=") for part in mesh.split(","))}
+    except ValueError:
+        raise UserError(f"--mesh {mesh}: write it as dp=2 or dp=2,ep=2") from None
+    if tuple(sizes) not in MESHES or min(sizes.values()) < 1:
+        choices = ", ".join(",".join(f"{name}=N" for name in names) for names in MESHES)
+        raise UserError(f"--mesh {mesh}: the choices are {choices}, each at least 1")
+    if (product := math.prod(sizes.values())) != processes:
+        raise UserError(
+            f"--mesh {mesh} is for {product} processes, and there {'is one' if processes == 1 else f'are {processes}'}: start "
+            f"them by torchrun --nproc-per-node {product} train.py ..., or make ... PROCS={product}"
+        )
+    return sizes
+
+
+class Team:
+    """The processes of a run, this one among them. Of one process, every method does nothing."""
+
+    def __init__(self, mesh: str | None = None, experts: int = 1) -> None:
+        """Joins the processes that torchrun started. UserError for a mesh that does not fit them or the number of experts."""
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.sizes = parse(mesh, self.size)
+        self.ep = self.sizes.get("ep", 1)
+        if self.ep > 1 and (experts == 1 or experts % self.ep):
+            raise UserError(
+                f"--mesh {mesh}: {experts} experts do not divide among {self.ep} processes; choose a divisor, or "
+                f"--moe.n-expert {max(2, -(-experts // self.ep)) * self.ep}"
+            )
+        self.rank, self.mesh = int(os.environ.get("RANK", 0)), None
+        if self.size > 1:
+            self.mesh = join(self.sizes)
+        self.first, self.spent = self.rank == 0, 0.0
+        if not self.first:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; mistakes go to stderr
+
+    def __str__(self) -> str:
+        if self.size == 1:
+            return "1 process"
+        how = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+        return f"{self.size} processes, {how}, {dist.get_backend()}"
+
+    def group(self, name: str) -> dist.ProcessGroup | None:
+        """This process's group along an axis of the mesh; None where it has none."""
+        return self.mesh[name].get_group() if self.mesh is not None and name in self.sizes else None
+
+    def rows(self, batch_size: int) -> slice:
+        """Which items of the batch are this process's. UserError where they do not divide."""
+        if batch_size % self.size:
+            raise UserError(f"--batch-size {batch_size} does not divide among {self.size} processes: choose a multiple")
+        own = batch_size // self.size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+    # ---- what the processes tell each other ----------------------------------------------------------------------------------
+
+    def add_up(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The sum over all processes, or those of a group; in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=group)
+        return x
+
+    def mean(self, loss: float, parts: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The loss of the whole batch and its parts, from those of each process: means, but loads are sums."""
+        if self.size == 1:
+            return loss, parts
+        names = [name for name in parts if not name.startswith("load")]
+        numbers = torch.stack([torch.tensor(loss, dtype=torch.float64), *(parts[n].double().cpu() for n in names)])
+        loss, *means = (self.add_up(numbers.to(self.device)) / self.size).unbind()
+        loads = {name: self.add_up(load.clone()) for name, load in parts.items() if name.startswith("load")}
+        return loss.item(), {name: loads[name] if name in loads else means[names.index(name)] for name in parts}
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process: each must ask."""
+        return bool(self.add_up(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def least(self, number: int) -> int:
+        """The smallest that any process names."""
+        if self.size == 1:
+            return number
+        told = torch.tensor(number, device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MIN)
+        return int(told)
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
+
+    # ---- gradients -----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def average(self, model: nn.Module) -> None:
+        """The gradients of the whole batch from those of each process. `spent`: seconds that it took, waiting included."""
+        if self.size == 1:
+            return
+        start = time.perf_counter()
+        split = expert_parameters(model)
+        own = set(split)
+        shared = [p for p in model.parameters() if p not in own]
+        for parameters, group in ((shared, None), (split, self.group("dp"))):
+            for bucket in buckets(parameters):
+                flat = torch.cat([p.grad.flatten() for p in bucket])
+                if parameters is shared or group is not None:  # where there are no copies, an expert's is whole already
+                    self.add_up(flat, group)
+                flat /= self.size
+                for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                    p.grad.copy_(part.view_as(p))
+        self.spent = time.perf_counter() - start
+
+
+def deal(stack: Tensor) -> Tensor:
+    """muon.orthogonalise of matrices (N, R, C) that all processes hold: each does every so-many-th of them, and all get all."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = torch.zeros(-(-len(stack) // size), *stack.shape[1:], dtype=stack.dtype, device=stack.device)
+    some = stack[rank::size]
+    if len(some):
+        mine[: len(some)] = orthogonalise(some)
+    parts = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).flatten(0, 1)[: len(stack)]
+
+
+def join(sizes: dict[str, int]) -> DeviceMesh:
+    """Meet the other processes that torchrun started. UserError where one of them does not come."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+        return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    except (RuntimeError, ValueError) as error:  # what torch.distributed raises for a missing peer, a port in use
+        raise UserError(
+            f"the {os.environ.get('WORLD_SIZE')} processes did not meet ({str(error).splitlines()[0]}): start them together by "
+            "torchrun, each node with the same --rdzv-endpoint, a free port of the first"
+        ) from None
+
+
+def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in groups of about BUCKET numbers, in order. A gradient that is not there counts as zeros."""
+    made, room = [], 0
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if room < p.numel():
+            made.append([])
+            room = max(BUCKET, p.numel())
+        made[-1].append(p)
+        room -= p.numel()
+    return made

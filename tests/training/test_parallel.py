@@ -1,0 +1,166 @@
+"""Several processes make the steps of one: every version on every mesh, resumed on another, and mistakes that end them all."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nanods.bench.runs import as_words
+from nanods.errors import UserError
+from nanods.training import checkpoint
+from nanods.training.parallel import BUCKET, Team, buckets, parse
+from tests.training.several import ROOT, free_port, train_by
+
+SIZE = {"device": "cpu", "dtype": "fp64", "n-layer": 2, "n-head": 2, "n-embd": 16, "context-length": 32, "batch-size": 8}
+SIZE = as_words(SIZE | {"micro-batch": 2})
+STEPS = ["--steps", "5", "--eval-every", "5"]
+EXPERTS = ["--moe.n-expert", "4", "--moe.bias-rate", "0.01"]
+FLAGS = {
+    "v0-tiny": ["--data", "text.txt", "--clip", "0.05"],  # a norm that clips at every step
+    "v1-tiny": ["--data", "text.txt", "--attention.block-size", "8"],
+    "v2-tiny": ["--data", "text.txt", "--attention.block-size", "8", "--clip", "0.05", *EXPERTS],
+    "v3-tiny": [*EXPERTS, "--multimodal.entropy-coefficient", "0.1"],
+}
+MESHES = {
+    2: [(preset, "dp=2") for preset in FLAGS] + [("v2-tiny", "ep=2"), ("v3-tiny", "ep=2")],
+    4: [("v0-tiny", "dp=4"), ("v2-tiny", "ep=4"), ("v2-tiny", "dp=2,ep=2"), ("v3-tiny", "dp=2,ep=2")],
+}
+
+
+def words(preset, out, *more):
+    return [preset, *SIZE, *STEPS, *FLAGS[preset], "--out-dir", out, *more]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs by one process, two and four; each number of processes is started once for all its runs."""
+    folder = tmp_path_factory.mktemp("several")
+    (folder / "text.txt").write_text("".join(f"{n} times {n} makes {n * n}.\n" for n in range(150)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANODS_DATA", str(folder / "data"))
+        jobs = {1: [words(preset, f"{preset}-1") for preset in FLAGS]}
+        for processes, of in MESHES.items():
+            jobs[processes] = [words(preset, f"{preset}-{mesh}", "--mesh", mesh) for preset, mesh in of]
+        jobs[4].append(words("v2-tiny", "cut", "--mesh", "dp=2,ep=2", "--steps", "5", "--save-every", "3"))
+        for processes in (1, 4, 2):
+            if processes == 2:  # what four have begun
+                shutil.rmtree(folder / "cut/step_000005")
+                shutil.copytree(folder / "cut", folder / "cut-alone")
+                jobs[2].append(words("v2-tiny", "cut", "--mesh", "ep=2", "--resume"))
+                jobs[2].append(words("v0-tiny", "bad", "--mesh", "dp=2", "--batch-size", "7", "--micro-batch", "1"))
+            told = train_by(processes, jobs[processes], folder)
+            for ways in zip(*told, strict=True):
+                refused = any(word in ways[0][1] for word in ("does not divide", "do not divide"))
+                assert {code for code, _ in ways} == ({2} if refused else {0}), ways
+        ((code, err),) = train_by(1, [words("v2-tiny", "cut-alone", "--resume")], folder)[0]
+        assert code == 0, err
+    return folder
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def apart(a, b):
+    """The largest difference of two dicts of tensors, each relative to its tensor's largest number."""
+    assert a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
+    return max(((a[n].double() - b[n].double()).abs().max() / b[n].double().abs().max().clamp(min=1e-3)).item() for n in a)
+
+
+@pytest.mark.parametrize(("preset", "mesh"), [pair for of in MESHES.values() for pair in of])
+def test_several_processes_make_the_steps_of_one(folder, preset, mesh):
+    """Weights, optimizers' state, losses, loads and validation, after five steps of clipped, accumulated gradients."""
+    one, many = checkpoint.load(folder / f"{preset}-1"), checkpoint.load(folder / f"{preset}-{mesh}")
+    assert apart(many.model, one.model) < 1e-10
+    random = {name for name in one.optimizer if name.startswith("rng/")}
+    assert apart(*({n: t for n, t in run.optimizer.items() if n not in random} for run in (many, one))) < 1e-9
+    for a, b in zip(rows_of(folder / f"{preset}-{mesh}"), rows_of(folder / f"{preset}-1"), strict=True):
+        assert a.keys() - {"communication_seconds"} == b.keys()
+        for name in b:
+            if "second" not in name:
+                assert a[name] == pytest.approx(b[name], rel=1e-9) if isinstance(a[name], float) else a[name] == b[name], name
+
+
+@pytest.mark.parametrize("name", ["cut", "cut-alone"])
+def test_a_run_of_four_goes_on_with_two_or_one(folder, name):
+    assert [path.name for path in checkpoint.found(folder / name)] == ["step_000003", "step_000005"]
+    assert apart(checkpoint.load(folder / name).model, checkpoint.load(folder / "v2-tiny-1").model) < 1e-10
+    assert [row["step"] for row in rows_of(folder / name)] == [1, 2, 3, 4, 5]
+    assert checkpoint.saved_model(checkpoint.load(folder / name)).config.moe.n_expert == 4  # whole, as sample.py reads it
+
+
+def test_only_the_first_process_writes(folder):
+    assert not list(folder.glob("v0-tiny-dp=2.*"))  # nobody moved another's run aside
+    assert (folder / "v0-tiny-dp=2/loss.png").exists() and (folder / "v2-tiny-ep=2/experts.png").exists()
+
+
+# ---- the mesh ----------------------------------------------------------------------------------------------------------------
+
+
+def test_meshes_are_read_and_refused_with_the_mend():
+    assert parse(None, 3) == {"dp": 3} and parse("dp=2,ep=2", 4) == {"dp": 2, "ep": 2}
+    for mesh, processes, message in (
+        ("dp=2", 1, "for 2 processes, and there is one.*PROCS=2"),
+        ("dp=2,ep=2", 2, "for 4 processes, and there are 2"),
+        ("ep=2,dp=2", 4, "the choices are dp=N, ep=N, dp=N,ep=N"),
+        ("tp=2", 2, "the choices are"),
+        ("dp=0", 0, "each at least 1"),
+        ("dp", 2, "write it as dp=2"),
+        ("dp=two", 2, "write it as dp=2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(mesh, processes)
+
+
+def test_experts_must_divide_among_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"6 experts do not divide among 4 processes; .*--moe.n-expert 8"):
+        Team("ep=4", 6)
+    with pytest.raises(UserError, match="1 experts do not divide among 4"):
+        Team("ep=4", 1)
+
+
+def test_one_process_is_a_team_that_does_nothing():
+    team, model = Team(), torch.nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    before = model.weight.grad.clone()
+    team.average(model)
+    assert torch.equal(model.weight.grad, before) and team.first and team.rows(8) == slice(0, 8) and team.least(3) == 3
+    assert team.mean(1.5, {"load": before}) == (1.5, {"load": before}) and team.any(True) and not team.any(False)
+
+
+def test_buckets_hold_every_parameter_once_and_missing_gradients_are_zeros():
+    sizes = [BUCKET - 5, 3, 7, 2 * BUCKET, 1]
+    parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
+    assert [[p.numel() for p in some] for some in buckets(parameters)] == [[BUCKET - 5, 3], [7], [2 * BUCKET], [1]]
+    assert all(p.grad is not None for p in parameters)
+
+
+# ---- a process dies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_the_last_checkpoint(folder, monkeypatch):
+    monkeypatch.setenv("NANODS_DATA", str(folder / "data"))
+    more = ("--steps", "40", "--save-every", "5", "--eval-every", "40")
+    (code, err), *_ = train_by(1, [words("v2-tiny", "undisturbed", *more)], folder)[0]
+    assert code == 0, err
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    run += ["--master-port", str(free_port()), str(ROOT / "train.py"), *words("v2-tiny", "killed", *more, "--mesh", "ep=2")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (folder / "killed.err").open("w") as said:
+        started = subprocess.Popen(run, cwd=folder, env=environment, stderr=said)
+    while not (folder / "killed/step_000010").exists():
+        assert started.poll() is None and time.sleep(0.1) is None
+    listed = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(listed[-1]), signal.SIGKILL)
+    said = [line for line in (folder / "killed.err").read_text().splitlines() if "rror:" in line]
+    assert started.wait(timeout=240) == 0, said
+    assert apart(checkpoint.load(folder / "killed").model, checkpoint.load(folder / "undisturbed").model) < 1e-10
+    assert [row["step"] for row in rows_of(folder / "killed")] == list(range(1, 41))
