@@ -55,8 +55,8 @@ class Config:
     init_noise: float = 0.0
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
     data: str = "pydocs"
-    """pydocs, shakespeare, wikitext-2, wikitext-103, or the path of a UTF-8 text file. V3: scenes, or a folder of captioned
-    images or sounds (README)."""
+    """pydocs, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the path of a UTF-8 text file or of a folder of .txt,
+    .jsonl and .parquet files. V3: scenes, or a folder of captioned images or sounds (README)."""
     out_dir: Path | None = None
     """Where checkpoints, metrics and pictures go. Default: runs/PRESET."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -2,7 +2,8 @@
 
 Text -> split (first 90% of the characters train, last 10% validation) -> tokens -> `data/cache/HASH-TOKENIZER.npy`.
 A token file is named by the hashes of the text and of the tokenizer in it, so it can be missing or damaged, but never
-stale; its header holds the number of tokens, so a truncated one is seen and made again.
+stale; its header holds the number of tokens, so a truncated one is seen and made again. What does not fit into memory goes
+another way, through nanods/data/shards.py.
 """
 
 import difflib
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from nanods.data.download import data_dir, download, place
 from nanods.data.pydocs import pydocs_text
+from nanods.data.shards import Tokens, load_shards
+from nanods.data.sources import FINEWEB, SAVED, decode_text, is_source
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, lines, tokenizer_from_json
 from nanods.errors import UserError
 
@@ -24,7 +27,7 @@ SHAKESPEARE_URLS = (
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
 )
 WIKITEXTS = {"wikitext-2": "wikitext-2-raw-v1", "wikitext-103": "wikitext-103-raw-v1"}
-NAMES = ("pydocs", "shakespeare", *WIKITEXTS)
+NAMES = ("pydocs", "shakespeare", *WIKITEXTS, FINEWEB)
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class TextData:
     """A corpus as token ids."""
 
     name: str  # a name of NAMES, or the path that was given
-    sha256: str  # of the whole text in UTF-8
-    train: np.memmap  # token ids, 1-D, uint16 (uint32 from 65,537 tokens of vocabulary), read-only
+    sha256: str  # of the whole text in UTF-8; of shards, of their hashes
+    train: np.memmap | Tokens  # token ids, 1-D, uint16 (uint32 from 65,537 tokens of vocabulary), read-only; Tokens for shards
     val: np.memmap
     tokenizer: ByteTokenizer | BPETokenizer
     val_bytes: int  # length of the validation text in UTF-8: bits per byte = nats per token * tokens / ln 2 / bytes
@@ -50,11 +53,14 @@ class TextData:
 
 
 def load_text(name_or_path: str, vocab_size: int = 256) -> TextData:
-    """Load a corpus by name (see NAMES), from a UTF-8 text file, or from a folder of `datasets.save_to_disk`.
+    """Load a corpus by name (see NAMES), from a UTF-8 text file, from a folder of `datasets.save_to_disk`, or in shards
+    (`is_source`) from a folder of .txt, .jsonl and .parquet files.
 
     `vocab_size` 256 means bytes, more means a BPE trained on the training part. Raises UserError for every mistake in
     `name_or_path` or `vocab_size`, for a failed download and for a missing extra.
     """
+    if is_source(name_or_path):
+        return TextData(name=name_or_path, **vars(load_shards(name_or_path, vocab_size, tokenizer_for)))
     train, val = read_splits(name_or_path)
     if not train or not val:
         raise UserError(f"--data {name_or_path}: the text is too short to split into training and validation")
@@ -101,27 +107,14 @@ def split(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def decode_text(name: str, data: bytes) -> str:
-    if not data:
-        raise UserError(f"--data {name}: the file is empty; give a text to learn from")
-    if (position := data.find(0)) >= 0:
-        raise UserError(f"--data {name}: a binary file (a zero byte at {position:,}); give a UTF-8 text file")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--data {name}: not UTF-8 (byte 0x{data[error.start]:02x} at {error.start:,}); convert it, for example "
-            "from Latin-1: iconv -f latin1 -t utf-8 OLD > NEW"
-        ) from None
-
-
 def unknown(name: str) -> UserError:
     folder = Path(name).parent
     siblings = [str(folder / path.name) for path in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(name, [*NAMES, *sorted(siblings)], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return UserError(
-        f"--data {name}: no such data set or file; {hint}Data sets: {', '.join(NAMES)}; or give the path of a UTF-8 text file"
+        f"--data {name}: no such data set or file; {hint}Data sets: {', '.join(NAMES)}; or give the path of a UTF-8 text file "
+        "or of a folder"
     )
 
 
@@ -130,9 +123,11 @@ def read_dataset(name: str) -> tuple[str, str]:
 
     The set's own train and validation splits, else its rows split as any text; the rows of column "text" become lines.
     """
-    marks = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
-    if name not in WIKITEXTS and not any((Path(name) / mark).is_file() for mark in marks):
-        raise UserError(f"--data {name}: a directory, but not one written by datasets' save_to_disk; give a UTF-8 text file")
+    if name not in WIKITEXTS and not any((Path(name) / mark).is_file() for mark in SAVED):
+        raise UserError(
+            f"--data {name}: a directory, but not one written by datasets' save_to_disk, and no .txt, .jsonl or .parquet file "
+            "in it; give a UTF-8 text file or a folder of such files"
+        )
     try:
         import datasets
     except ImportError:

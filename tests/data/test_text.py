@@ -194,10 +194,11 @@ class TestMistakes:
             ("sample.txt/inside", "no such data set or file"),
             ("a" * 5000, "cannot be read"),
             ("", "directory"),
-            (".", r"directory.*give a UTF-8 text file"),
+            ("empty", r"directory.*no \.txt, \.jsonl or \.parquet.*give a UTF-8 text file"),
         ],
     )
-    def test_names(self, corpus, name, message):
+    def test_names(self, folder, corpus, name, message):
+        (folder / "empty").mkdir()
         with pytest.raises(UserError, match=message):
             load_text(name)
 
@@ -302,4 +303,4 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 
 def test_names_are_unique():
-    assert len(set(NAMES)) == len(NAMES) == 4
+    assert len(set(NAMES)) == len(NAMES) == 5

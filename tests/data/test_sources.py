@@ -1,0 +1,136 @@
+"""Sources: each line and row in one part, FineWeb-Edu streamed once, and each mistake with its mend."""
+
+import builtins
+import itertools
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanods.data import shards, sources
+from nanods.data.text import load_text
+from nanods.errors import UserError
+
+DOCUMENTS = [f"Document {i}\nhas {i % 7} žlutých lines" + "\n" * (i % 2) for i in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NANODS_DATA", raising=False)
+    monkeypatch.setattr(shards, "cores", lambda: 1)
+    monkeypatch.setattr(sources, "SLICE", 1500)
+    return tmp_path
+
+
+@given(size=st.integers(1, 400), ends=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_slices_of_any_size_have_each_line_once(tmp_path_factory, size, ends):
+    path = tmp_path_factory.mktemp("slices") / "a.txt"
+    text = "ž\n\nlonger than a slice of few bytes\nb\r\nc" + "\n" * ends
+    path.write_bytes(text.encode())
+    cuts = [*range(0, len(text.encode()), size), len(text.encode())]
+    parts = [sources.Part(str(path), a, b) for a, b in itertools.pairwise(cuts)]
+    assert "".join(sources.documents(parts)) == text + "\n" * (not ends)
+
+
+def test_parquet_rows_are_each_in_one_shard(folder):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (folder / "rows").mkdir()
+    table = pyarrow.table({"id": range(100), "text": [*DOCUMENTS[:50], None, *DOCUMENTS[51:]]})
+    parquet.write_table(table, folder / "rows" / "a.parquet", row_group_size=30)
+    data = load_text("rows")
+    ended = [text if text.endswith("\n") else text + "\n" for text in DOCUMENTS]
+    assert len(data.train.parts) > 1
+    assert data.tokenizer.decode(data.train[:]) == "".join(ended[:50] + ended[51:90])
+    assert data.tokenizer.decode(data.val) == "".join(ended[90:])
+
+
+def test_half_surrogates_become_question_marks(folder):
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "a.jsonl").write_text('{"text": "a\\ud800b"}\n' * 40)
+    assert load_text("corpus").tokenizer.decode(load_text("corpus").train[:8]) == "a?b\na?b\n"
+
+
+class Streaming(list):
+    """What the library's IterableDataset is asked for: `num_shards` files of rows."""
+
+    num_shards = property(len)
+
+    def shard(self, num_shards, index):
+        assert num_shards == len(self)
+        for row in self[index]:
+            if row is None:
+                raise ConnectionError("reset by peer")
+            yield {"text": row, "id": "x"}
+
+
+def test_fineweb_is_streamed_once(monkeypatch):
+    asked, files = [], Streaming([[f"page {f}.{i} " + "x" * 40 for i in range(30)] for f in range(3)])
+    fake = SimpleNamespace(load_dataset=lambda *args, **kwargs: asked.append((args, kwargs)) or files)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(sources, "HELD_OUT", 300)
+    files[2].insert(20, None)
+    with pytest.raises(UserError, match=r"ConnectionError: reset by peer.*network.*finished shards are kept"):
+        load_text("fineweb-edu")
+    del files[2][20]
+    names, real = [], shards.make_shard
+    monkeypatch.setattr(shards, "make_shard", lambda path, *rest: names.append(path.name) or real(path, *rest))
+    data = load_text("fineweb-edu")
+    assert names == ["train-00002.bin", "validation.bin"]
+    assert data.tokenizer.decode(data.val) == "".join(page + "\n" for file in files for page in file[:3])
+    assert data.tokenizer.decode(data.train[:]) == "".join(page + "\n" for file in files for page in file[3:])
+    assert set(map(str, asked)) == {"(('HuggingFaceFW/fineweb-edu', 'sample-10BT'), {'split': 'train', 'streaming': True})"}
+    monkeypatch.delitem(sys.modules, "datasets")
+    monkeypatch.setattr(sources, "stream", lambda: pytest.fail("asked again"))
+    assert load_text("fineweb-edu").sha256 == data.sha256
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.txt", b"abc\n" * 500 + b"sch\xf6n\n" + b"abc\n" * 500, r"a\.txt: not UTF-8 .byte 0xf6 at 2,003.*iconv"),
+        ("a.txt", b"abc\n" * 500 + b"\0\n" + b"abc\n" * 500, r"a\.txt: a binary file .a zero byte at 2,000"),
+        ("a.jsonl", b'{"text": "abc"}\n' * 200 + b"{\n", r"a\.jsonl: the line at byte 3,200 is no JSON object.*mend or delete"),
+        ("a.jsonl", b'{"body": "abc"}\n', r'no JSON object with a string "text" .KeyError'),
+        ("a.jsonl", b'{"text": 7}\n', r'no JSON object with a string "text" .TypeError: a int'),
+        ("a.jsonl", b'["text"]\n', r'no JSON object with a string "text"'),
+        ("a.parquet", b"PAR1 or not", r"a\.parquet: no Parquet that can be read"),
+    ],
+)
+def test_files_that_cannot_be_read(folder, file, content, message):
+    if file == "a.parquet":
+        pytest.importorskip("pyarrow")
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_text("corpus")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"), [({"body": ["x"]}, "no column called text, only body"), ({"text": [1]}, "int64")]
+)
+def test_other_columns(folder, columns, message):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (folder / "corpus").mkdir()
+    parquet.write_table(pyarrow.table(columns), folder / "corpus" / "a.parquet")
+    with pytest.raises(UserError, match=message):
+        load_text("corpus")
+
+
+@pytest.mark.parametrize("name", ["corpus", "fineweb-edu"])
+def test_without_the_library_the_extra_is_named(folder, monkeypatch, name):
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "a.parquet").write_bytes(b"PAR1")
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name in ("datasets", "pyarrow"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match="EXTRAS=datasets"):
+        load_text(name)
