@@ -1,4 +1,4 @@
-"""Corpora that do not fit into memory: token shards on disk, made in parallel, resumable, verified.
+"""Corpora that do not fit into memory: token shards on disk, made in parallel, resumable, verified; and the order of reading.
 
 A shard is a file of token ids and nothing else, little-endian uint16 (uint32 from 65,537 tokens of vocabulary), as nanoGPT's
 train.bin. A folder of shards holds `train-00000.bin`, ..., `validation.bin`, `tokenizer.json` and `shards.json`, the index: the
@@ -9,6 +9,7 @@ named by the source (see `fingerprint`), and can be moved to another machine and
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -292,3 +293,52 @@ def locked(folder: Path) -> Iterator[None]:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+# ---- the order of reading
+
+
+ROUNDS = 6
+
+
+def windows(step: int, batch_size: int, total: int, T: int, seed: int) -> np.ndarray:
+    """Where the windows of batch `step` begin in `total` tokens: (batch_size,), int64. Each holds T + 1 of them.
+
+    An epoch is every T-th place of the corpus, from an offset below T of its own, in an order of its own: each window once, no
+    two overlapping but in the token that one predicts last and the next reads first. (Up to 2 T - 1 tokens at the corpus's
+    ends are left out, others in each epoch.) The position is the step alone. Of P processes, number r reads [r::P] of these:
+    what they read together is the batch of one process. `total`: T + 1 at least.
+    """
+    count = max(1, (total - 1) // T - 1)  # of windows, whatever the offset
+    first, last, starts = step * batch_size, (step + 1) * batch_size, []
+    for epoch in range(first // count, (last - 1) // count + 1):
+        *keys, offset = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS + 1, np.uint64)
+        places = np.arange(max(first - epoch * count, 0), min(last - epoch * count, count))
+        offset = int(offset) % min(T, total - count * T)
+        starts.append(offset + T * permuted(places, count, keys))
+    return np.concatenate(starts)
+
+
+def permuted(places: np.ndarray, count: int, keys: Sequence[np.uint64]) -> np.ndarray:
+    """Where a permutation of range(count), drawn by `keys`, takes each of `places`: int64, in no more memory than they take.
+
+    A Feistel network over the pairs (a, b) of numbers below the root of `count`, walked on until it is back in range (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains"): each round can be undone, so no two places meet.
+    """
+    side = np.uint64(math.isqrt(count - 1) + 1)  # side * side >= count
+    places = places.astype(np.uint64)
+    outside = np.ones(len(places), bool)
+    while outside.any():
+        a, b = np.divmod(places[outside], side)
+        for key in keys:
+            a, b = b, (a + mixed(b + key) % side) % side
+        places[outside] = a * side + b
+        outside = places >= count
+    return places.astype(np.int64)
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64 in which each bit hangs on all: SplitMix64's last steps (Steele, Lea and Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

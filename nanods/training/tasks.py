@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanods.config import Config
+from nanods.data.shards import Tokens, windows
 from nanods.data.text import TextData, load_text
 from nanods.gpt import GPT
 from nanods.training.pictures import draw
@@ -39,11 +40,16 @@ class LanguageModelling:
         return f"{data.name}: {len(data.train):,} + {len(data.val):,} tokens, sha256 {data.sha256[:12]}"
 
     def batch(self, step: int, rows: slice = slice(None)) -> Tensor:
-        """Windows of T + 1 tokens at random places in the training text: (batch_size, T + 1), or these rows of them."""
-        random = np.random.default_rng([self.config.seed, step])
-        starts = random.integers(0, len(self.data.train) - self.T, size=self.config.batch_size)
-        windows = np.stack([self.data.train[start : start + self.T + 1] for start in starts[rows]])
-        return torch.from_numpy(windows.astype(np.int64)).to(self.device)
+        """Windows of T + 1 tokens of the training text: (batch_size, T + 1), or these rows of them."""
+        text = [self.data.train[start : start + self.T + 1] for start in self.starts(step)[rows]]
+        return torch.from_numpy(np.stack(text).astype(np.int64)).to(self.device)
+
+    def starts(self, step: int) -> np.ndarray:
+        """Where the windows of a batch begin: (batch_size,). Of shards each window once an epoch, else at random places."""
+        config, total = self.config, len(self.data.train)
+        if isinstance(self.data.train, Tokens):
+            return windows(step, config.batch_size, total, self.T, config.seed)
+        return np.random.default_rng([config.seed, step]).integers(0, total - self.T, size=config.batch_size)
 
     def gradients(self, model: nn.Module, windows: Tensor, micro_batch: int, scale: Scale) -> tuple[float, dict[str, Tensor]]:
         """Accumulate the gradient of the mean loss over the batch, micro-batch by micro-batch -> that loss, and its parts.

@@ -1,4 +1,4 @@
-"""Shards: the tokens of the plain text, whole after a kill, faults named."""
+"""Shards: the tokens of the plain text, whole after a kill, faults named, and an order that shows each window once."""
 
 import json
 import os
@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanods import config as ladder
 from nanods.data import shards, sources
 from nanods.data.download import data_dir
-from nanods.data.shards import Tokens
-from nanods.data.text import load_text
+from nanods.data.shards import Tokens, permuted, windows
+from nanods.data.text import load_text, split
 from nanods.data.tokenizer import BPETokenizer
 from nanods.errors import UserError
 from nanods.training import checkpoint
+from nanods.training.tasks import LanguageModelling
 
 LINES = [f"Line {i}: the quick brown fox číslo {i * i} jumps.\n" for i in range(300)]
 DOCUMENTS = [f"Document {i}\nhas {i % 7} žlutých lines" + "\n" * (i % 2) for i in range(100)]
@@ -234,6 +237,69 @@ def test_a_changed_folder_is_never_served_from_old_shards(corpus):
         file.write("More.\n")
     after = load_text(corpus[0])
     assert after.sha256 != before.sha256 and after.tokenizer.decode(after.val).count("More.") == 1
+
+
+# ---- the order of reading ----------------------------------------------------------------------------------------------------
+
+
+@given(count=st.integers(1, 3000), seed=st.integers(0, 2**32))
+def test_permuted_is_a_bijection(count, seed):
+    keys = np.random.default_rng(seed).integers(0, 2**64, size=shards.ROUNDS, dtype=np.uint64)
+    assert sorted(permuted(np.arange(count), count, keys).tolist()) == list(range(count))
+
+
+@given(total=st.integers(2, 400), T=st.integers(1, 40), batch=st.integers(1, 17), seed=st.integers(0, 9))
+@settings(deadline=None)
+def test_an_epoch_shows_each_window_once_whatever_the_batch(total, T, batch, seed):
+    T = min(T, total - 1)
+    count = max(1, (total - 1) // T - 1)
+    steps = -(-2 * count // batch)
+    starts = np.concatenate([windows(step, batch, total, T, seed) for step in range(steps)])
+    for epoch in (starts[:count], starts[count : 2 * count]):
+        ordered = np.sort(epoch)
+        assert (np.diff(ordered) == T).all() and ordered[0] >= 0 and ordered[-1] + T + 1 <= total
+        assert ordered[0] < T and total - (ordered[-1] + T + 1) <= 2 * T
+    np.testing.assert_array_equal(starts[:count], windows(0, count, total, T, seed))
+
+
+def test_epochs_and_seeds_have_orders_and_offsets_of_their_own():
+    total, T = 32 * 1001, 32
+    first, second, other = (windows(step, 999, total, T, seed) for step, seed in ((0, 0), (1, 0), (0, 1)))
+    assert len({windows(epoch, 999, total, T, 0)[0] % T for epoch in range(30)}) > 15
+    for a, b in ((first, second), (first, other), (first, np.sort(first))):
+        assert np.mean(a // T == b // T) < 0.02
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
+    assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.15  # nor do neighbours in time lie near each other
+
+
+def test_a_trillion_tokens_need_no_memory_and_no_time():
+    starts = windows(10**6, 512, 10**12 + 3, 1024, seed=5)
+    assert starts.dtype == np.int64 and len(set(starts.tolist())) == 512 and starts.min() >= 0
+    assert abs(starts.mean() / 10**12 - 0.5) < 0.06 and starts.max() + 1025 <= 10**12 + 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_the_processes_parts_are_disjoint_and_together_the_batch(world):
+    for step in range(4):
+        batch = windows(step, 24, 10_007, 16, 3)
+        parts = [batch[rank::world].tolist() for rank in range(world)]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == 24 and set().union(*parts) == set(batch.tolist())
+
+
+def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
+    Path("text.txt").write_text("".join(LINES))
+    for name in (corpus[0], "text.txt"):
+        config = ladder.from_command_line("", ["v0-tiny", "--data", name, "--batch-size", "6", "--context-length", "40"])
+        task = LanguageModelling(config, torch.device("cpu"), None)
+        total = len(task.data.train)
+        if name == "text.txt":
+            starts = np.random.default_rng([0, 7]).integers(0, total - 40, size=6)
+            text = split("".join(LINES))[0]
+        else:
+            starts, text = windows(7, 6, total, 40, 0), corpus[1]
+        rows = [list(text.encode()[start : start + 41]) for start in starts]
+        np.testing.assert_array_equal(task.starts(7), starts)
+        assert task.batch(7).tolist() == rows
 
 
 def test_training_on_a_folder_resumes_bit_for_bit(workspace, program, corpus, monkeypatch):
