@@ -167,6 +167,7 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
             break
         time.sleep(0.02)
     else:
+        os.killpg(process.pid, signal.SIGKILL)
         pytest.fail("workers outlive their parent")
     index = json.loads(found[0].read_text())
     assert 0 < len(index["shards"]) < index["planned"]
