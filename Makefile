@@ -8,16 +8,16 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
 	@echo
 	@echo '  make train-v3    text, image and sound in one space, with pictures   5 min, once 2 min more to set up'
-	@echo '  make train-v2 PROCS=2   by two processes that share the batch; GPUS=8 by eight, a GPU each'
 	@echo '  make train-v2    train, plot and sample the GPT with 16 experts      6 min'
 	@echo '  make train-v1    the same with one MLP: sparse attention alone       5 min'
 	@echo '  make train-v0    the same with dense attention                       5 min'
+	@echo '  ... PROCS=2      by two processes that share the batch; GPUS=8: by eight, a GPU each'
 	@echo '  make upcycle-v2  experts that start as the MLPs of a trained V1      2 min after train-v1'
 	@echo '  make sample-v2   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0, sample-v1'
 	@echo '  make sample-v3   find by text, image or sound (ARGS="--query ...")   seconds'
@@ -31,6 +31,7 @@ help:
 	@echo '  make bench-v1    sparse attention against dense: time, memory, recall 12 min'
 	@echo '  make bench-v2    experts against one MLP: time, memory, skew, rivals 15 min'
 	@echo '  make bench-v3    what V3 finds, and what it owes it to               50 min'
+	@echo '  make bench-scale what a second process brings: copies, experts       3 min'
 	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
 	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
 	@echo '  make bench-arithmetic are experts better at sums? V2 against V1      12 min'
@@ -39,8 +40,8 @@ help:
 	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
 	@echo '  make clean       delete the environment (never runs or data)'
 
-# One process, or as many as GPUS or (without any GPU) PROCS asks for, which torchrun starts and, once, starts again.
-TRAIN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS) --max-restarts 1) train.py
+# One process, or as many as GPUS or (without any GPU) PROCS asks for, which torchrun starts.
+TRAIN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS)) train.py
 
 # The environment is made once, and again when the pins change: the stamp files are younger than constraints.txt.
 .venv/base: constraints.txt pyproject.toml
@@ -75,6 +76,9 @@ bench-v1: .venv/base
 
 bench-v2: .venv/base
 	$(PY) -m nanods.bench.moe $(ARGS)
+
+bench-scale: .venv/base
+	$(PY) -m nanods.bench.scale $(ARGS)
 
 bench-v3: .venv/base
 	$(PY) -m nanods.bench.multimodal $(ARGS)
