@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from nanods import config as ladder
@@ -30,11 +31,12 @@ from nanods.config import Config
 from nanods.data.download import place
 from nanods.errors import UserError, run
 from nanods.training import checkpoint
-from nanods.training.expert_parallel import clip, own_state, split_experts, whole_state
+from nanods.training.expert_parallel import own_state, whole_state
 from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
 from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
 from nanods.training.parallel import Team, deal
+from nanods.training.sharded import clip, gather, local, scatter
 from nanods.training.tasks import LanguageModelling, load_figures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -74,11 +76,10 @@ def train(config: Config, team: Team) -> None:
     model = checkpoint.build(config).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     if config.init_from and not saved:
         print(f"start      {checkpoint.warm_start(config, model, task.tokenizer.to_json())}")
-    total, active, work = *model.parameters_total_active(), task.work(model)  # before the experts part
-    if team.ep > 1:
-        if dtype == torch.float16:
-            raise UserError("--dtype fp16 with ep: a gradient that overflows is seen by one process alone; take bf16 or fp32")
-        split_experts(model, team.group("ep"))
+    total, active, work = *model.parameters_total_active(), task.work(model)  # before the team parts the model
+    if team.parted and dtype == torch.float16:
+        raise UserError(f"--dtype fp16, {team}: a gradient that overflows is seen by one process alone; take bf16 or fp32")
+    team.part(model)
     optimizers = make_optimizers(config, model, team)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
@@ -89,8 +90,8 @@ def train(config: Config, team: Team) -> None:
 
     step, seconds, cpu_seconds, rows = 0, 0.0, 0.0, []
     if saved:
-        checkpoint.restore_model(model, replace(saved, model=own_state(model, saved.model)))
-        checkpoint.restore_optimizers(model, optimizers, own_state(model, saved.optimizer))
+        checkpoint.restore_model(model, replace(saved, model=scatter(model, own_state(model, saved.model))))
+        checkpoint.restore_optimizers(model, optimizers, scatter(model, own_state(model, saved.optimizer)))
         scaler.load_state_dict(saved.state["scaler"])
         step, seconds, cpu_seconds = (saved.state[key] for key in ("step", "seconds", "cpu_seconds"))
         rows = [row for row in read_metrics(config.out) if row["step"] <= step]
@@ -121,7 +122,7 @@ def train(config: Config, team: Team) -> None:
             "tokenizer": task.tokenizer.to_json(),
         }
         weights, tensors = model.state_dict(), checkpoint.optimizer_tensors(model, optimizers)
-        weights, tensors = whole_state(model, weights), whole_state(model, tensors)
+        weights, tensors = (whole_state(model, gather(state)) for state in (weights, tensors))
         if team.first:
             checkpoint.save(config.out, step, weights, tensors, state)
         team.wait()
@@ -200,7 +201,7 @@ def train(config: Config, team: Team) -> None:
         told = stop[0] if stop else "a signal elsewhere"
         print(f"{told}: saved after step {step}. Go on with: python train.py {config.preset} --resume --out-dir {config.out}")
     elif team.first:
-        report(config, task, checkpoint.saved_model(checkpoint.load(config.out)).to(device) if team.ep > 1 else model, rows)
+        report(config, task, checkpoint.saved_model(checkpoint.load(config.out)).to(device) if team.parted else model, rows)
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 def memory_needed(config: Config, task, model: nn.Module, micro_batch: int) -> float:
     """Estimated bytes: weights, gradients and two moments in 4 bytes each; activations of a forward pass; logits thrice."""
     m, logits = config.model, 0 if config.multimodal.modalities else 3 * config.model.vocab_size
-    weights = 16 * sum(p.numel() for p in model.parameters())
+    weights = 16 * sum(local(p).numel() for p in model.parameters())
     activations = micro_batch * task.tokens_per_item * 4 * (m.n_layer * 34 * m.n_embd + logits)
     masks = micro_batch * m.context_length**2 * m.n_head * (m.attention.kind != "dense")
     return weights + activations + masks
@@ -264,7 +265,8 @@ def make_optimizers(config: Config, model: nn.Module, team: Team | None = None) 
     experts = [p for p in named.values() if p.ndim == 3]  # stacks (E, R, C)
     matrices = [p for name, p in named.items() if p.ndim == 2 and not name.endswith(TABLES)]
     others = [p for name, p in named.items() if p.ndim < 2 or name.endswith(TABLES)]
-    groups = [{"params": others, "lr": config.lr / 2}]
+    shards, whole = ([p for p in others if isinstance(p, DTensor) == kind] for kind in (True, False))  # AdamW mixes none
+    groups = [{"params": some, "lr": config.lr / 2} for some in (shards, whole) if some]
     together = deal if team and team.size > 1 else orthogonalise
     muons = [{"params": matrices, "orthogonalise": together}]
     if experts and config.experts == "muon":
@@ -289,8 +291,8 @@ def time_step(gradients, model: nn.Module) -> float:
 def muon_seconds(muon: Muon) -> float:
     """Seconds that Muon takes for one step, from one stack of its largest matrices."""
     share = {p: 1 / group["every"] for group in muon.param_groups for p in group["params"]}  # of the steps
-    largest = max(share, key=Tensor.numel).detach()
-    stack = largest.view(-1, *largest.shape[-2:])[:STACKED]
+    largest = max(share, key=Tensor.numel)
+    stack = local(largest).new_ones(min(STACKED, largest.shape[:-2].numel()), *largest.shape[-2:])
     start = time.perf_counter()
     orthogonalise(stack)
     return (time.perf_counter() - start) * sum(p.numel() * part for p, part in share.items()) / stack.numel()

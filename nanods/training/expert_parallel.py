@@ -24,8 +24,8 @@ backward() on each process differentiates all L_s of its group at once, since wh
     one of `expert_parameters`      .grad is already the sum over the P of the group:
                                     sum over its W/P copies in other groups, divided by W, not by their number
 
-The norm for clipping counts each expert once (`clip`). Balance and z-loss, and a capacity, have the micro-batch of one process
-as their unit, as they have one micro-batch of many in one process; the load is a sum over all.
+The norm for clipping counts each expert once (`sharded.clip`). Balance and z-loss, and a capacity, have the micro-batch of one
+process as their unit, as they have one micro-batch of many in one process; the load is a sum over all.
 
 All processes of a group must run every layer equally often, forward and backward, in evaluation and generation too: one that
 does not leaves the others waiting. Without tokens it may be (x (0, C)).
@@ -131,25 +131,6 @@ def split_stacks(model: nn.Module) -> dict[str, tuple[nn.Parameter, Group]]:
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Those that are split, whose gradients have a rule of their own (see above); none before `split_experts`."""
     return [stack for stack, _ in split_stacks(model).values()]
-
-
-def clip(model: nn.Module, most: float) -> Tensor:
-    """nn.utils.clip_grad_norm_ of the whole model, once the gradients follow the rule -> the norm (), the same for all.
-
-    Its square is that of the parameters which all have, counted once, and that of the experts, summed over the group. Every
-    process must call it. It does just what clip_grad_norm_ does where no experts are split.
-    """
-    if not (stacks := split_stacks(model)):
-        return nn.utils.clip_grad_norm_(model.parameters(), most)
-    experts, groups = zip(*stacks.values(), strict=True)
-    others = [p for p in model.parameters() if p not in set(experts)]
-    common, mine = (
-        nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]).double().square() for some in (others, experts)
-    )
-    dist.all_reduce(mine, group=groups[0])
-    norm = (common + mine).sqrt()
-    nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
-    return norm
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------------

@@ -32,17 +32,18 @@ def fast_bf16(device: torch.device) -> bool:
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrices with orthonormal rows (or columns), roughly: singular values of about 0.7 to 1.2.
 
-    (N, R, C) -> (N, R, C), each of the N matrices by itself.
+    (..., R, C) -> (..., R, C), each of the matrices, one or more, by itself.
     """
     a, b, c = COEFFICIENTS
     X = G.bfloat16() if G.dtype != torch.float64 and fast_bf16(G.device) else G
+    X = X.flatten(0, -3)  # (N, R, C)
     if tall := X.size(-2) > X.size(-1):
         X = X.mT  # X X^T is then the smaller of the two products
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values at most 1, where the iteration converges
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).to(G.dtype)
+    return (X.mT if tall else X).to(G.dtype).view(G.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -65,7 +66,7 @@ class Muon(torch.optim.Optimizer):
         every: int = 1,
         orthogonalise: Callable[[Tensor], Tensor] = orthogonalise,
     ) -> None:
-        """`orthogonalise`: (N, R, C) -> (N, R, C), where several processes deal that work out among themselves."""
+        """`orthogonalise`: (..., R, C) -> (..., R, C), where several processes deal that work out among themselves."""
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every}
         super().__init__(params, defaults | {"orthogonalise": orthogonalise})
         if any(p.ndim not in (2, 3) for group in self.param_groups for p in group["params"]):
@@ -76,15 +77,16 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for i, p in enumerate(group["params"]) if p.grad is not None and self.due(p, i, group)]
             lr = group["lr"] * group["every"]
-            for shape in dict.fromkeys(p.shape for p in params):  # each shape once, in a fixed order
-                alike = [p for p in params if p.shape == shape]
+            kind = {p: (p.shape, getattr(p, "placements", None)) for p in params}  # of a shard also where the others are
+            for shape, where in dict.fromkeys(kind.values()):  # each once, in a fixed order
+                alike = [p for p in params if kind[p] == (shape, where)]
                 rate = lr * max(1, shape[-2] / shape[-1]) ** 0.5
                 at_once = max(1, STACKED // shape[:-2].numel())
                 for some in (alike[i : i + at_once] for i in range(0, len(alike), at_once)):
                     directions = torch.stack(
                         [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in some]  # Nesterov
                     )
-                    updates = group["orthogonalise"](directions.flatten(0, -3)).view_as(directions)
+                    updates = group["orthogonalise"](directions)
                     for p, update in zip(some, updates, strict=True):
                         p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-rate)
 

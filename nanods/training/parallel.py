@@ -6,16 +6,19 @@ micro-batches one after another. What is split, and what travels for it:
     dp    nothing: each holds the whole model              gradients, added up once a step
     ep    the experts: process r owns E / ep of them       rows of tokens, to their experts and back; other gradients
           (nanods/training/expert_parallel.py)
+    fsdp  everything: each keeps 1 / fsdp of all weights,  weights, before each block; gradients, after it
+          gradients, optimizer state (sharded.py)
 
-alone or together, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each group is a copy.
+alone, or dp and ep together, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each group
+is a copy.
 
 The loss is the mean over all processes, so a gradient is the sum of theirs over their number. Of an expert that one process
 owns, its gradient already is the sum over its ep group, since the group's tokens came to it; it is added up over the copies
 alone, and divided by the number of *all* processes. Muon's orthogonalisation, which every process would repeat, is dealt out.
 
 Gradients are added up after the last micro-batch, in buckets, by all_reduce: what DistributedDataParallel does while backward
-still runs. Left out: that overlap (it would need a second rule for gradient caching and for experts), sharded weights (FSDP)
-and tensor parallelism. Tested and measured on gloo, CPU against CPU; never run on several GPUs.
+still runs. Left out: that overlap (it would need a second rule for gradient caching and for experts), and tensor parallelism.
+Tested and measured on gloo, CPU against CPU; never run on several GPUs.
 
 Pinned by tests/training/test_parallel.py: in fp64 two and four processes make the steps of one, to 1e-10.
 """
@@ -31,12 +34,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from nanods.errors import UserError
-from nanods.training.expert_parallel import expert_parameters
+from nanods.training.expert_parallel import expert_parameters, split_experts
 from nanods.training.muon import orthogonalise
+from nanods.training.sharded import orthogonalise_shards, shard
 
-MESHES = (("dp",), ("ep",), ("dp", "ep"))
+MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",))
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it ends with an error
 BUCKET = 1 << 22  # numbers added up at a time: large enough to pay, small beside the model
 
@@ -76,6 +81,7 @@ class Team:
         self.rank, self.mesh = int(os.environ.get("RANK", 0)), None
         if self.size > 1:
             self.mesh = join(self.sizes)
+        self.parted = self.ep > 1 or (self.size > 1 and "fsdp" in self.sizes)  # no process holds all of the model
         self.first, self.spent = self.rank == 0, 0.0
         if not self.first:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; mistakes go to stderr
@@ -96,6 +102,13 @@ class Team:
             raise UserError(f"--batch-size {batch_size} does not divide among {self.size} processes: choose a multiple")
         own = batch_size // self.size
         return slice(self.rank * own, (self.rank + 1) * own)
+
+    def part(self, model: nn.Module) -> None:
+        """Leave this process what it is to hold of a whole model, the same on all; before its optimizers are made."""
+        if self.ep > 1:
+            split_experts(model, self.group("ep"))
+        if self.parted and "fsdp" in self.sizes:
+            shard(model, self.mesh["fsdp"])
 
     # ---- what the processes tell each other ----------------------------------------------------------------------------------
 
@@ -143,13 +156,16 @@ class Team:
 
     @torch.no_grad()
     def average(self, model: nn.Module) -> None:
-        """The gradients of the whole batch from those of each process. `spent`: seconds that it took, waiting included."""
+        """The gradients of the whole batch from those of each process. `spent`: seconds that it took, waiting included.
+
+        Those of shards are the whole batch's already: they were added up while backward ran, which `spent` does not count.
+        """
         if self.size == 1:
             return
         start = time.perf_counter()
         split = expert_parameters(model)
         own = set(split)
-        shared = [p for p in model.parameters() if p not in own]
+        shared = [p for p in model.parameters() if p not in own and not isinstance(p, DTensor)]
         for parameters, group in ((shared, None), (split, self.group("dp"))):
             for bucket in buckets(parameters):
                 flat = torch.cat([p.grad.flatten() for p in bucket])
@@ -162,15 +178,21 @@ class Team:
 
 
 def deal(stack: Tensor) -> Tensor:
-    """muon.orthogonalise of matrices (N, R, C) that all processes hold: each does every so-many-th of them, and all get all."""
-    rank, size = dist.get_rank(), dist.get_world_size()
+    """muon.orthogonalise of matrices (..., R, C) that all processes hold: each does every so-many-th, and all get all.
+
+    Of shards, see sharded.py.
+    """
+    if isinstance(stack, DTensor):
+        return orthogonalise_shards(stack)
+    rank, size, shape = dist.get_rank(), dist.get_world_size(), stack.shape
+    stack = stack.flatten(0, -3)
     mine = torch.zeros(-(-len(stack) // size), *stack.shape[1:], dtype=stack.dtype, device=stack.device)
     some = stack[rank::size]
     if len(some):
         mine[: len(some)] = orthogonalise(some)
     parts = [torch.empty_like(mine) for _ in range(size)]
     dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1)[: len(stack)]
+    return torch.stack(parts, dim=1).flatten(0, 1)[: len(stack)].view(shape)
 
 
 def join(sizes: dict[str, int]) -> DeviceMesh:

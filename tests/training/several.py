@@ -25,7 +25,7 @@ def train_by(processes: int, jobs: list[list[str]], folder: Path) -> list[list[t
         subprocess.Popen(words, cwd=folder, env={**environment, "RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE, text=True)
         for r in map(str, range(processes))
     ]
-    told = [process.communicate(timeout=300)[0] for process in started]
+    told = [process.communicate(timeout=1800)[0] for process in started]
     return [json.loads(out.splitlines()[-1]) for out in told]
 
 

@@ -17,7 +17,8 @@ from nanods.data.tokenizer import ByteTokenizer
 from nanods.gpt import GPT, MoEConfig
 from nanods.moe import MoE, mix_sorted
 from nanods.training import checkpoint
-from nanods.training.expert_parallel import clip, expert_parameters, mix_parallel, own, own_state, split_experts, whole_state
+from nanods.training.expert_parallel import expert_parameters, mix_parallel, own, own_state, split_experts, whole_state
+from nanods.training.sharded import clip
 from nanods.training.tasks import LanguageModelling
 from tests.test_moe import random_case
 

@@ -28,8 +28,10 @@ FLAGS = {
     "v3-tiny": [*EXPERTS, "--multimodal.entropy-coefficient", "0.1"],
 }
 MESHES = {
-    2: [(preset, "dp=2") for preset in FLAGS] + [("v2-tiny", "ep=2"), ("v3-tiny", "ep=2")],
-    4: [("v0-tiny", "dp=4"), ("v2-tiny", "ep=4"), ("v2-tiny", "dp=2,ep=2"), ("v3-tiny", "dp=2,ep=2")],
+    2: [(preset, "dp=2") for preset in FLAGS]
+    + [("v2-tiny", "ep=2"), ("v3-tiny", "ep=2")]
+    + [(preset, "fsdp=2") for preset in ("v0-tiny", "v2-tiny", "v3-tiny")],
+    4: [("v0-tiny", "dp=4"), ("v0-tiny", "fsdp=4"), ("v2-tiny", "ep=4"), ("v2-tiny", "dp=2,ep=2"), ("v3-tiny", "dp=2,ep=2")],
 }
 
 
@@ -51,8 +53,10 @@ def folder(tmp_path_factory):
         for processes in (1, 4, 2):
             if processes == 2:  # what four have begun
                 shutil.rmtree(folder / "cut/step_000005")
-                shutil.copytree(folder / "cut", folder / "cut-alone")
+                for name in ("cut-alone", "cut-shards"):
+                    shutil.copytree(folder / "cut", folder / name)
                 jobs[2].append(words("v2-tiny", "cut", "--mesh", "ep=2", "--resume"))
+                jobs[2].append(words("v2-tiny", "cut-shards", "--mesh", "fsdp=2", "--resume"))
                 jobs[2].append(words("v0-tiny", "bad", "--mesh", "dp=2", "--batch-size", "7", "--micro-batch", "1"))
             told = train_by(processes, jobs[processes], folder)
             for ways in zip(*told, strict=True):
@@ -87,7 +91,7 @@ def test_several_processes_make_the_steps_of_one(folder, preset, mesh):
                 assert a[name] == pytest.approx(b[name], rel=1e-9) if isinstance(a[name], float) else a[name] == b[name], name
 
 
-@pytest.mark.parametrize("name", ["cut", "cut-alone"])
+@pytest.mark.parametrize("name", ["cut", "cut-alone", "cut-shards"])
 def test_a_run_of_four_goes_on_with_two_or_one(folder, name):
     assert [path.name for path in checkpoint.found(folder / name)] == ["step_000003", "step_000005"]
     assert apart(checkpoint.load(folder / name).model, checkpoint.load(folder / "v2-tiny-1").model) < 1e-10
@@ -108,7 +112,7 @@ def test_meshes_are_read_and_refused_with_the_mend():
     for mesh, processes, message in (
         ("dp=2", 1, "for 2 processes, and there is one.*PROCS=2"),
         ("dp=2,ep=2", 2, "for 4 processes, and there are 2"),
-        ("ep=2,dp=2", 4, "the choices are dp=N, ep=N, dp=N,ep=N"),
+        ("ep=2,dp=2", 4, "the choices are dp=N, ep=N, dp=N,ep=N, fsdp=N"),
         ("tp=2", 2, "the choices are"),
         ("dp=0", 0, "each at least 1"),
         ("dp", 2, "write it as dp=2"),

@@ -1,0 +1,118 @@
+"""Models whose weights are shared out: FSDP (Rajbhandari et al. 2019, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277).
+
+Each of P processes keeps 1/P of every matrix, table and stack of experts: of its first dimension, in order. Of what it keeps
+it has the gradient, the optimizer's state and, after a step, the new weights; the rest it borrows (torch's `fully_shard`):
+
+    before a block, forward and backward    all_gather: the block's weights, whole; given back after it
+    after a block's backward                reduce_scatter: of the gradients' sum over all, divided by P, the own part
+
+once for each micro-batch, and in the weights' own dtype: autocast rounds after they have arrived (bf16 would halve the
+journey). The ends of the model, outside its blocks, stay whole from forward to backward. What is left whole: single numbers
+(V3's temperature), whose gradients Team.average adds up.
+
+AdamW works on shards as on anything: it treats each number by itself. Muon needs whole matrices: each goes to one process,
+is made orthogonal there, and comes back in shards (`orthogonalise_shards`); its momentum stays where it is. Experts (E, R, C),
+sharded along E, are whole matrices already, so nothing travels.
+
+A checkpoint is the plain one of one process. At scale that costs: the first process has all weights and states in its
+main memory while it writes, a resumed one reads all of them, and each process makes the whole model before it is shared out.
+
+Pinned by tests/training/test_parallel.py. Shapes: N matrices (R, C), E experts.
+"""
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from nanods.gpt import Block
+from nanods.training.expert_parallel import split_stacks
+from nanods.training.muon import orthogonalise
+
+logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # on a CPU it tells everyone what stands below
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave this process its part of a whole model, the same on all of the mesh; before its optimizers are made."""
+    whole = {p for p in model.parameters() if p.ndim == 0}
+    for module in (*[m for m in model.modules() if isinstance(m, Block)], model):
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+        module.set_force_sum_reduction_for_comms(True)  # then a division, since gloo cannot take means
+        module.set_gradient_divide_factor(mesh.size())
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of it."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def orthogonalise_shards(stack: DTensor) -> DTensor:
+    """muon.orthogonalise of matrices (..., R, C) whose shards lie on several processes; of experts (N, E, R, C) in place.
+
+    Each of a stack (N, R, C) travels whole to one process, and back in the shards in which it was (all_to_all; on a CPU
+    PyTorch takes an all_gather for it).
+    """
+    there = stack.redistribute(placements=[Shard(stack.ndim - 3)])
+    sizes = {"shape": stack.shape, "stride": stack.stride()}
+    made = DTensor.from_local(
+        orthogonalise(there.to_local()).contiguous(), there.device_mesh, there.placements, run_check=False, **sizes
+    )
+    return made.redistribute(placements=stack.placements)
+
+
+@torch.no_grad()
+def clip(model: nn.Module, most: float) -> Tensor:
+    """nn.utils.clip_grad_norm_ of the whole model, once the gradients follow their rules -> the norm (), the same for all.
+
+    Its square is that of the parameters which all have, counted once, and that of those which are shared out, experts or
+    shards, summed over their processes. Every process must call it. Where none are it does just what clip_grad_norm_ does.
+    """
+    groups = dict(split_stacks(model).values())
+    groups |= {p: p.device_mesh.get_group() for p in model.parameters() if isinstance(p, DTensor)}
+    if not groups:
+        return nn.utils.clip_grad_norm_(model.parameters(), most)
+    grads, square = {}, 0
+    for p in model.parameters():
+        if p.grad is not None:
+            grads.setdefault(groups.get(p), []).append(local(p.grad))
+    for group, some in grads.items():
+        mine = nn.utils.get_total_norm(some).double().square()
+        if group is not None:
+            dist.all_reduce(mine, group=group)
+        square = square + mine
+    norm = square.sqrt()
+    factor = (most / (norm + 1e-6)).clamp(max=1)
+    for grad in (grad for some in grads.values() for grad in some):
+        grad.mul_(factor)
+    return norm
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------------------
+
+
+def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The shards of a `state` (see expert_parallel.py) put together, one after another, on the first process's CPU; on the
+    others they stay as they are. All must call it."""
+    whole = {}
+    for key, value in state.items():
+        if isinstance(value, DTensor):
+            full = value.detach().full_tensor()
+            value = full.cpu() if dist.get_rank() == 0 else value
+        whole[key] = value
+    return whole
+
+
+def scatter(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: of a `state` that all have, the shards which the model's have on this process."""
+    shards = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    mine = {}
+    for key, value in state.items():
+        p = next((shards[name] for name in key.split("/") if name in shards), None)
+        if p is not None and value.shape == p.shape:
+            value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        mine[key] = value
+    return mine
