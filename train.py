@@ -121,8 +121,9 @@ def train(config: Config, team: Team) -> None:
             "config": ladder.to_dict(config),
             "tokenizer": task.tokenizer.to_json(),
         }
-        weights, tensors = model.state_dict(), checkpoint.optimizer_tensors(model, optimizers)
-        weights, tensors = (whole_state(model, gather(state)) for state in (weights, tensors))
+        weights = model.state_dict()  # first: FSDP then gives back what evaluation has borrowed
+        tensors = checkpoint.optimizer_tensors(model, optimizers)
+        weights, tensors = (whole_state(model, gather(held)) for held in (weights, tensors))
         if team.first:
             checkpoint.save(config.out, step, weights, tensors, state)
         team.wait()

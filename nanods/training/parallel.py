@@ -9,8 +9,8 @@ micro-batches one after another. What is split, and what travels for it:
     fsdp  everything: each keeps 1 / fsdp of all weights,  weights, before each block; gradients, after it
           gradients, optimizer state (sharded.py)
 
-alone, or dp and ep together, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each group
-is a copy.
+alone, or ep beside dp or fsdp, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each
+group is a copy; fsdp=2,ep=2 shards all the rest among the four.
 
 The loss is the mean over all processes, so a gradient is the sum of theirs over their number. Of an expert that one process
 owns, its gradient already is the sum over its ep group, since the group's tokens came to it; it is added up over the copies
@@ -41,7 +41,7 @@ from nanods.training.expert_parallel import expert_parameters, split_experts
 from nanods.training.muon import orthogonalise
 from nanods.training.sharded import orthogonalise_shards, shard
 
-MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",))
+MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",), ("fsdp", "ep"))
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it ends with an error
 BUCKET = 1 << 22  # numbers added up at a time: large enough to pay, small beside the model
 
@@ -108,7 +108,7 @@ class Team:
         if self.ep > 1:
             split_experts(model, self.group("ep"))
         if self.parted and "fsdp" in self.sizes:
-            shard(model, self.mesh["fsdp"])
+            shard(model, init_device_mesh(self.device, (self.size,)))
 
     # ---- what the processes tell each other ----------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class Team:
         split = expert_parameters(model)
         own = set(split)
         shared = [p for p in model.parameters() if p not in own and not isinstance(p, DTensor)]
-        for parameters, group in ((shared, None), (split, self.group("dp"))):
+        for parameters, group in ((shared, None), (split, self.group("dp") or self.group("fsdp"))):
             for bucket in buckets(parameters):
                 flat = torch.cat([p.grad.flatten() for p in bucket])
                 if parameters is shared or group is not None:  # where there are no copies, an expert's is whole already

@@ -8,7 +8,7 @@ it has the gradient, the optimizer's state and, after a step, the new weights; t
 
 once for each micro-batch, and in the weights' own dtype: autocast rounds after they have arrived (bf16 would halve the
 journey). The ends of the model, outside its blocks, stay whole from forward to backward. What is left whole: single numbers
-(V3's temperature), whose gradients Team.average adds up.
+(V3's temperature), and experts that a process owns: their gradients Team.average adds up.
 
 AdamW works on shards as on anything: it treats each number by itself. Muon needs whole matrices: each goes to one process,
 is made orthogonal there, and comes back in shards (`orthogonalise_shards`); its momentum stays where it is. Experts (E, R, C),
@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nanods.gpt import Block
-from nanods.training.expert_parallel import split_stacks
+from nanods.training.expert_parallel import expert_parameters, split_stacks
 from nanods.training.muon import orthogonalise
 
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # on a CPU it tells everyone what stands below
@@ -38,7 +38,7 @@ logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # on a CP
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Leave this process its part of a whole model, the same on all of the mesh; before its optimizers are made."""
-    whole = {p for p in model.parameters() if p.ndim == 0}
+    whole = {p for p in model.parameters() if p.ndim == 0} | set(expert_parameters(model))
     for module in (*[m for m in model.modules() if isinstance(m, Block)], model):
         fully_shard(module, mesh=mesh, ignored_params=whole)
         module.set_force_sum_reduction_for_comms(True)  # then a division, since gloo cannot take means

@@ -31,7 +31,14 @@ MESHES = {
     2: [(preset, "dp=2") for preset in FLAGS]
     + [("v2-tiny", "ep=2"), ("v3-tiny", "ep=2")]
     + [(preset, "fsdp=2") for preset in ("v0-tiny", "v2-tiny", "v3-tiny")],
-    4: [("v0-tiny", "dp=4"), ("v0-tiny", "fsdp=4"), ("v2-tiny", "ep=4"), ("v2-tiny", "dp=2,ep=2"), ("v3-tiny", "dp=2,ep=2")],
+    4: [
+        ("v0-tiny", "dp=4"),
+        ("v0-tiny", "fsdp=4"),
+        ("v2-tiny", "ep=4"),
+        ("v2-tiny", "dp=2,ep=2"),
+        ("v2-tiny", "fsdp=2,ep=2"),
+        ("v3-tiny", "dp=2,ep=2"),
+    ],
 }
 
 
