@@ -83,7 +83,7 @@ def train(config: Config, team: Team) -> None:
     optimizers = make_optimizers(config, model, team)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
-    own = config.batch_size // team.size  # items of a step that are this process's
+    own = config.batch_size // team.shares  # items of a step that are this process's
     micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else team.least(fitting(own, task, model, device)))
     if own % (micro_batch := min(micro_batch, own)):
         raise UserError(f"--micro-batch {micro_batch} does not divide the {own} items of each process: choose a divisor")

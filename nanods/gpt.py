@@ -142,7 +142,7 @@ class Attention(nn.Module):
         `flops` (), the realised share of its arithmetic, the choosing included. With `inspect` also q and k (B, H, T, D) and
         the choice itself, `blocks` (B, H, R, top_blocks).
         """
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = (
             linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
             for linear in (self.query, self.key, self.value)
@@ -157,7 +157,7 @@ class Attention(nn.Module):
             stats |= {"q": q, "k": k}
         else:
             stats.pop("blocks", None)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), stats
+        return self.out(y.transpose(1, 2).flatten(2)), stats
 
     def read(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Cache | None, layer: int

@@ -1,13 +1,15 @@
 """Several processes, one run: `torchrun --nproc-per-node 2 train.py v2-tiny --mesh dp=2`, or `make train-v2 PROCS=2`.
 
-Each process holds other items of the batch; together they take the step that one process would take with the same
-micro-batches one after another. What is split, and what travels for it:
+Each process holds other items of the batch (with tp, the same); together they take the step that one process would take with
+the same micro-batches one after another. What is split, and what travels for it:
 
     dp    nothing: each holds the whole model              gradients, added up once a step
     ep    the experts: process r owns E / ep of them       rows of tokens, to their experts and back; other gradients
           (nanods/training/expert_parallel.py)
     fsdp  everything: each keeps 1 / fsdp of all weights,  weights, before each block; gradients, after it
           gradients, optimizer state (sharded.py)
+    tp    the heads, and an MLP's hidden numbers: each     sums of tokens, twice a block and way
+          has H / tp of them, and all the tokens
 
 alone, or ep beside dp or fsdp, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each
 group is a copy; fsdp=2,ep=2 shards all the rest among the four.
@@ -17,7 +19,7 @@ owns, its gradient already is the sum over its ep group, since the group's token
 alone, and divided by the number of *all* processes. Muon's orthogonalisation, which every process would repeat, is dealt out.
 
 Gradients are added up after the last micro-batch, in buckets, by all_reduce: what DistributedDataParallel does while backward
-still runs. Left out: that overlap (it would need a second rule for gradient caching and for experts), and tensor parallelism.
+still runs. Left out: that overlap (it would need a second rule for gradient caching and for experts); tp beside another.
 Tested and measured on gloo, CPU against CPU; never run on several GPUs.
 
 Pinned by tests/training/test_parallel.py: in fp64 two and four processes make the steps of one, to 1e-10.
@@ -39,9 +41,9 @@ from torch.distributed.tensor import DTensor
 from nanods.errors import UserError
 from nanods.training.expert_parallel import expert_parameters, split_experts
 from nanods.training.muon import orthogonalise
-from nanods.training.sharded import orthogonalise_shards, shard
+from nanods.training.sharded import orthogonalise_shards, shard, split_heads
 
-MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",), ("fsdp", "ep"))
+MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",), ("fsdp", "ep"), ("tp",))
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it ends with an error
 BUCKET = 1 << 22  # numbers added up at a time: large enough to pay, small beside the model
 
@@ -72,7 +74,8 @@ class Team:
         """Joins the processes that torchrun started. UserError for a mesh that does not fit them or the number of experts."""
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.sizes = parse(mesh, self.size)
-        self.ep = self.sizes.get("ep", 1)
+        self.ep, self.tp = self.sizes.get("ep", 1), self.sizes.get("tp", 1)
+        self.shares = self.size // self.tp  # of the batch: each has other items
         if self.ep > 1 and (experts == 1 or experts % self.ep):
             raise UserError(
                 f"--mesh {mesh}: {experts} experts do not divide among {self.ep} processes; choose a divisor, or "
@@ -81,7 +84,7 @@ class Team:
         self.rank, self.mesh = int(os.environ.get("RANK", 0)), None
         if self.size > 1:
             self.mesh = join(self.sizes)
-        self.parted = self.ep > 1 or (self.size > 1 and "fsdp" in self.sizes)  # no process holds all of the model
+        self.parted = self.ep * self.tp > 1 or (self.size > 1 and "fsdp" in self.sizes)  # no process holds all of the model
         self.first, self.spent = self.rank == 0, 0.0
         if not self.first:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; mistakes go to stderr
@@ -98,10 +101,10 @@ class Team:
 
     def rows(self, batch_size: int) -> slice:
         """Which items of the batch are this process's. UserError where they do not divide."""
-        if batch_size % self.size:
-            raise UserError(f"--batch-size {batch_size} does not divide among {self.size} processes: choose a multiple")
-        own = batch_size // self.size
-        return slice(self.rank * own, (self.rank + 1) * own)
+        if batch_size % self.shares:
+            raise UserError(f"--batch-size {batch_size} does not divide among {self.shares} processes: choose a multiple")
+        own, number = batch_size // self.shares, self.rank // self.tp
+        return slice(number * own, (number + 1) * own)
 
     def part(self, model: nn.Module) -> None:
         """Leave this process what it is to hold of a whole model, the same on all; before its optimizers are made."""
@@ -109,6 +112,8 @@ class Team:
             split_experts(model, self.group("ep"))
         if self.parted and "fsdp" in self.sizes:
             shard(model, init_device_mesh(self.device, (self.size,)))
+        if self.tp > 1:
+            split_heads(model, self.mesh["tp"])
 
     # ---- what the processes tell each other ----------------------------------------------------------------------------------
 
@@ -120,7 +125,7 @@ class Team:
 
     def mean(self, loss: float, parts: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """The loss of the whole batch and its parts, from those of each process: means, but loads are sums."""
-        if self.size == 1:
+        if self.shares == 1:
             return loss, parts
         names = [name for name in parts if not name.startswith("load")]
         numbers = torch.stack([torch.tensor(loss, dtype=torch.float64), *(parts[n].double().cpu() for n in names)])
@@ -160,7 +165,7 @@ class Team:
 
         Those of shards are the whole batch's already: they were added up while backward ran, which `spent` does not count.
         """
-        if self.size == 1:
+        if self.shares == 1:
             return
         start = time.perf_counter()
         split = expert_parameters(model)

@@ -1,7 +1,8 @@
-"""Models whose weights are shared out: FSDP (Rajbhandari et al. 2019, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277).
+"""Models whose weights are shared out, by the batch or by the heads.
 
-Each of P processes keeps 1/P of every matrix, table and stack of experts: of its first dimension, in order. Of what it keeps
-it has the gradient, the optimizer's state and, after a step, the new weights; the rest it borrows (torch's `fully_shard`):
+FSDP (Rajbhandari et al. 2019, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277). Each of P processes keeps 1/P of every
+matrix, table and stack of experts: of its first dimension, in order. Of what it keeps it has the gradient, the optimizer's
+state and, after a step, the new weights; the rest it borrows (torch's `fully_shard`):
 
     before a block, forward and backward    all_gather: the block's weights, whole; given back after it
     after a block's backward                reduce_scatter: of the gradients' sum over all, divided by P, the own part
@@ -14,10 +15,20 @@ AdamW works on shards as on anything: it treats each number by itself. Muon need
 is made orthogonal there, and comes back in shards (`orthogonalise_shards`); its momentum stays where it is. Experts (E, R, C),
 sharded along E, are whole matrices already, so nothing travels.
 
+Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053). P processes read the same tokens, each with its own H/P heads and
+F/P hidden numbers of an MLP: rows of the matrices that come first (query, key, value; up), columns of those that come last
+(out), so that each layer makes a part of every token's sum:
+
+    forward     all_reduce: what attention adds to the tokens, and what the MLP adds
+    backward    all_reduce: the gradients of what they read
+
+twice a block and way, whatever the batch; it pays within one machine. All the rest, embedding, head, norms and experts, every
+process has and computes, with the same numbers: nothing there is to be added up.
+
 A checkpoint is the plain one of one process. At scale that costs: the first process has all weights and states in its
 main memory while it writes, a resumed one reads all of them, and each process makes the whole model before it is shared out.
 
-Pinned by tests/training/test_parallel.py. Shapes: N matrices (R, C), E experts.
+Pinned by tests/training/test_parallel.py. Shapes: N matrices (R, C), E experts, H heads, F hidden width.
 """
 
 import logging
@@ -27,9 +38,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
-from nanods.gpt import Block
+from nanods.errors import UserError
+from nanods.gpt import GPT, Block
+from nanods.moe import MLP
 from nanods.training.expert_parallel import expert_parameters, split_stacks
 from nanods.training.muon import orthogonalise
 
@@ -43,6 +57,27 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(module, mesh=mesh, ignored_params=whole)
         module.set_force_sum_reduction_for_comms(True)  # then a division, since gloo cannot take means
         module.set_gradient_divide_factor(mesh.size())
+
+
+def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
+    """The same for tensor parallelism, of V0 to V2. UserError for V3, and where the heads do not divide."""
+    if not isinstance(model, GPT):
+        raise UserError("--mesh tp: V3 compares items among the processes, which must then be others; take dp, fsdp or ep")
+    if (H := model.config.n_head) % (P := mesh.size()):
+        raise UserError(f"--mesh tp={P}: {H} heads do not divide among {P} processes; choose a divisor, or another --n-head")
+    for block in model.blocks:
+        plan = {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
+        plan |= {"attention": reads(7), "attention.out": RowwiseParallel()}
+        if isinstance(block.mlp, MLP):
+            plan |= {"mlp": reads(3), "mlp.up": ColwiseParallel(), "mlp.out": RowwiseParallel()}
+        parallelize_module(block, mesh, plan, src_data_rank=None)
+        block.attention.n_head = H // P
+
+
+def reads(arguments: int) -> PrepareModuleInput:
+    """Of a layer whose first argument is what it reads: the gradients of that are added up once, not for each matrix."""
+    layouts = (Replicate(), *[None] * (arguments - 1))
+    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
 
 
 def local(x: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanods.bench.runs import as_words
 from nanods.errors import UserError
+from nanods.gpt import GPT, GPTConfig
 from nanods.training import checkpoint
 from nanods.training.parallel import BUCKET, Team, buckets, parse
+from nanods.training.sharded import split_heads
 from tests.training.several import ROOT, free_port, train_by
 
 SIZE = {"device": "cpu", "dtype": "fp64", "n-layer": 2, "n-head": 2, "n-embd": 16, "context-length": 32, "batch-size": 8}
@@ -30,7 +33,8 @@ FLAGS = {
 MESHES = {
     2: [(preset, "dp=2") for preset in FLAGS]
     + [("v2-tiny", "ep=2"), ("v3-tiny", "ep=2")]
-    + [(preset, "fsdp=2") for preset in ("v0-tiny", "v2-tiny", "v3-tiny")],
+    + [(preset, "fsdp=2") for preset in ("v0-tiny", "v2-tiny", "v3-tiny")]
+    + [(preset, "tp=2") for preset in ("v0-tiny", "v1-tiny", "v2-tiny")],
     4: [
         ("v0-tiny", "dp=4"),
         ("v0-tiny", "fsdp=4"),
@@ -60,10 +64,11 @@ def folder(tmp_path_factory):
         for processes in (1, 4, 2):
             if processes == 2:  # what four have begun
                 shutil.rmtree(folder / "cut/step_000005")
-                for name in ("cut-alone", "cut-shards"):
+                for name in ("cut-alone", "cut-shards", "cut-heads"):
                     shutil.copytree(folder / "cut", folder / name)
                 jobs[2].append(words("v2-tiny", "cut", "--mesh", "ep=2", "--resume"))
                 jobs[2].append(words("v2-tiny", "cut-shards", "--mesh", "fsdp=2", "--resume"))
+                jobs[2].append(words("v2-tiny", "cut-heads", "--mesh", "tp=2", "--resume"))
                 jobs[2].append(words("v0-tiny", "bad", "--mesh", "dp=2", "--batch-size", "7", "--micro-batch", "1"))
             told = train_by(processes, jobs[processes], folder)
             for ways in zip(*told, strict=True):
@@ -98,7 +103,7 @@ def test_several_processes_make_the_steps_of_one(folder, preset, mesh):
                 assert a[name] == pytest.approx(b[name], rel=1e-9) if isinstance(a[name], float) else a[name] == b[name], name
 
 
-@pytest.mark.parametrize("name", ["cut", "cut-alone", "cut-shards"])
+@pytest.mark.parametrize("name", ["cut", "cut-alone", "cut-shards", "cut-heads"])
 def test_a_run_of_four_goes_on_with_two_or_one(folder, name):
     assert [path.name for path in checkpoint.found(folder / name)] == ["step_000003", "step_000005"]
     assert apart(checkpoint.load(folder / name).model, checkpoint.load(folder / "v2-tiny-1").model) < 1e-10
@@ -120,7 +125,7 @@ def test_meshes_are_read_and_refused_with_the_mend():
         ("dp=2", 1, "for 2 processes, and there is one.*PROCS=2"),
         ("dp=2,ep=2", 2, "for 4 processes, and there are 2"),
         ("ep=2,dp=2", 4, "the choices are dp=N, ep=N, dp=N,ep=N, fsdp=N"),
-        ("tp=2", 2, "the choices are"),
+        ("pp=2", 2, "the choices are.*fsdp=N, fsdp=N,ep=N, tp=N"),
         ("dp=0", 0, "each at least 1"),
         ("dp", 2, "write it as dp=2"),
         ("dp=two", 2, "write it as dp=2"),
@@ -135,6 +140,14 @@ def test_experts_must_divide_among_the_processes(monkeypatch):
         Team("ep=4", 6)
     with pytest.raises(UserError, match="1 experts do not divide among 4"):
         Team("ep=4", 1)
+
+
+def test_heads_must_divide_among_the_processes_and_v3_has_no_tensor_parallelism():
+    three = SimpleNamespace(size=lambda: 3)
+    with pytest.raises(UserError, match=r"tp=3: 4 heads do not divide among 3"):
+        split_heads(GPT(GPTConfig(n_layer=1, n_head=4, n_embd=16)), three)
+    with pytest.raises(UserError, match="V3 compares items among the processes"):
+        split_heads(torch.nn.Linear(2, 2), three)
 
 
 def test_one_process_is_a_team_that_does_nothing():
