@@ -3,8 +3,8 @@
     V0 = a dense GPT      V1 = replace(V0, attention=...)      V2 = replace(V1, moe=...)      V3 = replace(V2, multimodal=...)
 
 A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is GPT-2's size (124M
-parameters, one GPU); base wants one node of GPUs. Every field can be overridden on the command line, has a type, and is
-saved in every checkpoint.
+parameters, one GPU); base wants one node of GPUs; full is the article's size, for hundreds of them: plan it first (--plan).
+Every field can be overridden on the command line, has a type, and is saved in every checkpoint.
 """
 
 import dataclasses
@@ -102,16 +102,23 @@ class Config:
 TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
+# The article's V2 has 100B parameters, 10B of them a token's. With its 16 experts, 2 a token, that cannot be: a block has
+# 132 C^2 and uses 20 C^2 (F = 4C). Nearest is V2-full, 96B and 14.7B; 24 experts come to 96.2B and 10.0B: v2-full --n-layer 23
+# --moe.n-expert 24. Its V1, "a third of BERT-large's" 340M, is small, not this: V1-full is the dense trunk of 9.1B from which
+# V2-full can start (--init-from).
+FULL = GPTConfig(n_layer=34, n_head=36, n_embd=4608, context_length=4096, vocab_size=50304)
 
 V0 = {
     "tiny": Config("v0-tiny", TINY, steps=2000, batch_size=8, lr=0.02),
     "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=0.02, data="wikitext-103"),
     "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=0.02, data="wikitext-103"),
+    "full": Config("v0-full", FULL, steps=24_000, batch_size=1024, lr=0.02, data="wikitext-103"),  # 100B tokens, if there were
 }
 SPARSE = {
     "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
     "small": AttentionConfig("block", block_size=64, top_blocks=4, method="shared"),
     "base": AttentionConfig("block", block_size=64, top_blocks=8, method="shared"),
+    "full": AttentionConfig("block", block_size=64, top_blocks=8, method="shared"),
 }
 V1 = {scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=SPARSE[scale])) for scale, v0 in V0.items()}
 MOE = {scale: MoEConfig(n_expert=16, top_k=2) for scale in V1}
@@ -125,11 +132,13 @@ ENDS = {
     "tiny": MultimodalConfig(("text", "image", "audio")),
     "small": MultimodalConfig(("text", "image"), width=512, image_side=224, patch_side=16, entropy_coefficient=0.02),
     "base": MultimodalConfig(("text", "image"), width=768, image_side=336, patch_side=14, entropy_coefficient=0.02),
+    "full": MultimodalConfig(("text", "image"), width=1024, image_side=336, patch_side=14, entropy_coefficient=0.02),
 }
 TRUNKS = {
     "tiny": {"n_layer": 3, "n_head": 4, "n_embd": 128, "context_length": 80, "moe": MoEConfig(n_expert=1)},
     "small": {"context_length": 80, "vocab_size": 16_384},
     "base": {"n_layer": 24, "n_embd": 1024, "context_length": 80, "vocab_size": 16_384},
+    "full": {"context_length": 80, "vocab_size": 16_384},
 }
 V3 = {
     scale: replace(
@@ -144,6 +153,7 @@ V3 = {
 V3["tiny"] = replace(V3["tiny"], steps=800, batch_size=128, weight_decay=0.0, eval_every=100, save_every=100)
 V3["small"] = replace(V3["small"], steps=12_000, batch_size=1024)
 V3["base"] = replace(V3["base"], steps=12_000, batch_size=4096)
+V3["full"] = replace(V3["full"], steps=50_000, batch_size=4096)
 
 PRESETS = {config.preset: config for version in (V0, V1, V2, V3) for config in version.values()}
 
