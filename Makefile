@@ -8,7 +8,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 train-v2 train-v3 plan-v0 plan-v1 plan-v2 plan-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
@@ -18,6 +18,7 @@ help:
 	@echo '  make train-v1    the same with one MLP: sparse attention alone       5 min'
 	@echo '  make train-v0    the same with dense attention                       5 min'
 	@echo '  ... PROCS=2      by two processes that share the batch; GPUS=8: by eight, a GPU each'
+	@echo '  make plan-v2     what a run needs (SCALE=full ARGS="--gpus 512 --gpu a100-80gb")  seconds; also plan-v0 to plan-v3'
 	@echo '  make upcycle-v2  experts that start as the MLPs of a trained V1      2 min after train-v1'
 	@echo '  make sample-v2   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0, sample-v1'
 	@echo '  make sample-v3   find by text, image or sound (ARGS="--query ...")   seconds'
@@ -62,6 +63,9 @@ setup: .venv/base
 
 train-v0 train-v1 train-v2 train-v3: train-%: .venv/base
 	$(TRAIN) $*-$(SCALE) $(ARGS)
+
+plan-v0 plan-v1 plan-v2 plan-v3: plan-%: .venv/base
+	$(PY) train.py $*-$(SCALE) --plan $(ARGS)
 
 # 400 more steps from a trained V1, which is trained first where there is none; at the full rate it would unlearn (LOG.md).
 upcycle-v2: .venv/base

@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -30,10 +31,12 @@ from nanods import config as ladder
 from nanods.config import Config
 from nanods.data.download import place
 from nanods.errors import UserError, run
-from nanods.training import checkpoint
+from nanods.training import checkpoint, plan
 from nanods.training.expert_parallel import own_state, whole_state
 from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
+from nanods.training.memory import counts, setting
+from nanods.training.meshes import Mesh, on_each_gpu
 from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
 from nanods.training.parallel import Team, deal
 from nanods.training.sharded import clip, gather, local, scatter
@@ -44,7 +47,9 @@ RESULTS = Path(__file__).parent / "results" / "expected.json"
 
 
 def main() -> None:
-    config = ladder.from_command_line("Train one preset of nanods.")
+    if "--plan" in sys.argv:
+        return plan.main()
+    config = ladder.from_command_line("Train one preset of nanods. With --plan: what it would need (--plan --help).")
     team = Team(config.mesh, config.model.moe.n_expert)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoint.found(config.out):
         config = replace(config, resume=True)  # torchrun has started the processes again, since one had died
@@ -77,6 +82,12 @@ def train(config: Config, team: Team) -> None:
     if config.init_from and not saved:
         print(f"start      {checkpoint.warm_start(config, model, task.tokenizer.to_json())}")
     total, active, work = *model.parameters_total_active(), task.work(model)  # before the team parts the model
+    held, mesh = counts(model), Mesh(" x ".join(team.sizes), team.size, team.ep)
+
+    def needed(micro_batch: int) -> float:
+        """Estimated bytes of a step, of each process (nanods/training/memory.py)."""
+        return sum(on_each_gpu(config, held, mesh, setting(config, device.type, micro_batch)).values())
+
     if team.parted and dtype == torch.float16:
         raise UserError(f"--dtype fp16, {team}: a gradient that overflows is seen by one process alone; take bf16 or fp32")
     team.part(model)
@@ -84,7 +95,7 @@ def train(config: Config, team: Team) -> None:
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
     own = config.batch_size // team.shares  # items of a step that are this process's
-    micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else team.least(fitting(own, task, model, device)))
+    micro_batch = config.micro_batch or (saved.state["micro_batch"] if saved else team.least(fitting(own, needed, device)))
     if own % (micro_batch := min(micro_batch, own)):
         raise UserError(f"--micro-batch {micro_batch} does not divide the {own} items of each process: choose a divisor")
 
@@ -129,11 +140,11 @@ def train(config: Config, team: Team) -> None:
         team.wait()
 
     per_step = time_step(gradients, model) + muon_seconds(optimizers[0])
-    needed = memory_needed(config, task, model, micro_batch) / 2**30
     print(
         f"data       {task}\n"
-        f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), {work}, about {needed:.2f} GiB, "
-        f"{clock(per_step * (config.steps - step))} for {config.steps} steps of {task.size()} (micro-batches of {micro_batch})"
+        f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), {work}, about "
+        f"{needed(micro_batch) / 2**30:.2f} GiB, {clock(per_step * (config.steps - step))} for {config.steps} steps of "
+        f"{task.size()} (micro-batches of {micro_batch})"
     )
     if not saved:
         save()
@@ -236,23 +247,13 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def memory_needed(config: Config, task, model: nn.Module, micro_batch: int) -> float:
-    """Estimated bytes: weights, gradients and two moments in 4 bytes each; activations of a forward pass; logits thrice."""
-    m, logits = config.model, 0 if config.multimodal.modalities else 3 * config.model.vocab_size
-    weights = 16 * sum(local(p).numel() for p in model.parameters())
-    activations = micro_batch * task.tokens_per_item * 4 * (m.n_layer * 34 * m.n_embd + logits)
-    masks = micro_batch * m.context_length**2 * m.n_head * (m.attention.kind != "dense")
-    return weights + activations + masks
-
-
-def fitting(own: int, task, model: nn.Module, device: torch.device) -> int:
+def fitting(own: int, needed: Callable[[int], float], device: torch.device) -> int:
     """The largest micro-batch (a divisor of the items of a process) that should take at most 80% of the memory that is free."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    divisors = [n for n in range(own, 0, -1) if own % n == 0]
-    return next((n for n in divisors if memory_needed(task.config, task, model, n) <= 0.8 * free), 1)
+    return next((n for n in range(own, 0, -1) if own % n == 0 and needed(n) <= 0.8 * free), 1)
 
 
 TABLES = ("embedding.weight", "place", "head.weight", "gate.weight")  # a row each for what is a thing of its own
