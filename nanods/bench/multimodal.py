@@ -188,7 +188,7 @@ def main() -> None:
     write_json(args.results / "multimodal.json", table)
     if "as it is" in runs:
         recalls = [one["val_recall1"] for one in runs["as it is"]]
-        tolerance = max(0.01, 2 * (max(recalls) - min(recalls)))
+        tolerance = max(0.02, 2 * (max(recalls) - min(recalls)))
         known = {"sha256": table["data"]["sha256"], "val_recall1": round(mean(recalls), 4), "tolerance": round(tolerance, 4)}
         expect(args.results / "expected.json", {"v3-tiny/scenes": known})
     curves = {
