@@ -30,6 +30,7 @@ FLAGS = {
     "v2-tiny": ["--data", "text.txt", "--attention.block-size", "8", "--clip", "0.05", *EXPERTS],
     "v3-tiny": [*EXPERTS, "--multimodal.entropy-coefficient", "0.1"],
 }
+TEXT = "".join(f"{n} times {n} makes {n * n}.\n" for n in range(150))
 MESHES = {
     2: [(preset, "dp=2") for preset in FLAGS]
     + [("v2-tiny", "ep=2"), ("v3-tiny", "ep=2")]
@@ -54,7 +55,7 @@ def words(preset, out, *more):
 def folder(tmp_path_factory):
     """Runs by one process, two and four; each number of processes is started once for all its runs."""
     folder = tmp_path_factory.mktemp("several")
-    (folder / "text.txt").write_text("".join(f"{n} times {n} makes {n * n}.\n" for n in range(150)))
+    (folder / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANODS_DATA", str(folder / "data"))
         jobs = {1: [words(preset, f"{preset}-1") for preset in FLAGS]}
@@ -170,7 +171,9 @@ def test_buckets_hold_every_parameter_once_and_missing_gradients_are_zeros():
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_the_last_checkpoint(folder, monkeypatch):
+def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
+    folder = tmp_path
+    (folder / "text.txt").write_text(TEXT)
     monkeypatch.setenv("NANODS_DATA", str(folder / "data"))
     more = ("--steps", "40", "--save-every", "5", "--eval-every", "40")
     (code, err), *_ = train_by(1, [words("v2-tiny", "undisturbed", *more)], folder)[0]
