@@ -1,12 +1,7 @@
 """Several processes make the steps of one: every version on every mesh, resumed on another, and mistakes that end them all."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +13,7 @@ from nanods.gpt import GPT, GPTConfig
 from nanods.training import checkpoint
 from nanods.training.parallel import BUCKET, Team, buckets, parse
 from nanods.training.sharded import split_heads
-from tests.training.several import ROOT, free_port, train_by
+from tests.training.several import train_by
 
 SIZE = {"device": "cpu", "dtype": "fp64", "n-layer": 2, "n-head": 2, "n-embd": 16, "context-length": 32, "batch-size": 8}
 SIZE = as_words(SIZE | {"micro-batch": 2})
@@ -165,29 +160,3 @@ def test_buckets_hold_every_parameter_once_and_missing_gradients_are_zeros():
     parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
     assert [[p.numel() for p in some] for some in buckets(parameters)] == [[BUCKET - 5, 3], [7], [2 * BUCKET], [1]]
     assert all(p.grad is not None for p in parameters)
-
-
-# ---- a process dies ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_torchrun_goes_on_from_the_last_checkpoint(tmp_path, monkeypatch):
-    folder = tmp_path
-    (folder / "text.txt").write_text(TEXT)
-    monkeypatch.setenv("NANODS_DATA", str(folder / "data"))
-    more = ("--steps", "40", "--save-every", "5", "--eval-every", "40")
-    (code, err), *_ = train_by(1, [words("v2-tiny", "undisturbed", *more)], folder)[0]
-    assert code == 0, err
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    run += ["--master-port", str(free_port()), str(ROOT / "train.py"), *words("v2-tiny", "killed", *more, "--mesh", "ep=2")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (folder / "killed.err").open("w") as said:
-        started = subprocess.Popen(run, cwd=folder, env=environment, stderr=said)
-    while not (folder / "killed/step_000010").exists():
-        assert started.poll() is None and time.sleep(0.1) is None
-    listed = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(listed[-1]), signal.SIGKILL)
-    said = [line for line in (folder / "killed.err").read_text().splitlines() if "rror:" in line]
-    assert started.wait(timeout=240) == 0, said
-    assert apart(checkpoint.load(folder / "killed").model, checkpoint.load(folder / "undisturbed").model) < 1e-10
-    assert [row["step"] for row in rows_of(folder / "killed")] == list(range(1, 41))
