@@ -20,7 +20,7 @@ alone, and divided by the number of *all* processes. Muon's orthogonalisation, w
 
 Gradients are added up after the last micro-batch, in buckets, by all_reduce: what DistributedDataParallel does while backward
 still runs. Left out: that overlap (it would need a second rule for gradient caching and for experts); tp beside another.
-Tested and measured on gloo, CPU against CPU; never run on several GPUs.
+Tested on gloo, CPU against CPU; never run on several GPUs.
 
 Pinned by tests/training/test_parallel.py: in fp64 two and four processes make the steps of one, to 1e-10.
 """
