@@ -22,8 +22,9 @@ from nanods.data.scenes import heard, vocabulary
 from nanods.data.sound import write_wav
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
+from nanods.multimodal import MODALITIES
 from nanods.training import checkpoint
-from nanods.training.matching import GALLERY, encode, load_items
+from nanods.training.matching import GALLERY, embed, encode, load_items, read_by_model
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,15 @@ class Shelf:
     waves: np.ndarray | None = None
 
 
-@torch.no_grad()
 def find(args: Args, config: Config, model, tokenizer, out: Path) -> None:
     """Print what is nearest to the question, by modality; write found.png, a contact sheet, and the best image and sound."""
     shelves = folder_shelves(args.gallery, config) if args.gallery else held_out_shelves(config, tokenizer)
     name, inputs, shown = question(args, config, tokenizer)
-    embedding = model.embed(name, inputs.to(args.device))[0][0]  # (M,)
+    embedding = embed(model, {name: inputs.to(args.device)})[0][name][0]  # (M,)
     rows, files = [], [out / "found.png"]
     for kind in [kind for kind in shelves if kind != name] or [name]:
         shelf = shelves[kind]
-        made = torch.cat([model.embed(kind, some.to(args.device))[0] for some in shelf.inputs.split(64)])  # (Q, M)
-        scores = made @ embedding
+        scores = embed(model, {kind: shelf.inputs.to(args.device)})[0][kind] @ embedding  # (Q,)
         best = scores.argsort(descending=True, stable=True)[: args.top].tolist()
         print(f"{kind}, the best of {len(scores)}:")
         for rank, i in enumerate(best, start=1):
@@ -189,16 +188,8 @@ def held_out_shelves(config: Config, tokenizer) -> dict[str, Shelf]:
     """What the training held out, in each of its modalities."""
     data = load_items(config)
     items = data.gallery(min(GALLERY, len(data.held_out)))
-    shelves = {}
-    for name in config.multimodal.modalities:
-        if name == "text":
-            tokens = encode(items.captions, tokenizer, config.model.context_length)
-            shelves[name] = Shelf(tokens, items.captions, items.captions)
-        elif name == "image":
-            shelves[name] = Shelf(torch.from_numpy(items.images), items.images, items.captions)
-        else:
-            shelves[name] = Shelf(torch.from_numpy(items.mels), items.mels, items.captions, items.waves)
-    return shelves
+    read = read_by_model(items, config, tokenizer)
+    return {name: Shelf(x, getattr(items, MODALITIES[name].reads), items.captions, items.waves) for name, x in read.items()}
 
 
 def folder_shelves(folder: Path, config: Config) -> dict[str, Shelf]:

@@ -37,7 +37,7 @@ from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
 from nanods.training.memory import counts, setting
 from nanods.training.meshes import Mesh, on_each_gpu
-from nanods.training.muon import STACKED, Muon, fast_bf16, orthogonalise
+from nanods.training.muon import STACKED, TABLES, Muon, fast_bf16, orthogonalise
 from nanods.training.parallel import Team, deal
 from nanods.training.sharded import clip, gather, local, scatter
 from nanods.training.tasks import LanguageModelling, load_figures
@@ -134,7 +134,7 @@ def train(config: Config, team: Team) -> None:
         }
         weights = model.state_dict()  # first: FSDP then gives back what evaluation has borrowed
         tensors = checkpoint.optimizer_tensors(model, optimizers)
-        weights, tensors = (whole_state(model, gather(held)) for held in (weights, tensors))
+        weights, tensors = (whole_state(model, gather(own)) for own in (weights, tensors))
         if team.first:
             checkpoint.save(config.out, step, weights, tensors, state)
         team.wait()
@@ -254,9 +254,6 @@ def fitting(own: int, needed: Callable[[int], float], device: torch.device) -> i
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     return next((n for n in range(own, 0, -1) if own % n == 0 and needed(n) <= 0.8 * free), 1)
-
-
-TABLES = ("embedding.weight", "place", "head.weight", "gate.weight")  # a row each for what is a thing of its own
 
 
 def make_optimizers(config: Config, model: nn.Module, team: Team | None = None) -> list[torch.optim.Optimizer]:

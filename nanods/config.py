@@ -126,7 +126,7 @@ V2 = {scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=MOE[s
 V2["tiny"] = replace(V2["tiny"], steps=1500)  # still minutes on two cores, with more work a token
 
 # Items are short (80, 64 and 16 tokens at tiny size), so V3's attention is dense. At tiny size its MLPs are plain ones: there
-# 16 experts take longer and find nothing more (LOG.md). At small and base size: CLIP's ViT-B/16 and
+# 16 experts win little over more steps in the same time (LOG.md). At small and base size: CLIP's ViT-B/16 and
 # ViT-L/14 in one trunk for both towers, with V2's experts, for captioned images such as COCO's.
 ENDS = {
     "tiny": MultimodalConfig(("text", "image", "audio")),

@@ -24,6 +24,7 @@ Shapes: B items, T tokens of one item, C width of the trunk, M width of the comm
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 
 import torch
@@ -187,6 +188,13 @@ BANDS = 32  # of the mel scale, as nanods/data/sound.py makes them
 MODALITIES = {"text": Text, "image": Image, "audio": Audio}
 
 
+@cache
+def tokens_per_item(trunk: GPTConfig, config: MultimodalConfig) -> dict[str, int]:
+    """The tokens of an item by modality, of a text the most it may have; without a model of any size."""
+    with torch.device("meta"):
+        return {name: len(MODALITIES[name](trunk, config).place) for name in config.modalities}
+
+
 # ---- the model ---------------------------------------------------------------------------------------------------------------
 
 
@@ -241,8 +249,7 @@ class Multimodal(nn.Module):
                 block.mlp.update_bias(row)
 
     def tokens_per_item(self) -> dict[str, int]:
-        """The tokens of an item by modality; of a text the most it may have."""
-        return {name: len(modality.place) for name, modality in self.modalities.items()}
+        return tokens_per_item(self.trunk, self.config)
 
     def parameters_total_active(self) -> tuple[int, int]:
         """Parameters in all, and those that an item in all its modalities uses: not the experts that a token leaves out."""

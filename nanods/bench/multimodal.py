@@ -35,6 +35,7 @@ from nanods import plots
 from nanods.bench.runs import as_words, expect, machine, trained, write_json
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
+from nanods.data.chance import random_bits
 from nanods.training import checkpoint
 from nanods.training.matching import Matching, encode
 
@@ -117,7 +118,7 @@ def facts(task: Matching, model: torch.nn.Module) -> dict[str, dict[str, float]]
     right = {}
     for fact, column in FACTS.items():
         choices = [replaced(scene, column) for scene in told]
-        words = scenes.random_bits(11, 0, scenes.CAPTION, task.gallery.ids, 1)  # a wording that no item of the gallery has
+        words = random_bits(11, 0, scenes.CAPTION, task.gallery.ids, 1)  # a wording that no item of the gallery has
         words[:, -1] = 0  # as told, not from the other side
         captions = [scenes.caption(each, row) for some, row in zip(choices, words.tolist(), strict=True) for each in some]
         made, _ = task.embed(model, {"text": encode(captions, task.tokenizer, task.config.model.context_length)})

@@ -23,7 +23,7 @@ import json
 import os
 from pathlib import Path
 
-from nanods.data.text import decode_text
+from nanods.data.sources import decode_text
 from nanods.errors import UserError
 
 Rows = list[tuple[Path, str]]  # a file and one caption of it

@@ -26,7 +26,8 @@ import numpy as np
 from PIL import Image, ImageOps  # Pillow, which matplotlib brings along
 
 from nanods.data.captions import Rows, read_captions
-from nanods.data.scenes import heard, random_bits
+from nanods.data.chance import random_bits
+from nanods.data.scenes import heard
 from nanods.data.sound import HOP, WINDOW, fit, read_wav
 from nanods.errors import UserError
 

@@ -31,6 +31,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 
+from nanods.data.chance import between, noise, random_bits, uniform
 from nanods.data.sound import HOP, RATE, WINDOW, log_mel
 
 # ---- meanings ----------------------------------------------------------------------------------------------------------------
@@ -82,50 +83,10 @@ def meanings_of(facts: np.ndarray) -> np.ndarray:
     return ((facts[:, 3] % 2) * OBJECTS + a) * (OBJECTS - 1) + b - (b > a)
 
 
-# ---- chance as a function ----------------------------------------------------------------------------------------------------
+# ---- chance as a function (nanods/data/chance.py) ----------------------------------------------------------------------------
 
-GOLDEN = 0x9E3779B97F4A7C15
 GROUPS = 16  # into which a hard epoch deals each family of meanings
 SPLIT, ORDER, IMAGE, CAPTION, SOUND = range(5)  # what a random number is for: the first part of its key
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, in place: each bit of the result hangs on each bit given (splitmix64, Steele et al. 2014)."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= x >> shift
-        x *= factor
-    x ^= x >> 31
-    return x
-
-
-def random_bits(count: int, *key: int | np.ndarray) -> np.ndarray:
-    """`count` random uint64 for each key, a key being integers from 0 up, or arrays (B,) of them: (B, count).
-
-    A numpy Generator would need one state for each item, and may give other numbers in another version of numpy.
-    ValueError for an integer below 0.
-    """
-    state = np.zeros(1, np.uint64)
-    for part in key:
-        if np.any(np.asarray(part) < 0):
-            raise ValueError(f"seeds, steps and variants are integers from 0 up, not {np.min(part)}")
-        state = mix((state ^ np.asarray(part, np.uint64)) + GOLDEN)
-    return mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
-
-
-def uniform(count: int, *key: int | np.ndarray) -> np.ndarray:
-    """As random_bits: (B, count) float32 in 0 .. 1, 1 excluded."""
-    return (random_bits(count, *key) >> 40).astype(np.float32) * np.float32(2**-24)
-
-
-def noise(count: int, *key: int | np.ndarray) -> np.ndarray:
-    """As random_bits: (B, count) float32, uniform in -1 .. 1, in 256 steps: a byte each. `count` is a multiple of 8."""
-    random = random_bits(count // 8, *key).astype("<u8", copy=False).view(np.uint8)
-    return random.astype(np.float32) * np.float32(2 / 255) - 1
-
-
-def between(low, high, chance: np.ndarray) -> np.ndarray:
-    """0 .. 1 -> low .. high"""
-    return low + (high - low) * chance
 
 
 # ---- images ------------------------------------------------------------------------------------------------------------------
@@ -365,9 +326,9 @@ def training_meanings(step: int, size: int, seed: int = 0, hard: bool = True) ->
     return epoch_order(epoch, seed, hard)[place * size : (place + 1) * size]
 
 
-def batch(step: int, size: int, seed: int = 0, hard: bool = True) -> Scenes:
-    """The training scenes of a step: never a held-out meaning. ValueError for a size that is not 1 to 16,416."""
-    return render(training_meanings(step, size, seed, hard), step, seed)
+def batch(step: int, size: int, seed: int = 0, hard: bool = True, rows: slice = slice(None)) -> Scenes:
+    """The training scenes of a step, or these rows of them; never a held-out meaning. ValueError for a size not 1 to 16,416."""
+    return render(training_meanings(step, size, seed, hard)[rows], step, seed)
 
 
 def gallery(size: int = 512, seed: int = 0) -> Scenes:
@@ -393,7 +354,7 @@ class SceneData:
         return "\n".join(describe(self.train, 0))
 
     def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Scenes:
-        return render(training_meanings(step, size, seed, self.hard)[rows], step, seed)
+        return batch(step, size, seed, self.hard, rows)
 
     def gallery(self, size: int) -> Scenes:
         return gallery(size)

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from nanods.data.chance import mix
 from nanods.data.download import data_dir, fcntl, file_sha256, place, unwritable
 from nanods.data.sources import INDEX, documents, fingerprint, plan
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_json
@@ -331,14 +332,7 @@ def permuted(places: np.ndarray, count: int, keys: Sequence[np.uint64]) -> np.nd
     while outside.any():
         a, b = np.divmod(places[outside], side)
         for key in keys:
-            a, b = b, (a + mixed(b + key) % side) % side
+            a, b = b, (a + mix(b + key) % side) % side
         places[outside] = a * side + b
         outside = places >= count
     return places.astype(np.int64)
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64 in which each bit hangs on all: SplitMix64's last steps (Steele, Lea and Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -146,7 +146,7 @@ def whole_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
     """
     stacks, whole, first = split_stacks(model), {}, True
     for key, value in state.items():
-        stack, group = found(stacks, key)
+        stack, group = found(stacks, key) or (None, None)
         if stack is not None and value.shape == stack.shape:
             first = dist.get_rank(group) == 0
             parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))] if first else None
@@ -160,12 +160,13 @@ def own_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse, for however many processes: of a whole `state` that all have, what this one holds."""
     mine, stacks = {}, split_stacks(model)
     for key, value in state.items():
-        stack, group = found(stacks, key)
+        stack, group = found(stacks, key) or (None, None)
         split = stack is not None and value.shape == (len(stack) * dist.get_world_size(group), *stack.shape[1:])
         mine[key] = own(value, group) if split else value
     return mine
 
 
-def found(stacks: dict[str, tuple[nn.Parameter, Group]], key: str) -> tuple[nn.Parameter | None, Group | None]:
-    """The stack that a name such as "blocks.0.mlp.up" or "Muon/blocks.0.mlp.up/momentum_buffer" tells of, and its group."""
-    return next((stacks[name] for name in key.split("/") if name in stacks), (None, None))
+def found(by_name: dict, key: str):
+    """What belongs to the parameter of which a name such as "blocks.0.mlp.up" or "Muon/blocks.0.mlp.up/momentum_buffer" tells;
+    None where there is none."""
+    return next((by_name[name] for name in key.split("/") if name in by_name), None)

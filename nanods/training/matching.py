@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nanods.config import Config
 from nanods.contrastive import (
     all_pairs_loss,
+    apart,
     cached_gradients,
     chance,
     gather_with_gradient,
@@ -33,7 +34,6 @@ from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
 from nanods.moe import entropy_loss
 from nanods.multimodal import MODALITIES, Multimodal
-from nanods.training.checkpoint import build
 from nanods.training.pictures import draw_space
 from nanods.training.tasks import Scale, add_parts, load_figures
 
@@ -59,8 +59,6 @@ class Matching:
             )
         self.tokenizer = tokenizer_for(self.data.text() if config.model.vocab_size > 256 else "", config.model.vocab_size)
         self.pairs, self.units = c.compared(), config.batch_size  # of a step
-        with torch.device("meta"):
-            self.tokens_per_item = sum(build(config).tokens_per_item().values())
         self.gallery = self.data.gallery(min(GALLERY, len(self.data.held_out)))
 
     def __str__(self) -> str:
@@ -69,12 +67,7 @@ class Matching:
 
     def inputs(self, items) -> dict[str, Tensor]:
         """What the model reads of items, by modality."""
-        read = {name: getattr(items, MODALITIES[name].reads) for name in self.config.multimodal.modalities}
-        inputs = {
-            name: encode(x, self.tokenizer, self.config.model.context_length) if isinstance(x, list) else torch.from_numpy(x)
-            for name, x in read.items()
-        }
-        return {name: x.to(self.device) for name, x in inputs.items()}
+        return {name: x.to(self.device) for name, x in read_by_model(items, self.config, self.tokenizer).items()}
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
         """The inputs of a step's items, or of these rows of them, and their ids (B,)."""
@@ -113,26 +106,19 @@ class Matching:
             return scale(value)
 
         if pieces == 1:
-            made = encode_piece(inputs)
-            embeddings, own = made if isinstance(made, tuple) else (made, 0)
-            (loss(embeddings) + own).backward()
+            embeddings, own = apart(encode_piece(inputs))
+            (loss(embeddings) + (0 if own is None else own)).backward()
         else:
             cached_gradients(encode_piece, inputs, loss, micro_batch)
         return total, parts
 
     def embed(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Inputs of Q items -> embeddings (Q, M) and, where there are experts, their load (L, E), by modality. In eval mode."""
-        made, load, was_training = {}, {}, model.training
-        model.eval()
-        with torch.no_grad(), self.autocast:
-            for start in range(0, len(next(iter(inputs.values()))), PIECE):
-                embeddings, stats = model({name: x[start : start + PIECE] for name, x in inputs.items()})
-                for name, e in embeddings.items():
-                    made.setdefault(name, []).append(e)
-                    if "load" in stats[name][0]:
-                        load[name] = load.get(name, 0) + torch.stack([layer["load"] for layer in stats[name]])
+        was_training = model.training
+        with self.autocast:
+            made = embed(model.eval(), inputs)
         model.train(was_training)
-        return {name: torch.cat(parts) for name, parts in made.items()}, load
+        return made
 
     def evaluate(self, model: nn.Module) -> dict:
         """Retrieval among the gallery's held-out items, each direction by itself.
@@ -164,7 +150,7 @@ class Matching:
     # ---- in words and pictures -----------------------------------------------------------------------------------------------
 
     def work(self, model: Multimodal) -> str:
-        return f"{model.flops_per_item() / 1e6:.0f} MFLOP per item ({self.tokens_per_item} tokens at most)"
+        return f"{model.flops_per_item() / 1e6:.0f} MFLOP per item ({sum(model.tokens_per_item().values())} tokens at most)"
 
     def size(self) -> str:
         return f"{self.units} items, whose loss is ln {self.units} = {chance(self.units):.2f} by chance"
@@ -199,6 +185,26 @@ def load_items(config: Config):
     if config.data == "scenes":
         return SceneData(config.multimodal.hard_batches)
     return load_pairs(Path(config.data), config.multimodal.image_side, config.multimodal.frames)
+
+
+def read_by_model(items, config: Config, tokenizer) -> dict[str, Tensor]:
+    """What a model reads of items, by modality; on the CPU."""
+    read = {name: getattr(items, MODALITIES[name].reads) for name in config.multimodal.modalities}
+    most = config.model.context_length
+    return {name: encode(x, tokenizer, most) if isinstance(x, list) else torch.from_numpy(x) for name, x in read.items()}
+
+
+@torch.no_grad()
+def embed(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Matching.embed, in the model's own mode and precision."""
+    made, load = {}, {}
+    for start in range(0, len(next(iter(inputs.values()))), PIECE):
+        embeddings, stats = model({name: x[start : start + PIECE] for name, x in inputs.items()})
+        for name, e in embeddings.items():
+            made.setdefault(name, []).append(e)
+            if "load" in stats[name][0]:
+                load[name] = load.get(name, 0) + torch.stack([layer["load"] for layer in stats[name]])
+    return {name: torch.cat(parts) for name, parts in made.items()}, load
 
 
 def encode(captions: list[str], tokenizer, most: int) -> Tensor:

@@ -24,10 +24,10 @@ from torch import nn
 
 from nanods.config import Config
 from nanods.gpt import GPT
+from nanods.multimodal import tokens_per_item
 from nanods.training import checkpoint
-from nanods.training.muon import STACKED, fast_bf16
+from nanods.training.muon import STACKED, TABLES, fast_bf16
 
-TABLES = ("embedding.weight", "place", "head.weight", "gate.weight")  # AdamW's, as train.py's
 LARGE = 32 << 20  # glibc takes a tensor beyond this from the system and gives it back; smaller ones share a heap
 HEAP = 1.45  # what that heap grows to, over what is in use: 1.25 to 1.6, measured with and without it (MALLOC_MMAP_THRESHOLD_)
 LIBRARIES = 16 << 20  # kernels that oneDNN writes, and the like, at the first step on a CPU
@@ -119,9 +119,7 @@ def setting(config: Config, device: str, micro_batch: int) -> Setting:
 
 def sequences(config: Config) -> dict[str, int]:
     """Tokens of an item by modality; of a language model the context."""
-    m, c = config.model, config.multimodal
-    tokens = {"text": m.context_length, "image": (c.image_side // c.patch_side) ** 2, "audio": c.frames // c.patch_frames}
-    return {name: tokens[name] for name in c.modalities} or {"tokens": m.context_length}
+    return tokens_per_item(config.model, config.multimodal) or {"tokens": config.model.context_length}
 
 
 def kept_by_attention(config: Config, T: int, s: Setting, padded: bool) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the post: chosen for slope at zero; singular values end near 1
+TABLES = ("embedding.weight", "place", "head.weight", "gate.weight")  # a row each for what is a thing of its own: AdamW's
 STACKED = 32  # matrices in one stack at most: the copies must not take the memory of a model of many layers
 
 

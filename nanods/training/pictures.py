@@ -55,9 +55,8 @@ def draw_space(config: Config, embeddings: dict[str, np.ndarray], gallery, scale
         colour = facts_of(gallery.meanings[:128])[:, 1]  # of the left or upper object
         title = f"128 held-out scenes, by the colour of the left or upper object; {shown:.0%} of the variance"
         figures["space"] = space.space_map(flat, PALETTE[colour], [COLOURS[i] for i in colour], title)
-    loads = {name: np.array(validated[-1].get(f"val_load_{name}", [])) for name in embeddings}
     if config.model.moe.n_expert > 1:
-        figures["experts"] = space.load_by_modality(loads)
+        figures["experts"] = space.load_by_modality({name: np.array(validated[-1][f"val_load_{name}"]) for name in embeddings})
     return saved(config, figures)
 
 
@@ -66,8 +65,8 @@ def neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
     seen = {"image": gallery.images, "audio": gallery.mels}
     shown = {"text": gallery.captions} | {name: items for name, items in seen.items() if items is not None}
     found = []
-    for number, (a, b) in enumerate((a, b) for b in embeddings for a in embeddings if a != b and b != "text"):
-        i = number  # another item for each direction
+    directions = [(a, b) for b in embeddings for a in embeddings if a != b and b != "text"]
+    for i, (a, b) in enumerate(directions):  # another item for each
         scores = embeddings[b] @ embeddings[a][i]
         best = np.argsort(-scores, kind="stable")[:5]
         results = [(shown[b][j], gallery.captions[j], float(scores[j])) for j in best]

@@ -44,7 +44,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 from nanods.errors import UserError
 from nanods.gpt import GPT, Block
 from nanods.moe import MLP
-from nanods.training.expert_parallel import expert_parameters, split_stacks
+from nanods.training.expert_parallel import expert_parameters, found, split_stacks
 from nanods.training.muon import orthogonalise
 
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # on a CPU it tells everyone what stands below
@@ -146,7 +146,7 @@ def scatter(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     shards = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     mine = {}
     for key, value in state.items():
-        p = next((shards[name] for name in key.split("/") if name in shards), None)
+        p = found(shards, key)
         if p is not None and value.shape == p.shape:
             value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
         mine[key] = value

@@ -33,7 +33,7 @@ class LanguageModelling:
         self.data = data or load_text(config.data, config.model.vocab_size)
         self.data.require(self.T)
         self.tokenizer = self.data.tokenizer
-        self.units, self.tokens_per_item = config.batch_size * self.T, self.T  # of a step; of an item of the batch
+        self.units = config.batch_size * self.T  # of a step
 
     def __str__(self) -> str:
         data = self.data

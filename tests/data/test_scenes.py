@@ -13,6 +13,7 @@ import pytest
 
 from nanods.config import PRESETS
 from nanods.data import scenes as module
+from nanods.data.chance import GOLDEN, mix, noise, random_bits, uniform
 from nanods.data.scenes import (
     COLOURS,
     MEANINGS,
@@ -33,7 +34,6 @@ from nanods.data.scenes import (
     kin,
     meanings_of,
     play,
-    random_bits,
     render,
     split,
     training_meanings,
@@ -193,16 +193,16 @@ class TestChance:
 
     def test_a_known_number(self):
         """splitmix64's published sequence from seed 0."""
-        assert hex(int(module.mix(np.array([module.GOLDEN], np.uint64))[0])) == "0xe220a8397b1dcdaf"
+        assert hex(int(mix(np.array([GOLDEN], np.uint64))[0])) == "0xe220a8397b1dcdaf"
 
     def test_bits_are_even(self):
         bits = random_bits(1000, 5, np.arange(20))
         ones = np.unpackbits(bits.view(np.uint8)).mean()
         assert abs(ones - 0.5) < 0.005 and len(np.unique(bits)) == bits.size
-        chance = module.uniform(1000, 5, np.arange(20))
+        chance = uniform(1000, 5, np.arange(20))
         assert chance.min() >= 0 and chance.max() < 1 and abs(chance.mean() - 0.5) < 0.01
         assert abs(np.corrcoef(chance)[~np.eye(20, dtype=bool)]).max() < 0.15
-        hiss = module.noise(8000, 5, np.arange(3))
+        hiss = noise(8000, 5, np.arange(3))
         assert hiss.min() == -1 and hiss.max() == 1 and abs(hiss.mean()) < 0.02
 
     @pytest.mark.parametrize("call", [lambda: batch(-1, 4), lambda: batch(0, 4, -1), lambda: draw(SOME, -SOME - 1)])
