@@ -33,6 +33,7 @@ from nanods.data.download import place
 from nanods.errors import UserError, run
 from nanods.training import checkpoint, plan
 from nanods.training.expert_parallel import own_state, whole_state
+from nanods.training.hardware import main_memory
 from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
 from nanods.training.memory import counts, setting
@@ -105,7 +106,7 @@ def train(config: Config, team: Team) -> None:
         checkpoint.restore_optimizers(model, optimizers, scatter(model, own_state(model, saved.optimizer)))
         scaler.load_state_dict(saved.state["scaler"])
         step, seconds, cpu_seconds = (saved.state[key] for key in ("step", "seconds", "cpu_seconds"))
-        rows = [row for row in read_metrics(config.out) if row["step"] <= step]
+        rows = [row for row in checkpoint.read_metrics(config.out / "metrics.jsonl") if row["step"] <= step]
         print(f"resume     {saved.path}, after step {step}")
     else:
         if config.init_from:
@@ -249,10 +250,7 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 def fitting(own: int, needed: Callable[[int], float], device: torch.device) -> int:
     """The largest micro-batch (a divisor of the items of a process) that should take at most 80% of the memory that is free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else main_memory()
     return next((n for n in range(own, 0, -1) if own % n == 0 and needed(n) <= 0.8 * free), 1)
 
 
@@ -346,16 +344,6 @@ def memory(device: torch.device) -> str:
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # KiB on Linux
     return f"{peak / 2**30:.2f} GiB"
-
-
-def read_metrics(out: Path) -> list[dict]:
-    """The rows written so far; a last line cut off by a kill is left out."""
-    rows = []
-    if (out / "metrics.jsonl").exists():
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
 
 
 # ---- at the end --------------------------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ that it could have (six shapes, eight colours, two sizes, four relations). `data
 second with what the training takes.
 """
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import mean, median
 
@@ -32,7 +32,7 @@ import tyro
 from torch import Tensor
 
 from nanods import plots
-from nanods.bench.runs import as_words, expect, machine, trained, write_json
+from nanods.bench.runs import as_words, expect, machine, medians, trained, write_json
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.data.chance import random_bits
@@ -141,12 +141,8 @@ def accuracy(items: Tensor, prompts: tuple[Tensor, ...], choices: list, told: li
 
 def scenes_per_second(size: int = 128, turns: int = 20) -> float:
     """What one core makes of them, all three ways: the median of some batches."""
-    seconds = []
-    for step in range(turns):
-        start = time.perf_counter()
-        scenes.batch(step, size)
-        seconds.append(time.perf_counter() - start)
-    return size / median(seconds)
+    steps = count()
+    return size / medians({"scenes": lambda: scenes.batch(next(steps), size)}, turns)["scenes"]
 
 
 def spread(values: list[float]) -> dict:

@@ -20,12 +20,13 @@ from nanods.errors import UserError
 from nanods.training.muon import fast_bf16
 
 
-def trained(out: Path, words: Sequence[str], fresh: bool = False) -> tuple[str, list[dict]]:
+def trained(out: Path, words: Sequence[str], fresh: bool = False, launch: Sequence[str] = ()) -> tuple[str, list[dict]]:
     """`train.py WORDS`, which write to `out`, on one thread -> the command and the rows of its metrics.
 
-    A finished run is taken as it is, unless `fresh`. What the run prints is in OUT.log.
+    A finished run is taken as it is, unless `fresh`. What the run prints is in OUT.log. `launch`: what starts train.py, where
+    that is not Python alone.
     """
-    command = [sys.executable, "train.py", *words]
+    command = [sys.executable, *launch, "train.py", *words]
     if fresh or not (out / "loss.png").exists():  # drawn after the last step
         out.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{out}.log").open("w") as log:

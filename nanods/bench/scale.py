@@ -7,17 +7,13 @@ the experts (ep). Medians of a step's tokens a second, and of the seconds that t
 (waiting for the other process included; the journeys of ep's tokens are part of forward and backward).
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import tyro
 
-from nanods.bench.runs import machine, write_json
+from nanods.bench.runs import machine, trained, write_json
 
 STEPS = 60
 MESHES = {"one process": None, "dp=2": "dp=2", "ep=2": "ep=2"}
@@ -34,18 +30,16 @@ class Args:
 def run(args: Args, name: str, mesh: str | None) -> dict:
     """Train for a while -> medians over the steps but for the first few."""
     out = args.runs / name.replace(" ", "-")
-    words = ["train.py", "v2-tiny", "--steps", str(STEPS), "--eval-every", "1000", "--micro-batch", "4", "--out-dir", str(out)]
-    if mesh:
-        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words, "--mesh", mesh]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
-    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, env=environment)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][5:]
+    words = ["v2-tiny", "--steps", str(STEPS), "--eval-every", "1000", "--micro-batch", "4", "--out-dir", str(out)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if mesh else []
+    command, rows = trained(out, [*words, *(["--mesh", mesh] if mesh else [])], True, launch)
+    rows = rows[5:]
     told = {"tokens_per_second": median(row["tokens_per_second"] for row in rows)}
     for part in ("optimizer_seconds", "communication_seconds"):
         told[part] = median(row.get(part, 0.0) for row in rows)
     told["step_seconds"] = rows[0]["tokens"] / rows[0]["step"] / told["tokens_per_second"]
     print(f"{name}: {told}", flush=True)
-    return {"command": " ".join(words)} | told
+    return {"command": command} | told
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ A checkpoint is written under a temporary name, synced, and renamed: whoever is 
 untouched. Loading takes the newest that is whole, with a warning for each that is not. Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -98,6 +99,16 @@ def broken(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """The rows that a run has written so far; a last line cut off by a kill is left out."""
+    rows = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
 
 
 def sync(path: Path) -> None:

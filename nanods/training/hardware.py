@@ -73,6 +73,11 @@ def named(name: str) -> Device:
     return GPUS[name.lower()]
 
 
+def main_memory() -> float:
+    """Bytes of this machine's memory that a run may plan with: half, as other programs run here."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+
+
 def this_machine() -> tuple[Device, int]:
     """What stands here, and how many of it: CUDA's GPUs, or the CPU with half of the memory, as train.py counts it.
 
@@ -83,7 +88,7 @@ def this_machine() -> tuple[Device, int]:
         device, name, memory, link = torch.device("cuda"), found.name, found.total_memory, 64e9
     else:
         device, count, link = torch.device("cpu"), 1, 0.0
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        memory = main_memory()
         name = f"this CPU (threads: {torch.get_num_threads()})"
     like = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name.lower().replace(" ", "")), None)
     link, network, bandwidth = (like.link, like.network, like.bandwidth) if like else (link, 0.0, 0.0)

@@ -84,7 +84,8 @@ class Team:
         self.rank, self.mesh = int(os.environ.get("RANK", 0)), None
         if self.size > 1:
             self.mesh = join(self.sizes)
-        self.parted = self.ep * self.tp > 1 or (self.size > 1 and "fsdp" in self.sizes)  # no process holds all of the model
+        self.fsdp = self.size > 1 and "fsdp" in self.sizes
+        self.parted = self.ep * self.tp > 1 or self.fsdp  # no process holds all of the model
         self.first, self.spent = self.rank == 0, 0.0
         if not self.first:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; mistakes go to stderr
@@ -110,7 +111,7 @@ class Team:
         """Leave this process what it is to hold of a whole model, the same on all; before its optimizers are made."""
         if self.ep > 1:
             split_experts(model, self.group("ep"))
-        if self.parted and "fsdp" in self.sizes:
+        if self.fsdp:
             shard(model, init_device_mesh(self.device, (self.size,)))
         if self.tp > 1:
             split_heads(model, self.mesh["tp"])

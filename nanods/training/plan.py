@@ -19,7 +19,7 @@ import tyro
 
 from nanods import config as ladder
 from nanods.errors import UserError, run
-from nanods.training import hardware
+from nanods.training import checkpoint, hardware
 from nanods.training.fitting import Plan, better, hours, job_of, option, overload, plan, where
 from nanods.training.memory import KINDS, activations, sequences
 from nanods.training.meshes import MESHES, REACHED, SENT, Mesh, expert_share
@@ -57,7 +57,7 @@ def read_load(path: Path | None) -> tuple[list[list[int]], str]:
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     if not metrics.is_file():
         raise UserError(f"--load {path}: there is no metrics.jsonl; name the folder of a run, such as runs/v2-tiny")
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rows = checkpoint.read_metrics(metrics)
     for name in ("val_load", "load"):
         if told := [row for row in rows if name in row]:
             return told[-1][name], f"{name} of step {told[-1]['step']}, {metrics}"

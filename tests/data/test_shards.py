@@ -26,15 +26,7 @@ from nanods.training.tasks import LanguageModelling
 
 LINES = [f"Line {i}: the quick brown fox číslo {i * i} jumps.\n" for i in range(300)]
 DOCUMENTS = [f"Document {i}\nhas {i % 7} žlutých lines" + "\n" * (i % 2) for i in range(100)]
-
-
-@pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NANODS_DATA", raising=False)
-    monkeypatch.setattr(shards, "cores", lambda: 1)
-    monkeypatch.setattr(sources, "SLICE", 1500)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture

@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from nanods.data import shards, sources
 from nanods.data.text import load_text
 from nanods.errors import UserError
+from tests.data.test_shards import DOCUMENTS
 
-DOCUMENTS = [f"Document {i}\nhas {i % 7} žlutých lines" + "\n" * (i % 2) for i in range(100)]
-
-
-@pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NANODS_DATA", raising=False)
-    monkeypatch.setattr(shards, "cores", lambda: 1)
-    monkeypatch.setattr(sources, "SLICE", 1500)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @given(size=st.integers(1, 400), ends=st.booleans())

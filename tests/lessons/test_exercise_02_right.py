@@ -7,6 +7,8 @@ import grade
 import pytest
 import torch
 
+from tests.lessons.wrong_answers import at
+
 right = grade.load(Path(check_02.__file__).with_name("02_solutions.py"))
 
 
@@ -99,11 +101,6 @@ def judge(name, function):
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_right_answers_pass(name, function):
     assert judge(name, function).message == "OK"
-
-
-def at(place, spoil, out):
-    """Several tensors with one of them spoilt, or the only one."""
-    return spoil(out) if place is None else [spoil(part) if i == place else part for i, part in enumerate(out)]
 
 
 PLACES = [(step.name, place) for step in check_02.STEPS for place in (range(len(step.returns)) if step.returns else [None])]
