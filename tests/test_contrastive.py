@@ -270,21 +270,21 @@ def one_of(rank, folder, processes):
         return all_pairs_loss(everything, scale, PAIRS, ids, rows)[0]
 
     def note(way, value, model):
+        """Means over the processes, taken by hand: DistributedDataParallel never lets go of its group, whose threads then
+        outlive Python's end at times and abort it (pytorch/pytorch#179291)."""
         value = value.detach().clone()
-        dist.all_reduce(value)
-        found[way] = value / processes, model.gradients()
+        for x in (value, *(p.grad for p in model.parameters())):
+            dist.all_reduce(x)
+            x /= processes
+        found[way] = value, model.gradients()
 
     for way, rows in {"own rows": own_rows(n), "all rows": slice(None)}.items():
         model = Towers()
-        parallel = nn.parallel.DistributedDataParallel(model)  # it must outlive the backward, or nothing is averaged
-        value = loss(*parallel(inputs), rows)
+        value = loss(model.encode(inputs), model.temperature(), rows)
         value.backward()
         note(way, value, model)
     model = Towers()
     value = cached_gradients(model.encode, inputs, lambda e: loss(e, model.temperature(), own_rows(n)), 2)
-    for p in model.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= processes
     note("pieces", value, model)
     x, other = (torch.zeros(length, requires_grad=True) for length in (n, 10))
     (1 * other + gather_with_gradient(x)).backward(torch.ones(10))
