@@ -40,6 +40,7 @@ from nanods.training.memory import counts, setting
 from nanods.training.meshes import Mesh, on_each_gpu
 from nanods.training.muon import STACKED, TABLES, Muon, fast_bf16, orthogonalise
 from nanods.training.parallel import Team, deal
+from nanods.training.recompute import recompute_blocks
 from nanods.training.sharded import clip, gather, local, scatter
 from nanods.training.tasks import LanguageModelling, load_figures
 
@@ -91,7 +92,9 @@ def train(config: Config, team: Team) -> None:
 
     if team.parted and dtype == torch.float16:
         raise UserError(f"--dtype fp16, {team}: a gradient that overflows is seen by one process alone; take bf16 or fp32")
-    team.part(model)
+    if config.activation_checkpointing:
+        recompute_blocks(model)
+    team.part(model, torch.bfloat16 if dtype == torch.bfloat16 else None)
     optimizers = make_optimizers(config, model, team)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish

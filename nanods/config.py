@@ -44,6 +44,8 @@ class Config:
     micro_batch: int | None = None
     """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory. V3's
     loss compares the whole batch all the same, by gradient caching."""
+    activation_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again in backward: less memory, a third more arithmetic."""
     experts: Literal["adamw", "muon"] = "muon"
     """Optimizer of the experts' matrices (V2)."""
     expert_lr: float = 0.02
@@ -207,7 +209,8 @@ def flatten(config: Config) -> dict[str, object]:
     return {name.replace("_", "-"): value for name, value in (flat | model | parts).items()}
 
 
-FREE = ("resume", "out-dir", "device", "save-every", "compile", "mesh")  # flags that do not change what is learnt
+# Flags that do not change what is learnt.
+FREE = ("resume", "out-dir", "device", "save-every", "compile", "mesh", "activation-checkpointing")
 
 
 def resumed(asked: Config, saved: Config) -> Config:

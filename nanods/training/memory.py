@@ -114,7 +114,7 @@ def setting(config: Config, device: str, micro_batch: int) -> Setting:
     """As train.py would compute it on this kind of device; another machine's GPUs are taken to multiply bf16 or fp16."""
     auto = device == "cuda" or fast_bf16(torch.device(device))
     narrow = config.dtype in ("bf16", "fp16") or (config.dtype == "auto" and auto)
-    return Setting(device, 2 if narrow else 4, micro_batch)
+    return Setting(device, 2 if narrow else 4, micro_batch, config.activation_checkpointing)
 
 
 def sequences(config: Config) -> dict[str, int]:

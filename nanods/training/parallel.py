@@ -107,12 +107,15 @@ class Team:
         own, number = batch_size // self.shares, self.rank // self.tp
         return slice(number * own, (number + 1) * own)
 
-    def part(self, model: nn.Module) -> None:
-        """Leave this process what it is to hold of a whole model, the same on all; before its optimizers are made."""
+    def part(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Leave this process what it is to hold of a whole model, the same on all; before its optimizers are made.
+
+        Weights that travel (fsdp) do so in `dtype`, that of autocast; None: as they are.
+        """
         if self.ep > 1:
             split_experts(model, self.group("ep"))
         if self.fsdp:
-            shard(model, init_device_mesh(self.device, (self.size,)))
+            shard(model, init_device_mesh(self.device, (self.size,)), dtype)
         if self.tp > 1:
             split_heads(model, self.mesh["tp"])
 

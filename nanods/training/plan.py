@@ -6,8 +6,7 @@
 
 Beside these flags, any field of the preset. Parameters and FLOPs are exact, memory is counted tensor by tensor
 (nanods/training/memory.py: within 25% of what is measured on a CPU, not measured on a GPU), time follows from data sheets
-(hardware.py), what is sent (meshes.py) and one assumption, --mfu. train.py has the same meshes, but no checkpointing, and adds
-gradients up at each micro-batch under fsdp.
+(hardware.py), what is sent (meshes.py) and one assumption, --mfu.
 """
 
 import json

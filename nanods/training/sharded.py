@@ -7,9 +7,10 @@ state and, after a step, the new weights; the rest it borrows (torch's `fully_sh
     before a block, forward and backward    all_gather: the block's weights, whole; given back after it
     after a block's backward                reduce_scatter: of the gradients' sum over all, divided by P, the own part
 
-once for each micro-batch, and in the weights' own dtype: autocast rounds after they have arrived (bf16 would halve the
-journey). The ends of the model, outside its blocks, stay whole from forward to backward. What is left whole: single numbers
-(V3's temperature), and experts that a process owns: their gradients Team.average adds up.
+once for each micro-batch. Under bf16 autocast a block's weights are rounded before the journey instead of after it, which
+halves it; gradients are added up in fp32. The ends of the model, outside its blocks, travel as they are and stay whole from
+forward to backward. What is left whole: single numbers (V3's temperature), routers' gates, which choose in fp32, and experts
+that a process owns: their gradients Team.average adds up.
 
 AdamW works on shards as on anything: it treats each number by itself. Muon needs whole matrices: each goes to one process,
 is made orthogonal there, and comes back in shards (`orthogonalise_shards`); its momentum stays where it is. Experts (E, R, C),
@@ -37,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
@@ -50,11 +51,17 @@ from nanods.training.muon import orthogonalise
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # on a CPU it tells everyone what stands below
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave this process its part of a whole model, the same on all of the mesh; before its optimizers are made."""
-    whole = {p for p in model.parameters() if p.ndim == 0} | set(expert_parameters(model))
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+    """Leave this process its part of a whole model, the same on all of the mesh; before its optimizers are made.
+
+    The blocks' weights travel in `dtype`, that of autocast, where it is given.
+    """
+    whole = {p for name, p in model.named_parameters() if p.ndim == 0 or name.endswith("gate.weight")}
+    whole |= set(expert_parameters(model))
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
     for module in (*[m for m in model.modules() if isinstance(m, Block)], model):
-        fully_shard(module, mesh=mesh, ignored_params=whole)
+        policy = narrow if isinstance(module, Block) else MixedPrecisionPolicy()
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
         module.set_force_sum_reduction_for_comms(True)  # then a division, since gloo cannot take means
         module.set_gradient_divide_factor(mesh.size())
 

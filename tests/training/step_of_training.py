@@ -10,6 +10,7 @@ import torch
 from nanods import config as ladder
 from nanods.training import checkpoint
 from nanods.training.matching import Matching
+from nanods.training.recompute import recompute_blocks
 from nanods.training.tasks import LanguageModelling
 
 
@@ -36,6 +37,8 @@ def steps(config):
     import train
 
     model = checkpoint.build(config)
+    if config.activation_checkpointing:
+        recompute_blocks(model)
     optimizers = train.make_optimizers(config, model)
     kind, task, batch = made_up(config)
     for _ in range(2):

@@ -56,6 +56,11 @@ def folder(tmp_path_factory):
         jobs = {1: [words(preset, f"{preset}-1") for preset in FLAGS]}
         for processes, of in MESHES.items():
             jobs[processes] = [words(preset, f"{preset}-{mesh}", "--mesh", mesh) for preset, mesh in of]
+        for processes, out, more in ((1, "narrow", []), (2, "narrow-shards", ["--mesh", "fsdp=2"])):
+            jobs[processes].append(words("v2-tiny", out, *more, "--dtype", "bf16"))
+        for processes, mesh in ((2, "tp=2"), (4, "fsdp=2,ep=2")):
+            job = next(job for job in jobs[processes] if job[0] == "v2-tiny" and job[-1] == mesh)
+            job.append("--activation-checkpointing")
         jobs[4].append(words("v2-tiny", "cut", "--mesh", "dp=2,ep=2", "--steps", "5", "--save-every", "3"))
         for processes in (1, 4, 2):
             if processes == 2:  # what four have begun
@@ -97,6 +102,11 @@ def test_several_processes_make_the_steps_of_one(folder, preset, mesh):
         for name in b:
             if "second" not in name:
                 assert a[name] == pytest.approx(b[name], rel=1e-9) if isinstance(a[name], float) else a[name] == b[name], name
+
+
+def test_weights_that_travel_in_bf16_bring_the_losses_of_one_process(folder):
+    one, two = rows_of(folder / "narrow"), rows_of(folder / "narrow-shards")
+    assert [row["train_loss"] for row in two] == pytest.approx([row["train_loss"] for row in one], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["cut", "cut-alone", "cut-shards", "cut-heads"])
