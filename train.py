@@ -33,6 +33,7 @@ from nanods.data.download import place
 from nanods.errors import UserError, run
 from nanods.training import checkpoint, plan
 from nanods.training.expert_parallel import own_state, whole_state
+from nanods.training.fitting import sensible
 from nanods.training.hardware import main_memory
 from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
@@ -52,7 +53,8 @@ def main() -> None:
     if "--plan" in sys.argv:
         return plan.main()
     config = ladder.from_command_line("Train one preset of nanods. With --plan: what it would need (--plan --help).")
-    team = Team(config.mesh, config.model.moe.n_expert)
+    mesh, why = sensible(config, int(os.environ.get("WORLD_SIZE", 1)))
+    team = Team(mesh, config.model.moe.n_expert, why)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoint.found(config.out):
         config = replace(config, resume=True)  # torchrun has started the processes again, since one had died
     try:
@@ -91,7 +93,7 @@ def train(config: Config, team: Team) -> None:
         return sum(on_each_gpu(config, held, mesh, setting(config, device.type, micro_batch)).values())
 
     if team.parted and dtype == torch.float16:
-        raise UserError(f"--dtype fp16, {team}: a gradient that overflows is seen by one process alone; take bf16 or fp32")
+        raise UserError(f"--dtype fp16, --mesh {mesh}: one process alone sees a gradient overflow; take bf16 or fp32")
     if config.activation_checkpointing:
         recompute_blocks(model)
     team.part(model, torch.bfloat16 if dtype == torch.bfloat16 else None)

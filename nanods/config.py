@@ -74,7 +74,8 @@ class Config:
     save_every: int = 250
     """Steps between two checkpoints."""
     mesh: str | None = None
-    """How several processes share the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/training/parallel.py). Default: all are copies."""
+    """How several processes share the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/training/parallel.py). Default: dp, where each
+    has room for a whole step, else fsdp."""
     resume: bool = False
     """Go on from the last checkpoint in out-dir, with the configuration saved there."""
 

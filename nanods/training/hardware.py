@@ -74,8 +74,9 @@ def named(name: str) -> Device:
 
 
 def main_memory() -> float:
-    """Bytes of this machine's memory that a run may plan with: half, as other programs run here."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    """Bytes of this machine's memory that a process of a run may plan with: half, as other programs run here, shared out
+    among those that torchrun started on it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def this_machine() -> tuple[Device, int]:

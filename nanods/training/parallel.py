@@ -70,8 +70,9 @@ def parse(mesh: str | None, processes: int) -> dict[str, int]:
 class Team:
     """The processes of a run, this one among them. Of one process, every method does nothing."""
 
-    def __init__(self, mesh: str | None = None, experts: int = 1) -> None:
+    def __init__(self, mesh: str | None = None, experts: int = 1, why: str = "as asked") -> None:
         """Joins the processes that torchrun started. UserError for a mesh that does not fit them or the number of experts."""
+        self.why = why
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.sizes = parse(mesh, self.size)
         self.ep, self.tp = self.sizes.get("ep", 1), self.sizes.get("tp", 1)
@@ -94,7 +95,7 @@ class Team:
         if self.size == 1:
             return "1 process"
         how = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
-        return f"{self.size} processes, {how}, {dist.get_backend()}"
+        return f"{self.size} processes, {how} ({self.why}), over {dist.get_backend()}"
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """This process's group along an axis of the mesh; None where it has none."""

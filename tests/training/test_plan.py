@@ -1,6 +1,7 @@
 """The planner: what must hold whatever the numbers, what is told to mistakes, and how little it takes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from nanods.config import PRESETS
 from nanods.errors import UserError
-from nanods.training.fitting import cache_bytes, job_of, mend, option, overload, plan, served
+from nanods.training import fitting
+from nanods.training.fitting import cache_bytes, job_of, mend, option, overload, plan, sensible, served
 from nanods.training.hardware import GPUS, named
 from nanods.training.memory import KINDS, Setting, counts, meta_model
 from nanods.training.meshes import MESHES, Mesh, on_each_gpu, possible, seconds, sent
@@ -222,3 +224,13 @@ def test_a_hundred_billion_parameters_are_planned_in_seconds_and_little_memory()
     made = subprocess.run([sys.executable, "-c", WEIGH], cwd=ROOT, capture_output=True, text=True, check=True)
     took, held = map(float, made.stderr.split())
     assert took <= 15 and held <= 1e9
+
+
+def test_without_a_mesh_processes_are_copies_where_a_step_fits_and_else_share_the_weights(monkeypatch):
+    monkeypatch.setattr(fitting, "main_memory", lambda: 4e9)
+    assert sensible(PRESETS["v2-tiny"], 1) == (None, "as asked")
+    assert sensible(replace(PRESETS["v2-tiny"], mesh="ep=2"), 2) == ("ep=2", "as asked")
+    mesh, why = sensible(PRESETS["v2-tiny"], 2)
+    assert mesh == "dp=2" and re.fullmatch(r"a copy's step needs 0\.\d+ GB at least, a process has 3\.2", why)
+    mesh, why = sensible(PRESETS["v2-small"], 8)
+    assert mesh == "fsdp=8" and re.fullmatch(r"a copy's step needs \d\d\.?\d* GB, a process has 3\.2; shared out \d.*", why)
