@@ -3,7 +3,7 @@
 FLOP/s are those of dense matrix products in bf16 (fp16 for the V100, which has none) with sums in fp32. The data sheets of H100
 and H200 state twice as much, "with sparsity". NVLink counts both directions together, as they do; the RTX 4090 has PCIe 4.0 x16
 instead. The network is that of the maker's own machine of 8 such GPUs, one direction, shared out among them. The figures were
-written down without the sheets at hand, and checked against secondary pages for A100, H100 and H200 alone.
+written down without the sheets at hand, and checked against secondary pages, all but the networks of DGX H100 and H200.
 """
 
 import os
