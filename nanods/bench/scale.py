@@ -3,8 +3,9 @@
     python -m nanods.bench.scale       a few minutes on 2 cores; `make bench-scale`
 
 v2-tiny, STEPS steps of the same batch, one thread a process, on gloo: one process, two that are copies (dp), two that share
-the experts (ep). Medians of a step's tokens a second, and of the seconds that the optimizers took, and adding up the gradients
-(waiting for the other process included; the journeys of ep's tokens are part of forward and backward).
+the experts (ep) or all weights (fsdp). Medians of a step's tokens a second, and of the seconds that the optimizers took, and
+adding up the gradients (waiting for the other process included; the journeys of ep's tokens and fsdp's weights and gradients
+are part of forward and backward).
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import tyro
 from nanods.bench.runs import machine, trained, write_json
 
 STEPS = 60
-MESHES = {"one process": None, "dp=2": "dp=2", "ep=2": "ep=2"}
+MESHES = {"one process": None, "dp=2": "dp=2", "ep=2": "ep=2", "fsdp=2": "fsdp=2"}
 
 
 @dataclass(frozen=True)

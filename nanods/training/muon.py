@@ -30,14 +30,18 @@ def fast_bf16(device: torch.device) -> bool:
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # two of x86, one of ARM
 
 
+def products_dtype(G: Tensor) -> torch.dtype:
+    """That in which `orthogonalise` computes, and no finer is what it returns."""
+    return torch.bfloat16 if G.dtype != torch.float64 and fast_bf16(G.device) else G.dtype
+
+
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrices with orthonormal rows (or columns), roughly: singular values of about 0.7 to 1.2.
 
     (..., R, C) -> (..., R, C), each of the matrices, one or more, by itself.
     """
     a, b, c = COEFFICIENTS
-    X = G.bfloat16() if G.dtype != torch.float64 and fast_bf16(G.device) else G
-    X = X.flatten(0, -3)  # (N, R, C)
+    X = G.to(products_dtype(G)).flatten(0, -3)  # (N, R, C)
     if tall := X.size(-2) > X.size(-1):
         X = X.mT  # X X^T is then the smaller of the two products
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values at most 1, where the iteration converges

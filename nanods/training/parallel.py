@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor
 
 from nanods.errors import UserError
 from nanods.training.expert_parallel import expert_parameters, split_experts
-from nanods.training.muon import orthogonalise
+from nanods.training.muon import orthogonalise, products_dtype
 from nanods.training.sharded import orthogonalise_shards, shard, split_heads
 
 MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",), ("fsdp", "ep"), ("tp",))
@@ -178,31 +178,33 @@ class Team:
         shared = [p for p in model.parameters() if p not in own and not isinstance(p, DTensor)]
         for parameters, group in ((shared, None), (split, self.group("dp") or self.group("fsdp"))):
             for bucket in buckets(parameters):
-                flat = torch.cat([p.grad.flatten() for p in bucket])
+                grads = [p.grad for p in bucket]
+                alone = len(grads) == 1 and grads[0].is_contiguous()  # a large one: not copied there and back
+                flat = grads[0] if alone else torch.cat([grad.flatten() for grad in grads])
                 if parameters is shared or group is not None:  # where there are no copies, an expert's is whole already
                     self.add_up(flat, group)
                 flat /= self.size
-                for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                    p.grad.copy_(part.view_as(p))
+                if not alone:
+                    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                        grad.copy_(part.view_as(grad))
         self.spent = time.perf_counter() - start
 
 
 def deal(stack: Tensor) -> Tensor:
-    """muon.orthogonalise of matrices (..., R, C) that all processes hold: each does every so-many-th, and all get all.
-
-    Of shards, see sharded.py.
+    """muon.orthogonalise of matrices (..., R, C) that all processes hold: each does every so-many-th, and all get all, in the
+    dtype in which it was computed. Of shards, see sharded.py.
     """
     if isinstance(stack, DTensor):
         return orthogonalise_shards(stack)
     rank, size, shape = dist.get_rank(), dist.get_world_size(), stack.shape
     stack = stack.flatten(0, -3)
-    mine = torch.zeros(-(-len(stack) // size), *stack.shape[1:], dtype=stack.dtype, device=stack.device)
+    mine = torch.zeros(-(-len(stack) // size), *stack.shape[1:], dtype=products_dtype(stack), device=stack.device)
     some = stack[rank::size]
     if len(some):
         mine[: len(some)] = orthogonalise(some)
     parts = [torch.empty_like(mine) for _ in range(size)]
     dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1)[: len(stack)].view(shape)
+    return torch.stack(parts, dim=1).flatten(0, 1)[: len(stack)].view(shape).to(stack.dtype)
 
 
 def join(sizes: dict[str, int]) -> DeviceMesh:

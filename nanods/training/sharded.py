@@ -46,7 +46,7 @@ from nanods.errors import UserError
 from nanods.gpt import GPT, Block
 from nanods.moe import MLP
 from nanods.training.expert_parallel import expert_parameters, found, split_stacks
-from nanods.training.muon import orthogonalise
+from nanods.training.muon import orthogonalise, products_dtype
 
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # on a CPU it tells everyone what stands below
 
@@ -96,14 +96,14 @@ def orthogonalise_shards(stack: DTensor) -> DTensor:
     """muon.orthogonalise of matrices (..., R, C) whose shards lie on several processes; of experts (N, E, R, C) in place.
 
     Each of a stack (N, R, C) travels whole to one process, and back in the shards in which it was (all_to_all; on a CPU
-    PyTorch takes an all_gather for it).
+    PyTorch takes an all_gather for it); both ways in the dtype in which it is orthogonalised.
     """
-    there = stack.redistribute(placements=[Shard(stack.ndim - 3)])
+    there = stack.to(products_dtype(stack)).redistribute(placements=[Shard(stack.ndim - 3)])
     sizes = {"shape": stack.shape, "stride": stack.stride()}
     made = DTensor.from_local(
         orthogonalise(there.to_local()).contiguous(), there.device_mesh, there.placements, run_check=False, **sizes
     )
-    return made.redistribute(placements=stack.placements)
+    return made.redistribute(placements=stack.placements).to(stack.dtype)
 
 
 @torch.no_grad()
