@@ -31,8 +31,7 @@ from nanods import config as ladder
 from nanods.config import Config
 from nanods.data.download import place
 from nanods.errors import UserError, run
-from nanods.training import checkpoint, plan
-from nanods.training.expert_parallel import own_state, whole_state
+from nanods.training import checkpoint, plan, sharded_checkpoint
 from nanods.training.fitting import sensible
 from nanods.training.hardware import main_memory
 from nanods.training.inspection import LoadWatch
@@ -42,7 +41,7 @@ from nanods.training.meshes import Mesh, on_each_gpu
 from nanods.training.muon import STACKED, TABLES, Muon, fast_bf16, orthogonalise
 from nanods.training.parallel import Team, deal
 from nanods.training.recompute import recompute_blocks
-from nanods.training.sharded import clip, gather, local, scatter
+from nanods.training.sharded import clip, local
 from nanods.training.tasks import LanguageModelling, load_figures
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def train(config: Config, team: Team) -> None:
-    saved = checkpoint.load(config.out) if config.resume else None
+    saved = checkpoint.load(config.out, team.once) if config.resume else None
     if saved:
         config = ladder.resumed(config, ladder.from_dict(saved.state["config"]))
         if saved.state["step"] >= config.steps:
@@ -107,8 +106,7 @@ def train(config: Config, team: Team) -> None:
 
     step, seconds, cpu_seconds, rows = 0, 0.0, 0.0, []
     if saved:
-        checkpoint.restore_model(model, replace(saved, model=scatter(model, own_state(model, saved.model))))
-        checkpoint.restore_optimizers(model, optimizers, scatter(model, own_state(model, saved.optimizer)))
+        (sharded_checkpoint if team.parted else checkpoint).restore(model, optimizers, saved)
         scaler.load_state_dict(saved.state["scaler"])
         step, seconds, cpu_seconds = (saved.state[key] for key in ("step", "seconds", "cpu_seconds"))
         rows = [row for row in checkpoint.read_metrics(config.out / "metrics.jsonl") if row["step"] <= step]
@@ -117,8 +115,7 @@ def train(config: Config, team: Team) -> None:
         if config.init_from:
             rows = [{"step": 0} | task.evaluate(model)]
             print(f"           validation loss {rows[0]['val_loss']:.6f} before the first step")
-        if team.first:
-            make_room(config.out)
+        team.once(lambda: make_room(config.out))
     fast = torch.compile(model) if config.compile == "on" or (config.compile == "auto" and device.type == "cuda") else model
 
     def gradients(step: int) -> tuple[float, dict[str, Tensor]]:
@@ -140,10 +137,10 @@ def train(config: Config, team: Team) -> None:
         }
         weights = model.state_dict()  # first: FSDP then gives back what evaluation has borrowed
         tensors = checkpoint.optimizer_tensors(model, optimizers)
-        weights, tensors = (whole_state(model, gather(own)) for own in (weights, tensors))
-        if team.first:
-            checkpoint.save(config.out, step, weights, tensors, state)
-        team.wait()
+        if team.parted:
+            sharded_checkpoint.save(config.out, step, model, weights, tensors, state, team)
+        else:
+            team.once(lambda: checkpoint.save(config.out, step, weights, tensors, state))
 
     per_step = time_step(gradients, model) + muon_seconds(optimizers[0])
     print(

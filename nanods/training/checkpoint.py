@@ -6,7 +6,8 @@
     OUT/step_000060/SHA256SUMS               of the three; `sha256sum -c SHA256SUMS` checks it by hand
 
 A checkpoint is written under a temporary name, synced, and renamed: whoever is killed in between leaves the ones before
-untouched. Loading takes the newest that is whole, with a warning for each that is not. Nothing is ever unpickled.
+untouched. Loading takes the newest that is whole, with a warning for each that is not. Nothing is ever unpickled. Runs whose
+weights are shared out write and read the same files, each process its own part (sharded_checkpoint.py).
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,21 +38,37 @@ KEEP = 2
 @dataclass
 class Checkpoint:
     path: Path
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
     state: dict
 
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """The weights, read from the disk whenever they are asked for."""
+        return load_file(self.path / FILES[0])
 
-def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> Path:
+    @property
+    def optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.path / FILES[1])
+
+
+def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
     """Write OUT/step_NNNNNN and delete all but the last two. Raises OSError (disk full, not writable) with nothing lost."""
+
+    def fill(folder: Path) -> None:
+        for file, tensors in zip(FILES, (model, optimizer), strict=False):
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / file)
+
+    write(out, step, state, fill)
+
+
+def write(out: Path, step: int, state: dict, fill: Callable[[Path], None]) -> None:
+    """`save`, where `fill` puts the files of tensors into a folder."""
     final = out / f"step_{step:06d}"
     temporary = out / f".writing-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # of a writer that was killed
     temporary.mkdir(parents=True)
     try:
         try:
-            for name, tensors in (("model", model), ("optimizer", optimizer)):
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+            fill(temporary)
         except SafetensorError as error:  # it wraps the operating system's refusals
             raise UserError(f"{final} cannot be written ({error}): free some space, or choose another --out-dir") from None
         (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -67,7 +85,6 @@ def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Te
         raise
     for old in found(out)[:-KEEP]:
         shutil.rmtree(old)
-    return final
 
 
 def found(out: Path) -> list[Path]:
@@ -76,16 +93,24 @@ def found(out: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name[5:]))  # by name, step 1000000 would come before 200000
 
 
-def load(out: Path) -> Checkpoint:
-    """The newest whole checkpoint of a run directory. Raises UserError where there is none."""
+def load(out: Path, once: Callable[[Callable[[], int]], int] = lambda find: find()) -> Checkpoint:
+    """The newest whole checkpoint of a run directory. Raises UserError where there is none.
+
+    `once`: Team.once, where one of several processes is to look through the files and tell the others.
+    """
+    path = out / f"step_{once(lambda: newest(out)):06d}"
+    return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+def newest(out: Path) -> int:
+    """The step of the newest whole checkpoint."""
     if not (paths := found(out)):
         raise UserError(f"no checkpoint in {out}: train one first (`python train.py PRESET`), or name its run directory")
     for path in reversed(paths):
         if fault := broken(path):
             print(f"warning: {path} is broken ({fault}); trying the one before", file=sys.stderr)
             continue
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(path, load_file(path / FILES[0]), load_file(path / FILES[1]), state)
+        return int(path.name[5:])
     raise UserError(f"no checkpoint in {out} is whole: move the folder away and train again")
 
 
@@ -136,6 +161,12 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
     return tensors
 
 
+def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: Checkpoint) -> None:
+    """Go on from a checkpoint. Raises UserError as `restore_model` does."""
+    restore_model(model, saved.model, saved.path)
+    restore_optimizers(model, optimizers, saved.optimizer)
+
+
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
@@ -152,12 +183,12 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
             by_name[owner].state[p][field[0]] = value if field[0] == "step" else value.to(p.device)
 
 
-def restore_model(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load the weights. Raises UserError where names or shapes are those of another model."""
+def restore_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load the weights of the checkpoint at `path`. Raises UserError where names or shapes are those of another model."""
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{checkpoint.path} does not fit its own configuration: {error}") from None
+        raise UserError(f"{path} does not fit its own configuration: {error}") from None
 
 
 def build(config: Config) -> GPT | Multimodal:
@@ -171,7 +202,7 @@ def build(config: Config) -> GPT | Multimodal:
 def saved_model(checkpoint: Checkpoint) -> GPT | Multimodal:
     """The model that a checkpoint holds, in eval mode, on the CPU. Raises UserError as `restore_model` does."""
     model = build(from_dict(checkpoint.state["config"])).eval()
-    restore_model(model, checkpoint)
+    restore_model(model, checkpoint.model, checkpoint.path)
     return model
 
 
@@ -217,5 +248,5 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
         raise UserError(
             f"--init-from {path}: that run has {had} experts, asked for: {has}; take a dense run, or --moe.n-expert {had}"
         )
-    restore_model(model, Checkpoint(found.path, weights, {}, found.state))
+    restore_model(model, weights, found.path)
     return done

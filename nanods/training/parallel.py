@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -150,9 +151,22 @@ class Team:
         dist.all_reduce(told, dist.ReduceOp.MIN)
         return int(told)
 
-    def wait(self) -> None:
+    def once(self, work: Callable[[], int | None]) -> int:
+        """Let the first process do `work` while the others wait -> the number that it gave, 0 for none, to all of them.
+
+        Where it fails, all end: with what it raised, and the others with a UserError.
+        """
+        told, fault = torch.zeros(2, dtype=torch.long, device=self.device), None
+        if self.first:
+            try:
+                told[0] = work() or 0
+            except BaseException as error:  # a bug too must not leave the others waiting
+                told[1], fault = 1, error
         if self.size > 1:
-            dist.barrier()
+            dist.broadcast(told, 0)
+        if told[1]:
+            raise fault or UserError("the first process had to end, and says why")
+        return int(told[0])
 
     def leave(self) -> None:
         if self.size > 1:

@@ -26,8 +26,8 @@ F/P hidden numbers of an MLP: rows of the matrices that come first (query, key, 
 twice a block and way, whatever the batch; it pays within one machine. All the rest, embedding, head, norms and experts, every
 process has and computes, with the same numbers: nothing there is to be added up.
 
-A checkpoint is the plain one of one process. At scale that costs: the first process has all weights and states in its
-main memory while it writes, a resumed one reads all of them, and each process makes the whole model before it is shared out.
+A checkpoint is the plain one of one process, of which each writes and reads its own part (sharded_checkpoint.py). What does
+not scale is the start: each process makes the whole model, weights alone, before it is shared out.
 
 Pinned by tests/training/test_parallel.py. Shapes: N matrices (R, C), E experts, H heads, F hidden width.
 """
@@ -39,13 +39,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from nanods.errors import UserError
 from nanods.gpt import GPT, Block
 from nanods.moe import MLP
-from nanods.training.expert_parallel import expert_parameters, found, split_stacks
+from nanods.training.expert_parallel import expert_parameters, split_stacks
 from nanods.training.muon import orthogonalise, products_dtype
 
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # on a CPU it tells everyone what stands below
@@ -131,30 +131,3 @@ def clip(model: nn.Module, most: float) -> Tensor:
     for grad in (grad for some in grads.values() for grad in some):
         grad.mul_(factor)
     return norm
-
-
-# ---- checkpoints -------------------------------------------------------------------------------------------------------------
-
-
-def gather(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The shards of a `state` (see expert_parallel.py) put together, one after another, on the first process's CPU; on the
-    others they stay as they are. All must call it."""
-    whole = {}
-    for key, value in state.items():
-        if isinstance(value, DTensor):
-            full = value.detach().full_tensor()
-            value = full.cpu() if dist.get_rank() == 0 else value
-        whole[key] = value
-    return whole
-
-
-def scatter(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: of a `state` that all have, the shards which the model's have on this process."""
-    shards = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    mine = {}
-    for key, value in state.items():
-        p = found(shards, key)
-        if p is not None and value.shape == p.shape:
-            value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        mine[key] = value
-    return mine

@@ -12,7 +12,8 @@ from nanods.training import checkpoint
 
 def save(out, step, value=0.0):
     model = {"w": torch.full((3,), value)}
-    return checkpoint.save(out, step, model, {"AdamW/w/step": torch.tensor(1.0)}, {"step": step, "note": "é"})
+    checkpoint.save(out, step, model, {"AdamW/w/step": torch.tensor(1.0)}, {"step": step, "note": "é"})
+    return out / f"step_{step:06d}"
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -79,7 +80,7 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(UserError, match="does not fit"):
-        checkpoint.restore_model(model, checkpoint.load(tmp_path))
+        checkpoint.restore_model(model, checkpoint.load(tmp_path).model, tmp_path)
 
 
 def test_sums_are_sha256sums_own_format(tmp_path):

@@ -3,12 +3,14 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import train
 from nanods.config import PRESETS
@@ -17,8 +19,10 @@ from nanods.data.tokenizer import ByteTokenizer
 from nanods.gpt import GPT, MoEConfig
 from nanods.moe import MoE, mix_sorted
 from nanods.training import checkpoint
-from nanods.training.expert_parallel import expert_parameters, mix_parallel, own, own_state, split_experts, whole_state
+from nanods.training.expert_parallel import expert_parameters, mix_parallel, own, split_experts
+from nanods.training.parallel import Team
 from nanods.training.sharded import clip
+from nanods.training.sharded_checkpoint import as_shards, restore, save
 from nanods.training.tasks import LanguageModelling
 from tests.test_moe import random_case
 
@@ -149,7 +153,7 @@ def whole_model(seed=0):
 def trained(model, optimizers, steps, ways=None):
     """train.py's steps. `ways`: this process's place among those that train, all of them, and those with the same experts.
 
-    -> what it noted of each step, on the first process of a group the gradients too."""
+    -> what it noted of each step, the gradients too."""
     text = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint16)
     task = LanguageModelling(
         CONFIG, torch.device("cpu"), nullcontext(), TextData("x", "hash", text, text, ByteTokenizer(), len(text))
@@ -167,7 +171,7 @@ def trained(model, optimizers, steps, ways=None):
             if group := copies if p in split else everyone:
                 dist.all_reduce(p.grad, group=group)
             p.grad /= W
-        grads = whole_state(model, {name: p.grad.clone() for name, p in model.named_parameters()})
+        grads = whole(model, {name: p.grad.clone() for name, p in model.named_parameters()})
         noted.append(told | {"norm": clip(model, CONFIG.clip), **grads})
         for optimizer in optimizers:
             optimizer.step()
@@ -176,20 +180,23 @@ def trained(model, optimizers, steps, ways=None):
     return noted
 
 
+def whole(model, state):
+    """The stacks of all experts in place of each process's."""
+    return {n: value.full_tensor() if isinstance(value, DTensor) else value for n, value in as_shards(model, state).items()}
+
+
 def prepared(group, saved=None):
     """A model whose experts are split, its optimizers, both as they were `saved` if they were."""
     model = whole_model(seed=0 if saved is None else 1)
     split_experts(model, group)
     optimizers = train.make_optimizers(CONFIG, model)
     if saved:
-        model.load_state_dict(own_state(model, saved["model"]))
-        checkpoint.restore_optimizers(model, optimizers, own_state(model, saved["optimizer"]))
+        restore(model, optimizers, saved)
     return model, optimizers
 
 
-def saved_of(model, optimizers):
-    tensors = {"model": model.state_dict(), "optimizer": checkpoint.optimizer_tensors(model, optimizers)}
-    return {name: whole_state(model, state) for name, state in tensors.items()}
+def states(model, optimizers):
+    return model.state_dict() | checkpoint.optimizer_tensors(model, optimizers)
 
 
 def runs(rank, half, across):
@@ -198,27 +205,25 @@ def runs(rank, half, across):
     ways = {"4": (rank, world, None), "2": (rank % 2, half, None), "2 x 2": (rank, world, across)}
     for name, way in ways.items():
         model, optimizers = prepared(world if name == "4" else half)
-        made[name] = trained(model, optimizers, range(STEPS), way), whole_state(model, model.state_dict())
+        made[name] = trained(model, optimizers, range(STEPS), way), whole(model, model.state_dict())
     return made
 
 
 def passed_on(rank, half, folder):
-    """Two steps on 4 processes, then two on 2, by way of a checkpoint of one process; and back to 4."""
-    world = dist.group.WORLD
+    """Two steps on 4 processes, then two on 2 (and 2 others), by way of checkpoints; the first comes back to 4 as it was."""
+    team, world, folder = Team.__new__(Team), dist.group.WORLD, Path(folder) / "run"
+    team.size, team.first = 4, rank == 0
     model, optimizers = prepared(world)
     trained(model, optimizers, range(2), (rank, world, None))
-    saved = saved_of(model, optimizers)
-    assert all((state == {}) == (rank > 0) for state in saved.values())
-    if rank == 0:
-        torch.save(saved, f"{folder}/saved.pt")
-    dist.barrier()
-    saved = torch.load(f"{folder}/saved.pt")
-    for had, state in ((model.state_dict(), "model"), (checkpoint.optimizer_tensors(model, optimizers), "optimizer")):
-        own_again = own_state(model, saved[state])
-        assert had.keys() == own_again.keys() and all(torch.equal(had[key], own_again[key]) for key in had)
+    had = states(model, optimizers)
+    save(folder, 2, model, model.state_dict(), checkpoint.optimizer_tensors(model, optimizers), {}, team)
+    saved = checkpoint.load(folder, team.once)
+    again = states(*prepared(world, saved))
+    assert had.keys() == again.keys() and all(torch.equal(had[name], again[name]) for name in had)
     model, optimizers = prepared(half, saved)
     trained(model, optimizers, range(2, 4), (rank % 2, half, None))
-    return {"passed on": saved_of(model, optimizers)}
+    save(folder, 4, model, model.state_dict(), checkpoint.optimizer_tensors(model, optimizers), {}, team)
+    return {"passed on": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -249,15 +254,12 @@ def test_a_run_on_several_processes_is_that_of_one(found, alone, way):
     assert len(moved) == 4 and all(each.min() > 0.01 for each in moved.values())  # each expert had its turn
     for rank in range(4):  # all clip alike
         assert [note["norm"].item() for note in found[rank][way][0]] == [note["norm"].item() for note in notes]
-    assert found[1][way][1] == {}  # the whole is on the first process
 
 
 def test_a_checkpoint_of_4_processes_goes_on_with_2_and_with_1(found, alone):
-    saved = found[0]["passed on"]
     model = whole_model(seed=1)
     optimizers = train.make_optimizers(CONFIG, model)
-    model.load_state_dict(saved["model"])
-    checkpoint.restore_optimizers(model, optimizers, saved["optimizer"])
+    checkpoint.restore(model, optimizers, checkpoint.load(Path(found[0]["passed on"])))
     (note,) = trained(model, optimizers, range(4, 5))
     near(note, alone[0][4])
     near(model.state_dict(), alone[1])
@@ -274,8 +276,7 @@ def test_where_nothing_is_split_nothing_changes():
     assert torch.equal(clip(model, 0.5), nn.utils.clip_grad_norm_(again.parameters(), 0.5))
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     state = model.state_dict()
-    for change in (whole_state, own_state):
-        assert list(change(model, state).items()) == list(state.items())
+    assert list(as_shards(model, state).items()) == list(state.items())
 
 
 @pytest.mark.parametrize(
