@@ -19,7 +19,7 @@ Pinned by tests/training/test_sharded_checkpoint.py and test_parallel.py. Shapes
 import json
 import shutil
 import warnings
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from nanods.training.expert_parallel import split_stacks
 from nanods.training.parallel import Team
 from nanods.training.sharded import local
 
-AT_ONCE = 1 << 28  # bytes of tensors that are put together at a time
+AT_ONCE = 1 << 28  # bytes that a process copies at a time, but for a tensor that is larger
 
 
 def save(
@@ -52,9 +52,11 @@ def save(
     shards = out / ".shards"
     own = as_shards(model, weights | optimizer)
     own = {name: value for name, value in own.items() if isinstance(value, DTensor) or team.first}
+    sizes = accumulate(local(value).nbytes for value in own.values())
+    files = {name: 1 + size // AT_ONCE for name, size in zip(own, sizes, strict=True)}  # each is made in memory, then written
     team.once(lambda: shutil.rmtree(shards, ignore_errors=True))  # of a run that was killed, of more processes perhaps
     try:
-        dcp.save(own, storage_writer=HuggingFaceStorageWriter(str(shards), save_distributed=True))
+        dcp.save(own, storage_writer=HuggingFaceStorageWriter(str(shards), files, save_distributed=True))
         team.once(lambda: checkpoint.write(out, step, state, lambda folder: merge(shards, folder)))
     except CheckpointException as error:
         raise in_words(error, f"step {step} cannot be written: free some space, or choose another --out-dir") from None
@@ -65,20 +67,24 @@ def save(
 
 def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: checkpoint.Checkpoint) -> None:
     """checkpoint.restore of what this process has of the model; each must call it. UserError where a file cannot be read."""
+    checkpoint.restore_model(model, read(model, saved.path, optimizer=False), saved.path)
+    checkpoint.restore_optimizers(model, optimizers, read(model, saved.path, optimizer=True))
+
+
+def read(model: nn.Module, path: Path, optimizer: bool) -> dict[str, Tensor]:
+    """The optimizers' tensors in a checkpoint, or the weights: of what is shared out this process's part, of all else all."""
     shards, stacks, state = as_shards(model, dict(model.named_parameters())), split_stacks(model), {}
-    reader = HuggingFaceStorageReader(str(saved.path))
+    reader = HuggingFaceStorageReader(str(path))
     for name, kind in reader.read_metadata().state_dict_metadata.items():
-        p = found(shards, name)
-        mine = isinstance(p, DTensor) and p.shape == kind.size
-        dtype = kind.properties.dtype
-        state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False) if mine else torch.empty(kind.size, dtype=dtype)
+        if of_optimizer(name) == optimizer:
+            p, dtype = found(shards, name), kind.properties.dtype
+            part = isinstance(p, DTensor) and p.shape == kind.size
+            state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False) if part else torch.empty(kind.size, dtype=dtype)
     try:
         dcp.load(state, storage_reader=reader)
     except CheckpointException as error:
-        raise in_words(error, f"{saved.path} cannot be read: all processes must see it, on one disk") from None
-    state = {name: value if found(stacks, name) is None else local(value) for name, value in state.items()}
-    checkpoint.restore_model(model, {name: value for name, value in state.items() if not of_optimizer(name)}, saved.path)
-    checkpoint.restore_optimizers(model, optimizers, {name: value for name, value in state.items() if of_optimizer(name)})
+        raise in_words(error, f"{path} cannot be read: all processes must see it, on one disk") from None
+    return {name: value if found(stacks, name) is None else local(value) for name, value in state.items()}
 
 
 def as_shards(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,13 +124,16 @@ def in_words(error: CheckpointException, what: str) -> BaseException:
 
 
 def merge(shards: Path, folder: Path) -> None:
-    """The plain files of the tensors whose parts lie in `shards`. UserError where a part cannot be read; OSError on writing."""
-    kinds = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
+    """The plain files of the tensors whose parts lie in `shards`. SafetensorError, OSError, CheckpointException if it fails."""
+    reader = HuggingFaceStorageReader(str(shards))
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda: metadata  # not again for each of the loads below
+    kinds = metadata.state_dict_metadata
     for file, optimizer in zip(checkpoint.FILES, (False, True), strict=False):
-        write_plain(shards, {name: kind for name, kind in kinds.items() if of_optimizer(name) == optimizer}, folder / file)
+        write_plain(reader, {name: kind for name, kind in kinds.items() if of_optimizer(name) == optimizer}, folder / file)
 
 
-def write_plain(shards: Path, kinds: dict[str, TensorStorageMetadata], file: Path) -> None:
+def write_plain(reader: HuggingFaceStorageReader, kinds: dict[str, TensorStorageMetadata], file: Path) -> None:
     """What safetensors' save_file would write, byte for byte; but never with more than AT_ONCE bytes and a tensor in memory."""
     blank = serialize({name: torch.empty(0, dtype=kind.properties.dtype) for name, kind in kinds.items()})
     header, end = json.loads(blank[8:]), 0  # in its order (the widest numbers first, for alignment), with its names of dtypes
@@ -137,10 +146,7 @@ def write_plain(shards: Path, kinds: dict[str, TensorStorageMetadata], file: Pat
         plain.write(len(text).to_bytes(8, "little") + text)
         for _, names in groupby(header, key=lambda name: header[name]["data_offsets"][0] // AT_ONCE):
             whole = {name: torch.empty(kinds[name].size, dtype=kinds[name].properties.dtype) for name in names}
-            try:
-                with warnings.catch_warnings(action="ignore"):  # that it is done by one process alone
-                    dcp.load(whole, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
-            except CheckpointException as error:
-                raise in_words(error, f"{shards} cannot be read: save again, on another disk") from None
+            with warnings.catch_warnings(action="ignore"):  # that it is done by one process alone
+                dcp.load(whole, storage_reader=reader, no_dist=True)
             for value in whole.values():
                 plain.write(value.reshape(-1).view(torch.uint8).numpy())

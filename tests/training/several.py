@@ -17,7 +17,10 @@ def free_port() -> int:
 
 
 def train_by(processes: int, jobs: list[list[str]], folder: Path) -> list[list[tuple[int, str]]]:
-    """Each job's words to train.py, in `folder` -> by process, the exit code and what it said to stderr, job by job."""
+    """Each job's words to train.py, in `folder` -> by process, the exit code and what it said to stderr, job by job.
+
+    Words that begin with "full:1" are without it train.py's; process 1 may then write no file of more than 4,096 bytes.
+    """
     ports = [str(free_port()) for _ in jobs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(processes)}
     words = [sys.executable, "-m", "tests.training.several", json.dumps(jobs), json.dumps(ports)]
@@ -32,6 +35,7 @@ def train_by(processes: int, jobs: list[list[str]], folder: Path) -> list[list[t
 def main() -> None:
     import contextlib
     import io
+    import resource
 
     import torch
 
@@ -43,7 +47,10 @@ def main() -> None:
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     for words, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
         os.environ["MASTER_PORT"] = port
-        argv, sys.argv = sys.argv, ["train.py", *words]
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        full = words[0] == f"full:{os.environ['RANK']}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if full else most, most))
+        argv, sys.argv = sys.argv, ["train.py", *words[words[0].startswith("full:") :]]
         code = 0
         with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
             try:

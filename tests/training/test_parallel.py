@@ -42,13 +42,19 @@ MESHES = {
 }
 
 
+CUT = {"cut": "ep=2", "cut-shards": "fsdp=2", "cut-heads": "tp=2"}  # on 2 processes; "cut-alone" on one
+REFUSED = ("bad", "broken", "full")  # runs that must end with exit code 2
+
+
 def words(preset, out, *more):
     return [preset, *SIZE, *STEPS, *FLAGS[preset], "--out-dir", out, *more]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Runs by one process, two and four; each number of processes is started once for all its runs."""
+def runs(tmp_path_factory):
+    """Runs by one process, two and four; each number of processes is started once for all its runs.
+
+    -> their folder, and by run what each process said to stderr."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
@@ -61,23 +67,31 @@ def folder(tmp_path_factory):
         for processes, mesh in ((2, "tp=2"), (4, "fsdp=2,ep=2")):
             job = next(job for job in jobs[processes] if job[0] == "v2-tiny" and job[-1] == mesh)
             job.append("--activation-checkpointing")
-        jobs[4].append(words("v2-tiny", "cut", "--mesh", "dp=2,ep=2", "--steps", "5", "--save-every", "3"))
+        jobs[4].append(words("v2-tiny", "cut", "--mesh", "fsdp=2,ep=2", "--save-every", "3"))
+        said = {}
         for processes in (1, 4, 2):
             if processes == 2:  # what four have begun
                 shutil.rmtree(folder / "cut/step_000005")
-                for name in ("cut-alone", "cut-shards", "cut-heads"):
+                for name in ("cut-alone", "cut-shards", "cut-heads", "broken", "full"):
                     shutil.copytree(folder / "cut", folder / name)
-                jobs[2].append(words("v2-tiny", "cut", "--mesh", "ep=2", "--resume"))
-                jobs[2].append(words("v2-tiny", "cut-shards", "--mesh", "fsdp=2", "--resume"))
-                jobs[2].append(words("v2-tiny", "cut-heads", "--mesh", "tp=2", "--resume"))
+                with (folder / "broken/step_000003/model.safetensors").open("r+b") as file:
+                    file.truncate(9000)
+                jobs[2] += [words("v2-tiny", name, "--mesh", mesh, "--resume") for name, mesh in CUT.items()]
+                jobs[2].append(words("v2-tiny", "broken", "--mesh", "fsdp=2", "--resume"))
+                jobs[2].append(["full:1", *words("v2-tiny", "full", "--mesh", "fsdp=2", "--resume")])
                 jobs[2].append(words("v0-tiny", "bad", "--mesh", "dp=2", "--batch-size", "7", "--micro-batch", "1"))
-            told = train_by(processes, jobs[processes], folder)
-            for ways in zip(*told, strict=True):
-                refused = any(word in ways[0][1] for word in ("does not divide", "do not divide"))
-                assert {code for code, _ in ways} == ({2} if refused else {0}), ways
+            for job, *ways in zip(jobs[processes], *train_by(processes, jobs[processes], folder), strict=True):
+                out = job[job.index("--out-dir") + 1]
+                assert {code for code, _ in ways} == ({2} if out in REFUSED else {0}), ways
+                said[out] = [err for _, err in ways]
         ((code, err),) = train_by(1, [words("v2-tiny", "cut-alone", "--resume")], folder)[0]
         assert code == 0, err
-    return folder
+    return folder, said
+
+
+@pytest.fixture(scope="module")
+def folder(runs):
+    return runs[0]
 
 
 def rows_of(out):
@@ -93,11 +107,15 @@ def apart(a, b):
 @pytest.mark.parametrize(("preset", "mesh"), [pair for of in MESHES.values() for pair in of])
 def test_several_processes_make_the_steps_of_one(folder, preset, mesh):
     """Weights, optimizers' state, losses, loads and validation, after five steps of clipped, accumulated gradients."""
-    one, many = checkpoint.load(folder / f"{preset}-1"), checkpoint.load(folder / f"{preset}-{mesh}")
+    same(folder / f"{preset}-{mesh}", folder / f"{preset}-1")
+
+
+def same(many, one):
+    ours, theirs, (many, one) = rows_of(many), rows_of(one), map(checkpoint.load, (many, one))
     assert apart(many.model, one.model) < 1e-10
     random = {name for name in one.optimizer if name.startswith("rng/")}
     assert apart(*({n: t for n, t in run.optimizer.items() if n not in random} for run in (many, one))) < 1e-9
-    for a, b in zip(rows_of(folder / f"{preset}-{mesh}"), rows_of(folder / f"{preset}-1"), strict=True):
+    for a, b in zip(ours, theirs, strict=True):
         assert a.keys() - {"communication_seconds"} == b.keys()
         for name in b:
             if "second" not in name:
@@ -109,12 +127,26 @@ def test_weights_that_travel_in_bf16_bring_the_losses_of_one_process(folder):
     assert [row["train_loss"] for row in two] == pytest.approx([row["train_loss"] for row in one], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["cut", "cut-alone", "cut-shards", "cut-heads"])
+@pytest.mark.parametrize("name", [*CUT, "cut-alone"])
 def test_a_run_of_four_goes_on_with_two_or_one(folder, name):
+    """Saved by fsdp=2,ep=2: weights, optimizers' state and data position are those of a run that nobody stopped."""
     assert [path.name for path in checkpoint.found(folder / name)] == ["step_000003", "step_000005"]
-    assert apart(checkpoint.load(folder / name).model, checkpoint.load(folder / "v2-tiny-1").model) < 1e-10
-    assert [row["step"] for row in rows_of(folder / name)] == [1, 2, 3, 4, 5]
+    same(folder / name, folder / "v2-tiny-1")
     assert checkpoint.saved_model(checkpoint.load(folder / name)).config.moe.n_expert == 4  # whole, as sample.py reads it
+
+
+def test_a_checkpoint_that_is_cut_off_is_refused_by_all_processes(runs):
+    assert "step_000003 is broken (model.safetensors is not what was written)" in runs[1]["broken"][0]
+    assert "no checkpoint in broken is whole: move the folder away and train again" in runs[1]["broken"][0]
+
+
+def test_where_one_process_cannot_write_all_end_and_nothing_is_lost(runs):
+    folder, said = runs
+    for err in said["full"]:
+        assert "process 1, [Errno 27] File too large: step 5 cannot be written: free some space, or choose another" in err
+    (left,) = checkpoint.found(folder / "full")
+    assert left.name == "step_000003" and checkpoint.broken(left) is None
+    assert not list((folder / "full").glob(".*"))  # neither shards nor half a checkpoint
 
 
 def test_only_the_first_process_writes(folder):
