@@ -158,8 +158,7 @@ def train(config: Config, team: Team) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
     kept = "".join(json.dumps(row) + "\n" for row in rows)  # what a killed run wrote after its checkpoint is dropped
-    if team.first:
-        place(config.out / "metrics.jsonl", lambda file: file.write(kept.encode()))
+    team.once(lambda: place(config.out / "metrics.jsonl", lambda file: file.write(kept.encode())))
     with (config.out / "metrics.jsonl" if team.first else Path(os.devnull)).open("a", encoding="utf-8") as metrics:
         bar = tqdm(total=config.steps, initial=step, unit="step", disable=None if team.first else True)
         while step < config.steps and not team.any(bool(stop)):

@@ -165,7 +165,7 @@ class Team:
         if self.size > 1:
             dist.broadcast(told, 0)
         if told[1]:
-            raise fault or UserError("the first process had to end, and says why")
+            raise fault or UserError("the first process had to end: what it says is to be mended")
         return int(told[0])
 
     def leave(self) -> None:
