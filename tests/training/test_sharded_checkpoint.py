@@ -61,6 +61,7 @@ def one_of(rank, folder):
             }
             for some in tensors()
         ]
+        mine[1]["rng/cpu"] = mine[1]["rng/cpu"] + rank  # each has its own: the first's is saved
         sharded_checkpoint.save(Path(folder) / "run", step, nn.Module(), *mine, {"step": step}, team)
 
     def fail(*args):
