@@ -36,7 +36,7 @@ from nanods.training.fitting import sensible
 from nanods.training.hardware import main_memory
 from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
-from nanods.training.memory import counts, setting
+from nanods.training.memory import counts, meta_model, setting
 from nanods.training.meshes import Mesh, on_each_gpu
 from nanods.training.muon import STACKED, TABLES, Muon, fast_bf16, orthogonalise
 from nanods.training.parallel import Team, deal
@@ -81,9 +81,11 @@ def train(config: Config, team: Team) -> None:
         )
 
     torch.manual_seed(config.seed)
-    model = checkpoint.build(config).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    model = (meta_model if team.parted and not team.first else checkpoint.build)(config)
+    model = model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if config.init_from and not saved:
-        print(f"start      {checkpoint.warm_start(config, model, task.tokenizer.to_json())}")
+        start = lambda: print(f"start      {checkpoint.warm_start(config, model, task.tokenizer.to_json())}")  # noqa: E731
+        team.once(start) if team.parted else start()
     total, active, work = *model.parameters_total_active(), task.work(model)  # before the team parts the model
     held, mesh = counts(model), Mesh(" x ".join(team.sizes), team.size, team.ep)
 
@@ -95,7 +97,7 @@ def train(config: Config, team: Team) -> None:
         raise UserError(f"--dtype fp16, --mesh {mesh}: one process alone sees a gradient overflow; take bf16 or fp32")
     if config.activation_checkpointing:
         recompute_blocks(model)
-    team.part(model, torch.bfloat16 if dtype == torch.bfloat16 else None)
+    model = team.part(model, device, torch.bfloat16 if dtype == torch.bfloat16 else None)
     optimizers = make_optimizers(config, model, team)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would vanish
@@ -268,7 +270,7 @@ def make_optimizers(config: Config, model: nn.Module, team: Team | None = None) 
     together = deal if team and team.size > 1 else orthogonalise
     muons = [{"params": matrices, "orthogonalise": together}]
     if experts and config.experts == "muon":
-        alone = orthogonalise if team and team.ep > 1 else together  # experts that one process owns
+        alone = orthogonalise if team and team.ep > 1 and not team.fsdp else together  # experts that one process owns
         muons.append({"params": experts, "lr": config.expert_lr, "every": config.expert_every, "orthogonalise": alone})
     elif experts:
         groups.append({"params": experts, "lr": config.expert_lr, "weight_decay": config.weight_decay})

@@ -12,7 +12,7 @@ the same micro-batches one after another. What is split, and what travels for it
           has H / tp of them, and all the tokens
 
 alone, or ep beside dp or fsdp, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each
-group is a copy; fsdp=2,ep=2 shards all the rest among the four.
+group is a copy; fsdp=2,ep=2 shards all the rest among the four, and each expert among the two that own it.
 
 The loss is the mean over all processes, so a gradient is the sum of theirs over their number. Of an expert that one process
 owns, its gradient already is the sum over its ep group, since the group's tokens came to it; it is added up over the copies
@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from nanods.errors import UserError
 from nanods.training.expert_parallel import expert_parameters, split_experts
 from nanods.training.muon import orthogonalise, products_dtype
-from nanods.training.sharded import orthogonalise_shards, shard, split_heads
+from nanods.training.sharded import hand_out, orthogonalise_shards, shard, split_heads
 
 MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",), ("fsdp", "ep"), ("tp",))
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it ends with an error
@@ -109,17 +109,25 @@ class Team:
         own, number = batch_size // self.shares, self.rank // self.tp
         return slice(number * own, (number + 1) * own)
 
-    def part(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        """Leave this process what it is to hold of a whole model, the same on all; before its optimizers are made.
+    def part(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+        """What this process is to hold of a model, on its device; before its optimizers are made.
 
-        Weights that travel (fsdp) do so in `dtype`, that of autocast; None: as they are.
+        Where no process is to hold all of it, the first's is the model, in main memory, and of the others' only shapes count:
+        they may be on the meta device. Weights that travel (fsdp) do so in `dtype`, that of autocast; None: as they are.
         """
+        if not self.parted:
+            return model.to(device)
+        named = (*model.named_parameters(), *model.named_buffers()) if self.first else ()
+        whole, model = {name: x.detach() for name, x in named}, model.to("meta")
         if self.ep > 1:
             split_experts(model, self.group("ep"))
         if self.fsdp:
-            shard(model, init_device_mesh(self.device, (self.size,)), dtype)
+            twins = self.mesh["fsdp"] if self.ep > 1 else None
+            shard(model, init_device_mesh(self.device, (self.size,)), twins, dtype)
         if self.tp > 1:
             split_heads(model, self.mesh["tp"])
+        hand_out(model.to_empty(device=device), whole)
+        return model
 
     # ---- what the processes tell each other ----------------------------------------------------------------------------------
 
@@ -187,10 +195,10 @@ class Team:
         if self.shares == 1:
             return
         start = time.perf_counter()
-        split = expert_parameters(model)
-        own = set(split)
-        shared = [p for p in model.parameters() if p not in own and not isinstance(p, DTensor)]
-        for parameters, group in ((shared, None), (split, self.group("dp") or self.group("fsdp"))):
+        own = set(expert_parameters(model))
+        whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        shared, split = ([p for p in whole if (p in own) == kind] for kind in (False, True))
+        for parameters, group in ((shared, None), (split, self.group("dp"))):
             for bucket in buckets(parameters):
                 grads = [p.grad for p in bucket]
                 alone = len(grads) == 1 and grads[0].is_contiguous()  # a large one: not copied there and back

@@ -23,6 +23,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save as serialize
@@ -84,7 +85,15 @@ def read(model: nn.Module, path: Path, optimizer: bool) -> dict[str, Tensor]:
         dcp.load(state, storage_reader=reader)
     except CheckpointException as error:
         raise in_words(error, f"{path} cannot be read: all processes must see it, on one disk") from None
-    return {name: value if found(stacks, name) is None else local(value) for name, value in state.items()}
+    mine = {}
+    for name, value in state.items():
+        stack, _ = found(stacks, name) or (None, None)
+        if stack is not None:
+            value = local(value)  # of the processes between them, to which it was a DTensor only here
+            if isinstance(stack, DTensor) and value.shape == local(stack).shape:
+                value = DTensor.from_local(value, stack.device_mesh, stack.placements, run_check=False)
+        mine[name] = value
+    return mine
 
 
 def as_shards(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,8 +106,14 @@ def as_shards(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         stack, group = found(stacks, name) or (None, None)
         if stack is not None and value.shape == stack.shape:
-            mesh = DeviceMesh.from_group(group, value.device.type)
-            value = DTensor.from_local(value.detach(), mesh, [Shard(0)], run_check=False)
+            if isinstance(stack, DTensor):  # each of these experts is shared out among its twins
+                ranks, groups = torch.arange(dist.get_world_size()), [stack.device_mesh.get_group(), group]
+                ranks = ranks.view(-1, dist.get_world_size(group))
+                mesh = DeviceMesh.from_group(groups, value.device.type, ranks, mesh_dim_names=("twins", "owners"))
+            else:
+                mesh = DeviceMesh.from_group(group, value.device.type)
+            placements = [*getattr(stack, "placements", ()), Shard(0)]
+            value = DTensor.from_local(local(value.detach()), mesh, placements, run_check=False)
         shards[name] = value
     return shards
 

@@ -17,7 +17,7 @@ def one_of(rank, folder):
     config = from_command_line("", ["v2-tiny", "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--moe.n-expert", "4"])
     for dtype in (torch.bfloat16, None):
         model, seen = checkpoint.build(config), {}
-        shard(model, init_device_mesh("cpu", (1,)), dtype)
+        shard(model, init_device_mesh("cpu", (1,)), dtype=dtype)
         sharded = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
         assert sharded == {name for name, _ in model.named_parameters() if not name.endswith("gate.weight")}
         block = model.blocks[0]
