@@ -8,7 +8,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 train-v2 train-v3 plan-v0 plan-v1 plan-v2 plan-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 test test-slow lint format clean
+.PHONY: help setup train-v0 train-v1 train-v2 train-v3 plan-v0 plan-v1 plan-v2 plan-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 check-04 test test-slow lint format clean
 
 help:
 	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
@@ -23,7 +23,7 @@ help:
 	@echo '  make sample-v2   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0, sample-v1'
 	@echo '  make sample-v3   find by text, image or sound (ARGS="--query ...")   seconds'
 	@echo '  make notebook    open the lessons in Jupyter'
-	@echo '  make check-01    grade your answers in lessons/exercises             seconds; also check-02, check-03'
+	@echo '  make check-01    grade your answers in lessons/exercises             seconds; also check-02 to check-04'
 	@echo '  make lessons     execute every lesson, top to bottom                 3 min'
 	@echo '  make test        the tests                                           3 min'
 	@echo '  make test-slow   kill tests                                          3 min'
@@ -114,7 +114,7 @@ notebook: .venv/dev
 	.venv/bin/jupyter lab lessons
 
 # ARGS=my_answers.py grades another file than the stubs themselves.
-check-01 check-02 check-03: check-%: .venv/base
+check-01 check-02 check-03 check-04: check-%: .venv/base
 	$(PY) lessons/exercises/check_$*.py $(ARGS)
 
 test: .venv/dev

@@ -47,7 +47,7 @@ def test_no_circle_of_imports():
 def test_the_package_never_imports_its_front_doors_or_the_wings_the_hall():
     for path in (ROOT / "nanods").rglob("*.py"):
         assert not imports(path) & {"train", "sample"}, path
-    for name in (*CONCEPTS, "gpt", "plots", "plots_multimodal"):
+    for name in (*CONCEPTS, "gpt", "plots", "plots_multimodal", "plots_scaling"):
         path = ROOT / "nanods" / f"{name}.py"
         wings = (
             [n for n in imports(path) if n.startswith(("nanods.training", "nanods.data", "nanods.bench"))]
