@@ -14,6 +14,7 @@ from typing import NamedTuple
 import check_01
 import check_02
 import check_03
+import check_04
 import grade
 import pytest
 import torch
@@ -38,7 +39,7 @@ def lesson(grader, title):
 
 
 FIRST = lesson(check_01, "01_sparse_attention")
-LESSONS = [FIRST, lesson(check_02, "02_mixture_of_experts"), lesson(check_03, "03_multimodal")]
+LESSONS = [FIRST, lesson(check_02, "02_mixture_of_experts"), lesson(check_03, "03_multimodal"), lesson(check_04, "04_scaling")]
 NAMES, SOLUTIONS = FIRST.names, FIRST.solutions
 each = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stubs.stem)
 
