@@ -105,7 +105,7 @@ class Setting:
     checkpointing: bool = False
     """Keep each block's input alone, and compute the rest again in backward (Chen et al. 2016, arXiv:1604.06174)."""
     split: int = 1
-    """Devices that share each matrix, heads and hidden width (tensor parallelism)."""
+    """Devices that share the heads, and the hidden width of plain MLPs (tensor parallelism)."""
     overload: float = 1.0
     """Tokens of the busiest device's experts, over the mean."""
 
@@ -142,9 +142,9 @@ def kept_by_attention(config: Config, T: int, s: Setting, padded: bool) -> list[
 def kept_by_mlp(config: Config, s: Setting) -> list[float]:
     """Bytes a token that an MLP, or a layer of experts, keeps."""
     m = config.model
-    C, F, cast = m.n_embd, m.hidden_ratio * m.n_embd / s.split, s.width if s.width < 4 else 0
+    C, F, cast = m.n_embd, m.hidden_ratio * m.n_embd, s.width if s.width < 4 else 0
     if m.moe.n_expert == 1:
-        return [4 * C, cast * C, s.width * F, s.width * F]  # normalised x, its cast, relu and its square
+        return [4 * C, cast * C, *[s.width * F / s.split] * 2]  # normalised x, its cast, relu and its square
     K, E = m.moe.top_k * s.overload, m.moe.n_expert
     router = [4 * C, 8 * E, 32 * m.moe.top_k]
     if s.device == "cuda":
@@ -166,7 +166,7 @@ def activations(config: Config, s: Setting) -> float:
         layer = grown([*kept_by_attention(config, T, s, name == "text"), *kept_by_mlp(config, s)], s, tokens)
         ends = grown([4 * m.n_embd, 4 * m.n_embd, s.width * m.n_embd if s.width < 4 else 0], s, tokens)  # embedding, last norm
         total += ends + m.n_layer * (grown([4 * m.n_embd], s, tokens) if s.checkpointing else layer)
-        F = m.hidden_ratio * m.n_embd / s.split * (m.moe.top_k * s.overload if m.moe.n_expert > 1 else 1)
+        F = m.hidden_ratio * m.n_embd * (m.moe.top_k * s.overload if m.moe.n_expert > 1 else 1 / s.split)
         transient = grown([4 * m.n_embd, s.width * F, s.width * F], s, tokens)  # a layer's own gradients
         fullest = max(fullest, transient + (layer if s.checkpointing else 0))
     return total + fullest
@@ -175,7 +175,7 @@ def activations(config: Config, s: Setting) -> float:
 def logits(config: Config, s: Setting, ranks: int = 1) -> float:
     """Bytes of the scores and their gradients: next tokens', or (V3) similarities of the own items with the whole batch's."""
     if not config.multimodal.modalities:
-        return grown([4 * config.model.vocab_size / s.split] * 3, s, s.micro_batch * config.model.context_length)
+        return grown([4 * config.model.vocab_size] * 3, s, s.micro_batch * config.model.context_length)
     rows = math.ceil(config.batch_size / ranks)
     return 24.0 * rows * config.batch_size * len(config.multimodal.compared())
 
@@ -188,7 +188,7 @@ def scratch(stack: int, s: Setting) -> float:
     return (8 + 6 * s.width) * stack
 
 
-def optimizer_bytes(config: Config, c: Counts, outside: float, experts: float) -> float:
-    """Bytes of the optimizers' state, where a device holds so many parameters outside and inside the experts."""
-    adamw = outside * c.adamw / max(1, c.total - c.experts)
+def optimizer_bytes(config: Config, c: Counts, outside: float, experts: float, adamw: float) -> float:
+    """Bytes of the optimizers' state, where a device holds so many parameters outside and inside the experts, and so many of
+    those outside are AdamW's."""
     return 4 * (outside - adamw) + 8 * adamw + (4 if config.experts == "muon" else 8) * experts

@@ -3,7 +3,7 @@
     dp           each GPU holds everything and computes a part of the batch           gradients are added up
     fsdp         the same, but weights, gradients and moments are shared out          weights are gathered, block by block
     ep           as dp, but each GPU holds E / n experts                              tokens travel to their experts and back
-    tp           all GPUs compute the same sequences, each a part of every matrix     activations are added up
+    tp           all GPUs compute the same sequences, each a part of the heads        activations are added up
     dp x ep, fsdp x ep    groups of G GPUs (neighbours) share the experts out; n / G such groups
 
 Bytes that one GPU sends, of a tensor of S bytes in a group of n: all-reduce 2 (n - 1) / n S (a ring), all-gather and
@@ -54,10 +54,9 @@ class Mesh:
         """Parts into which the batch is cut."""
         return 1 if self.kind == "tp" else self.gpus
 
-    def shards(self) -> tuple[int, int]:
-        """Into how many parts the weights outside the experts, and the experts, are cut."""
-        sharded = self.kind in ("fsdp", "tp", "fsdp x ep")
-        return (self.gpus if sharded else 1), (self.gpus if sharded else self.group)
+    @property
+    def sharded(self) -> bool:
+        return self.kind.startswith("fsdp")
 
 
 def possible(config: Config, gpus: int) -> tuple[list[Mesh], dict[str, str]]:
@@ -67,14 +66,15 @@ def possible(config: Config, gpus: int) -> tuple[list[Mesh], dict[str, str]]:
     found, why = [Mesh("dp", gpus)], {}
     found += [Mesh("fsdp", gpus)] if gpus > 1 else []
     found += [Mesh("ep", gpus, gpus)] if gpus in groups else []
-    found += [Mesh("tp", gpus)] if gpus > 1 and m.n_head % gpus == 0 else []
+    multimodal = bool(config.multimodal.modalities)
+    found += [Mesh("tp", gpus)] if gpus > 1 and m.n_head % gpus == 0 and not multimodal else []
     found += [Mesh(kind, gpus, G) for kind in ("dp x ep", "fsdp x ep") for G in groups if gpus > G]
     for kind in MESHES:
         if all(mesh.kind != kind for mesh in found):
             if gpus == 1:
                 why[kind] = "one GPU has nobody to share with"
             elif kind == "tp":
-                why[kind] = f"{gpus} GPUs do not divide {m.n_head} heads"
+                why[kind] = f"{gpus} GPUs do not divide {m.n_head} heads" if not multimodal else "V3 is not split so"
             else:
                 why[kind] = "there are no experts" if E == 1 else f"{gpus} GPUs and {E} experts have no such groups"
     return found, why
@@ -86,12 +86,10 @@ def possible(config: Config, gpus: int) -> tuple[list[Mesh], dict[str, str]]:
 def on_each_gpu(config: Config, c: Counts, mesh: Mesh, s: Setting) -> dict[str, float]:
     """Bytes by kind that a step needs on each GPU (with experts: the one with most tokens), s being that of one rank."""
     s = replace(s, split=mesh.gpus if mesh.kind == "tp" else 1, overload=s.overload if mesh.group > 1 else 1.0)
-    parts, expert_parts = mesh.shards()
-    sharded = mesh.kind.startswith("fsdp")
-    outside, experts, narrow = (c.total - c.experts) / parts, c.experts / expert_parts, s.width < 4
+    (outside, experts), sharded, narrow = held(config, c, mesh), mesh.sharded, s.width < 4
     made = {"weights": 4 * (outside + experts), "gradients": 4 * (outside + experts)}
-    made["optimizer"] = optimizer_bytes(config, c, outside, experts)
-    casts = c.linear / parts
+    made["optimizer"] = optimizer_bytes(config, c, outside, experts, c.adamw / (mesh.gpus if sharded else 1))
+    casts = c.linear - (c.total - c.experts - outside)  # of what it lacks, under tp, all is cast
     if s.device == "cuda":  # mix_sorted casts piece by piece; mix_grouped all experts of a layer, not through autocast's cache
         casts += experts / (c.layers if s.checkpointing else 1)
     made["copies"] = 0.0 if sharded else s.width * casts * narrow
@@ -99,10 +97,25 @@ def on_each_gpu(config: Config, c: Counts, mesh: Mesh, s: Setting) -> dict[str, 
     gathered = (2 * s.width + 4) * unit if sharded else 0.0  # this unit and the next, and this one's gradient
     made["buffers"] = gathered + exchanged(config, mesh, s) + (LIBRARIES if s.device == "cpu" else 0)
     made["logits"] = logits(config, s, mesh.ranks)
-    updating = scratch(max(c.stack // mesh.gpus, c.matrix) if sharded else c.stack, s)
+    dealt = sharded or mesh.kind == "tp"  # the matrices of a stack
+    updating = scratch(max(c.stack // mesh.gpus, c.matrix) if dealt else c.stack, s)
     made["activations"] = activations(config, s)
     made["muon"] = max(0.0, updating - sum(made[kind] for kind in ("activations", "logits", "copies", "buffers")))
     return {kind: made[kind] for kind in KINDS}
+
+
+def held(config: Config, c: Counts, mesh: Mesh) -> tuple[float, float]:
+    """Parameters that each GPU has, outside the experts and in them."""
+    outside, n = c.total - c.experts, mesh.gpus
+    if mesh.kind == "tp":
+        return outside - shared_by_heads(config, c) * (1 - 1 / n), c.experts
+    return outside / (n if mesh.sharded else 1), c.experts / (n if mesh.sharded else mesh.group)
+
+
+def shared_by_heads(config: Config, c: Counts) -> int:
+    """Parameters that tp cuts: attention's and plain MLPs' matrices; not embedding and head, nor experts and their gates."""
+    m = config.model
+    return c.layers * (c.block - (m.moe.n_expert * m.n_embd if m.moe.n_expert > 1 else 0))
 
 
 def exchanged(config: Config, mesh: Mesh, s: Setting) -> float:
@@ -126,9 +139,10 @@ def sent(config: Config, c: Counts, mesh: Mesh, s: Setting) -> dict[tuple[str, s
     again = 1 if s.checkpointing else 0  # a block's forward pass once more
     ring, twin_ring = (n - 1) / n, (twins - 1) / twins
     if mesh.kind == "tp":
-        return {("all-reduce", "everyone"): 2 * ring * (4 + 2 * again) * m.n_layer * tokens * m.n_embd * s.width}
+        sums = (2 + again) * (1 if m.moe.n_expert > 1 else 2)  # each way of a block, after attention and after a plain MLP
+        return {("all-reduce", "everyone"): 2 * ring * sums * m.n_layer * tokens * m.n_embd * s.width}
     made = {}
-    if mesh.kind.startswith("fsdp"):
+    if mesh.sharded:
         for whom, part, size in (("everyone", ring, outside), ("twins", twin_ring, experts)):
             made["all-gather", whom] = 2 * pieces * part * size * s.width
             made["reduce-scatter", whom] = pieces * part * size * 4
@@ -172,9 +186,12 @@ def step_seconds(
     if config.multimodal.modalities and s.micro_batch < each:
         again += 1 / 3  # gradient caching embeds everything once more
     uneven = 1 + expert_share(config) * (s.overload - 1) * (mesh.group > 1)
-    split = mesh.gpus if mesh.kind == "tp" else 1
+    if mesh.kind == "tp":  # what no one has a part of, all compute: the head, the experts and their gates
+        table = config.model.vocab_size * config.model.n_embd  # the embedding, which is read and not multiplied
+        by_all = 6 * (c.active - table - shared_by_heads(config, c))
+        flops_per_token = by_all + (flops_per_token - by_all) / mesh.gpus
     took = {
-        "computing": tokens * flops_per_token * again * uneven / (split * device.flops * mfu),
+        "computing": tokens * flops_per_token * again * uneven / (device.flops * mfu),
         "waiting": 0.0,
         "hidden": 0.0,
     }

@@ -48,7 +48,7 @@ def test_the_optimizers_keep_what_is_counted(words):
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     kept = sum(t.numel() * t.element_size() for state in states for name, t in state.items() if name != "step")
     counted = counts(meta_model(config))
-    assert kept == optimizer_bytes(config, counted, counted.total - counted.experts, counted.experts)
+    assert kept == optimizer_bytes(config, counted, counted.total - counted.experts, counted.experts, counted.adamw)
 
 
 @pytest.mark.parametrize("words", ODD.values(), ids=ODD)

@@ -45,12 +45,12 @@ def test_more_gpus_hold_less_each_and_larger_micro_batches_more(preset, doubling
         assert one <= more
 
 
-@pytest.mark.parametrize("mesh", [Mesh("dp", 16), Mesh("fsdp", 16), Mesh("ep", 16, 16), Mesh("dp x ep", 16, 4), Mesh("tp", 12)])
+@pytest.mark.parametrize("mesh", [Mesh("dp", 16), Mesh("fsdp", 16), Mesh("ep", 16, 16), Mesh("dp x ep", 16, 4)])
 def test_weights_of_all_gpus_are_the_model_as_often_as_it_is_held(mesh):
     made = on_each_gpu(FULL, COUNTS["v2-full"], mesh, Setting("cuda", 2))
     assert tuple(made) == KINDS and all(value >= 0 for value in made.values())
     c = COUNTS["v2-full"]
-    copies, expert_copies = {"dp": (16, 16), "fsdp": (1, 1), "ep": (16, 1), "dp x ep": (16, 4), "tp": (1, 1)}[mesh.kind]
+    copies, expert_copies = {"dp": (16, 16), "fsdp": (1, 1), "ep": (16, 1), "dp x ep": (16, 4)}[mesh.kind]
     held = copies * (c.total - c.experts) + expert_copies * c.experts
     assert mesh.gpus * made["weights"] == pytest.approx(4 * held)
     assert made["gradients"] == made["weights"] <= made["optimizer"]
@@ -71,8 +71,9 @@ def test_what_is_sent_is_what_the_textbook_says():
     tokens = pieces * 4096
     assert ep["all-to-all", "group"] == pytest.approx(4 * 34 * 2 * tokens * 4608 * 2 * 15 / 16)  # L, K, tokens, C, bytes
     assert ep["all-reduce", "twins"] == 0  # nobody else has its experts
-    tp = sent(FULL, c, Mesh("tp", 12), s)
-    assert tp == {("all-reduce", "everyone"): pytest.approx(4 * 2 * 11 / 12 * 34 * 1024 * 4096 * 4608 * 2)}
+    for config, sums in ((FULL, 2), (PRESETS["v1-full"], 4)):  # after attention, and after an MLP of parts, both ways
+        tp = sent(config, c, Mesh("tp", 12), s)
+        assert tp == {("all-reduce", "everyone"): pytest.approx(sums * 2 * 11 / 12 * 34 * 1024 * 4096 * 4608 * 2)}
 
 
 def test_what_stays_in_a_machine_goes_by_nvlink():
