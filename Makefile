@@ -41,8 +41,8 @@ help:
 	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
 	@echo '  make clean       delete the environment (never runs or data)'
 
-# One process, or as many as GPUS or (without any GPU) PROCS asks for, which torchrun starts.
-TRAIN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS)) train.py
+# One process, or as many as GPUS or (without any GPU) PROCS asks for. One that dies ends all: go on with ARGS=--resume.
+TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) -m nanods.training.launch --standalone --nproc-per-node $(GPUS)) train.py
 
 # The environment is made once, and again when the pins change: the stamp files are younger than constraints.txt.
 .venv/base: constraints.txt pyproject.toml

@@ -30,12 +30,13 @@ from tqdm import tqdm
 from nanods import config as ladder
 from nanods.config import Config
 from nanods.data.download import place
-from nanods.errors import UserError, run
+from nanods.errors import UserError
 from nanods.training import checkpoint, plan, sharded_checkpoint
 from nanods.training.fitting import sensible
 from nanods.training.hardware import main_memory
 from nanods.training.inspection import LoadWatch
 from nanods.training.matching import Matching
+from nanods.training.meeting import begin, together
 from nanods.training.memory import counts, meta_model, setting
 from nanods.training.meshes import Mesh, on_each_gpu
 from nanods.training.muon import STACKED, TABLES, Muon, fast_bf16, orthogonalise
@@ -54,12 +55,10 @@ def main() -> None:
     config = ladder.from_command_line("Train one preset of nanods. With --plan: what it would need (--plan --help).")
     mesh, why = sensible(config, int(os.environ.get("WORLD_SIZE", 1)))
     team = Team(mesh, config.model.moe.n_expert, why)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoint.found(config.out):
+    if team.begun:
         config = replace(config, resume=True)  # torchrun has started the processes again, since one had died
-    try:
-        train(config, team)
-    finally:
-        team.leave()
+    train(config, team)
+    team.leave()
 
 
 def train(config: Config, team: Team) -> None:
@@ -153,6 +152,7 @@ def train(config: Config, team: Team) -> None:
     )
     if not saved:
         save()
+    begin()
     stop, watch = [], LoadWatch()
     for row in rows:
         if "load" in row:
@@ -381,4 +381,4 @@ def verdict(config: Config, task, last: dict) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    together(main)

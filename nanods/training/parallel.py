@@ -1,4 +1,4 @@
-"""Several processes, one run: `torchrun --nproc-per-node 2 train.py v2-tiny --mesh dp=2`, or `make train-v2 PROCS=2`.
+"""Several processes, one run: `make train-v2 PROCS=2 ARGS="--mesh dp=2"` (how they start, meet and end: launch.py, meeting.py).
 
 Each process holds other items of the batch (with tp, the same); together they take the step that one process would take with
 the same micro-batches one after another. What is split, and what travels for it:
@@ -30,26 +30,25 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nanods.errors import UserError
 from nanods.training.expert_parallel import expert_parameters, split_experts
+from nanods.training.meeting import meet
 from nanods.training.muon import orthogonalise, products_dtype
 from nanods.training.sharded import hand_out, orthogonalise_shards, shard, split_heads
 
 MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",), ("fsdp", "ep"), ("tp",))
-PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it ends with an error
 BUCKET = 1 << 22  # numbers added up at a time: large enough to pay, small beside the model
 
 
-def parse(mesh: str | None, processes: int) -> dict[str, int]:
+def parse(mesh: str | None, processes: int, experts: int | None = None) -> dict[str, int]:
     """As written, "dp=2,ep=2" -> {"dp": 2, "ep": 2}; nothing asked for: all are copies. UserError for what cannot be."""
     if mesh is None:
         return {"dp": processes}
@@ -63,7 +62,13 @@ def parse(mesh: str | None, processes: int) -> dict[str, int]:
     if (product := math.prod(sizes.values())) != processes:
         raise UserError(
             f"--mesh {mesh} is for {product} processes, and there {'is one' if processes == 1 else f'are {processes}'}: start "
-            f"them by torchrun --nproc-per-node {product} train.py ..., or make ... PROCS={product}"
+            f"them by make ... PROCS={product}, or python -m nanods.training.launch --nproc-per-node {product} train.py ..."
+        )
+    ep = sizes.get("ep", 1)
+    if experts and ep > 1 and (experts == 1 or experts % ep):
+        raise UserError(
+            f"--mesh {mesh}: {experts} experts do not divide among {ep} processes; choose a divisor, or "
+            f"--moe.n-expert {max(2, -(-experts // ep)) * ep}"
         )
     return sizes
 
@@ -72,20 +77,18 @@ class Team:
     """The processes of a run, this one among them. Of one process, every method does nothing."""
 
     def __init__(self, mesh: str | None = None, experts: int = 1, why: str = "as asked") -> None:
-        """Joins the processes that torchrun started. UserError for a mesh that does not fit them or the number of experts."""
+        """Joins the other processes of the run. UserError for a mesh that does not fit them or the number of experts."""
         self.why = why
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.sizes = parse(mesh, self.size)
+        self.sizes = parse(mesh, self.size, experts)
         self.ep, self.tp = self.sizes.get("ep", 1), self.sizes.get("tp", 1)
         self.shares = self.size // self.tp  # of the batch: each has other items
-        if self.ep > 1 and (experts == 1 or experts % self.ep):
-            raise UserError(
-                f"--mesh {mesh}: {experts} experts do not divide among {self.ep} processes; choose a divisor, or "
-                f"--moe.n-expert {max(2, -(-experts // self.ep)) * self.ep}"
-            )
-        self.rank, self.mesh = int(os.environ.get("RANK", 0)), None
+        self.rank, self.mesh, self.begun = int(os.environ.get("RANK", 0)), None, False
         if self.size > 1:
-            self.mesh = join(self.sizes)
+            if (kind := "cuda" if torch.cuda.is_available() else "cpu") == "cuda":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            self.begun = meet("nccl" if kind == "cuda" else "gloo")
+            self.mesh = init_device_mesh(kind, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes))
         self.fsdp = self.size > 1 and "fsdp" in self.sizes
         self.parted = self.ep * self.tp > 1 or self.fsdp  # no process holds all of the model
         self.first, self.spent = self.rank == 0, 0.0
@@ -227,21 +230,6 @@ def deal(stack: Tensor) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(size)]
     dist.all_gather(parts, mine)
     return torch.stack(parts, dim=1).flatten(0, 1)[: len(stack)].view(shape).to(stack.dtype)
-
-
-def join(sizes: dict[str, int]) -> DeviceMesh:
-    """Meet the other processes that torchrun started. UserError where one of them does not come."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    try:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
-        return init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    except (RuntimeError, ValueError) as error:  # what torch.distributed raises for a missing peer, a port in use
-        raise UserError(
-            f"the {os.environ.get('WORLD_SIZE')} processes did not meet ({str(error).splitlines()[0]}): start them together by "
-            "torchrun, each node with the same --rdzv-endpoint, a free port of the first"
-        ) from None
 
 
 def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

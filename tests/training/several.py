@@ -38,6 +38,7 @@ def main() -> None:
     import resource
 
     import torch
+    import torch.distributed as dist
 
     import train
     from nanods.errors import run
@@ -57,6 +58,7 @@ def main() -> None:
                 run(train.main)
             except SystemExit as error:
                 code = error.code
+                dist.destroy_process_group()
         told.append((code, err.getvalue()[-2000:]))
         sys.argv = argv
     print(json.dumps(told), file=said)
