@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from nanods.errors import UserError, run
 
-SECONDS = float(os.environ.get("NANODS_TIMEOUT", 600))  # how long a process waits for the others before it ends with an error
+SECONDS = float(os.environ.get("NANODS_TIMEOUT") or 600)  # how long a process waits for the others before it ends with an error
 PATIENCE = timedelta(seconds=SECONDS)
 LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|[Tt]imed out|timeout|ncclRemoteError")
 
@@ -142,6 +142,7 @@ def speak_once(main: Callable[[], None]) -> None:
                 "What was saved is whole: the same line with --resume goes on from the last checkpoint"
             )
         if isinstance(error, UserError) and not first:
+            time.sleep(1)  # torchrun ends all with the first that ends, and that should not be the one who speaks
             sys.exit(2)
         raise error from None
 

@@ -1,0 +1,138 @@
+"""One of two processes killed in mid-run: started again they end as if undisturbed; else the job ends, and --resume goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanods.training import checkpoint
+from tests.training.several import train_by
+from tests.training.test_parallel import FLAGS, SIZE, TEXT, apart
+
+ROOT = Path(__file__).parents[1]
+STEPS, EVERY = 40, 3
+BOUND = 180  # seconds after which a process counts as hanging; all take less than 20 on an idle machine
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which process is which is read from /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Undisturbed runs of two processes: folder / mesh."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANODS_DATA", str(folder / "data"))
+        jobs = [words(mesh, folder / mesh) for mesh in ("dp=2", "ep=2", "fsdp=2")]
+        for told in train_by(2, jobs, folder):
+            assert {code for code, _ in told} == {0}, told
+        yield folder
+
+
+def words(mesh, out, *more):
+    steps = map(str, ("--steps", STEPS, "--save-every", EVERY, "--eval-every", STEPS))
+    return ["v2-tiny", *SIZE, *FLAGS["v2-tiny"], *steps, "--mesh", mesh, "--out-dir", str(out), *more]
+
+
+def start(mesh, out, *more, restarts=0):
+    launch = ["-m", "nanods.training.launch", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    return subprocess.Popen(
+        [sys.executable, *launch, str(ROOT / "train.py"), *words(mesh, out, *more)],
+        cwd=out.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=out.with_suffix(".out").open("w"),
+        stderr=out.with_suffix(".err").open("w"),
+        start_new_session=True,
+    )
+
+
+def pid_of(process, rank):
+    """The process that `process` has started with this RANK."""
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) if folder.name.isdigit() else None
+            if parent == process.pid and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
+                return int(folder.name)
+        except (OSError, IndexError):  # it has ended in between
+            pass
+    raise AssertionError(f"no process {rank}: {process.poll()}")
+
+
+def rows(out):
+    return checkpoint.read_metrics(out / "metrics.jsonl")
+
+
+def in_mid_run(process, out):
+    """Waits for steps after a checkpoint."""
+    end = time.monotonic() + BOUND
+    while len(rows(out)) < EVERY + 2 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert process.poll() is None and len(rows(out)) >= EVERY + 2, out.with_suffix(".err").read_text()
+
+
+def ended(process, out):
+    """-> exit code, stdout, stderr; all its processes are gone."""
+    try:
+        code = process.wait(BOUND)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return code, out.with_suffix(".out").read_text(), out.with_suffix(".err").read_text()
+
+
+def same_end(cut, whole):
+    assert apart(checkpoint.load(cut).model, checkpoint.load(whole).model) < 1e-10
+    assert [row["step"] for row in rows(cut)] == list(range(1, STEPS + 1))
+    assert [row["train_loss"] for row in rows(cut)] == pytest.approx([row["train_loss"] for row in rows(whole)], rel=1e-10)
+
+
+@pytest.mark.parametrize(("mesh", "rank"), [("dp=2", 0), ("dp=2", 1), ("ep=2", 1), ("fsdp=2", 0)])
+def test_started_again_they_end_as_if_undisturbed(folder, mesh, rank):
+    process = start(mesh, cut := folder / f"{mesh}-without-{rank}", restarts=1)
+    in_mid_run(process, cut)
+    os.kill(pid_of(process, rank), signal.SIGKILL)
+    time.sleep(0.5)  # the other one notices; new ones need seconds before they write
+    done = len(rows(cut))
+    code, out, err = ended(process, cut)
+    assert code == 0, err
+    assert "Traceback" not in err
+    (resumed,) = re.findall(r"resume .*, after step (\d+)", out)
+    assert done - EVERY <= int(resumed) <= done < STEPS
+    same_end(cut, folder / mesh)
+
+
+def test_a_killed_process_ends_the_job_and_resume_goes_on(folder):
+    process = start("dp=2", cut := folder / "cut")
+    in_mid_run(process, cut)
+    os.kill(pid_of(process, 1), signal.SIGKILL)
+    code, _, err = ended(process, cut)
+    assert code == 1
+    assert "another process was lost" in err and "--resume goes on" in err and "process 1 was ended by SIGKILL" in err
+    assert "Traceback" not in err
+    assert len(saved := checkpoint.found(cut)) >= 1 and not any(map(checkpoint.broken, saved))
+    code, _, err = ended(start("dp=2", cut, "--resume"), cut)
+    assert code == 0, err
+    same_end(cut, folder / "dp=2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_starter_or_to_all_saves_and_ends_cleanly(folder, number):
+    """As from a cluster, which ends the starter alone, or from Ctrl-C, which all receive."""
+    process = start("dp=2", cut := folder / number.name)
+    in_mid_run(process, cut)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    code, out, err = ended(process, cut)
+    assert code == 128 + number, err
+    assert "Traceback" not in err and "--resume" in out
+    done = json.loads((checkpoint.found(cut)[-1] / "state.json").read_text())["step"]
+    assert f"saved after step {done}" in out and done == len(rows(cut)) < STEPS
