@@ -9,6 +9,7 @@ import os
 # Threads that wait for each other soon give the core away: by default they spin on, and two of them beside another program
 # take nine times as long (LOG.md). For the OpenMP that PyTorch brings on Linux; read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that another has left would also print a stack of C++
 
 import contextlib
 import json
