@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from nanods.training import checkpoint
-from tests.training.several import train_by
+from tests.training.several import free_port, train_by
 from tests.training.test_parallel import FLAGS, SIZE, TEXT, apart
 
 ROOT = Path(__file__).parents[1]
-STEPS, EVERY = 40, 3
+STEPS, EVERY = 60, 3
 BOUND = 180  # seconds after which a process counts as hanging; all take less than 20 on an idle machine
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which process is which is read from /proc"),
 ]
+started = []
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,9 @@ def folder(tmp_path_factory):
         for told in train_by(2, jobs, folder):
             assert {code for code, _ in told} == {0}, told
         yield folder
+    for process in started:  # of a test that failed
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def words(mesh, out, *more):
@@ -42,28 +46,33 @@ def words(mesh, out, *more):
     return ["v2-tiny", *SIZE, *FLAGS["v2-tiny"], *steps, "--mesh", mesh, "--out-dir", str(out), *more]
 
 
-def start(mesh, out, *more, restarts=0):
-    launch = ["-m", "nanods.training.launch", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    return subprocess.Popen(
+def start(mesh, out, *more, restarts=0, where=("--standalone", "--nproc-per-node", "2"), said=None):
+    launch = ["-m", "nanods.training.launch", *where, "--max-restarts", str(restarts)]
+    said = said or out
+    process = subprocess.Popen(
         [sys.executable, *launch, str(ROOT / "train.py"), *words(mesh, out, *more)],
         cwd=out.parent,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=out.with_suffix(".out").open("w"),
-        stderr=out.with_suffix(".err").open("w"),
+        stdout=said.with_suffix(".out").open("w"),
+        stderr=said.with_suffix(".err").open("w"),
         start_new_session=True,
     )
+    started.append(process)
+    return process
 
 
-def pid_of(process, rank):
-    """The process that `process` has started with this RANK."""
+def children(process):
+    """The processes that `process` has started, by their rank."""
+    found = {}
     for folder in Path("/proc").iterdir():
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) if folder.name.isdigit() else None
-            if parent == process.pid and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
-                return int(folder.name)
-        except (OSError, IndexError):  # it has ended in between
+            if parent == process.pid:
+                environment = dict(word.partition("=")[::2] for word in (folder / "environ").read_text().split("\0"))
+                found[int(environment["RANK"])] = int(folder.name)
+        except (OSError, IndexError, KeyError):  # it has ended in between, or is none of the run's
             pass
-    raise AssertionError(f"no process {rank}: {process.poll()}")
+    return found
 
 
 def rows(out):
@@ -75,18 +84,14 @@ def in_mid_run(process, out):
     end = time.monotonic() + BOUND
     while len(rows(out)) < EVERY + 2 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    assert process.poll() is None and len(rows(out)) >= EVERY + 2, out.with_suffix(".err").read_text()
+    assert process.poll() is None and len(rows(out)) >= EVERY + 2, [file.read_text() for file in out.parent.glob("*.err")]
 
 
 def ended(process, out):
     """-> exit code, stdout, stderr; all its processes are gone."""
-    try:
-        code = process.wait(BOUND)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    code = process.wait(BOUND)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
     return code, out.with_suffix(".out").read_text(), out.with_suffix(".err").read_text()
 
 
@@ -100,7 +105,7 @@ def same_end(cut, whole):
 def test_started_again_they_end_as_if_undisturbed(folder, mesh, rank):
     process = start(mesh, cut := folder / f"{mesh}-without-{rank}", restarts=1)
     in_mid_run(process, cut)
-    os.kill(pid_of(process, rank), signal.SIGKILL)
+    os.kill(children(process)[rank], signal.SIGKILL)
     time.sleep(0.5)  # the other one notices; new ones need seconds before they write
     done = len(rows(cut))
     code, out, err = ended(process, cut)
@@ -111,10 +116,25 @@ def test_started_again_they_end_as_if_undisturbed(folder, mesh, rank):
     same_end(cut, folder / mesh)
 
 
+def test_two_machines_start_again_together(folder):
+    """Two starters, as on two machines. The one that sees the other come back does not count that as a restart of its own."""
+    where = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "x", "--rdzv-backend", "c10d"]
+    where += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    cut, names = folder / "machines", [folder / "machine-0", folder / "machine-1"]
+    both = [start("dp=2", cut, restarts=2, where=where, said=name) for name in names]
+    in_mid_run(both[0], cut)
+    (killed,) = (pid for process in both for rank, pid in children(process).items() if rank == 1)
+    os.kill(killed, signal.SIGKILL)
+    for process, name in zip(both, names, strict=True):
+        code, _, err = ended(process, name)
+        assert code == 0, err
+    same_end(cut, folder / "dp=2")
+
+
 def test_a_killed_process_ends_the_job_and_resume_goes_on(folder):
     process = start("dp=2", cut := folder / "cut")
     in_mid_run(process, cut)
-    os.kill(pid_of(process, 1), signal.SIGKILL)
+    os.kill(children(process)[1], signal.SIGKILL)
     code, _, err = ended(process, cut)
     assert code == 1
     assert "another process was lost" in err and "--resume goes on" in err and "process 1 was ended by SIGKILL" in err
