@@ -74,7 +74,6 @@ def test_flops_are_those_that_pytorch_counts(words):
 WEIGHED = [
     ["v1-tiny"],
     ["v1-tiny", "--batch-size", "32"],
-    ["v1-tiny", "--batch-size", "32", "--activation-checkpointing"],
     ["v1-tiny", "--n-embd", "384", "--n-layer", "6"],
     ["v2-tiny"],
     ["v2-tiny", "--batch-size", "32"],
