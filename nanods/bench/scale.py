@@ -39,6 +39,7 @@ def run(args: Args, name: str, mesh: str | None) -> dict:
     for part in ("optimizer_seconds", "communication_seconds"):
         told[part] = median(row.get(part, 0.0) for row in rows)
     told["step_seconds"] = rows[0]["tokens"] / rows[0]["step"] / told["tokens_per_second"]
+    told["busy"] = rows[-1]["cpu_seconds"] / rows[-1]["seconds"]  # no more than the rest can be won by sending meanwhile
     print(f"{name}: {told}", flush=True)
     return {"command": command} | told
 
