@@ -29,7 +29,7 @@ TEXT = "".join(f"{n} times {n} makes {n * n}.\n" for n in range(150))
 MESHES = {
     2: [(preset, "dp=2") for preset in FLAGS]
     + [("v2-tiny", "ep=2"), ("v3-tiny", "ep=2")]
-    + [(preset, "fsdp=2") for preset in ("v0-tiny", "v2-tiny", "v3-tiny")]
+    + [(preset, "fsdp=2") for preset in FLAGS]
     + [(preset, "tp=2") for preset in ("v0-tiny", "v1-tiny", "v2-tiny")],
     4: [
         ("v0-tiny", "dp=4"),
@@ -38,6 +38,7 @@ MESHES = {
         ("v2-tiny", "dp=2,ep=2"),
         ("v2-tiny", "fsdp=2,ep=2"),
         ("v3-tiny", "dp=2,ep=2"),
+        ("v3-tiny", "fsdp=2,ep=2"),
     ],
 }
 
@@ -67,6 +68,8 @@ def runs(tmp_path_factory):
         for processes, mesh in ((2, "tp=2"), (4, "fsdp=2,ep=2")):
             job = next(job for job in jobs[processes] if job[0] == "v2-tiny" and job[-1] == mesh)
             job.append("--activation-checkpointing")
+        for processes, out, more in ((1, "warm", []), (4, "warm-shards", ["--mesh", "fsdp=2,ep=2"])):
+            jobs[processes].append(words("v2-tiny", out, *more, "--init-from", "v1-tiny-1"))
         jobs[4].append(words("v2-tiny", "cut", "--mesh", "fsdp=2,ep=2", "--save-every", "3"))
         said = {}
         for processes in (1, 4, 2):
@@ -120,6 +123,11 @@ def same(many, one):
         for name in b:
             if "second" not in name:
                 assert a[name] == pytest.approx(b[name], rel=1e-9) if isinstance(a[name], float) else a[name] == b[name], name
+
+
+def test_experts_that_start_as_the_mlps_of_a_dense_run_reach_those_who_own_them(folder):
+    same(folder / "warm-shards", folder / "warm")
+    assert rows_of(folder / "warm")[0]["val_loss"] == pytest.approx(rows_of(folder / "v1-tiny-1")[-1]["val_loss"], rel=1e-12)
 
 
 def test_weights_that_travel_in_bf16_bring_the_losses_of_one_process(folder):
