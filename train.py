@@ -371,8 +371,8 @@ def verdict(config: Config, task, last: dict) -> str:
     ours, default = ladder.flatten(config), ladder.flatten(ladder.PRESETS[config.preset])
     changed = [f"--{name}" for name in ours if name not in free and ours[name] != default[name]]
     if known is None or changed:
-        why = f"with {', '.join(changed)} changed" if changed else f"for {config.preset} on {config.data}"
-        return f"got        {got}; nothing to compare with {why}"
+        why = f"{', '.join(changed)} changed" if changed else f"no figure of {config.preset} on {config.data}"
+        return f"got        {got}; nothing to compare with ({why})"
     tolerance, notice = known["tolerance"], ""
     if known["sha256"] != task.data.sha256:  # another Python's documentation, say: similar, not the same
         tolerance, notice = 5 * known["tolerance"], f" (another version of the data: {task.better} is no fault)"

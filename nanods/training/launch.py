@@ -35,11 +35,12 @@ def main() -> None:
     if os.environ["TORCH_CPP_LOG_LEVEL"] == "FATAL":
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # what NCCL has to say in the processes is wanted
     arguments = parse_args(sys.argv[1:])
+    here = determine_local_world_size(arguments.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))  # torchrun would give each but one
     sys.argv = [arguments.training_script, *arguments.training_script_args]
     if Path(sys.argv[0]).name == "train.py" and "--plan" not in sys.argv:
         config = ladder.from_command_line("Train one preset of nanods, by several processes.")
-        most = parse_min_max_nnodes(arguments.nnodes)[1] * determine_local_world_size(arguments.nproc_per_node)
-        parse(config.mesh, most, config.model.moe.n_expert)
+        parse(config.mesh, parse_min_max_nnodes(arguments.nnodes)[1] * here, config.model.moe.n_expert)
     limits = f"timeout={SECONDS:.0f},join_timeout={SECONDS:.0f},read_timeout={min(60, SECONDS):.0f}"
     arguments.rdzv_conf = ",".join(filter(None, [limits, arguments.rdzv_conf]))  # what is written later counts
     where = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
