@@ -263,6 +263,8 @@ def check_bias(answer: Answer) -> None:
     single = answer(bias.float(), load, rate)
     expect_shape(single, (E,))
     expect_dtype(single, bias.float())
+    if not (single - bias.float() - wanted).abs().max() < 1e-6:
+        raise Mistake("in fp32 the bias moves by something else than in fp64")
 
 
 # ---- the second bonus: start from one MLP ------------------------------------------------------------------------------------
@@ -289,6 +291,8 @@ def check_upcycle(answer: Answer) -> None:
     ups, outs = answer(up, out, 1, when="for n_expert = 1")
     expect_shape(ups, (1, F, C), ", for n_expert = 1")
     expect_shape(outs, (1, C, F), ", for n_expert = 1")
+    if not (ups[0].equal(up) and outs[0].equal(out)):
+        raise Mistake("the only expert, for n_expert = 1, is not the MLP")
 
 
 STEPS = [
@@ -296,7 +300,7 @@ STEPS = [
     Step("mix", check_mix),
     Step("mix_sorted", check_mix_sorted),
     Step("load_balancing_loss", check_loss),
-    Step("within_capacity", check_capacity),
+    Step("within_capacity", check_capacity, mask=True),
     Step("update_bias", check_bias, optional=True),
     Step("upcycle", check_upcycle, optional=True, returns=("up", "out")),
 ]

@@ -43,13 +43,14 @@ class Endless(BaseException):
 class Step:
     """One function to write. `check(answer)` raises Mistake; an optional step may stay undone.
 
-    `returns` names what it returns, where that is several tensors.
+    `returns` names what it returns, where that is several tensors; `mask`: that is booleans, elsewhere a mistake.
     """
 
     name: str
     check: Callable[["Answer"], None]
     optional: bool = False
     returns: tuple[str, ...] = ()
+    mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class Answer:
     A Parameter is handed over itself, since it may be the learner's task to change it.
     """
 
-    def __init__(self, function: Callable, path: Path, returns: tuple[str, ...] = ()):
-        self.function, self.path, self.returns = function, path, returns
+    def __init__(self, function: Callable, path: Path, returns: tuple[str, ...] = (), mask: bool = False):
+        self.function, self.path, self.returns, self.mask = function, path, returns, mask
 
     def __call__(self, *arguments, when: str = "") -> Tensor | tuple[Tensor, ...]:
         given = [a.clone() if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else a for a in arguments]
@@ -119,7 +120,7 @@ class Answer:
                 raise NotDone(traceback.extract_tb(error.__traceback__)[-1].name) from None
             raise Crash(error, self.path, when) from None
         if not self.returns:
-            expect_tensor(out)
+            expect_tensor(out, mask=self.mask)
         elif isinstance(out, tuple | list) and len(out) == len(self.returns):
             for part, name in zip(out, self.returns, strict=True):
                 expect_tensor(part, f" as its {name}")
@@ -141,9 +142,11 @@ def kind(out: object) -> str:
     return "nothing" if out is None else f"a {type(out).__name__}"
 
 
-def expect_tensor(out: object, name: str = "") -> None:
+def expect_tensor(out: object, name: str = "", mask: bool = False) -> None:
     if not isinstance(out, Tensor):
         raise Mistake(f"returns {kind(out)}{name}, not a tensor")
+    if out.dtype == torch.bool and not mask:
+        raise Mistake(f"returns booleans{name}, of shape {tuple(out.shape)}, not numbers")
 
 
 def expect_shape(out: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
@@ -207,7 +210,7 @@ def judge(step: Step, function: Callable | None, path: Path) -> Result:
     if not callable(function):
         return Result(step, "not done", "is not in the file: was it renamed or deleted?")
     try:
-        step.check(Answer(function, path, step.returns))
+        step.check(Answer(function, path, step.returns, step.mask))
     except NotDone as waits:
         if str(waits) not in (step.name, getattr(function, "__name__", step.name)):
             return Result(step, "not done", f"not done yet: it calls {waits}, which is not written")

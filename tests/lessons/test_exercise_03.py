@@ -158,7 +158,7 @@ wrongs(
     by_rivals=("divided by Q - 1", lambda q, t: found(q, t).sum() / max(1, len(q) - 1)),
     beaten=("the share of rivals beaten", lambda q, t: ((s := q @ t.T).diag()[:, None] > s).sum() / (len(q) * (len(q) - 1))),
     integers=("must be a share, a floating", lambda q, t: found(q, t).sum() // len(q)),
-    no_mean=("wrong shape", found),
+    no_mean=(r"returns booleans, of shape \(\d+,\)", found),
     best_five=(
         r"gives \d\.\d+ where 5 of 8 queries",
         lambda q, t: ((s := q @ t.T).diag() >= s.topk(3).values[:, 2]).double().mean(),
