@@ -61,7 +61,8 @@ def main() -> None:
                 dist.destroy_process_group()
         told.append((code, err.getvalue()[-2000:]))
         sys.argv = argv
-    print(json.dumps(told), file=said)
+    print(json.dumps(told), file=said, flush=True)
+    os._exit(0)  # as meeting.together does: DTensor keeps groups, whose threads may abort a Python that ends by itself
 
 
 if __name__ == "__main__":
