@@ -46,7 +46,8 @@ def similarities(matrices: dict[str, np.ndarray], scale: float | None = None) ->
         axes.grid(False)
     figure.colorbar(image, ax=panels, pad=0.01, shrink=0.85, label="cosine")
     if scale is not None:
-        odds = f"a cosine higher by 0.1 is given {np.exp(0.1 * scale):.3g} times the probability"
+        times = np.exp(0.1 * scale)
+        odds = f"a cosine higher by 0.1 is given {f'{times:.3g}' if times < 100 else f'{times:,.0f}'} times the probability"
         figure.supxlabel(f"the loss multiplies the cosines by {scale:.1f} (temperature {1 / scale:.3f}): {odds}", fontsize=9)
     return figure
 
@@ -190,11 +191,11 @@ def draw_cell(axes: Axes, cell: Cell, limits: tuple[float, float]) -> None:
     axes.set_xlabel(balanced(caption, LETTERS), fontsize=8, color=INK, labelpad=5, parse_math=False)
 
 
-def sheet(rows: list[list[Cell | None]], title: str) -> Figure:
+def sheet(rows: list[list[Cell]], title: str) -> Figure:
     """Cells in rows, the first column (the queries) set apart; a row is as high as its longest caption asks."""
-    lines = [max(len(textwrap.wrap(cell[1], LETTERS)) for cell in row if cell) for row in rows]
+    lines = [max(len(textwrap.wrap(cell[1], LETTERS)) for cell in row) for row in rows]
     heights = [SIDE + LINE * n + 2 * GAP for n in lines]
-    sounds = [cell[0] for row in rows for cell in row if cell and not isinstance(cell[0], str) and cell[0].ndim == 2]
+    sounds = [cell[0] for row in rows for cell in row if not isinstance(cell[0], str) and cell[0].ndim == 2]
     limits = (min(map(np.min, sounds)), max(map(np.max, sounds))) if sounds else (None, None)
     head, foot = 1.5 * GAP * bool(title), GAP * bool(sounds)
     width, height = max(map(len, rows)) * (SIDE + GAP) + GAP, head + sum(heights) + foot
@@ -202,9 +203,8 @@ def sheet(rows: list[list[Cell | None]], title: str) -> Figure:
     for y, row in enumerate(rows):
         bottom = height - head - sum(heights[:y]) - GAP - SIDE
         for x, cell in enumerate(row):
-            if cell:
-                left = x * (SIDE + GAP) + (GAP if x else 0)
-                draw_cell(figure.add_axes((left / width, bottom / height, SIDE / width, SIDE / height)), cell, limits)
+            left = x * (SIDE + GAP) + (GAP if x else 0)
+            draw_cell(figure.add_axes((left / width, bottom / height, SIDE / width, SIDE / height)), cell, limits)
     figure.text(0, 1, title, fontsize=11, va="top", parse_math=False)
     if sounds:
         note = "sounds: time to the right, low bands at the bottom, one scale of brightness"
@@ -218,16 +218,6 @@ def cells_of(results: Sequence[Result], true: int | None) -> list[Cell]:
         heading = f"{rank + 1}.  {score:.2f}" + ("  the true one" if rank == true else "")
         cells.append((caption, "", heading, rank == true) if item is None else (item, caption, heading, rank == true))
     return cells
-
-
-def contact_sheet(
-    query: Item, results: Sequence[Result], true: int | None = None, caption: str = "", title: str = "", columns: int = 5
-) -> Figure:
-    """What a query (with its caption, if any) found, best first: rank and score above, caption below; results[true] framed."""
-    cells = cells_of(results, true)
-    rows = [[None, *cells[i : i + columns]] for i in range(0, max(1, len(cells)), columns)]
-    rows[0][0] = (query, caption, "query", False)
-    return sheet(rows, title)
 
 
 def neighbours(rows: Sequence[tuple[Item, str, Sequence[Result], int | None]], title: str = "") -> Figure:

@@ -126,7 +126,7 @@ def results(kind, count=7):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_contact_sheet_shows_query_captions_scores_and_the_true_one(kind):
     found = results(kind)
-    figure = mm.contact_sheet("a query", found, true=2, title="found", columns=3)
+    figure = mm.neighbours([("a query", "", found, 2)], "found")
     assert len(figure.axes) == 8 and framed(figure) == ["3.  0.70  the true one"]
     assert all(f"{i} {CAPTION}" in words(figure) and f"{i + 1}.  {0.9 - 0.1 * i:.2f}" in words(figure) for i in range(7))
     assert "a query" in words(figure) and not overlaps(figure)
@@ -136,10 +136,10 @@ def test_a_contact_sheet_shows_query_captions_scores_and_the_true_one(kind):
 
 
 def test_a_sound_has_low_bands_at_the_bottom_and_one_brightness_for_all():
-    figure = mm.contact_sheet(np.zeros((4, 6)), [(np.ones((4, 6)), "loud", 1.0)])
+    figure = mm.neighbours([(np.zeros((4, 6)), "", [(np.ones((4, 6)), "loud", 1.0)], None)])
     for axes in figure.axes:
         assert axes.images[0].origin == "lower" and axes.images[0].get_clim() == (0, 1)
-    assert "time to the right" in words(figure) and "time" not in words(mm.contact_sheet("a", results("image")))
+    assert "time to the right" in words(figure) and "time" not in words(mm.neighbours([("a", "", results("image"), None)]))
 
 
 def test_neighbours_are_a_row_for_each_query():
