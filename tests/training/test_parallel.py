@@ -71,8 +71,12 @@ def runs(tmp_path_factory):
         for processes, out, more in ((1, "warm", []), (4, "warm-shards", ["--mesh", "fsdp=2,ep=2"])):
             jobs[processes].append(words("v2-tiny", out, *more, "--init-from", "v1-tiny-1"))
         jobs[4].append(words("v2-tiny", "cut", "--mesh", "fsdp=2,ep=2", "--save-every", "3"))
+        jobs[1].append(words("v2-tiny", "begun", "--save-every", "3"))
+        jobs[4].append(words("v2-tiny", "begun", "--mesh", "fsdp=2,ep=2", "--resume"))
         said = {}
         for processes in (1, 4, 2):
+            if processes == 4:  # what one has begun
+                shutil.rmtree(folder / "begun/step_000005")
             if processes == 2:  # what four have begun
                 shutil.rmtree(folder / "cut/step_000005")
                 for name in ("cut-alone", "cut-shards", "cut-heads", "broken", "full"):
@@ -135,9 +139,9 @@ def test_weights_that_travel_in_bf16_bring_the_losses_of_one_process(folder):
     assert [row["train_loss"] for row in two] == pytest.approx([row["train_loss"] for row in one], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [*CUT, "cut-alone"])
-def test_a_run_of_four_goes_on_with_two_or_one(folder, name):
-    """Saved by fsdp=2,ep=2: weights, optimizers' state and data position are those of a run that nobody stopped."""
+@pytest.mark.parametrize("name", [*CUT, "cut-alone", "begun"])
+def test_a_run_of_four_goes_on_with_two_or_one_and_one_of_one_with_four(folder, name):
+    """Saved by fsdp=2,ep=2, or resumed by it: weights, optimizers' state, data position of a run that nobody stopped."""
     assert [path.name for path in checkpoint.found(folder / name)] == ["step_000003", "step_000005"]
     same(folder / name, folder / "v2-tiny-1")
     assert checkpoint.saved_model(checkpoint.load(folder / name)).config.moe.n_expert == 4  # whole, as sample.py reads it
