@@ -8,12 +8,10 @@ Pinned by tests/training/test_plan.py: more memory never fits less, more GPUs ne
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from nanods.config import PRESETS, Config
 from nanods.errors import UserError
 from nanods.gpt import GPT
-from nanods.training.hardware import GPUS, Device, main_memory
+from nanods.training.hardware import GPUS, Device, device_here, room
 from nanods.training.memory import Counts, Setting, activations, counts, meta_model, sequences, setting
 from nanods.training.meshes import MESHES, Mesh, on_each_gpu, possible, sent, step_seconds
 
@@ -208,15 +206,12 @@ def sensible(config: Config, processes: int) -> tuple[str | None, str]:
     """
     if config.mesh or processes == 1:
         return config.mesh, "as asked"
-    if torch.cuda.is_available():
-        kind, room = "cuda", 0.9 * torch.cuda.get_device_properties(0).total_memory
-    else:
-        kind, room = "cpu", 0.8 * main_memory()
-    held, how = counts(meta_model(config)), setting(config, kind, 1)
+    kind, memory = device_here()
+    held, how, has = counts(meta_model(config)), setting(config, kind, 1), room(kind, memory) / 1e9
     copy, part = (sum(on_each_gpu(config, held, Mesh(name, processes), how).values()) / 1e9 for name in ("dp", "fsdp"))
-    if copy <= room / 1e9:
-        return f"dp={processes}", f"a copy's step needs {copy:.3g} GB at least, a process has {room / 1e9:.3g}"
-    return f"fsdp={processes}", f"a copy's step needs {copy:.3g} GB, a process has {room / 1e9:.3g}; shared out {part:.3g}"
+    if copy <= has:
+        return f"dp={processes}", f"a copy's step needs {copy:.3g} GB at least, a process has {has:.3g}"
+    return f"fsdp={processes}", f"a copy's step needs {copy:.3g} GB, a process has {has:.3g}; shared out {part:.3g}"
 
 
 # ---- inference ---------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,12 @@ class Device:
     @property
     def room(self) -> float:
         """Bytes that a step may take: the rest is CUDA's, and what its allocator cannot use; of a CPU's as train.py leaves."""
-        return (0.9 if self.kind == "cuda" else 0.8) * self.memory
+        return room(self.kind, self.memory)
+
+
+def room(kind: str, memory: float) -> float:
+    """Of so many bytes on a device of this kind ("cuda" or "cpu"), those that a step may take."""
+    return (0.9 if kind == "cuda" else 0.8) * memory
 
 
 def sheet(name: str, memory: float, tflops: float, bandwidth: float, link: float, network: float, source: str) -> Device:
@@ -79,18 +84,24 @@ def main_memory() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def device_here() -> tuple[str, float]:
+    """The kind of the device that trains here, and the bytes that a process may plan with: a GPU's, or of main memory."""
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_properties(0).total_memory
+    return "cpu", main_memory()
+
+
 def this_machine() -> tuple[Device, int]:
     """What stands here, and how many of it: CUDA's GPUs, or the CPU with half of the memory, as train.py counts it.
 
     Its speed is measured, by the largest of a few matrix products: a second or less.
     """
-    if torch.cuda.is_available():
-        found, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
-        device, name, memory, link = torch.device("cuda"), found.name, found.total_memory, 64e9
+    kind, memory = device_here()
+    device = torch.device(kind)
+    if kind == "cuda":
+        name, count, link = torch.cuda.get_device_name(0), torch.cuda.device_count(), 64e9
     else:
-        device, count, link = torch.device("cpu"), 1, 0.0
-        memory = main_memory()
-        name = f"this CPU (threads: {torch.get_num_threads()})"
+        name, count, link = f"this CPU (threads: {torch.get_num_threads()})", 1, 0.0
     like = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name.lower().replace(" ", "")), None)
     link, network, bandwidth = (like.link, like.network, like.bandwidth) if like else (link, 0.0, 0.0)
     return Device(name, memory, measured_flops(device), bandwidth, link, network, "measured here", device.type), count

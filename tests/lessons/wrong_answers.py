@@ -7,6 +7,11 @@ import grade
 import pytest
 
 
+def judge(steps, name, function):
+    """What the grader says of an answer to the step of that name, written in the file where it stands."""
+    return grade.judge(next(step for step in steps if step.name == name), function, Path(function.__code__.co_filename))
+
+
 class WrongAnswers:
     def __init__(self):
         self.list = []
@@ -29,7 +34,7 @@ class WrongAnswers:
             self.add(step, message, function, name)
 
     def check(self, steps, step, message, function):
-        result = grade.judge(next(s for s in steps if s.name == step), function, Path(function.__code__.co_filename))
+        result = judge(steps, step, function)
         assert result.verdict == "wrong"
         assert re.search(message, result.message), result.message
         others = {p.values[1] for p in self.list if p.values[0] == step} - {message}

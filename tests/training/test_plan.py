@@ -228,7 +228,7 @@ def test_a_hundred_billion_parameters_are_planned_in_seconds_and_little_memory()
 
 
 def test_without_a_mesh_processes_are_copies_where_a_step_fits_and_else_share_the_weights(monkeypatch):
-    monkeypatch.setattr(fitting, "main_memory", lambda: 4e9)
+    monkeypatch.setattr(fitting, "device_here", lambda: ("cpu", 4e9))
     assert sensible(PRESETS["v2-tiny"], 1) == (None, "as asked")
     assert sensible(replace(PRESETS["v2-tiny"], mesh="ep=2"), 2) == ("ep=2", "as asked")
     mesh, why = sensible(PRESETS["v2-tiny"], 2)
