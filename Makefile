@@ -42,7 +42,7 @@ help:
 	@echo '  make clean       delete the environment (never runs or data)'
 
 # One process, or as many as GPUS or (without any GPU) PROCS asks for. One that dies ends all: go on with ARGS=--resume.
-TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) -m nanods.training.launch --standalone --nproc-per-node $(GPUS)) train.py
+TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) -m nanods.distributed.launch --standalone --nproc-per-node $(GPUS)) train.py
 
 # The environment is made once, and again when the pins change: the stamp files are younger than constraints.txt.
 .venv/base: constraints.txt pyproject.toml

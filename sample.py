@@ -17,14 +17,14 @@ from torch import Tensor
 
 from nanods import plots, plots_multimodal
 from nanods.config import PRESETS, Config, from_dict
-from nanods.data.pairs import read_image, read_sound
-from nanods.data.scenes import heard, vocabulary
+from nanods.data.caption_dataset import read_image, read_sound
+from nanods.data.scenes import normalized_log_mel, vocabulary
 from nanods.data.sound import write_wav
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
 from nanods.multimodal import MODALITIES
 from nanods.training import checkpoint
-from nanods.training.matching import GALLERY, embed, encode, load_items, read_by_model
+from nanods.training.contrastive_task import GALLERY, embed, encode, load_dataset, model_inputs
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,21 @@ def main() -> None:
     check(args)
     out = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
     if not out.is_dir():
-        raise UserError(f"{out}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: make train-v1")
+        raise UserError(
+            f"{out}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: make train-v1"
+        )
     saved = checkpoint.load(out)
-    config, tokenizer = from_dict(saved.state["config"]), tokenizer_from_json(saved.state["tokenizer"])
-    model = checkpoint.saved_model(saved).to(args.device)
+    config, tokenizer = (
+        from_dict(saved.state["config"]),
+        tokenizer_from_json(saved.state["tokenizer"]),
+    )
+    model = checkpoint.load_model(saved).to(args.device)
     if config.multimodal.modalities:
         find(args, config, model, tokenizer, out)
     elif args.query or args.image or args.audio or args.gallery:
-        raise UserError(f"{out} writes and does not find: drop --query, --image, --audio and --gallery, or name a run of V3")
+        raise UserError(
+            f"{out} writes and does not find: drop --query, --image, --audio and --gallery, or name a run of V3"
+        )
     else:
         write(args, model, tokenizer)
 
@@ -91,7 +98,13 @@ def write(args: Args, model, tokenizer) -> None:
         print(text.lstrip("\n"), end="")
         decoder, written = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
         tokens = model.generate(
-            prompt, args.max_new_tokens, None, args.temperature, args.top_k, args.top_p, seed=args.seed + number
+            prompt,
+            args.max_new_tokens,
+            None,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            seed=args.seed + number,
         )
         for token in tokens:  # a character may need several tokens: print it when it is whole
             piece = decoder.decode(tokenizer.decode_bytes([int(token[0])]))
@@ -109,7 +122,9 @@ def read_prompt(prompt: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt {prompt}: cannot be read as UTF-8 text ({error})") from None
     if not prompt:
-        raise UserError("--prompt is empty: the model continues a text, so give it at least one character")
+        raise UserError(
+            "--prompt is empty: the model continues a text, so give it at least one character"
+        )
     return prompt
 
 
@@ -117,7 +132,7 @@ def read_prompt(prompt: str) -> str:
 
 
 @dataclass
-class Shelf:
+class Gallery:
     """What there is to find, of one modality."""
 
     inputs: Tensor  # (Q, ...): what the model reads
@@ -128,24 +143,35 @@ class Shelf:
 
 def find(args: Args, config: Config, model, tokenizer, out: Path) -> None:
     """Print what is nearest to the question, by modality; write found.png, a contact sheet, and the best image and sound."""
-    shelves = folder_shelves(args.gallery, config) if args.gallery else held_out_shelves(config, tokenizer)
+    galleries = (
+        folder_galleries(args.gallery, config)
+        if args.gallery
+        else held_out_galleries(config, tokenizer)
+    )
     name, inputs, shown = question(args, config, tokenizer)
     embedding = embed(model, {name: inputs.to(args.device)})[0][name][0]  # (M,)
     rows, files = [], [out / "found.png"]
-    for kind in [kind for kind in shelves if kind != name] or [name]:
-        shelf = shelves[kind]
-        scores = embed(model, {kind: shelf.inputs.to(args.device)})[0][kind] @ embedding  # (Q,)
+    for kind in [kind for kind in galleries if kind != name] or [name]:
+        gallery = galleries[kind]
+        scores = embed(model, {kind: gallery.inputs.to(args.device)})[0][kind] @ embedding  # (Q,)
         best = scores.argsort(descending=True, stable=True)[: args.top].tolist()
         print(f"{kind}, the best of {len(scores)}:")
         for rank, i in enumerate(best, start=1):
-            print(f"{rank:>4}. {scores[i]:6.3f}  {shelf.captions[i]}")
-        rows.append((shown, "", [(shelf.shown[i], shelf.captions[i], scores[i].item()) for i in best], None))
+            print(f"{rank:>4}. {scores[i]:6.3f}  {gallery.captions[i]}")
+        rows.append(
+            (
+                shown,
+                "",
+                [(gallery.shown[i], gallery.captions[i], scores[i].item()) for i in best],
+                None,
+            )
+        )
         if kind == "image":
             files.append(out / "found_image.png")
-            matplotlib.image.imsave(files[-1], shelf.shown[best[0]].transpose(1, 2, 0))
+            matplotlib.image.imsave(files[-1], gallery.shown[best[0]].transpose(1, 2, 0))
         elif kind == "audio":
             files.append(out / "found_audio.wav")
-            write_wav(files[-1], shelf.waves[best[0]])
+            write_wav(files[-1], gallery.waves[best[0]])
     plots.save(plots_multimodal.neighbours(rows, "what the question finds, best first"), files[0])
     print(f"wrote      {', '.join(map(str, files))}")
 
@@ -156,7 +182,7 @@ def question(args: Args, config: Config, tokenizer) -> tuple[str, Tensor, str | 
     asked = {"text": args.query, "image": args.image, "audio": args.audio}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not asked and "text" in known:
-        asked = {"text": load_items(config).gallery(1).captions[0]}
+        asked = {"text": load_dataset(config).gallery(1).captions[0]}
         print(f"question   {asked['text']}")
     flags = {"text": "--query", "image": "--image", "audio": "--audio"}
     if len(asked) != 1 or not asked.keys() <= set(known):
@@ -166,68 +192,90 @@ def question(args: Args, config: Config, tokenizer) -> tuple[str, Tensor, str | 
         )
     ((name, value),) = asked.items()
     if name == "image":
-        image = read_image(value, ends.image_side)
+        image = read_image(value, ends.image_size)
         return name, torch.from_numpy(image)[None], image
     if name == "audio":
-        mel = heard(read_sound(value, ends.frames))
+        mel = normalized_log_mel(read_sound(value, ends.frames))
         return name, torch.from_numpy(mel)[None], mel
     text = " ".join(value.split())
     if config.data == "scenes":
         text = " ".join(word.strip(",.;:!?") for word in text.lower().split())
         for word in text.split():
             if word not in vocabulary():
-                near = difflib.get_close_matches(word, vocabulary(), cutoff=0.7) or sorted(vocabulary())
-                raise UserError(f"--query: the model has never read {word!r}; it knows {', '.join(near)}")
+                near = difflib.get_close_matches(word, vocabulary(), cutoff=0.7) or sorted(
+                    vocabulary()
+                )
+                raise UserError(
+                    f"--query: the model has never read {word!r}; it knows {', '.join(near)}"
+                )
     tokens = len(tokenizer.encode(text))
     if not 1 <= tokens <= config.model.context_length:
-        raise UserError(f"--query has {tokens} tokens: this model reads 1 to {config.model.context_length}")
+        raise UserError(
+            f"--query has {tokens} tokens: this model reads 1 to {config.model.context_length}"
+        )
     return name, encode([text], tokenizer, tokens), text
 
 
-def held_out_shelves(config: Config, tokenizer) -> dict[str, Shelf]:
+def held_out_galleries(config: Config, tokenizer) -> dict[str, Gallery]:
     """What the training held out, in each of its modalities."""
-    data = load_items(config)
+    data = load_dataset(config)
     items = data.gallery(min(GALLERY, len(data.held_out)))
-    read = read_by_model(items, config, tokenizer)
-    return {name: Shelf(x, getattr(items, MODALITIES[name].reads), items.captions, items.waves) for name, x in read.items()}
+    read = model_inputs(items, config, tokenizer)
+    return {
+        name: Gallery(x, getattr(items, MODALITIES[name].reads), items.captions, items.waves)
+        for name, x in read.items()
+    }
 
 
-def folder_shelves(folder: Path, config: Config) -> dict[str, Shelf]:
+def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
     """The images and sounds in a folder, under their names; files that cannot be read are counted and left out."""
     ends, found, skipped = config.multimodal, {"image": {}, "audio": {}}, []
     if not folder.is_dir():
-        raise UserError(f"--gallery {folder}: no such folder; name one that holds images (jpg, png) or sounds (wav)")
+        raise UserError(
+            f"--gallery {folder}: no such folder; name one that holds images (jpg, png) or sounds (wav)"
+        )
     for path in sorted(folder.iterdir()):
-        kind = {".jpg": "image", ".jpeg": "image", ".png": "image", ".wav": "audio"}.get(path.suffix.lower())
+        kind = {".jpg": "image", ".jpeg": "image", ".png": "image", ".wav": "audio"}.get(
+            path.suffix.lower()
+        )
         if kind in ends.modalities:
             try:
-                read = read_image(path, ends.image_side) if kind == "image" else read_sound(path, ends.frames)
+                read = (
+                    read_image(path, ends.image_size)
+                    if kind == "image"
+                    else read_sound(path, ends.frames)
+                )
                 found[kind][path.name] = read
             except UserError as error:
                 skipped.append(str(error))
     if skipped:
-        print(f"warning: {len(skipped)} files cannot be read, the first: {skipped[0]}", file=sys.stderr)
-    shelves = {}
+        print(
+            f"warning: {len(skipped)} files cannot be read, the first: {skipped[0]}",
+            file=sys.stderr,
+        )
+    galleries = {}
     if found["image"]:
         images = np.stack(list(found["image"].values()))
-        shelves["image"] = Shelf(torch.from_numpy(images), images, list(found["image"]))
+        galleries["image"] = Gallery(torch.from_numpy(images), images, list(found["image"]))
     if found["audio"]:
         waves = np.stack(list(found["audio"].values()))
-        mels = heard(waves)
-        shelves["audio"] = Shelf(torch.from_numpy(mels), mels, list(found["audio"]), waves)
-    if not shelves:
+        mels = normalized_log_mel(waves)
+        galleries["audio"] = Gallery(torch.from_numpy(mels), mels, list(found["audio"]), waves)
+    if not galleries:
         raise UserError(
             f"--gallery {folder} is empty: it holds nothing that can be read and that this model knows "
             f"({', '.join(name for name in ends.modalities if name != 'text')}); put jpg, png or wav files into it"
         )
-    return shelves
+    return galleries
 
 
 def check(args: Args) -> None:
     if args.num_samples < 1 or args.max_new_tokens < 1:
         raise UserError("--num-samples and --max-new-tokens must be at least 1")
     if args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature}: must be 0 (always the likeliest token) or above")
+        raise UserError(
+            f"--temperature {args.temperature}: must be 0 (always the likeliest token) or above"
+        )
     if args.top_k is not None and args.top_k < 1:
         raise UserError(f"--top-k {args.top_k}: must be at least 1")
     if args.top_p is not None and not 0 < args.top_p <= 1:
@@ -235,7 +283,9 @@ def check(args: Args) -> None:
     if args.top < 1:
         raise UserError(f"--top {args.top}: at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has none that PyTorch can use; leave the flag out")
+        raise UserError(
+            "--device cuda: this machine has none that PyTorch can use; leave the flag out"
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The ladder, each step the one before with one idea changed:
     dense_attention                every query reads every key of its past
     topk_attention                 ... only its `top_k` highest-scoring keys, but still scores all of them
     select_blocks(method="flat")   ... scores one summary per block of keys, so most keys are never scored at all
-    select_blocks(method="shared") ... once for a tile of queries, not for each
+    select_blocks(method="tile") ... once for a tile of queries, not for each
     select_blocks(method="tree")   ... or by descent through summaries of summaries, so most blocks are not scored either
       + block_attention            and reads the keys of the chosen blocks and of its own block
 
@@ -65,7 +65,7 @@ class AttentionConfig:
     """Keys in a block (block only)."""
     top_blocks: int = 4
     """Past blocks that each query reads beside its own (block only)."""
-    method: Literal["flat", "shared", "tree", "window"] = "flat"
+    method: Literal["flat", "tile", "tree", "window"] = "flat"
     """Who chooses the blocks: each query, each tile of queries, each query by descent, or nobody: the nearest (block only)."""
     pool: Literal["mean", "bound"] = "mean"
     """What stands for a block until it is read: the mean of its keys, or a bound from their maxima and minima (block only)."""
@@ -75,7 +75,7 @@ class AttentionConfig:
     """Children of a tree's node (tree only)."""
 
     def pairs(self, T: int) -> int:
-        """Pairs of a query and a key that it reads, over a causal sequence of T tokens; dense reads T (T + 1) / 2."""
+        """CaptionDataset of a query and a key that it reads, over a causal sequence of T tokens; dense reads T (T + 1) / 2."""
         if self.kind == "topk":
             return sum(min(t + 1, self.top_k) for t in range(T))
         if self.kind == "block":
@@ -97,14 +97,18 @@ def query_positions(q: Tensor, k: Tensor, positions: Tensor | None) -> Tensor:
     if positions is not None:
         return positions
     if q.size(-2) != k.size(-2):
-        raise ValueError(f"{q.size(-2)} queries among {k.size(-2)} keys: pass `positions` to say where they stand")
+        raise ValueError(
+            f"{q.size(-2)} queries among {k.size(-2)} keys: pass `positions` to say where they stand"
+        )
     return torch.arange(q.size(-2), device=q.device)[None]
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The reference for all that follows: equation 1, over the keys where `mask` (broadcast to (B, H, T, S)) is true."""
     scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5  # (B, H, T, S)
-    scores = scores.masked_fill(~mask, float("-inf"))  # before the softmax: a masked key gets weight 0, the rest sum to 1
+    scores = scores.masked_fill(
+        ~mask, float("-inf")
+    )  # before the softmax: a masked key gets weight 0, the rest sum to 1
     return scores.softmax(dim=-1) @ v  # (B, H, T, D)
 
 
@@ -112,7 +116,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, positions: Tensor | None = None, valid: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    positions: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Every query reads every key (of its past, if causal): `masked_attention`, by PyTorch's fused kernel.
 
@@ -122,13 +131,22 @@ def dense_attention(
     if positions is None and valid is None and q.size(-2) == k.size(-2):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     mask = visible(q, k, causal, positions)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if valid is None else mask & valid[:, None, None])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask if valid is None else mask & valid[:, None, None]
+    )
 
 
 # ---- the article's idea, done right: the highest-scoring keys -----------------------------------------------------------
 
 
-def topk_attention(q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool = True, positions: Tensor | None = None) -> Tensor:
+def topk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    top_k: int,
+    causal: bool = True,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Each query reads exactly its `top_k` highest-scoring keys, or all it may see where those are fewer.
 
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). Right, but not fast: to know the highest scores it computes them
@@ -141,13 +159,17 @@ def topk_attention(q: Tensor, k: Tensor, v: Tensor, top_k: int, causal: bool = T
         scores = (q @ k.transpose(-2, -1)).masked_fill(~mask, float("-inf"))  # (B, H, T, S)
         best = scores.topk(min(top_k, k.size(-2)), dim=-1).indices  # (B, H, T, top_k)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-    return masked_attention(q, k, v, mask & chosen)  # a query with fewer than top_k visible keys "chose" hidden ones
+    return masked_attention(
+        q, k, v, mask & chosen
+    )  # a query with fewer than top_k visible keys "chose" hidden ones
 
 
 # ---- V1: choose blocks -----------------------------------------------------------------------------------------------------
 
-METHODS, POOLS = ("flat", "shared", "tree", "window"), ("mean", "bound")
-SCORES = 1 << 20  # numbers in memory at once while choosing, so that choosing takes memory linear in T
+METHODS, POOLS = ("flat", "tile", "tree", "window"), ("mean", "bound")
+SCORES = (
+    1 << 20
+)  # numbers in memory at once while choosing, so that choosing takes memory linear in T
 
 
 @torch.no_grad()
@@ -182,18 +204,25 @@ def select_blocks(
             f"block_size = {block_size} must be at least 1, top_blocks = {top_blocks} at least 0, "
             f"beam = {beam} at least 1, fan_out = {fan_out} at least 2"
         )
-    if method == "shared" and positions is not None:
-        raise ValueError("a tile shares the choice of its first query: with `positions`, choose for that one by method='flat'")
+    if method == "tile" and positions is not None:
+        raise ValueError(
+            "a tile shares the choice of its first query: with `positions`, choose for that one by method='flat'"
+        )
     own = query_positions(q, k, positions) // block_size  # (B or 1, T)
     N = -(-k.size(-2) // block_size)
     if method == "window":
         return nearest_blocks(own, N, top_blocks, causal).expand(*q.shape[:2], -1, -1)
-    if method == "shared":
-        q, own = q[:, :, ::block_size] if causal else summarise(q, block_size, "mean"), own[:, ::block_size]
+    if method == "tile":
+        q, own = (
+            q[:, :, ::block_size] if causal else summarise(q, block_size, "mean"),
+            own[:, ::block_size],
+        )
     pyramid = [summarise(k, block_size, pool) if summaries is None else summaries]
     while method == "tree" and pyramid[-1].size(2) > beam * fan_out:
         pyramid.append(summarise_nodes(pyramid[-1], fan_out, pool))
-    if pool == "bound":  # max(q_d max_d, q_d min_d) is q_d max_d where q_d > 0 and q_d min_d elsewhere: again a dot product
+    if (
+        pool == "bound"
+    ):  # max(q_d max_d, q_d min_d) is q_d max_d where q_d > 0 and q_d min_d elsewhere: again a dot product
         q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     width = N if len(pyramid) == 1 else (beam + 1) * fan_out * q.size(-1)
     step, rows = max(1, SCORES // (q.size(0) * q.size(1) * width)), []
@@ -201,28 +230,39 @@ def select_blocks(
         part = slice(start, start + step)
         if positions is None and causal:  # the last row's own block: no later one is a candidate
             last = min(start + step, q.size(2)) - 1
-            N = last if method == "shared" else last // block_size
+            N = last if method == "tile" else last // block_size
         blocks = descend(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out)
-        rows.append(F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1))  # early queries have fewer candidates
+        rows.append(
+            F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1)
+        )  # early queries have fewer candidates
     return torch.cat(rows, dim=2)
 
 
 def summarise(k: Tensor, block_size: int, pool: str) -> Tensor:
     """What is known of each block before its keys are read: (B, H, S, D) -> (B, H, N, P), P = D (mean) or 2 D (max and min)."""
     whole = k.size(-2) // block_size * block_size
-    parts = [k[:, :, :whole].unflatten(2, (-1, block_size)), k[:, :, None, whole:]]  # the last block may be short
+    parts = [
+        k[:, :, :whole].unflatten(2, (-1, block_size)),
+        k[:, :, None, whole:],
+    ]  # the last block may be short
     return torch.cat([pooled(part, pool) for part in parts if part.numel()], dim=2)
 
 
 def pooled(keys: Tensor, pool: str) -> Tensor:
     """(..., n, D) -> (..., P)."""
-    return keys.mean(dim=-2) if pool == "mean" else torch.cat([keys.amax(dim=-2), keys.amin(dim=-2)], dim=-1)
+    return (
+        keys.mean(dim=-2)
+        if pool == "mean"
+        else torch.cat([keys.amax(dim=-2), keys.amin(dim=-2)], dim=-1)
+    )
 
 
 def summarise_nodes(nodes: Tensor, fan_out: int, pool: str) -> Tensor:
     """One level up the pyramid: (B, H, M, P) -> (B, H, ceil(M / fan_out), P). A short last family repeats its last child."""
     missing = -nodes.size(2) % fan_out
-    family = torch.cat([nodes, nodes[:, :, -1:].expand(-1, -1, missing, -1)], dim=2).unflatten(2, (-1, fan_out))
+    family = torch.cat([nodes, nodes[:, :, -1:].expand(-1, -1, missing, -1)], dim=2).unflatten(
+        2, (-1, fan_out)
+    )
     if pool == "mean":
         return family.mean(dim=3)
     most, least = family.chunk(2, dim=-1)
@@ -238,7 +278,14 @@ def nearest_blocks(own: Tensor, N: int, top_blocks: int, causal: bool) -> Tensor
 
 
 def descend(
-    q: Tensor, pyramid: list[Tensor], own: Tensor, N: int, top_blocks: int, causal: bool, beam: int, fan_out: int
+    q: Tensor,
+    pyramid: list[Tensor],
+    own: Tensor,
+    N: int,
+    top_blocks: int,
+    causal: bool,
+    beam: int,
+    fan_out: int,
 ) -> Tensor:
     """The best blocks for each query: from the pyramid's top down, open the best nodes. A pyramid of one level is "flat".
 
@@ -249,28 +296,43 @@ def descend(
     level, own = len(pyramid) - 1, own[:, None, :, None]  # (B or 1, 1, R, 1)
     table = pyramid[level][:, :, : max(1, -(-N // fan_out**level))]
     nodes, holder = torch.arange(table.size(2), device=q.device), own // fan_out**level
-    scores = (q @ table.mT).masked_fill_(nodes >= holder if causal else nodes == holder, float("-inf"))  # (B, H, R, M)
+    scores = (q @ table.mT).masked_fill_(
+        nodes >= holder if causal else nodes == holder, float("-inf")
+    )  # (B, H, R, M)
     while True:
         best, place = scores.topk(min(beam if level else top_blocks, scores.size(-1)), dim=-1)
         nodes = nodes.expand_as(scores).gather(-1, place)  # (B, H, R, beam)
         none = best == float("-inf")
         if level == 0:
             return nodes.masked_fill_(none, -1)
-        nodes = torch.cat([nodes.masked_fill_(none, pyramid[level].size(2)), holder.expand(*nodes.shape[:3], 1)], dim=-1)
-        nodes = (nodes[..., None] * fan_out + torch.arange(fan_out, device=q.device)).flatten(-2)  # their children
+        nodes = torch.cat(
+            [nodes.masked_fill_(none, pyramid[level].size(2)), holder.expand(*nodes.shape[:3], 1)],
+            dim=-1,
+        )
+        nodes = (nodes[..., None] * fan_out + torch.arange(fan_out, device=q.device)).flatten(
+            -2
+        )  # their children
         level -= 1
         table, holder = pyramid[level], own // fan_out**level
         hidden = nodes >= holder if causal else (nodes == holder) | (nodes >= table.size(2))
-        head = torch.arange(table.size(0) * table.size(1), device=q.device).view(*table.shape[:2], 1, 1) * table.size(2)
+        head = torch.arange(table.size(0) * table.size(1), device=q.device).view(
+            *table.shape[:2], 1, 1
+        ) * table.size(2)
         index = nodes.clamp(max=table.size(2) - 1) + head  # (B, H, R, C)
-        keys = table.flatten(0, 2).index_select(0, index.view(-1)).view(-1, nodes.size(-1), q.size(-1))  # (B*H*R, C, P)
-        scores = torch.bmm(q.reshape(-1, 1, q.size(-1)), keys.mT).view(nodes.shape).masked_fill_(hidden, float("-inf"))
+        keys = (
+            table.flatten(0, 2).index_select(0, index.view(-1)).view(-1, nodes.size(-1), q.size(-1))
+        )  # (B*H*R, C, P)
+        scores = (
+            torch.bmm(q.reshape(-1, 1, q.size(-1)), keys.mT)
+            .view(nodes.shape)
+            .masked_fill_(hidden, float("-inf"))
+        )
 
 
 # ---- V1: read blocks -------------------------------------------------------------------------------------------------------
 
 
-def for_each_query(blocks: Tensor, T: int, block_size: int) -> Tensor:
+def expand_to_queries(blocks: Tensor, T: int, block_size: int) -> Tensor:
     """(B, H, R, K) -> (B, H, T, K): a tile's choice, repeated for each of its queries."""
     if blocks.size(2) == T:
         return blocks
@@ -283,18 +345,27 @@ def for_each_query(blocks: Tensor, T: int, block_size: int) -> Tensor:
 
 @torch.no_grad()
 def cost(
-    blocks: Tensor, T: int, D: int, block_size: int, method: str, pool: str, beam: int = BEAM, fan_out: int = FAN_OUT
+    blocks: Tensor,
+    T: int,
+    D: int,
+    block_size: int,
+    method: str,
+    pool: str,
+    beam: int = BEAM,
+    fan_out: int = FAN_OUT,
 ) -> dict[str, Tensor]:
     """What a causal choice (B, H, R, K) over T tokens costs, as shares of dense attention's pairs T (T + 1) / 2.
 
     `keys_read` (H,): the pairs of query and key that are read. `flops` (): their arithmetic, 4 D a pair (q . k, weight . v),
     and that of choosing, 2 D a summary scored (4 D for a bound), by the same measure.
     """
-    chosen = (for_each_query(blocks, T, block_size) >= 0).sum(dim=-1) * block_size  # (B, H, T) keys beside the own block
+    chosen = (expand_to_queries(blocks, T, block_size) >= 0).sum(
+        dim=-1
+    ) * block_size  # (B, H, T) keys beside the own block
     own = torch.arange(T, device=blocks.device) % block_size + 1
     keys_read = (chosen + own).double().mean(dim=(0, 2)) * 2 / (T + 1)
     N = -(-T // block_size)
-    scored = {"flat": T * (N - 1) / 2, "shared": N * (N - 1) / 2, "window": 0, "tree": 0}[method]
+    scored = {"flat": T * (N - 1) / 2, "tile": N * (N - 1) / 2, "window": 0, "tree": 0}[method]
     while method == "tree" and beam * fan_out < N:
         scored, N = scored + T * (beam + 1) * fan_out, -(-N // fan_out)
     if method == "tree":
@@ -303,12 +374,21 @@ def cost(
     return {"keys_read": keys_read, "flops": keys_read.mean() + choosing}
 
 
-def block_mask(q: Tensor, k: Tensor, blocks: Tensor, block_size: int, causal: bool, positions: Tensor | None = None) -> Tensor:
+def block_mask(
+    q: Tensor,
+    k: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    causal: bool,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Which keys each query reads, given its blocks: bool (B, H, T, S)."""
     (B, H, T, _), S = q.shape, k.size(-2)
-    blocks, N = for_each_query(blocks, T, block_size), -(-S // block_size)
+    blocks, N = expand_to_queries(blocks, T, block_size), -(-S // block_size)
     own = query_positions(q, k, positions)[:, None, :, None] // block_size  # (B or 1, 1, T, 1)
-    chosen = torch.zeros(B, H, T, N + 1, dtype=torch.bool, device=q.device)  # column N swallows the -1s
+    chosen = torch.zeros(
+        B, H, T, N + 1, dtype=torch.bool, device=q.device
+    )  # column N swallows the -1s
     chosen.scatter_(-1, blocks.masked_fill(blocks < 0, N), True)
     chosen = chosen[..., :N] | (torch.arange(N, device=q.device) == own)  # (B, H, T, N)
     return chosen.repeat_interleave(block_size, dim=-1)[..., :S] & visible(q, k, causal, positions)
@@ -344,9 +424,13 @@ def block_attention(
     than sorting the pairs that are read (LOG.md). That mask is added to the scores, so a nan in a hidden key would pass it.
     """
     (T, S), rows = (q.size(2), k.size(2)), blocks.size(2)
-    query_positions(q, k, positions)  # raises where it is not said how the queries stand among the keys
+    query_positions(
+        q, k, positions
+    )  # raises where it is not said how the queries stand among the keys
     if T * (blocks.size(-1) + 1) * block_size <= S:
-        return gathered_block_attention(q, k, v, for_each_query(blocks, T, block_size), block_size, causal, positions)
+        return gathered_block_attention(
+            q, k, v, expand_to_queries(blocks, T, block_size), block_size, causal, positions
+        )
     if positions is None and q.is_cuda and block_size % 64 == 0:
         return flex_block_attention(q, k, v, blocks, block_size, causal)
     if positions is None and rows != T:
@@ -370,7 +454,9 @@ def gathered_block_attention(
     B, H, T, _ = q.shape
     own = query_positions(q, k, positions)[:, None, :, None] // block_size  # (B or 1, 1, T, 1)
     read = torch.cat([own.expand(B, H, T, 1), blocks], dim=-1)  # (B, H, T, K + 1)
-    key = read[..., None] * block_size + torch.arange(block_size, device=q.device)  # (B, H, T, K + 1, block_size)
+    key = read[..., None] * block_size + torch.arange(
+        block_size, device=q.device
+    )  # (B, H, T, K + 1, block_size)
     allowed = (read[..., None] >= 0) & (key < k.size(-2))
     if causal:
         allowed &= key <= query_positions(q, k, positions)[:, None, :, None, None]
@@ -379,7 +465,9 @@ def gathered_block_attention(
     head = torch.arange(H, device=q.device)[:, None, None]
 
     def gather(x: Tensor) -> Tensor:
-        if missing := -x.size(2) % block_size:  # a cache holds whole blocks, and nothing is copied but what is read
+        if (
+            missing := -x.size(2) % block_size
+        ):  # a cache holds whole blocks, and nothing is copied but what is read
             x = F.pad(x, (0, 0, 0, missing))
         return x.unflatten(2, (-1, block_size))[row, head, read.clamp(min=0)].flatten(
             3, 4

@@ -69,8 +69,14 @@ class Masks:
 
     def __init__(self, T: int, block_size: int, causal: bool, device: torch.device) -> None:
         ones = torch.ones(block_size, block_size, dtype=torch.bool, device=device)
-        self.future = ones.triu(1) if causal else None  # hides the filling too: it comes after every real query
-        self.filling = torch.arange(block_size, device=device) >= T % block_size if T % block_size and not causal else None
+        self.future = (
+            ones.triu(1) if causal else None
+        )  # hides the filling too: it comes after every real query
+        self.filling = (
+            torch.arange(block_size, device=device) >= T % block_size
+            if T % block_size and not causal
+            else None
+        )
         self.last, self.N, self.T = T // block_size, -(-T // block_size), T
 
     def keys(self, block: int, block_size: int) -> int:
@@ -90,15 +96,23 @@ class Masks:
 # ---- one choice for a tile of queries ------------------------------------------------------------------------------------
 
 
-def tile_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool = True) -> Tensor:
+def tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool = True
+) -> Tensor:
     """Each tile of `block_size` queries reads its own block and those in its row: q, k, v (B, H, T, D), blocks (B, H, N, K)."""
     (B, H, T, D), N = q.shape, blocks.size(2)
     own = torch.arange(N, device=q.device)[:, None]  # (N, 1)
-    read = readable(blocks, own, causal).sort(dim=-1, descending=True).values  # those that are -1 come last
+    read = (
+        readable(blocks, own, causal).sort(dim=-1, descending=True).values
+    )  # those that are -1 come last
     head = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * N
-    read = torch.cat([own.expand(B, H, N, 1) + head, torch.where(read < 0, -1, read + head)], dim=-1)
+    read = torch.cat(
+        [own.expand(B, H, N, 1) + head, torch.where(read < 0, -1, read + head)], dim=-1
+    )
     tiles = (into_tiles(x, block_size) for x in (q, k, v))
-    out = TileAttention.apply(*tiles, read.view(B * H * N, -1), Masks(T, block_size, causal, q.device))  # (G, S, D)
+    out = TileAttention.apply(
+        *tiles, read.view(B * H * N, -1), Masks(T, block_size, causal, q.device)
+    )  # (G, S, D)
     return out.view(B, H, N * block_size, D)[:, :, :T].to(q.dtype)
 
 
@@ -121,11 +135,21 @@ class TileAttention(torch.autograd.Function):
                 yield tiles, torch.where(blocks < 0, tiles[:, None], blocks), blocks < 0
 
     @staticmethod
-    def scores(q: Tensor, k: Tensor, tiles: Tensor, read: Tensor, none: Tensor | None, masks: Masks, scratch: Scratch):
+    def scores(
+        q: Tensor,
+        k: Tensor,
+        tiles: Tensor,
+        read: Tensor,
+        none: Tensor | None,
+        masks: Masks,
+        scratch: Scratch,
+    ):
         """The queries and keys of a chunk and their masked scores (n, S, W*S)."""
         (n, W), (_, S, D) = read.shape, q.shape
         queries = torch.index_select(q, 0, tiles, out=scratch("queries", n, S, D)).mul_(D**-0.5)
-        keys = torch.index_select(k, 0, read.view(-1), out=scratch("keys", n * W, S, D)).view(n, W * S, D)
+        keys = torch.index_select(k, 0, read.view(-1), out=scratch("keys", n * W, S, D)).view(
+            n, W * S, D
+        )
         scores = torch.bmm(queries, keys.mT, out=scratch("scores", n, S, W * S))
         masks.apply_(scores, read)
         if none is not None:
@@ -140,7 +164,9 @@ class TileAttention(torch.autograd.Function):
             largest = scores.amax(dim=-1, keepdim=True)
             weights = scores.sub_(largest).exp_()
             total = weights.sum(dim=-1, keepdim=True)  # (n, S, 1)
-            values = torch.index_select(v, 0, blocks.view(-1), out=keys.view(-1, *v.shape[1:])).view(keys.shape)
+            values = torch.index_select(
+                v, 0, blocks.view(-1), out=keys.view(-1, *v.shape[1:])
+            ).view(keys.shape)
             out.index_copy_(0, tiles, torch.bmm(weights, values, out=queries).div_(total))
             lse.index_copy_(0, tiles, total.log_().add_(largest))
         ctx.save_for_backward(q, k, v, read, out, lse)
@@ -150,14 +176,29 @@ class TileAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         q, k, v, read, out, lse = ctx.saved_tensors
-        delta = (gradient * out).sum(dim=-1, keepdim=True)  # (G, S, 1); before the next line, for a lower peak of memory
-        dq, dk, dv, scratch = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), Scratch(q)
+        delta = (gradient * out).sum(
+            dim=-1, keepdim=True
+        )  # (G, S, 1); before the next line, for a lower peak of memory
+        dq, dk, dv, scratch = (
+            torch.empty_like(q),
+            torch.zeros_like(k),
+            torch.zeros_like(v),
+            Scratch(q),
+        )
         for tiles, blocks, none in TileAttention.chunks(read, q.size(1)):
-            queries, keys, scores = TileAttention.scores(q, k, tiles, blocks, none, ctx.masks, scratch)
+            queries, keys, scores = TileAttention.scores(
+                q, k, tiles, blocks, none, ctx.masks, scratch
+            )
             weights, index = scores.sub_(lse[tiles]).exp_(), blocks.view(-1)
-            values = torch.index_select(v, 0, index, out=scratch("values", len(index), *v.shape[1:])).view(keys.shape)
+            values = torch.index_select(
+                v, 0, index, out=scratch("values", len(index), *v.shape[1:])
+            ).view(keys.shape)
             dout = torch.index_select(gradient, 0, tiles, out=scratch("dout", *queries.shape))
-            dscores = torch.bmm(dout, values.mT, out=scratch("dscores", *scores.shape)).sub_(delta[tiles]).mul_(weights)
+            dscores = (
+                torch.bmm(dout, values.mT, out=scratch("dscores", *scores.shape))
+                .sub_(delta[tiles])
+                .mul_(weights)
+            )
             dvalues = torch.bmm(weights.mT, dout, out=values)
             dv.index_add_(0, index, dvalues.view(-1, *v.shape[1:]))
             dkeys = torch.bmm(dscores.mT, queries, out=values)
@@ -169,17 +210,27 @@ class TileAttention(torch.autograd.Function):
 # ---- a choice by each query ------------------------------------------------------------------------------------------------
 
 
-def query_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool = True) -> Tensor:
+def query_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool = True
+) -> Tensor:
     """Each query reads its own block and those in its row: q, k, v (B, H, T, D), blocks (B, H, T, K)."""
     (B, H, T, D), K = q.shape, blocks.size(-1)
     N = -(-T // block_size)
     own = torch.arange(T, device=q.device)[:, None] // block_size  # (T, 1)
-    read = F.pad(readable(blocks, own, causal), (0, 0, 0, N * block_size - T), value=-1)  # queries that fill up read none
+    read = F.pad(
+        readable(blocks, own, causal), (0, 0, 0, N * block_size - T), value=-1
+    )  # queries that fill up read none
     head = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * N
-    block, pair = torch.where(read < 0, -1, read + head).view(-1).sort(stable=True)  # of each (query, block) pair, by block
-    starts = torch.searchsorted(block, torch.arange(B * H * N + 1, device=q.device))  # block j has starts[j] : starts[j + 1]
+    block, pair = (
+        torch.where(read < 0, -1, read + head).view(-1).sort(stable=True)
+    )  # of each (query, block) pair, by block
+    starts = torch.searchsorted(
+        block, torch.arange(B * H * N + 1, device=q.device)
+    )  # block j has starts[j] : starts[j + 1]
     tiles = (into_tiles(x, block_size) for x in (q, k, v))
-    out = QueryAttention.apply(*tiles, pair // K, starts, Masks(T, block_size, causal, q.device))  # (G, S, D)
+    out = QueryAttention.apply(
+        *tiles, pair // K, starts, Masks(T, block_size, causal, q.device)
+    )  # (G, S, D)
     return out.view(B, H, N * block_size, D)[:, :, :T].to(q.dtype)
 
 
@@ -197,18 +248,24 @@ class QueryAttention(torch.autograd.Function):
                 yield block, queries[first : min(first + QueryAttention.ROWS, bounds[block + 1])]
 
     @staticmethod
-    def own_scores(q: Tensor, k: Tensor, masks: Masks, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
+    def own_scores(
+        q: Tensor, k: Tensor, masks: Masks, scratch: Scratch
+    ) -> Iterator[tuple[slice, Tensor]]:
         """The masked scores (n, S, S) of the tiles with their own blocks, some tiles at a time."""
         G, S, _ = q.shape
         step = max(1, CHUNK // S**2)
         for first in range(0, G, step):
             tiles = slice(first, min(first + step, G))
-            scores = torch.bmm(q[tiles], k[tiles].mT, out=scratch("own", tiles.stop - first, S, S)).mul_(q.size(-1) ** -0.5)
+            scores = torch.bmm(
+                q[tiles], k[tiles].mT, out=scratch("own", tiles.stop - first, S, S)
+            ).mul_(q.size(-1) ** -0.5)
             masks.apply_(scores, torch.arange(first, tiles.stop, device=q.device)[:, None])
             yield tiles, scores
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, starts: Tensor, masks: Masks) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, starts: Tensor, masks: Masks
+    ) -> Tensor:
         (G, S, D), scratch = q.shape, Scratch(q)
         out, largest, total = torch.empty_like(q), q.new_empty(G, S, 1), q.new_empty(G, S, 1)
         for tiles, scores in QueryAttention.own_scores(q, k, masks, scratch):
@@ -219,7 +276,9 @@ class QueryAttention(torch.autograd.Function):
         rows, sums, tops, totals = q.view(-1, D), out.view(-1, D), largest.view(-1), total.view(-1)
         for block, index in QueryAttention.segments(queries, starts):
             n, end = len(index), masks.keys(block, S)
-            queries_ = torch.index_select(rows, 0, index, out=scratch("queries", n, D)).mul_(D**-0.5)
+            queries_ = torch.index_select(rows, 0, index, out=scratch("queries", n, D)).mul_(
+                D**-0.5
+            )
             scores = torch.mm(queries_, k[block, :end].T, out=scratch("scores", n, end))
             before = tops[index]
             after = torch.maximum(before, scores.amax(dim=-1))  # (n,)
@@ -227,7 +286,11 @@ class QueryAttention(torch.autograd.Function):
             shrink = before.sub_(after).exp_()
             tops.index_copy_(0, index, after)
             totals.index_copy_(0, index, totals[index].mul_(shrink).add_(weights.sum(dim=-1)))
-            sum_ = torch.index_select(sums, 0, index, out=queries_).mul_(shrink[:, None]).addmm_(weights, v[block, :end])
+            sum_ = (
+                torch.index_select(sums, 0, index, out=queries_)
+                .mul_(shrink[:, None])
+                .addmm_(weights, v[block, :end])
+            )
             sums.index_copy_(0, index, sum_)
         out.div_(total)
         ctx.save_for_backward(q, k, v, queries, starts, out, total.log_().add_(largest))
@@ -252,10 +315,20 @@ class QueryAttention(torch.autograd.Function):
         lses, deltas = lse.view(-1, 1), delta.view(-1, 1)
         for block, index in QueryAttention.segments(queries, starts):
             n, end = len(index), ctx.masks.keys(block, S)
-            queries_ = torch.index_select(rows, 0, index, out=scratch("queries", n, D)).mul_(D**-0.5)
+            queries_ = torch.index_select(rows, 0, index, out=scratch("queries", n, D)).mul_(
+                D**-0.5
+            )
             dout = torch.index_select(gradients, 0, index, out=scratch("dout", n, D))
-            weights = torch.mm(queries_, k[block, :end].T, out=scratch("scores", n, end)).sub_(lses[index]).exp_()
-            dscores = torch.mm(dout, v[block, :end].T, out=scratch("dscores", n, end)).sub_(deltas[index]).mul_(weights)
+            weights = (
+                torch.mm(queries_, k[block, :end].T, out=scratch("scores", n, end))
+                .sub_(lses[index])
+                .exp_()
+            )
+            dscores = (
+                torch.mm(dout, v[block, :end].T, out=scratch("dscores", n, end))
+                .sub_(deltas[index])
+                .mul_(weights)
+            )
             dv[block, :end].addmm_(weights.T, dout)
             dk[block, :end].addmm_(dscores.T, queries_)
             dqs.index_add_(0, index, torch.mm(dscores, k[block, :end], out=dout))
@@ -266,10 +339,19 @@ class QueryAttention(torch.autograd.Function):
 
 
 # Its kernel's own tiles must divide the blocks of the mask, and by default they are of 128: these suit any multiple of 64.
-KERNEL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+KERNEL_TILES = {
+    "BLOCK_M": 64,
+    "BLOCK_N": 64,
+    "BLOCK_M1": 32,
+    "BLOCK_N1": 64,
+    "BLOCK_M2": 64,
+    "BLOCK_N2": 32,
+}
 
 
-def flex_block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool = True) -> Tensor:
+def flex_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, causal: bool = True
+) -> Tensor:
     """The same choice as a BlockMask of PyTorch's FlexAttention, which compiles it to a kernel that skips what is not read.
 
     blocks (B, H, N, K), or (B, H, T, K): then a tile visits the union of its queries' choices, which is nearly everything, so
@@ -280,19 +362,37 @@ def flex_block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_
     R = blocks.size(2)
     own = torch.arange(R, device=q.device)[:, None] // (1 if R == N else block_size)  # (R, 1)
     read = readable(blocks, own, causal)
-    chosen = torch.zeros(B, H, R, N + 1, dtype=torch.bool, device=q.device)  # column N swallows the -1s
-    chosen = chosen.scatter_(-1, read.masked_fill(read < 0, N), True)[..., :N] | (torch.arange(N, device=q.device) == own)
+    chosen = torch.zeros(
+        B, H, R, N + 1, dtype=torch.bool, device=q.device
+    )  # column N swallows the -1s
+    chosen = chosen.scatter_(-1, read.masked_fill(read < 0, N), True)[..., :N] | (
+        torch.arange(N, device=q.device) == own
+    )
     rows = block_size if R == N else 1  # queries to a row of the choice
 
     def reads(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = chosen[b, h, query // rows, key // block_size]
         return seen & (key <= query) if causal else seen
 
-    tiles = chosen if R == N else F.pad(chosen, (0, 0, 0, N * block_size - T)).unflatten(2, (N, block_size)).any(dim=3)
-    whole = tiles & (torch.arange(N, device=q.device) != torch.arange(N, device=q.device)[:, None]) & (R == N)
+    tiles = (
+        chosen
+        if R == N
+        else F.pad(chosen, (0, 0, 0, N * block_size - T)).unflatten(2, (N, block_size)).any(dim=3)
+    )
+    whole = (
+        tiles
+        & (torch.arange(N, device=q.device) != torch.arange(N, device=q.device)[:, None])
+        & (R == N)
+    )
     some = tiles & ~whole  # blocks of which some pairs are read, and those of which all are
-    numbers = (f(kind) for kind in (some, whole) for f in (lambda x: x.sum(dim=-1, dtype=torch.int32), first_the_true))
-    mask = BlockMask.from_kv_blocks(*numbers, BLOCK_SIZE=block_size, mask_mod=reads, seq_lengths=(T, T))
+    numbers = (
+        f(kind)
+        for kind in (some, whole)
+        for f in (lambda x: x.sum(dim=-1, dtype=torch.int32), first_the_true)
+    )
+    mask = BlockMask.from_kv_blocks(
+        *numbers, BLOCK_SIZE=block_size, mask_mod=reads, seq_lengths=(T, T)
+    )
     if not q.is_cuda:
         return flex_attention(q, k, v, block_mask=mask)
     return compiled_flex_attention()(q, k, v, block_mask=mask, kernel_options=KERNEL_TILES)

@@ -36,7 +36,9 @@ class Cache:
         N = -(-T // self.size)  # whole blocks, so that cutting the keys into blocks copies nothing
 
         def per_layer(*shape: int, fill: float = 0, dtype: torch.dtype = dtype) -> list[Tensor]:
-            return [torch.full((B, H, *shape), fill, device=device, dtype=dtype) for _ in range(n_layer)]
+            return [
+                torch.full((B, H, *shape), fill, device=device, dtype=dtype) for _ in range(n_layer)
+            ]
 
         self.keys, self.values = per_layer(N * self.size, D), per_layer(N * self.size, D)
         if self.attention.kind == "block":
@@ -51,7 +53,10 @@ class Cache:
         self.keys[layer][row, :, positions] = k.transpose(1, 2).to(self.keys[layer].dtype)
         self.values[layer][row, :, positions] = v.transpose(1, 2).to(self.values[layer].dtype)
         N = -(-(self.longest + k.size(2)) // self.size)
-        keys, values = self.keys[layer][:, :, : N * self.size], self.values[layer][:, :, : N * self.size]
+        keys, values = (
+            self.keys[layer][:, :, : N * self.size],
+            self.values[layer][:, :, : N * self.size],
+        )
         if self.attention.kind == "block":
             if k.size(2) == 1:  # one block of each row has changed
                 own = positions // self.size  # (B, 1)
@@ -61,7 +66,7 @@ class Cache:
                 self.summaries[layer][:, :, :N] = summarise(keys, self.size, self.attention.pool)
         return keys, values
 
-    def shared_choice(self, layer: int, blocks: Tensor, positions: Tensor) -> Tensor:
+    def tile_selection(self, layer: int, blocks: Tensor, positions: Tensor) -> Tensor:
         """The choice of each query's tile, which is that of the tile's first query: blocks (B, H, T, K) as each would choose.
 
         Tiles that begin at one of the `positions` (B, T) are remembered, the others were when they began.
@@ -69,4 +74,6 @@ class Cache:
         row, at = (positions % self.size == 0).nonzero(as_tuple=True)
         self.choices[layer][row, :, positions[row, at] // self.size] = blocks[row, :, at]
         every = torch.arange(blocks.size(0), device=blocks.device)[:, None]
-        return self.choices[layer][every, :, positions // self.size].transpose(1, 2)  # (B, T, H, K) -> (B, H, T, K)
+        return self.choices[layer][every, :, positions // self.size].transpose(
+            1, 2
+        )  # (B, T, H, K) -> (B, H, T, K)

@@ -74,13 +74,20 @@ class Config:
     save_every: int = 250
     """Steps between two checkpoints."""
     mesh: str | None = None
-    """How several processes share the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/training/parallel.py). Default: dp, where each
+    """How several processes share the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/distributed/process_groups.py). Default: dp, where each
     has room for a whole step, else fsdp."""
     resume: bool = False
     """Go on from the last checkpoint in out-dir, with the configuration saved there."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "save_every", "micro_batch", "expert_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "eval_every",
+            "save_every",
+            "micro_batch",
+            "expert_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -91,14 +98,20 @@ class Config:
         if not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"--lr {self.lr} and --clip {self.clip} must be above 0")
         if not self.expert_lr > 0 or not self.init_noise >= 0:
-            raise ValueError(f"--expert-lr {self.expert_lr} must be above 0, --init-noise {self.init_noise} at least 0")
+            raise ValueError(
+                f"--expert-lr {self.expert_lr} must be above 0, --init-noise {self.init_noise} at least 0"
+            )
         if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
-            raise ValueError(f"--momentum {self.momentum} must lie in [0, 1), --weight-decay {self.weight_decay} be at least 0")
+            raise ValueError(
+                f"--momentum {self.momentum} must lie in [0, 1), --weight-decay {self.weight_decay} be at least 0"
+            )
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
-            raise ValueError(f"--warmup {self.warmup} and --decay {self.decay} are shares of the run, from 0 to 1")
+            raise ValueError(
+                f"--warmup {self.warmup} and --decay {self.decay} are shares of the run, from 0 to 1"
+            )
 
     @property
-    def out(self) -> Path:
+    def run_dir(self) -> Path:
         return self.out_dir or Path("runs") / self.preset
 
 
@@ -115,30 +128,50 @@ V0 = {
     "tiny": Config("v0-tiny", TINY, steps=2000, batch_size=8, lr=0.02),
     "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=0.02, data="wikitext-103"),
     "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=0.02, data="wikitext-103"),
-    "full": Config("v0-full", FULL, steps=24_000, batch_size=1024, lr=0.02, data="wikitext-103"),  # 100B tokens, if there were
+    "full": Config(
+        "v0-full", FULL, steps=24_000, batch_size=1024, lr=0.02, data="wikitext-103"
+    ),  # 100B tokens, if there were
 }
-SPARSE = {
+V1_ATTENTION = {
     "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
-    "small": AttentionConfig("block", block_size=64, top_blocks=4, method="shared"),
-    "base": AttentionConfig("block", block_size=64, top_blocks=8, method="shared"),
-    "full": AttentionConfig("block", block_size=64, top_blocks=8, method="shared"),
+    "small": AttentionConfig("block", block_size=64, top_blocks=4, method="tile"),
+    "base": AttentionConfig("block", block_size=64, top_blocks=8, method="tile"),
+    "full": AttentionConfig("block", block_size=64, top_blocks=8, method="tile"),
 }
-V1 = {scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=SPARSE[scale])) for scale, v0 in V0.items()}
-MOE = {scale: MoEConfig(n_expert=16, top_k=2) for scale in V1}
-V2 = {scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=MOE[scale])) for scale, v1 in V1.items()}
+V1 = {
+    scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=V1_ATTENTION[scale]))
+    for scale, v0 in V0.items()
+}
+V2_MOE = {scale: MoEConfig(n_expert=16, top_k=2) for scale in V1}
+V2 = {
+    scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=V2_MOE[scale]))
+    for scale, v1 in V1.items()
+}
 V2["tiny"] = replace(V2["tiny"], steps=1500)  # still minutes on two cores, with more work a token
 
 # Items are short (80, 64 and 16 tokens at tiny size), so V3's attention is dense. At tiny size its MLPs are plain ones: there
 # 16 experts win little over more steps in the same time (LOG.md). At small and base size: CLIP's ViT-B/16 and
 # ViT-L/14 in one trunk for both towers, with V2's experts, for captioned images such as COCO's.
-ENDS = {
+MODALITY_CONFIGS = {
     "tiny": MultimodalConfig(("text", "image", "audio")),
-    "small": MultimodalConfig(("text", "image"), width=512, image_side=224, patch_side=16, entropy_coefficient=0.02),
-    "base": MultimodalConfig(("text", "image"), width=768, image_side=336, patch_side=14, entropy_coefficient=0.02),
-    "full": MultimodalConfig(("text", "image"), width=1024, image_side=336, patch_side=14, entropy_coefficient=0.02),
+    "small": MultimodalConfig(
+        ("text", "image"), width=512, image_size=224, patch_size=16, entropy_coefficient=0.02
+    ),
+    "base": MultimodalConfig(
+        ("text", "image"), width=768, image_size=336, patch_size=14, entropy_coefficient=0.02
+    ),
+    "full": MultimodalConfig(
+        ("text", "image"), width=1024, image_size=336, patch_size=14, entropy_coefficient=0.02
+    ),
 }
-TRUNKS = {
-    "tiny": {"n_layer": 3, "n_head": 4, "n_embd": 128, "context_length": 80, "moe": MoEConfig(n_expert=1)},
+V3_TRUNKS = {
+    "tiny": {
+        "n_layer": 3,
+        "n_head": 4,
+        "n_embd": 128,
+        "context_length": 80,
+        "moe": MoEConfig(n_expert=1),
+    },
     "small": {"context_length": 80, "vocab_size": 16_384},
     "base": {"n_layer": 24, "n_embd": 1024, "context_length": 80, "vocab_size": 16_384},
     "full": {"context_length": 80, "vocab_size": 16_384},
@@ -147,13 +180,15 @@ V3 = {
     scale: replace(
         v2,
         preset=f"v3-{scale}",
-        model=replace(v2.model, attention=AttentionConfig("dense"), **TRUNKS[scale]),
-        multimodal=ENDS[scale],
+        model=replace(v2.model, attention=AttentionConfig("dense"), **V3_TRUNKS[scale]),
+        multimodal=MODALITY_CONFIGS[scale],
         data="scenes" if scale == "tiny" else "data/coco",
     )
     for scale, v2 in V2.items()
 }
-V3["tiny"] = replace(V3["tiny"], steps=800, batch_size=128, weight_decay=0.0, eval_every=100, save_every=100)
+V3["tiny"] = replace(
+    V3["tiny"], steps=800, batch_size=128, weight_decay=0.0, eval_every=100, save_every=100
+)
 V3["small"] = replace(V3["small"], steps=12_000, batch_size=1024)
 V3["base"] = replace(V3["base"], steps=12_000, batch_size=4096)
 V3["full"] = replace(V3["full"], steps=50_000, batch_size=4096)
@@ -166,7 +201,7 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
     described = {
         name: (
             f"{' and '.join(config.multimodal.modalities)}{': ' if config.multimodal.modalities else ''}"
-            f"{config.model.attention.kind} attention, {experts_in_words(config.model.moe)}{config.model.n_layer} layers of "
+            f"{config.model.attention.kind} attention, {describe_experts(config.model.moe)}{config.model.n_layer} layers of "
             f"width {config.model.n_embd}, context {config.model.context_length}",
             config,
         )
@@ -178,7 +213,7 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
         raise UserError(str(error)) from None
 
 
-def experts_in_words(moe: MoEConfig) -> str:
+def describe_experts(moe: MoEConfig) -> str:
     return f"{moe.top_k} of {moe.n_expert} experts a token, " if moe.n_expert > 1 else ""
 
 
@@ -195,26 +230,47 @@ def from_dict(saved: dict) -> Config:
         model = dict(saved["model"])
         model["attention"] = AttentionConfig(**model["attention"])
         model["moe"] = MoEConfig(**model.get("moe", {}))  # checkpoints older than V2 have none
-        lists = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.get("multimodal", {}).items()}
-        return Config(**{**saved, "model": GPTConfig(**model), "multimodal": MultimodalConfig(**lists)})
+        lists = {
+            name: tuple(v) if isinstance(v, list) else v
+            for name, v in saved.get("multimodal", {}).items()
+        }
+        return Config(
+            **{**saved, "model": GPTConfig(**model), "multimodal": MultimodalConfig(**lists)}
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the saved configuration cannot be read ({error}): was it saved by another version?") from None
+        raise UserError(
+            f"the saved configuration cannot be read ({error}): was it saved by another version?"
+        ) from None
 
 
 def flatten(config: Config) -> dict[str, object]:
     """Fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense", "steps": 800, ...}."""
     flat = dataclasses.asdict(config)
     model = flat.pop("model")
-    nested = {"attention": model.pop("attention"), "moe": model.pop("moe"), "multimodal": flat.pop("multimodal")}
-    parts = {f"{part}.{name}": value for part, fields in nested.items() for name, value in fields.items()}
+    nested = {
+        "attention": model.pop("attention"),
+        "moe": model.pop("moe"),
+        "multimodal": flat.pop("multimodal"),
+    }
+    parts = {
+        f"{part}.{name}": value for part, fields in nested.items() for name, value in fields.items()
+    }
     return {name.replace("_", "-"): value for name, value in (flat | model | parts).items()}
 
 
 # Flags that do not change what is learnt.
-FREE = ("resume", "out-dir", "device", "save-every", "compile", "mesh", "activation-checkpointing")
+RUNTIME_ONLY_FIELDS = (
+    "resume",
+    "out-dir",
+    "device",
+    "save-every",
+    "compile",
+    "mesh",
+    "activation-checkpointing",
+)
 
 
-def resumed(asked: Config, saved: Config) -> Config:
+def resolve_resume(asked: Config, saved: Config) -> Config:
     """The saved configuration, unless the command line asks for something else than the preset and the saved run say.
 
     What does not change the result (device, how often to save, where) may differ. Raises UserError naming each conflict.
@@ -223,11 +279,13 @@ def resumed(asked: Config, saved: Config) -> Config:
     conflicts = [
         f"--{name} {wanted[name]} (the run has {was[name]})"
         for name in wanted
-        if name not in FREE and wanted[name] != was[name] and (name == "preset" or wanted[name] != default[name])
+        if name not in RUNTIME_ONLY_FIELDS
+        and wanted[name] != was[name]
+        and (name == "preset" or wanted[name] != default[name])
     ]
     if conflicts:
         raise UserError(
-            f"{asked.out} holds a run of another configuration: {', '.join(conflicts)}. "
+            f"{asked.run_dir} holds a run of another configuration: {', '.join(conflicts)}. "
             "Leave these flags out to go on with it, or choose another --out-dir to start anew"
         )
     return replace(

@@ -36,49 +36,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Batch = Tensor | dict[str, Tensor]  # one modality, or several by name; the first dimension is the batch's
+Batch = (
+    Tensor | dict[str, Tensor]
+)  # one modality, or several by name; the first dimension is the batch's
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------------------
 
 
-def chance(B: int) -> float:
+def chance_loss(B: int) -> float:
     """ln B, in nats: the loss of B pairs where all similarities are equal. What a run starts near, and must fall below."""
     return math.log(B)
 
 
-def contrastive_loss_reference(a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor | None = None) -> Tensor:
+def contrastive_loss_reference(
+    a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor | None = None
+) -> Tensor:
     """The equations above: what `contrastive_loss` must equal. a, b (B, M), ids (B,) -> ()."""
     B, total = len(a), 0
     for left, right in ((a, b), (b, a)):
         for i in range(B):
-            rivals = [j for j in range(B) if j == i or ids is None or ids[j] != ids[i]]  # i itself is always among them
+            rivals = [
+                j for j in range(B) if j == i or ids is None or ids[j] != ids[i]
+            ]  # i itself is always among them
             scores = torch.stack([scale * (left[i] @ right[j]) for j in rivals])
             total = total + scores.logsumexp(dim=0) - scale * (left[i] @ right[i])
     return total / (2 * B)
 
 
 def contrastive_loss(
-    a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor | None = None, rows: slice = slice(None)
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | float,
+    ids: Tensor | None = None,
+    rows: slice = slice(None),
 ) -> Tensor:
     """How surely each a finds its b among all, and each b its a: a, b (B, M) of length 1 -> (), in nats.
 
     `scale` is 1 / temperature: a number, or a tensor () that may need a gradient. Items with the same id, ids (B,), are no
-    negatives of each other. `rows`: count these items alone, against all (see `own_rows`). In at least fp32, also under
+    negatives of each other. `rows`: count these items alone, against all (see `local_rows`). In at least fp32, also under
     autocast: in bf16 similarities near 1 are 1/256 apart, times the scale.
 
-    Unrelated embeddings give about `chance(B)` (random directions scale^2 / (2 M) more). It is 0 only in the limit: the
+    Unrelated embeddings give about `chance_loss(B)` (random directions scale^2 / (2 M) more). It is 0 only in the limit: the
     best that vectors of length 1 reach is ln(1 + (B - 1) exp(-scale B / (B - 1))), 0.0024 for B = 64 at a scale of 10. That
     is why the scale is learnt. ValueError if the shapes of a and b differ.
     """
     if a.shape != b.shape:
-        raise ValueError(f"embeddings of shape {tuple(a.shape)} and {tuple(b.shape)}: each needs its partner in its own row")
+        raise ValueError(
+            f"embeddings of shape {tuple(a.shape)} and {tuple(b.shape)}: each needs its partner in its own row"
+        )
     a, b = widen(a, b)
     everyone = torch.arange(len(a), device=a.device)  # (B,)
     own = everyone[rows]  # (R,): the column of each row's partner
     total = 0
     with torch.autocast(a.device.type, enabled=False):
-        for left, right in ((a, b), (b, a)):  # of all rows, the second matrix is the first one transposed
+        for left, right in (
+            (a, b),
+            (b, a),
+        ):  # of all rows, the second matrix is the first one transposed
             logits = scale * (left[rows] @ right.T)  # (R, B)
             if ids is not None:
                 twin = (ids[rows, None] == ids) & (own[:, None] != everyone)  # (R, B)
@@ -105,7 +120,9 @@ class Temperature(nn.Module):
         """`start`: the first temperature. ValueError if its scale is not a number up to `most`."""
         super().__init__()
         if not start * most >= 1:
-            raise ValueError(f"temperature {start} must be at least {1 / most}: the scale, 1 / temperature, is at most {most}")
+            raise ValueError(
+                f"temperature {start} must be at least {1 / most}: the scale, 1 / temperature, is at most {most}"
+            )
         self.limit = math.log(most)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(start)))
 
@@ -131,11 +148,16 @@ def all_pairs_loss(
     """
     for name in (name for pair in pairs for name in pair):
         if name not in embeddings:
-            raise ValueError(f"no embeddings of {name!r}, which a pair asks for: there are {', '.join(embeddings) or 'none'}")
+            raise ValueError(
+                f"no embeddings of {name!r}, which a pair asks for: there are {', '.join(embeddings) or 'none'}"
+            )
     weights = sum(pairs.values())
     if not (weights > 0 and all(weight >= 0 for weight in pairs.values())):
         raise ValueError(f"weights {pairs}: none may be below 0, and one must be above")
-    losses = {pair: contrastive_loss(embeddings[pair[0]], embeddings[pair[1]], scale, ids, rows) for pair in pairs}
+    losses = {
+        pair: contrastive_loss(embeddings[pair[0]], embeddings[pair[1]], scale, ids, rows)
+        for pair in pairs
+    }
     total = sum(pairs[pair] * loss for pair, loss in losses.items()) / weights
     return total, {"-".join(pair): loss.detach() for pair, loss in losses.items()}
 
@@ -144,7 +166,7 @@ def all_pairs_loss(
 # Each process encodes its own n items, but its negatives are everyone's. The rule that gives one process's gradients:
 #
 #     everything = {name: gather_with_gradient(e) for name, e in embeddings.items()}     and the ids as well
-#     all_pairs_loss(everything, scale, pairs, ids, rows=own_rows(n))[0].backward()
+#     all_pairs_loss(everything, scale, pairs, ids, rows=local_rows(n))[0].backward()
 #
 # then the mean of the gradients over the processes, the temperature's too, as DistributedDataParallel takes it. Process r's
 # loss L_r is the mean over its own rows, so that the mean of the L_r is L. An embedding is a rival in all of them: the gather's
@@ -156,7 +178,7 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def own_rows(n: int) -> slice:
+def local_rows(n: int) -> slice:
     """Where this process's n items stand among those gathered; all of them where it is alone."""
     first = n * dist.get_rank() if processes() > 1 else 0
     return slice(first, first + n)
@@ -175,7 +197,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> Tensor:
-        g = g.clone(memory_format=torch.contiguous_format)  # it is summed in place, and may be someone else's too
+        g = g.clone(
+            memory_format=torch.contiguous_format
+        )  # it is summed in place, and may be someone else's too
         dist.all_reduce(g)
         return g.chunk(processes())[dist.get_rank()]
 
@@ -192,7 +216,10 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 
 def cached_gradients(
-    encode: Callable[[Batch], Batch | tuple[Batch, Tensor]], inputs: Batch, loss: Callable[[Batch], Tensor], size: int
+    encode: Callable[[Batch], Batch | tuple[Batch, Tensor]],
+    inputs: Batch,
+    loss: Callable[[Batch], Tensor],
+    size: int,
 ) -> Tensor:
     """What `loss(encode(inputs)).backward()` does, with the activations of `size` items in memory at a time -> the loss ().
 
@@ -215,7 +242,10 @@ def cached_gradients(
     total.backward()
     for start, piece in zip(range(0, len(pieces) * size, size), pieces, strict=True):
         again, own = apart(encode(piece))
-        again, grads = named(again), {n: e.grad for n, e in leaves.items() if e.grad is not None}  # of what is used
+        again, grads = (
+            named(again),
+            {n: e.grad for n, e in leaves.items() if e.grad is not None},
+        )  # of what is used
         mine = [name for name in grads if again[name].requires_grad]  # not of a frozen encoder
         roots, theirs = [again[n] for n in mine], [grads[n][start : start + size] for n in mine]
         if own is not None:
@@ -239,10 +269,15 @@ def split(x: Batch, size: int) -> list[Batch]:
     """Pieces of at most `size` items, all modalities alike. ValueError if they have not equally many."""
     lengths = {name: len(t) for name, t in named(x).items()}
     if len(set(lengths.values())) != 1 or size < 1:
-        raise ValueError(f"pieces of {size} of {lengths} items: at least 1, and of each modality equally many")
+        raise ValueError(
+            f"pieces of {size} of {lengths} items: at least 1, and of each modality equally many"
+        )
     if isinstance(x, Tensor):
         return list(x.split(size))
-    return [dict(zip(x, parts, strict=True)) for parts in zip(*(t.split(size) for t in x.values()), strict=True)]
+    return [
+        dict(zip(x, parts, strict=True))
+        for parts in zip(*(t.split(size) for t in x.values()), strict=True)
+    ]
 
 
 def join(parts: list[Batch]) -> Batch:
@@ -266,7 +301,9 @@ def ranks(queries: Tensor, targets: Tensor, ids: Tensor | None = None) -> Tensor
     whose own score is NaN gets Q. Targets with the same id, ids (Q,), are no rivals. ValueError if the shapes differ.
     """
     if queries.shape != targets.shape:
-        raise ValueError(f"{tuple(queries.shape)} queries, {tuple(targets.shape)} targets: query i looks for target i")
+        raise ValueError(
+            f"{tuple(queries.shape)} queries, {tuple(targets.shape)} targets: query i looks for target i"
+        )
     queries, targets = widen(queries, targets)
     (Q, M), counts = queries.shape, []
     everyone = torch.arange(Q, device=queries.device)
@@ -274,9 +311,15 @@ def ranks(queries: Tensor, targets: Tensor, ids: Tensor | None = None) -> Tensor
         for some in everyone.split(max(1, SCORES // max(1, Q))):
             scores = queries[some] @ targets.T  # (R, Q)
             own = scores.gather(1, some[:, None])  # (R, 1)
-            rounding = M * torch.finfo(own.dtype).eps * (queries[some] * targets[some]).abs().sum(dim=-1, keepdim=True)
+            rounding = (
+                M
+                * torch.finfo(own.dtype).eps
+                * (queries[some] * targets[some]).abs().sum(dim=-1, keepdim=True)
+            )
             rival = some[:, None] != everyone if ids is None else ids[some, None] != ids  # (R, Q)
-            count = (~(scores < own - rounding) & rival).sum(dim=-1)  # "not lower", since NaN is neither lower nor higher
+            count = (~(scores < own - rounding) & rival).sum(
+                dim=-1
+            )  # "not lower", since NaN is neither lower nor higher
             counts.append(count.masked_fill(own[:, 0].isnan(), Q))
     return torch.cat(counts)
 

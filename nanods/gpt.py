@@ -2,7 +2,7 @@
 
 A GPT (Radford et al. 2019) with what a decade of practice has changed since, each with its source:
 
-    RoPE             positions as rotations of queries and keys           Su et al. 2021, arXiv:2104.09864
+    RoPE             positions as rope_cos_sin of queries and keys           Su et al. 2021, arXiv:2104.09864
     RMSNorm          x / rms(x), here without weights, before each layer  Zhang & Sennrich 2019, arXiv:1910.07467
     QK-norm          queries and keys normalised, so scores stay bounded  Henry et al. 2020, arXiv:2010.04245
     squared ReLU     max(0, x)^2 in the MLP (nanods/moe.py)               So et al. 2021, arXiv:2109.08668
@@ -12,7 +12,7 @@ V0 and V1 differ in one field of `GPTConfig`, `attention`; V1 and V2 in another,
 what it computed, and what it has to tell (V1's attention which blocks it chose, V2's experts their load). Nothing is kept
 in globals.
 
-Left out on purpose: the loss (nanods/training/tasks.py) and the training loop (train.py).
+Left out on purpose: the loss (nanods/training/language_task.py) and the training loop (train.py).
 
 Pinned by tests/test_gpt.py: cached decoding equals the full forward at every length; what follows a token, and what stands
 in other rows of the batch, changes nothing.
@@ -27,7 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nanods.attention import AttentionConfig, block_attention, cost, dense_attention, select_blocks, topk_attention
+from nanods.attention import (
+    AttentionConfig,
+    block_attention,
+    cost,
+    dense_attention,
+    select_blocks,
+    topk_attention,
+)
 from nanods.cache import Cache
 from nanods.moe import MLP, MoE, MoEConfig
 
@@ -48,8 +55,8 @@ class GPTConfig:
     """Tokens in the vocabulary (V): 256 means bytes, more a BPE trained on the data (needs the extra `bpe`)."""
     rope_base: float = 1_000.0
     """RoPE's slowest pair of channels turns once in about 2 pi x this many tokens."""
-    sharpness: float = 2.0
-    """Length of the normalised queries: scores reach sharpness x sqrt(width of a head)."""
+    query_gain: float = 2.0
+    """Length of the normalised queries: scores reach query_gain x sqrt(width of a head)."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -57,16 +64,26 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "n_embd", "hidden_ratio", "context_length", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if not self.rope_base > 1 or not self.sharpness > 0:
-            raise ValueError(f"rope_base = {self.rope_base} must be above 1, sharpness = {self.sharpness} above 0")
+        if not self.rope_base > 1 or not self.query_gain > 0:
+            raise ValueError(
+                f"rope_base = {self.rope_base} must be above 1, query_gain = {self.query_gain} above 0"
+            )
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads of even width: "
                 f"choose n_embd as a multiple of {2 * self.n_head}"
             )
-        for name, least in (("top_k", 1), ("block_size", 1), ("top_blocks", 1), ("beam", 1), ("fan_out", 2)):
+        for name, least in (
+            ("top_k", 1),
+            ("block_size", 1),
+            ("top_blocks", 1),
+            ("beam", 1),
+            ("fan_out", 2),
+        ):
             if getattr(self.attention, name) < least:
-                raise ValueError(f"attention.{name} = {getattr(self.attention, name)} must be at least {least}")
+                raise ValueError(
+                    f"attention.{name} = {getattr(self.attention, name)} must be at least {least}"
+                )
 
 
 class RMSNorm(torch.autograd.Function):
@@ -97,12 +114,16 @@ def rms_norm(x: Tensor, length: float = 1.0) -> Tensor:
     return RMSNorm.apply(x, length)
 
 
-def rotations(positions: Tensor, D: int, dtype: torch.dtype, base: float) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(
+    positions: Tensor, D: int, dtype: torch.dtype, base: float
+) -> tuple[Tensor, Tensor]:
     """RoPE's angles: pair i of a head of width D turns by position * base^(-2i/D).
 
     positions (B or 1, T) -> their cosines and sines, each (B or 1, 1, T, D/2).
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32  # bf16 angles would be off by whole turns
+    wide = (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )  # bf16 angles would be off by whole turns
     frequency = base ** (-torch.arange(0, D, 2, device=positions.device, dtype=wide) / D)  # (D/2,)
     angle = positions[:, None, :, None].to(wide) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -120,7 +141,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
-        self.config, self.n_head, self.sharpness, self.causal = config.attention, config.n_head, config.sharpness, causal
+        self.config, self.n_head, self.query_gain, self.causal = (
+            config.attention,
+            config.n_head,
+            config.query_gain,
+            causal,
+        )
         C = config.n_embd
         self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
 
@@ -147,8 +173,10 @@ class Attention(nn.Module):
             linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
             for linear in (self.query, self.key, self.value)
         )
-        q, k = rms_norm(rotate(q, rope), self.sharpness), rms_norm(rotate(k, rope))
-        with torch.autocast("cpu", enabled=False):  # a CPU's bf16 attention takes four times as long backward as its fp32
+        q, k = rms_norm(rotate(q, rope), self.query_gain), rms_norm(rotate(k, rope))
+        with torch.autocast(
+            "cpu", enabled=False
+        ):  # a CPU's bf16 attention takes four times as long backward as its fp32
             if self.causal:
                 y, stats = self.read(q, k, v.to(q.dtype), positions, cache, layer)
             else:
@@ -164,22 +192,31 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """q, k, v (B, H, T, D) of new tokens, which read each other and what the cache holds -> (B, H, T, D), stats."""
         c, T, D = self.config, q.size(2), q.size(3)
-        among, summaries = None, None  # where the queries stand among the keys: by default query t is key t
+        among, summaries = (
+            None,
+            None,
+        )  # where the queries stand among the keys: by default query t is key t
         if cache is not None:
             k_all, v_all = cache.append(layer, k, v, positions)
             if cache.longest:
                 k, v, among = k_all, v_all, positions
-                summaries = cache.summaries[layer][:, :, : k.size(2) // c.block_size] if c.kind == "block" else None
+                summaries = (
+                    cache.summaries[layer][:, :, : k.size(2) // c.block_size]
+                    if c.kind == "block"
+                    else None
+                )
         if c.kind == "dense":
             return dense_attention(q, k, v, positions=among), {}
         if c.kind == "topk":
             return topk_attention(q, k, v, c.top_k, positions=among), {}
-        method = "flat" if c.method == "shared" and among is not None else c.method
+        method = "flat" if c.method == "tile" and among is not None else c.method
         tree = {"beam": c.beam, "fan_out": c.fan_out}
-        blocks = select_blocks(q, k, c.block_size, c.top_blocks, method, c.pool, True, among, summaries, **tree)
-        if c.method == "shared" and cache is not None:
+        blocks = select_blocks(
+            q, k, c.block_size, c.top_blocks, method, c.pool, True, among, summaries, **tree
+        )
+        if c.method == "tile" and cache is not None:
             if among is not None:
-                blocks = cache.shared_choice(layer, blocks, positions)
+                blocks = cache.tile_selection(layer, blocks, positions)
             else:
                 cache.choices[layer][:, :, : blocks.size(2)] = blocks
         y = block_attention(q, k, v, blocks, c.block_size, positions=among)
@@ -210,7 +247,9 @@ class Block(nn.Module):
         inspect: bool = False,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, attention_stats = self.attention(rms_norm(x), positions, rope, cache, layer, inspect, valid)
+        y, attention_stats = self.attention(
+            rms_norm(x), positions, rope, cache, layer, inspect, valid
+        )
         x = x + y
         y, mlp_stats = self.mlp(rms_norm(x), valid, inspect)
         return x + y, attention_stats | mlp_stats
@@ -234,7 +273,11 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=self.config.n_embd**-0.5)
 
     def forward(
-        self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None, inspect: bool = False
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        lengths: Tensor | None = None,
+        inspect: bool = False,
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """tokens (B, T) -> logits (B, T, V) for the token after each, and the stats of each layer (more with `inspect`).
 
@@ -244,13 +287,19 @@ class GPT(nn.Module):
         T = tokens.size(1)
         before = cache.longest if cache is not None else 0
         if before + T > self.config.context_length:
-            raise ValueError(f"{before} + {T} tokens exceed context_length = {self.config.context_length}")
+            raise ValueError(
+                f"{before} + {T} tokens exceed context_length = {self.config.context_length}"
+            )
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
-        valid = None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T)
+        valid = (
+            None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]
+        )  # (B, T)
         x = rms_norm(self.embedding(tokens))  # (B, T, C)
-        rope = rotations(positions, self.config.n_embd // self.config.n_head, x.dtype, self.config.rope_base)
+        rope = rope_cos_sin(
+            positions, self.config.n_embd // self.config.n_head, x.dtype, self.config.rope_base
+        )
         stats = []
         for layer, block in enumerate(self.blocks):
             x, layer_stats = block(x, positions, rope, cache, layer, inspect, valid)
@@ -263,19 +312,30 @@ class GPT(nn.Module):
     def new_cache(self, B: int) -> Cache:
         """An empty cache for B rows of up to `context_length` tokens."""
         c, weight = self.config, self.head.weight
-        return Cache(c.attention, c.n_layer, (B, c.n_head, c.context_length, c.n_embd // c.n_head), weight.device, weight.dtype)
+        return Cache(
+            c.attention,
+            c.n_layer,
+            (B, c.n_head, c.context_length, c.n_embd // c.n_head),
+            weight.device,
+            weight.dtype,
+        )
 
     # ---- what it costs ---------------------------------------------------------------------------------------------------
 
-    def parameters_total_active(self) -> tuple[int, int]:
+    def count_parameters(self) -> tuple[int, int]:
         """Parameters in all, and those that each token uses: not the other tokens' rows of the embedding, nor other experts."""
         total = sum(p.numel() for p in self.parameters())
-        return total, total - self.embedding.weight.numel() + self.config.n_embd - self.idle_parameters()
+        return (
+            total,
+            total - self.embedding.weight.numel() + self.config.n_embd - self.idle_parameters(),
+        )
 
     def idle_parameters(self) -> int:
         """Parameters of the E - K experts that a token does not use, over all layers."""
         c = self.config
-        idle = max(0, c.moe.n_expert - c.moe.top_k) * 2 * c.hidden_ratio * c.n_embd**2  # E = 1 is an MLP: K does not count
+        idle = (
+            max(0, c.moe.n_expert - c.moe.top_k) * 2 * c.hidden_ratio * c.n_embd**2
+        )  # E = 1 is an MLP: K does not count
         return c.n_layer * idle
 
     def flops_per_token(self, T: int | None = None) -> float:
@@ -286,7 +346,11 @@ class GPT(nn.Module):
         Choosing blocks is left out: T x T / block_size products, forward only.
         """
         T = T or self.config.context_length
-        weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel() - self.idle_parameters()
+        weights = (
+            sum(p.numel() for p in self.parameters())
+            - self.embedding.weight.numel()
+            - self.idle_parameters()
+        )
         pairs = self.config.attention.pairs(T) / T
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * pairs
 
@@ -331,8 +395,12 @@ class GPT(nn.Module):
         stop_tokens = torch.tensor(sorted(stop), dtype=torch.long, device=device)
         cache, new = None, tokens[:, -1]
         for _ in range(max_new_tokens):
-            if cache is None or cache.longest == context:  # the start, or a row is full: read the rows (again)
-                rows = [row if len(row) <= context else row[-max(1, context // 2) :] for row in rows]
+            if (
+                cache is None or cache.longest == context
+            ):  # the start, or a row is full: read the rows (again)
+                rows = [
+                    row if len(row) <= context else row[-max(1, context // 2) :] for row in rows
+                ]
                 cache = self.new_cache(B)
                 lengths = torch.tensor([len(row) for row in rows], device=device)
                 padded = [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
@@ -351,7 +419,11 @@ class GPT(nn.Module):
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, streams: list[torch.Generator]
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    streams: list[torch.Generator],
 ) -> Tensor:
     """Draw one token a row from softmax(logits / temperature): (B, V) -> (B,). Temperature 0 takes the likeliest.
 
@@ -366,5 +438,8 @@ def sample(
         ordered[:, top_k:] = 0
     if top_p is not None:
         ordered[ordered.cumsum(dim=-1) - ordered >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0
-    drawn = [torch.multinomial(row, 1, generator=stream) for row, stream in zip(ordered, streams, strict=True)]
+    drawn = [
+        torch.multinomial(row, 1, generator=stream)
+        for row, stream in zip(ordered, streams, strict=True)
+    ]
     return order.gather(-1, torch.stack(drawn)).squeeze(-1)

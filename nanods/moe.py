@@ -8,9 +8,9 @@ so parameters grow with E and the work per token with K alone. One idea at a tim
 
     MLP                 one, as in V0 and V1: the limit of everything below at E = 1
     route               which experts, and with what weights
-    mix_loop            run each expert on its tokens: a loop, to be believed            tests/test_moe.py holds
-    mix_sorted          the same with tokens sorted by expert, and its own backward      the three together
-    mix_grouped         the same as two grouped matrix products, for a GPU
+    experts_loop            run each expert on its tokens: a loop, to be believed            tests/test_moe.py holds
+    experts_sorted          the same with tokens sorted by expert, and its own backward      the three together
+    experts_grouped         the same as two grouped matrix products, for a GPU
     within_capacity     a limit for each expert, and who goes without                    GShard, arXiv:2006.16668
     load_balancing_loss, router_z_loss, MoE.update_bias      three ways to an even load; entropy_loss, for several modalities
     MoE                 the layer
@@ -56,14 +56,25 @@ class MoEConfig:
     """How far the selection bias of each expert moves in one optimizer step towards an even load. 0: no bias."""
 
     def __post_init__(self) -> None:
-        E, K, factor, alone = self.n_expert, self.top_k, self.capacity_factor, self.top_k == 1 and self.normalise
+        E, K, factor, alone = (
+            self.n_expert,
+            self.top_k,
+            self.capacity_factor,
+            self.top_k == 1 and self.normalise,
+        )
         rates = (self.balance_coefficient, self.z_coefficient, self.bias_rate)
         below = not all(r >= 0 for r in rates)
         faults = {
             f"n_expert = {E} must be at least 1 (1 is a plain MLP)": E < 1,
-            f"top_k = {K} must lie between 1 and n_expert = {E}: choose fewer, or more experts": E > 1 and not 1 <= K <= E,
-            "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": E > 1 and alone,
-            f"capacity_factor = {factor} must be above 0, say 1.25 (None: no limit)": factor is not None and not factor > 0,
+            f"top_k = {K} must lie between 1 and n_expert = {E}: choose fewer, or more experts": E
+            > 1
+            and not 1 <= K <= E,
+            "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": E
+            > 1
+            and alone,
+            f"capacity_factor = {factor} must be above 0, say 1.25 (None: no limit)": factor
+            is not None
+            and not factor > 0,
             f"balance_coefficient, z_coefficient, bias_rate = {rates}: each must be at least 0 (0: off)": below,
         }
         if found := [fault for fault, there in faults.items() if there]:
@@ -96,7 +107,9 @@ class MLP(nn.Module):
         self.up = nn.Linear(n_embd, hidden, bias=False)
         self.out = nn.Linear(hidden, n_embd, bias=False)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, inspect: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, inspect: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) -> x (B, T, C), stats. `valid` and `inspect` are MoE's: an MLP does not look beyond a token."""
         return self.out(SquaredReLU.apply(self.up(x))), {}  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
@@ -120,8 +133,14 @@ def choose(
     """
     probs = logits.softmax(dim=-1)
     scores = probs.detach() if bias is None else probs.detach() + bias
-    best, experts = scores.topk(min(top_k + 1, scores.size(-1)), dim=-1)  # one more, to see how near it was
-    margin = best[:, top_k - 1] - best[:, top_k] if best.size(-1) > top_k else torch.ones_like(best[:, 0])
+    best, experts = scores.topk(
+        min(top_k + 1, scores.size(-1)), dim=-1
+    )  # one more, to see how near it was
+    margin = (
+        best[:, top_k - 1] - best[:, top_k]
+        if best.size(-1) > top_k
+        else torch.ones_like(best[:, 0])
+    )
     experts = experts[:, :top_k]
     weights = probs.gather(-1, experts)
     if normalise:
@@ -137,7 +156,9 @@ def route(
     Computed in at least fp32 (fp64 stays fp64). The weights sum to 1 unless `normalise` is off. ValueError if K > E.
     """
     if not 1 <= top_k <= gate.size(0):
-        raise ValueError(f"top_k = {top_k} must lie between 1 and the number of experts, {gate.size(0)}")
+        raise ValueError(
+            f"top_k = {top_k} must lie between 1 and the number of experts, {gate.size(0)}"
+        )
     return choose(router_logits(x, gate), top_k, bias, normalise)[:3]
 
 
@@ -145,7 +166,7 @@ def route(
 # x (N, C), weights (N, K), experts (N, K) with E where an assignment is dropped, up (E, F, C), out (E, C, F) -> (N, C)
 
 
-def mix_loop(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
+def experts_loop(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """The reference: each expert in turn takes its tokens, and adds what it makes of them to theirs."""
     y = torch.zeros_like(x)
     for e in range(len(up)):
@@ -155,16 +176,16 @@ def mix_loop(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tenso
     return y
 
 
-def by_expert(experts: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
     """(N, K) -> the assignments in the order of their experts (N K,), numbered as in experts.flatten(), and how many each has.
 
     Stable: an expert's tokens keep their order. Dropped assignments (number E) come last and are not counted: (E,).
     """
     flat = experts.flatten()
-    return flat.argsort(stable=True), counted(flat, n_expert)
+    return flat.argsort(stable=True), count_assignments(flat, n_expert)
 
 
-def counted(experts: Tensor, n_expert: int) -> Tensor:
+def count_assignments(experts: Tensor, n_expert: int) -> Tensor:
     """How often each expert occurs: integers below E, or E for none -> (E,). No bincount: that waits for a GPU."""
     bins = torch.zeros(n_expert + 1, dtype=torch.long, device=experts.device)
     return bins.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:n_expert]
@@ -187,11 +208,18 @@ def take(x: Tensor, token: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SortedExperts(torch.autograd.Function):
-    """mix_sorted's arithmetic. Keeps the hidden activations, (N K, F) in all, and casts to `dtype` piece by piece."""
+    """experts_sorted's arithmetic. Keeps the hidden activations, (N K, F) in all, and casts to `dtype` piece by piece."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weights: Tensor, up: Tensor, out: Tensor, order: Tensor, counts: list[int], dtype: torch.dtype
+        ctx,
+        x: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        out: Tensor,
+        order: Tensor,
+        counts: list[int],
+        dtype: torch.dtype,
     ) -> Tensor:
         token, w = order // weights.size(1), weights.flatten()[order]  # (N K,)
         y, hidden = torch.zeros_like(x), []
@@ -213,66 +241,81 @@ class SortedExperts(torch.autograd.Function):
         for e in (e for e, count in enumerate(ctx.counts) if count == 0):
             grad_up[e], grad_out[e] = 0, 0
         for (e, rows, first), r in zip(pieces(ctx.counts), hidden, strict=True):
-            mine, asked, n = take(x, token[rows], dtype), take(g, token[rows], dtype), rows.stop - rows.start
+            mine, asked, n = (
+                take(x, token[rows], dtype),
+                take(g, token[rows], dtype),
+                rows.stop - rows.start,
+            )
             wide = torch.zeros(len(r), 1, dtype=dtype, device=x.device)
             wide[:n, 0] = w[rows]
             inner = (asked @ out[e].to(dtype)).mul_(r)  # r x the gradient of r^2, before the weight
-            grad_w[order[rows]] = torch.linalg.vecdot(inner, r)[:n].to(w.dtype)  # = made . asked, without making it again
+            grad_w[order[rows]] = torch.linalg.vecdot(inner, r)[:n].to(
+                w.dtype
+            )  # = made . asked, without making it again
             inner.mul_(2 * wide)
-            for grad, part in ((grad_out[e], asked.mul_(wide).T @ (r * r)), (grad_up[e], inner.T @ mine)):
+            for grad, part in (
+                (grad_out[e], asked.mul_(wide).T @ (r * r)),
+                (grad_up[e], inner.T @ mine),
+            ):
                 grad.copy_(part) if first else grad.add_(part)
             grad_x.index_add_(0, token[rows], (inner @ up[e].to(dtype))[:n].to(x.dtype))
         return grad_x, grad_w.view(-1, ctx.K), grad_up, grad_out, None, None, None
 
 
-def mix_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """As mix_loop, but tokens are sorted by expert once, and forward and backward are written out. The default."""
-    order, counts = by_expert(experts, len(up))
-    dtype = computing_dtype(x)
+def experts_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """As experts_loop, but tokens are sorted by expert once, and forward and backward are written out. The default."""
+    order, counts = sort_by_expert(experts, len(up))
+    dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         return SortedExperts.apply(x, weights, up, out, order, counts.tolist(), dtype)
 
 
-def computing_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """What autocast would multiply in, where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def mix_grouped(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """As mix_loop, by PyTorch's grouped matrix product: one kernel for all experts, and no count leaves the GPU.
+def experts_grouped(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """As experts_loop, by PyTorch's grouped matrix product: one kernel for all experts, and no count leaves the GPU.
 
     Not for fp64. Dropped assignments are computed too, with weight 0, so that every shape is known beforehand.
     """
-    K, dtype = weights.size(1), computing_dtype(x)
+    K, dtype = weights.size(1), compute_dtype(x)
     dropped = experts == len(up)
-    order, counts = by_expert(experts.masked_fill(dropped, len(up) - 1), len(up))
+    order, counts = sort_by_expert(experts.masked_fill(dropped, len(up) - 1), len(up))
     ends = counts.cumsum(0).to(torch.int32)
     w = weights.masked_fill(dropped, 0).flatten()[order].to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         mine = x.to(dtype)[order // K]  # (N K, C)
-        hidden = SquaredReLU.apply(nn.functional.grouped_mm(mine, up.to(dtype).mT, offs=ends))  # (N K, F)
+        hidden = SquaredReLU.apply(
+            nn.functional.grouped_mm(mine, up.to(dtype).mT, offs=ends)
+        )  # (N K, F)
         made = nn.functional.grouped_mm(hidden, out.to(dtype).mT, offs=ends).to(x.dtype)  # (N K, C)
         return torch.zeros_like(x).index_add(0, order // K, made * w[:, None])
 
 
-def mix_fastest(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """mix_grouped where it is the faster one, in bf16 on a GPU; mix_sorted elsewhere."""
-    grouped = x.device.type == "cuda" and computing_dtype(x) == torch.bfloat16
-    return (mix_grouped if grouped else mix_sorted)(x, weights, experts, up, out)
+def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """experts_grouped where it is the faster one, in bf16 on a GPU; experts_sorted elsewhere."""
+    grouped = x.device.type == "cuda" and compute_dtype(x) == torch.bfloat16
+    return (experts_grouped if grouped else experts_sorted)(x, weights, experts, up, out)
 
 
 # ---- capacity ----------------------------------------------------------------------------------------------------------------
 
 
-def within_capacity(experts: Tensor, n_expert: int, capacity: int, priority: str = "token") -> Tensor:
+def within_capacity(
+    experts: Tensor, n_expert: int, capacity: int, priority: str = "token"
+) -> Tensor:
     """Which assignments an expert of `capacity` places can take: experts (N, K) -> (N, K), True where served.
 
     "token": places go to the earlier token. "slot": all first choices come before any second choice, as in GShard; a
     token's second choice then waits for the first choices of tokens that come *after* it.
     """
     queue = experts if priority == "token" else experts.T  # read row by row
-    order, counts = by_expert(queue, n_expert + 1)  # those without an expert queue at a desk of their own
+    order, counts = sort_by_expert(
+        queue, n_expert + 1
+    )  # those without an expert queue at a desk of their own
     start = counts.cumsum(0) - counts  # where each expert's queue begins
     flat = queue.flatten()
     place = torch.empty_like(flat)
@@ -291,7 +334,7 @@ def load_balancing_loss(probs: Tensor, experts: Tensor) -> Tensor:
     with K = 1. It can fall below 1: where the choices and the probabilities lean to different experts. The gradient comes
     through the probabilities alone. The micro-batch is its unit: over several, it is the mean of their losses."""
     E = probs.size(-1)
-    share = counted(experts, E).to(probs.dtype) / max(1, experts.numel())  # (E,)
+    share = count_assignments(experts, E).to(probs.dtype) / max(1, experts.numel())  # (E,)
     return E * (share * probs.mean(dim=0)).sum()  # not @, which autocast would round
 
 
@@ -300,10 +343,10 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1).square().mean()
 
 
-def entropy_loss(doubt: Tensor, importance: Tensor, least: float) -> Tensor:
+def entropy_loss(token_entropy: Tensor, importance: Tensor, least: float) -> Tensor:
     """For one modality of several, in nats: each token sure of its experts, all together using `least` of them or more. From
     the mean entropy of a token's probabilities () and their mean (E,). LIMoE: Mustafa et al. 2022, arXiv:2206.02770."""
-    return doubt + (math.log(least) - torch.special.entr(importance).sum()).clamp(min=0)
+    return token_entropy + (math.log(least) - torch.special.entr(importance).sum()).clamp(min=0)
 
 
 # ---- the layer ---------------------------------------------------------------------------------------------------------------
@@ -328,15 +371,23 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= n_expert or (capacity_factor is not None and not capacity_factor > 0):
-            raise ValueError(f"top_k = {top_k} of {n_expert} experts, capacity_factor = {capacity_factor}: cannot be")
+            raise ValueError(
+                f"top_k = {top_k} of {n_expert} experts, capacity_factor = {capacity_factor}: cannot be"
+            )
         self.top_k, self.capacity_factor, self.priority = top_k, capacity_factor, priority
-        self.normalise, self.bias_rate, self.mix = normalise, bias_rate, mix_fastest  # expert_parallel.py mixes otherwise
+        self.normalise, self.bias_rate, self.run_experts = (
+            normalise,
+            bias_rate,
+            run_experts,
+        )  # expert_parallel.py mixes otherwise
         self.gate = nn.Linear(n_embd, n_expert, bias=False)
         self.up = nn.Parameter(torch.randn(n_expert, hidden, n_embd) * n_embd**-0.5)
         self.out = nn.Parameter(torch.randn(n_expert, n_embd, hidden) * hidden**-0.5)
         self.register_buffer("bias", torch.zeros(n_expert))
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, inspect: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, inspect: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, C) -> y (B, T, C), stats. What is not `valid` (B, T), padding, goes to no expert and is not counted.
 
         stats, of this call's tokens:
@@ -345,23 +396,25 @@ class MoE(nn.Module):
             load_entropy ()   of the load's shares, in nats: ln E where even
             dropped ()        share of the assignments that found no place
             router_margin ()  mean distance of the last expert chosen from the first one that was not
-            balance_loss, z_loss, doubt ()  with their gradients; doubt is the mean entropy of a token's probabilities
+            balance_loss, z_loss, token_entropy ()  with their gradients; token_entropy is the mean entropy of a token's probabilities
         and with `inspect` experts (B, T, K).
         """
         E, (B, T, C) = len(self.gate.weight), x.shape
         rows = x.reshape(-1, C)  # (N, C)
         logits = router_logits(rows, self.gate.weight)
-        weights, experts, probs, margin = choose(logits, self.top_k, self.bias if self.bias_rate else None, self.normalise)
+        weights, experts, probs, margin = choose(
+            logits, self.top_k, self.bias if self.bias_rate else None, self.normalise
+        )
         chosen = experts
         if valid is not None:
             real = valid.reshape(-1)
             experts = experts.masked_fill(~real[:, None], E)
             logits, probs, chosen, margin = logits[real], probs[real], chosen[real], margin[real]
-        load = counted(experts, E)
+        load = count_assignments(experts, E)
         if self.training and self.capacity_factor is not None:
             capacity = math.ceil(self.capacity_factor * chosen.numel() / E)
             experts = experts.masked_fill(~within_capacity(experts, E, capacity, self.priority), E)
-        y = self.mix(rows, weights, experts, self.up, self.out)
+        y = self.run_experts(rows, weights, experts, self.up, self.out)
         total = load.sum().clamp(min=1)
         stats = {
             "load": load,
@@ -371,7 +424,7 @@ class MoE(nn.Module):
             "router_margin": margin.mean(),
             "balance_loss": load_balancing_loss(probs, chosen),
             "z_loss": router_z_loss(logits),
-            "doubt": torch.special.entr(probs).sum(dim=-1).mean(),
+            "token_entropy": torch.special.entr(probs).sum(dim=-1).mean(),
         }
         return y.view(B, T, C), stats | ({"experts": experts.view(B, T, -1)} if inspect else {})
 
@@ -383,7 +436,9 @@ class MoE(nn.Module):
         self.bias += self.bias_rate * (load.mean() - load).sign()
 
 
-def upcycle(weights: dict[str, Tensor], n_expert: int, noise: float = 0.0, seed: int = 0) -> dict[str, Tensor]:
+def upcycle(
+    weights: dict[str, Tensor], n_expert: int, noise: float = 0.0, seed: int = 0
+) -> dict[str, Tensor]:
     """A dense model's weights by name -> those of the model in which each MLP has become `n_expert` copies of itself.
 
     A new gate chooses among equals, and weights that sum to 1 give back the MLP: the loss does not change. Then the experts
@@ -395,6 +450,9 @@ def upcycle(weights: dict[str, Tensor], n_expert: int, noise: float = 0.0, seed:
         if name.endswith((".mlp.up.weight", ".mlp.out.weight")):
             stack = weight.expand(n_expert, *weight.shape)
             spread = torch.randn(stack.shape, generator=random, dtype=weight.dtype) if noise else 0
-            name, weight = name.removesuffix(".weight"), stack + noise * weight.square().mean().sqrt() * spread
+            name, weight = (
+                name.removesuffix(".weight"),
+                stack + noise * weight.square().mean().sqrt() * spread,
+            )
         many[name] = weight
     return many

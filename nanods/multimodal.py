@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanods.contrastive import Temperature
-from nanods.gpt import Block, GPTConfig, rms_norm, rotations
+from nanods.gpt import Block, GPTConfig, rms_norm, rope_cos_sin
 
 GRID_BASE = 100.0  # RoPE's base for places: the slowest of 8 pairs turns once in about 350 of them
 
@@ -42,17 +42,17 @@ class MultimodalConfig:
     modalities: tuple[str, ...] = ()
     """What is brought into one space, of text, image and audio; none: a language model (V0 to V2)."""
     pairs: tuple[str, ...] = ()
-    """Which of them are compared in training, such as text-image text-audio; none named: all pairs."""
+    """Which of them are pair_weights in training, such as text-image text-audio; none named: all pairs."""
     shared: bool = True
     """One trunk for all modalities; if not, each has its own."""
     width: int = 128
     """Width of the common space (M)."""
     temperature: float = 0.1
     """The contrastive loss' temperature at the start: it is learnt, and never below 0.01."""
-    image_side: int = 32
+    image_size: int = 32
     """Height and width of an image, in pixels."""
-    patch_side: int = 4
-    """Height and width of an image's patch, which is a token; must divide image-side."""
+    patch_size: int = 4
+    """Height and width of an image's patch, which is a token; must divide image-size."""
     frames: int = 32
     """Frames of a sound, 32 ms each."""
     patch_frames: int = 2
@@ -61,28 +61,41 @@ class MultimodalConfig:
     """Whether scenes that are alike stand in one batch: a mirror image, another shape. Otherwise a batch is drawn at random."""
     entropy_coefficient: float = 0.0
     """Weight of the experts' entropy losses for each modality (LIMoE), beside the balance of all tokens together. 0: off."""
-    least_experts: float = 4.0
+    min_experts: float = 4.0
     """How many experts a modality must use before the entropy loss lets it be."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.modalities if name not in MODALITIES]:
-            raise ValueError(f"multimodal.modalities: no {', '.join(unknown)}; there are {', '.join(MODALITIES)}")
+            raise ValueError(
+                f"multimodal.modalities: no {', '.join(unknown)}; there are {', '.join(MODALITIES)}"
+            )
         if len(set(self.modalities)) != len(self.modalities) or len(self.modalities) == 1:
-            raise ValueError(f"multimodal.modalities {' '.join(self.modalities)}: at least two, each once")
+            raise ValueError(
+                f"multimodal.modalities {' '.join(self.modalities)}: at least two, each once"
+            )
         known = {f"{a}-{b}" for a in self.modalities for b in self.modalities if a != b}
         if unknown := [pair for pair in self.pairs if pair not in known]:
-            raise ValueError(f"multimodal.pairs: no {', '.join(unknown)}; there are {', '.join(sorted(known)) or 'none'}")
-        for whole, part in (("image_side", "patch_side"), ("frames", "patch_frames")):
+            raise ValueError(
+                f"multimodal.pairs: no {', '.join(unknown)}; there are {', '.join(sorted(known)) or 'none'}"
+            )
+        for whole, part in (("image_size", "patch_size"), ("frames", "patch_frames")):
             a, b = getattr(self, whole), getattr(self, part)
             if a < 1 or b < 1 or a % b:
-                raise ValueError(f"multimodal.{part} = {b} does not divide {whole} = {a}: choose a divisor")
-        if self.width < 1 or not self.temperature >= 0.01 or not self.entropy_coefficient >= 0 or not self.least_experts >= 1:
+                raise ValueError(
+                    f"multimodal.{part} = {b} does not divide {whole} = {a}: choose a divisor"
+                )
+        if (
+            self.width < 1
+            or not self.temperature >= 0.01
+            or not self.entropy_coefficient >= 0
+            or not self.min_experts >= 1
+        ):
             raise ValueError(
-                f"multimodal.width = {self.width} and least_experts = {self.least_experts} must be at least 1, "
+                f"multimodal.width = {self.width} and min_experts = {self.min_experts} must be at least 1, "
                 f"temperature = {self.temperature} at least 0.01, entropy_coefficient = {self.entropy_coefficient} at least 0"
             )
 
-    def compared(self) -> dict[tuple[str, str], float]:
+    def pair_weights(self) -> dict[tuple[str, str], float]:
         """The pairs of modalities that the loss compares, with their weights: all alike."""
         pairs = [tuple(pair.split("-")) for pair in self.pairs] or combinations(self.modalities, 2)
         return dict.fromkeys(pairs, 1.0)
@@ -91,11 +104,16 @@ class MultimodalConfig:
 # ---- what is common to modalities --------------------------------------------------------------------------------------------
 
 
-def grid_rotations(sides: Sequence[int], D: int) -> tuple[Tensor, Tensor]:
+def grid_rope(sides: Sequence[int], D: int) -> tuple[Tensor, Tensor]:
     """RoPE for tokens on a grid, listed row by row: each axis turns its share of the D/2 pairs (Heo et al. 2024,
     arXiv:2403.13298, its axial form; with one axis RoPE itself). -> cosines and sines, each (1, 1, T, D/2)."""
-    places = torch.cartesian_prod(*(torch.arange(side) for side in sides)).view(-1, len(sides))  # (T, axes)
-    turned = [rotations(place[None], D // len(sides), torch.float32, GRID_BASE) for place in places.unbind(dim=1)]
+    places = torch.cartesian_prod(*(torch.arange(side) for side in sides)).view(
+        -1, len(sides)
+    )  # (T, axes)
+    turned = [
+        rope_cos_sin(place[None], D // len(sides), torch.float32, GRID_BASE)
+        for place in places.unbind(dim=1)
+    ]
     cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*turned, strict=True))
     return cos, sin
 
@@ -109,23 +127,31 @@ class Modality(nn.Module):
         """`sides` of the grid on which the tokens stand, the width of a head being a multiple of twice their number."""
         super().__init__()
         C = trunk.n_embd
-        self.place = nn.Parameter(torch.randn(*sides, C).flatten(0, -2) * C**-0.5)  # (T, C)
-        cos, sin = grid_rotations(sides, C // trunk.n_head)
+        self.position_embedding = nn.Parameter(
+            torch.randn(*sides, C).flatten(0, -2) * C**-0.5
+        )  # (T, C)
+        cos, sin = grid_rope(sides, C // trunk.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.adapter = nn.Sequential(nn.Linear(C, C, bias=False), nn.GELU(), nn.Linear(C, width, bias=False))
+        self.adapter = nn.Sequential(
+            nn.Linear(C, C, bias=False), nn.GELU(), nn.Linear(C, width, bias=False)
+        )
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input -> tokens (B, T, C), and which of them are there, (B, T), or None for all."""
         raise NotImplementedError
 
     def prepare(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """Input -> what the trunk reads: tokens with their places (B, T, C), their rotations, and which are there."""
+        """Input -> what the trunk reads: tokens with their places (B, T, C), their rope_cos_sin, and which are there."""
         tokens, valid = self.tokens(x)
-        T, room = tokens.size(1), len(self.place)
+        T, room = tokens.size(1), len(self.position_embedding)
         if room < T:
             raise ValueError(f"{T} tokens, where there is room for {room}")
-        return rms_norm(tokens + self.place[:T]), (self.cos[:, :, :T], self.sin[:, :, :T]), valid
+        return (
+            rms_norm(tokens + self.position_embedding[:T]),
+            (self.cos[:, :, :T], self.sin[:, :, :T]),
+            valid,
+        )
 
     def project(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """What the trunk made, (B, T, C) -> embeddings (B, M) of length 1, in at least fp32."""
@@ -158,16 +184,20 @@ class Image(Modality):
     reads = "images"
 
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
-        self.side = config.patch_side
-        rows = config.image_side // self.side
+        self.side = config.patch_size
+        rows = config.image_size // self.side
         super().__init__(trunk, config.width, rows, rows)
         self.patch = nn.Linear(3 * (2 * self.side) ** 2, trunk.n_embd, bias=False)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
         """Images (B, 3, Y, X) in 0 .. 1."""
         half, rest = self.side // 2, self.side - self.side // 2
-        x = F.pad(x.to(self.place.dtype) - 0.5, (half, rest, half, rest))  # grey around it
-        return self.patch(F.unfold(x, 2 * self.side, stride=self.side).mT), None  # (B, 3 (2 side)^2, T) -> (B, T, C)
+        x = F.pad(
+            x.to(self.position_embedding.dtype) - 0.5, (half, rest, half, rest)
+        )  # grey around it
+        return self.patch(
+            F.unfold(x, 2 * self.side, stride=self.side).mT
+        ), None  # (B, 3 (2 side)^2, T) -> (B, T, C)
 
 
 class Audio(Modality):
@@ -180,7 +210,12 @@ class Audio(Modality):
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
         """Log-mels (B, S, F), of mean 0 and standard deviation 1 or so."""
-        parts = x.to(self.place.dtype).unflatten(2, (-1, self.frames)).transpose(1, 2).flatten(2)  # (B, T, S frames)
+        parts = (
+            x.to(self.position_embedding.dtype)
+            .unflatten(2, (-1, self.frames))
+            .transpose(1, 2)
+            .flatten(2)
+        )  # (B, T, S frames)
         return self.patch(parts), None
 
 
@@ -189,10 +224,13 @@ MODALITIES = {"text": Text, "image": Image, "audio": Audio}
 
 
 @cache
-def tokens_per_item(trunk: GPTConfig, config: MultimodalConfig) -> dict[str, int]:
+def tokens_per_example(trunk: GPTConfig, config: MultimodalConfig) -> dict[str, int]:
     """The tokens of an item by modality, of a text the most it may have; without a model of any size."""
     with torch.device("meta"):
-        return {name: len(MODALITIES[name](trunk, config).place) for name in config.modalities}
+        return {
+            name: len(MODALITIES[name](trunk, config).position_embedding)
+            for name in config.modalities
+        }
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------------------
@@ -203,13 +241,21 @@ class Multimodal(nn.Module):
         """A trunk of `trunk`'s blocks, and the ends that `config` names. ValueError if they cannot be joined."""
         super().__init__()
         if trunk.attention.kind != "dense":
-            raise ValueError(f"attention.kind = {trunk.attention.kind}: V3 reads whole items, which are short; take dense")
+            raise ValueError(
+                f"attention.kind = {trunk.attention.kind}: V3 reads whole items, which are short; take dense"
+            )
         if trunk.n_embd // trunk.n_head % 4:
-            raise ValueError(f"heads of width {trunk.n_embd // trunk.n_head}: images need a multiple of 4, half for each axis")
+            raise ValueError(
+                f"heads of width {trunk.n_embd // trunk.n_head}: images need a multiple of 4, half for each axis"
+            )
         self.trunk, self.config = trunk, config
-        self.modalities = nn.ModuleDict({name: MODALITIES[name](trunk, config) for name in config.modalities})
+        self.modalities = nn.ModuleDict(
+            {name: MODALITIES[name](trunk, config) for name in config.modalities}
+        )
         trunks = ("shared",) if config.shared else config.modalities
-        blocks = {name: [Block(trunk, causal=False) for _ in range(trunk.n_layer)] for name in trunks}
+        blocks = {
+            name: [Block(trunk, causal=False) for _ in range(trunk.n_layer)] for name in trunks
+        }
         self.trunks = nn.ModuleDict({name: nn.ModuleList(some) for name, some in blocks.items()})
         self.temperature = Temperature(config.temperature)
         self.initialise()
@@ -224,7 +270,9 @@ class Multimodal(nn.Module):
             elif parameter.ndim == 2 and name.endswith("weight"):
                 nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
 
-    def embed(self, name: str, x: Tensor, inspect: bool = False) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    def embed(
+        self, name: str, x: Tensor, inspect: bool = False
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The input of one modality -> embeddings (B, M) of length 1, and the stats of each layer (more with `inspect`)."""
         modality, stats = self.modalities[name], []
         tokens, rope, valid = modality.prepare(x)
@@ -234,10 +282,14 @@ class Multimodal(nn.Module):
             stats.append(told)
         return modality.project(rms_norm(tokens), valid), stats
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[dict[str, Tensor]]]]:
+    def forward(
+        self, inputs: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, list[dict[str, Tensor]]]]:
         """Inputs by modality, equally many -> embeddings (B, M) by modality, and the stats of each one's layers."""
         made = {name: self.embed(name, x) for name, x in inputs.items()}
-        return {name: e for name, (e, _) in made.items()}, {name: stats for name, (_, stats) in made.items()}
+        return {name: e for name, (e, _) in made.items()}, {
+            name: stats for name, (_, stats) in made.items()
+        }
 
     # ---- what it costs -------------------------------------------------------------------------------------------------------
 
@@ -245,27 +297,35 @@ class Multimodal(nn.Module):
     def update_bias(self, load: Tensor) -> None:
         """As GPT's, from the load (L, E) of the shared trunk, or of each trunk after the other."""
         if self.trunk.moe.bias_rate:
-            for block, row in zip((block for blocks in self.trunks.values() for block in blocks), load, strict=True):
+            for block, row in zip(
+                (block for blocks in self.trunks.values() for block in blocks), load, strict=True
+            ):
                 block.mlp.update_bias(row)
 
-    def tokens_per_item(self) -> dict[str, int]:
-        return tokens_per_item(self.trunk, self.config)
+    def tokens_per_example(self) -> dict[str, int]:
+        return tokens_per_example(self.trunk, self.config)
 
-    def parameters_total_active(self) -> tuple[int, int]:
+    def count_parameters(self) -> tuple[int, int]:
         """Parameters in all, and those that an item in all its modalities uses: not the experts that a token leaves out."""
         total, moe = sum(p.numel() for p in self.parameters()), self.trunk.moe
         idle = max(0, moe.n_expert - moe.top_k) * 2 * self.trunk.hidden_ratio * self.trunk.n_embd**2
         return total, total - idle * self.trunk.n_layer * len(self.trunks)
 
-    def flops_per_item(self) -> float:
+    def flops_per_example(self) -> float:
         """Floating-point operations to train on one item in all its modalities, as GPT.flops_per_token counts them."""
         C, L, moe = self.trunk.n_embd, self.trunk.n_layer, self.trunk.moe
         mlps = moe.top_k if moe.n_expert > 1 else 1
-        block = 4 * C**2 + 2 * mlps * self.trunk.hidden_ratio * C**2 + (moe.n_expert * C if moe.n_expert > 1 else 0)
+        block = (
+            4 * C**2
+            + 2 * mlps * self.trunk.hidden_ratio * C**2
+            + (moe.n_expert * C if moe.n_expert > 1 else 0)
+        )
         flops = 0
-        for name, T in self.tokens_per_item().items():
+        for name, T in self.tokens_per_example().items():
             modality = self.modalities[name]
-            patch = modality.patch.weight.numel() if hasattr(modality, "patch") else 0  # a table is read, not multiplied
+            patch = (
+                modality.patch.weight.numel() if hasattr(modality, "patch") else 0
+            )  # a table is read, not multiplied
             adapter = sum(p.numel() for p in modality.adapter.parameters())
             flops += 6 * (T * (L * block + patch) + adapter) + 12 * L * C * T**2
         return flops

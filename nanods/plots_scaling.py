@@ -19,7 +19,9 @@ SPLIT = {"computing": BLUE, "waiting": "#e3c26b", "communication": ORANGE, "opti
 # ---- bars made of parts ------------------------------------------------------------------------------------------------------
 
 
-def stacked(axes: Axes, rows: Rows, colours: dict[str, str], most: float, written: dict[str, str]) -> None:
+def stacked(
+    axes: Axes, rows: Rows, colours: dict[str, str], most: float, written: dict[str, str]
+) -> None:
     """A horizontal bar for each row, part after part, cut off at `most` with an arrow; what is `written` stands at its end."""
     for y, (name, parts) in enumerate(rows.items()):
         left = 0.0
@@ -29,11 +31,17 @@ def stacked(axes: Axes, rows: Rows, colours: dict[str, str], most: float, writte
             left += size
         cut = left > most * (1 + 1e-9)
         label = ("\u2192 " if cut else "") + written[name]
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # over the line that may pass behind it
+        box = {
+            "facecolor": "white",
+            "edgecolor": "none",
+            "pad": 1.5,
+        }  # over the line that may pass behind it
         axes.text(min(left, most) + 0.012 * most, y, label, va="center", fontsize=9, bbox=box)
     names = [part for part in colours if any(parts.get(part, 0) > 0 for parts in rows.values())]
     handles = [Rectangle((0, 0), 1, 1, color=colours[part]) for part in names]
-    axes.figure.legend(handles, names, frameon=False, ncols=len(names), loc="outside upper center", fontsize=9)
+    axes.figure.legend(
+        handles, names, frameon=False, ncols=len(names), loc="outside upper center", fontsize=9
+    )
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
 
@@ -48,7 +56,10 @@ def memory_bars(rows: Rows, room: float, most: float | None = None) -> Figure:
     most = most or max([room, *totals.values()])
     stacked(axes, rows, colours, most, {name: f"{total:,.4g} GB" for name, total in totals.items()})
     axes.axvline(room, color="black", linestyle="--", linewidth=1)
-    axes.set(xlabel=f"GB on each device; dashed: the room that it has, {room:,.3g}", xlim=(0, 1.16 * most))
+    axes.set(
+        xlabel=f"GB on each device; dashed: the room that it has, {room:,.3g}",
+        xlim=(0, 1.16 * most),
+    )
     return figure
 
 
@@ -65,8 +76,14 @@ def step_bars(rows: Rows, hidden: dict[str, float] | None = None, unit: str = "s
     stacked(axes, rows, SPLIT, most, written)
     for y, name in enumerate(rows):
         if hidden.get(name, 0) > 0:
-            axes.plot([0, hidden[name]], [y + 0.39] * 2, color=ORANGE, linewidth=2, solid_capstyle="butt")
-    note = f"; thin line: sent behind the computing, up to {max(hidden.values()):.3g} {unit}" if any(hidden.values()) else ""
+            axes.plot(
+                [0, hidden[name]], [y + 0.39] * 2, color=ORANGE, linewidth=2, solid_capstyle="butt"
+            )
+    note = (
+        f"; thin line: sent behind the computing, up to {max(hidden.values()):.3g} {unit}"
+        if any(hidden.values())
+        else ""
+    )
     axes.set(xlabel=f"a step, {unit}{note}", xlim=(0, 1.3 * most))
     return figure
 
@@ -74,24 +91,43 @@ def step_bars(rows: Rows, hidden: dict[str, float] | None = None, unit: str = "s
 # ---- against the number of GPUs ----------------------------------------------------------------------------------------------
 
 
-def against_gpus(lines: dict[str, list[tuple[int, float, float, bool]]], room: float, what: str) -> Figure:
+def against_gpus(
+    lines: dict[str, list[tuple[int, float, float, bool]]], room: float, what: str
+) -> Figure:
     """Named lines of (GPUs, hours, GB on each, whether it fits), hollow where it does not; `what` takes so many hours."""
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     panels = figure.subplots(1, 3)
-    for (name, points), colour in zip(lines.items(), (c for c in COLOURS if c != GREY), strict=False):
+    for (name, points), colour in zip(
+        lines.items(), (c for c in COLOURS if c != GREY), strict=False
+    ):
         n, hours, gb, fits = (np.array(column) for column in zip(*points, strict=True))
         for axes, y in zip(panels, (hours, n * hours, gb), strict=True):
             axes.plot(n, y, "-", color=colour, linewidth=1, alpha=0.6)
             axes.plot(n[fits], y[fits], "o", color=colour, markersize=5)
             axes.plot(n[~fits], y[~fits], "o", markerfacecolor="white", color=colour, markersize=5)
         panels[0].plot([], [], "o-", color=colour, markersize=5, label=name)
-    panels[0].plot([], [], "o", markerfacecolor="white", color="black", markersize=5, label="hollow: does not fit")
+    panels[0].plot(
+        [],
+        [],
+        "o",
+        markerfacecolor="white",
+        color="black",
+        markersize=5,
+        label="hollow: does not fit",
+    )
     panels[2].axhline(room, color="black", linestyle="--", linewidth=1)
     panels[2].annotate(
-        f"room: {room:.3g} GB", (1, room), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+        f"room: {room:.3g} GB",
+        (1, room),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=9,
     )
     every = sorted({n for points in lines.values() for n, *_ in points})
-    for axes, title in zip(panels, (f"hours for {what}", "GPU-hours: level is perfect", "GB on each GPU"), strict=True):
+    for axes, title in zip(
+        panels, (f"hours for {what}", "GPU-hours: level is perfect", "GB on each GPU"), strict=True
+    ):
         axes.set(xscale="log", yscale="log", xlabel="GPUs", title=title)
         axes.set_xticks(every, [f"{n:,}" for n in every], rotation=45, fontsize=8)
         axes.set_xticks([], minor=True)
@@ -114,11 +150,32 @@ def ring_steps(held: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
         axes.imshow(held[i], cmap="Blues", vmin=0, vmax=1.4 * n)
         for (row, column), count in np.ndenumerate(held[i]):
             dark = count > 0.8 * n
-            axes.text(column, row, f"{count:.0f}", ha="center", va="center", color="white" if dark else "black")
+            axes.text(
+                column,
+                row,
+                f"{count:.0f}",
+                ha="center",
+                va="center",
+                color="white" if dark else "black",
+            )
             if i and held[i - 1][row, column] != count:
-                axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, color=ORANGE, linewidth=2))
+                axes.add_patch(
+                    Rectangle(
+                        (column - 0.46, row - 0.46),
+                        0.92,
+                        0.92,
+                        fill=False,
+                        color=ORANGE,
+                        linewidth=2,
+                    )
+                )
         axes.set_title(title, fontsize=10)
-        axes.set(xticks=range(n), yticks=range(n), xlabel="chunk", ylabel="process" if i % columns == 0 else "")
+        axes.set(
+            xticks=range(n),
+            yticks=range(n),
+            xlabel="chunk",
+            ylabel="process" if i % columns == 0 else "",
+        )
         axes.grid(False)
     for axes in panels[len(held) :]:
         axes.set_visible(False)
@@ -133,7 +190,9 @@ def busy(shares: dict[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(5.4 * len(shares) + 0.8, 5.2), layout="constrained")
     panels = figure.subplots(1, len(shares), squeeze=False)[0]
     for axes, (name, share) in zip(panels, shares.items(), strict=True):
-        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
         axes.set_title(f"{name}: busy {share.mean():.0%} of the step", fontsize=11)
         axes.set(xlabel="device of its group (its experts)", ylabel="group")
         axes.set_xticks(range(0, share.shape[1], max(1, share.shape[1] // 8)))

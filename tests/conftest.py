@@ -7,8 +7,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and sample.py stand at the top
 
-SIZE = {"n-layer": 2, "n-head": 2, "n-embd": 16, "context-length": 32, "batch-size": 4, "eval-every": 5}
-TINY = ["--device", "cpu", *(word for name, value in SIZE.items() for word in (f"--{name}", str(value)))]
+SIZE = {
+    "n-layer": 2,
+    "n-head": 2,
+    "n-embd": 16,
+    "context-length": 32,
+    "batch-size": 4,
+    "eval-every": 5,
+}
+TINY = [
+    "--device",
+    "cpu",
+    *(word for name, value in SIZE.items() for word in (f"--{name}", str(value))),
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -28,7 +39,9 @@ def workspace(tmp_path, monkeypatch):
     """An empty current folder with a text to learn from, text.txt."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NANODS_DATA", str(tmp_path / "data"))
-    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} makes {n * n}.\n" for n in range(150)))
+    (tmp_path / "text.txt").write_text(
+        "".join(f"{n} times {n} makes {n * n}.\n" for n in range(150))
+    )
     return tmp_path
 
 

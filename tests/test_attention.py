@@ -25,7 +25,9 @@ from nanods.attention import (
 
 FAST = (block_attention, gathered_block_attention)
 methods, pools = st.sampled_from(METHODS), st.sampled_from(POOLS)
-shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.sampled_from([2, 4, 8]))
+shapes = st.tuples(
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.sampled_from([2, 4, 8])
+)
 
 
 def random_qkv(shape, seed=0, dtype=torch.float64):
@@ -75,7 +77,9 @@ def test_topk_equals_sorting_each_query_by_hand(shape, top_k, causal):
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes, st.integers(1, 12), st.booleans(), st.sampled_from([*FAST, block_attention_reference]))
+@given(
+    shapes, st.integers(1, 12), st.booleans(), st.sampled_from([*FAST, block_attention_reference])
+)
 def test_all_blocks_chosen_equals_dense(shape, block_size, causal, attend):
     q, k, v = random_qkv(shape)
     blocks = select_blocks(q, k, block_size, -(-shape[2] // block_size), causal=causal)
@@ -88,7 +92,9 @@ def test_fast_equals_reference_forward_and_backward(shape, block_size, top_block
     results = []
     for function in (attend, block_attention_reference):
         q, k, v = (x.requires_grad_() for x in random_qkv(shape))
-        out = function(q, k, v, select_blocks(q, k, block_size, top_blocks, causal=causal), block_size, causal)
+        out = function(
+            q, k, v, select_blocks(q, k, block_size, top_blocks, causal=causal), block_size, causal
+        )
         weight = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view_as(out)
         results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
     for fast, reference in zip(*results, strict=True):
@@ -106,7 +112,10 @@ def test_gradients_are_right(attend):
 @given(shapes, st.integers(1, 12), st.integers(1, 4), st.booleans(), pools)
 def test_flat_selection_is_the_best_of_the_candidates(shape, block_size, top_blocks, causal, pool):
     q, k, _ = random_qkv(shape)
-    (B, H, T, _), blocks = shape, select_blocks(q, k, block_size, top_blocks, pool=pool, causal=causal)
+    (B, H, T, _), blocks = (
+        shape,
+        select_blocks(q, k, block_size, top_blocks, pool=pool, causal=causal),
+    )
     assert blocks.shape == (B, H, T, top_blocks)
     for b in range(B):
         for h in range(H):
@@ -116,7 +125,10 @@ def test_flat_selection_is_the_best_of_the_candidates(shape, block_size, top_blo
                 if pool == "mean":
                     scores = [float(query @ block.mean(0)) for block in keys]
                 else:
-                    scores = [float(torch.maximum(query * block.amax(0), query * block.amin(0)).sum()) for block in keys]
+                    scores = [
+                        float(torch.maximum(query * block.amax(0), query * block.amin(0)).sum())
+                        for block in keys
+                    ]
                 candidates = [n for n in range(len(keys)) if (n < own if causal else n != own)]
                 best = sorted(candidates, key=lambda n: -scores[n])[:top_blocks]
                 assert blocks[b, h, t].tolist() == best + [-1] * (top_blocks - len(best))
@@ -129,14 +141,18 @@ def test_choosing_a_few_queries_at_a_time_changes_nothing(method, causal, monkey
     whole = select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2)
     for numbers in (1, 200):  # one query at a time, and some
         monkeypatch.setattr(attention, "SCORES", numbers)
-        assert torch.equal(select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2), whole)
+        assert torch.equal(
+            select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2), whole
+        )
 
 
 @settings(max_examples=30, deadline=None)
 @given(shapes, st.integers(1, 12))
 def test_no_key_scores_above_its_blocks_bound(shape, block_size):
     q, k, _ = random_qkv(shape)
-    bound = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1) @ summarise(k, block_size, "bound").mT  # (B, H, T, N)
+    bound = (
+        torch.cat([q.clamp(min=0), q.clamp(max=0)], -1) @ summarise(k, block_size, "bound").mT
+    )  # (B, H, T, N)
     scores = q @ k.mT
     for n, of_block in enumerate(scores.split(block_size, dim=-1)):
         assert (of_block.amax(-1) <= bound[..., n] + 1e-12).all()
@@ -144,19 +160,25 @@ def test_no_key_scores_above_its_blocks_bound(shape, block_size):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(1, 12), st.integers(1, 4), st.booleans(), pools, st.integers(2, 4))
-def test_a_beam_as_wide_as_the_tree_equals_flat(shape, block_size, top_blocks, causal, pool, fan_out):
+def test_a_beam_as_wide_as_the_tree_equals_flat(
+    shape, block_size, top_blocks, causal, pool, fan_out
+):
     q, k, _ = random_qkv(shape)
     N = -(-shape[2] // block_size)
     flat = select_blocks(q, k, block_size, top_blocks, "flat", pool, causal)
     for beam in (max(1, N // fan_out), N):  # the first still has a level or two to descend
-        tree = select_blocks(q, k, block_size, top_blocks, "tree", pool, causal, beam=beam, fan_out=fan_out)
+        tree = select_blocks(
+            q, k, block_size, top_blocks, "tree", pool, causal, beam=beam, fan_out=fan_out
+        )
         assert beam < N / fan_out or torch.equal(tree, flat)
 
 
 def test_a_narrow_beam_finds_the_blocks_of_a_topic():
     """Keys that come in topics: whoever looks for a topic finds it from the top of the pyramid down."""
     topics = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).double()
-    k = topics.repeat_interleave(32, dim=0)[None, None]  # (1, 1, 256, 16): 8 topics of 8 blocks of 4 keys
+    k = topics.repeat_interleave(32, dim=0)[
+        None, None
+    ]  # (1, 1, 256, 16): 8 topics of 8 blocks of 4 keys
     q = topics[2].expand(1, 1, 256, 16)
     tree = select_blocks(q, k, 4, 8, "tree", beam=4, fan_out=2)
     assert sorted(tree[0, 0, 255].tolist()) == list(range(16, 24))
@@ -166,15 +188,28 @@ def test_a_narrow_beam_finds_the_blocks_of_a_topic():
 @given(shapes, st.integers(1, 12), st.integers(1, 4), pools)
 def test_shared_is_the_choice_of_the_tiles_first_query(shape, block_size, top_blocks, pool):
     q, k, _ = random_qkv(shape)
-    flat, shared = (select_blocks(q, k, block_size, top_blocks, method, pool) for method in ("flat", "shared"))
+    flat, shared = (
+        select_blocks(q, k, block_size, top_blocks, method, pool) for method in ("flat", "tile")
+    )
     assert torch.equal(shared, flat[:, :, ::block_size])
-    assert torch.equal(select_blocks(q, k, 1, top_blocks, "shared", pool), select_blocks(q, k, 1, top_blocks, "flat", pool))
+    assert torch.equal(
+        select_blocks(q, k, 1, top_blocks, "tile", pool),
+        select_blocks(q, k, 1, top_blocks, "flat", pool),
+    )
 
 
 def test_window_takes_the_nearest():
     q, k, _ = random_qkv((1, 1, 22, 4))
-    assert select_blocks(q, k, 4, 3, "window")[0, 0, [0, 5, 21]].tolist() == [[-1, -1, -1], [0, -1, -1], [4, 3, 2]]
-    assert select_blocks(q, k, 4, 3, "window", causal=False)[0, 0, [0, 8, 21]].tolist() == [[-1, 1, -1], [1, 3, 0], [4, -1, 3]]
+    assert select_blocks(q, k, 4, 3, "window")[0, 0, [0, 5, 21]].tolist() == [
+        [-1, -1, -1],
+        [0, -1, -1],
+        [4, 3, 2],
+    ]
+    assert select_blocks(q, k, 4, 3, "window", causal=False)[0, 0, [0, 8, 21]].tolist() == [
+        [-1, 1, -1],
+        [1, 3, 0],
+        [4, -1, 3],
+    ]
 
 
 def leaks(select, T=26, dtype=torch.float64):
@@ -189,7 +224,10 @@ def leaks(select, T=26, dtype=torch.float64):
         if not torch.equal(before[:, :, :rows], after[:, :, :rows]):
             return True
         for attend in (block_attention, block_attention_reference):
-            one, other = attend(q, k, v, before, 4)[:, :, :p], attend(q2, k2, v2, after, 4)[:, :, :p]
+            one, other = (
+                attend(q, k, v, before, 4)[:, :, :p],
+                attend(q2, k2, v2, after, 4)[:, :, :p],
+            )
             close(one, other, 1e-12 if dtype == torch.float64 else 1e-5)
     return False
 
@@ -218,7 +256,9 @@ def by_tile_mean(q, k, block_size, top_blocks):
     """Takes past blocks alone, but by the mean of the tile's queries, most of which are in the first one's future."""
     scores = summarise(q, block_size, "mean") @ summarise(k, block_size, "mean").mT
     N = scores.size(-1)
-    best, blocks = scores.masked_fill(torch.ones(N, N, dtype=torch.bool).triu(), float("-inf")).topk(top_blocks, dim=-1)
+    best, blocks = scores.masked_fill(
+        torch.ones(N, N, dtype=torch.bool).triu(), float("-inf")
+    ).topk(top_blocks, dim=-1)
     return blocks.masked_fill(best == float("-inf"), -1)
 
 
@@ -235,10 +275,15 @@ def test_a_poisoned_key_reaches_only_those_who_see_it(method, pool, poison):
     q, k, v = random_qkv((2, 1, 24, 4))
     k2 = k.clone()
     k2[0, 0, 13] = poison
-    for attend in (tile_attention,) if method == "shared" else (query_attention, gathered_block_attention):
+    for attend in (
+        (tile_attention,) if method == "tile" else (query_attention, gathered_block_attention)
+    ):
         clean = attend(q, k, v, select_blocks(q, k, 4, 2, method, pool), 4)
         blocks = select_blocks(q, k2, 4, 2, method, pool)
-        poisoned, reference = attend(q, k2, v, blocks, 4), block_attention_reference(q, k2, v, blocks, 4)
+        poisoned, reference = (
+            attend(q, k2, v, blocks, 4),
+            block_attention_reference(q, k2, v, blocks, 4),
+        )
         close(poisoned[0, :, :13], clean[0, :, :13])
         close(poisoned[1], clean[1])
         assert torch.allclose(poisoned, reference, rtol=0, atol=1e-12, equal_nan=True)
@@ -257,7 +302,9 @@ def test_lower_precision_stays_near(dtype):
     q, k, v = random_qkv((2, 2, 50, 16), dtype=dtype)
     blocks = select_blocks(q, k, 8, 2)
     exact = block_attention_reference(q.double(), k.double(), v.double(), blocks, 8)
-    assert (block_attention(q, k, v, blocks, 8).double() - exact).abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-5)
+    assert (block_attention(q, k, v, blocks, 8).double() - exact).abs().max() < (
+        0.05 if dtype == torch.bfloat16 else 1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["flat", "tree", "window"])
@@ -270,7 +317,10 @@ def test_decoding_reads_what_the_whole_sequence_reads(method, pool):
     at = torch.tensor([[9], [21]])  # each row of the batch stands somewhere else
     last = torch.stack([q[0, :, 9:10], q[1, :, 21:22]])
     blocks = select_blocks(last, k, 4, 2, positions=at, **options)
-    assert torch.equal(blocks, select_blocks(last, k, 4, 2, positions=at, summaries=summarise(k, 4, pool), **options))
+    assert torch.equal(
+        blocks,
+        select_blocks(last, k, 4, 2, positions=at, summaries=summarise(k, 4, pool), **options),
+    )
     for row, p in enumerate((9, 21)):
         assert torch.equal(blocks[row, :, 0], whole[row, :, p])
         for attend in (*FAST, block_attention_reference):
@@ -285,9 +335,13 @@ def test_decoding_reads_what_the_whole_sequence_reads(method, pool):
         lambda q, k, v: select_blocks(q, k, 4, 1, method="oracle"),
         lambda q, k, v: select_blocks(q[:, :, :3], k, 4, 1),
         lambda q, k, v: select_blocks(q, k, 4, 1, "tree", beam=0),
-        lambda q, k, v: select_blocks(q, k, 4, 1, "shared", positions=torch.arange(9)[None]),
-        lambda q, k, v: block_attention(q[:, :, :8], k, v, torch.zeros(1, 1, 2, 1, dtype=torch.long), 4),
-        lambda q, k, v: block_attention_reference(q, k, v, torch.zeros(1, 1, 2, 1, dtype=torch.long), 4),
+        lambda q, k, v: select_blocks(q, k, 4, 1, "tile", positions=torch.arange(9)[None]),
+        lambda q, k, v: block_attention(
+            q[:, :, :8], k, v, torch.zeros(1, 1, 2, 1, dtype=torch.long), 4
+        ),
+        lambda q, k, v: block_attention_reference(
+            q, k, v, torch.zeros(1, 1, 2, 1, dtype=torch.long), 4
+        ),
     ],
 )
 def test_wrong_arguments_say_so(call):

@@ -10,8 +10,15 @@ from nanods.attention import block_attention, block_attention_reference, select_
 from nanods.attention_kernel import flex_block_attention, query_attention, tile_attention
 from tests.test_attention import close, random_qkv
 
-shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 4, 8]))
-ROUTES = {"flat": query_attention, "tree": query_attention, "window": query_attention, "shared": tile_attention}
+shapes = st.tuples(
+    st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 4, 8])
+)
+ROUTES = {
+    "flat": query_attention,
+    "tree": query_attention,
+    "window": query_attention,
+    "tile": tile_attention,
+}
 
 
 def with_gradients(attend, qkv, blocks, block_size, causal):
@@ -25,14 +32,20 @@ def with_gradients(attend, qkv, blocks, block_size, causal):
 @pytest.mark.parametrize("method", ROUTES)
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.integers(1, 12), st.integers(0, 5), st.booleans())
-def test_equals_the_reference_forward_and_backward(method, chunk, shape, block_size, top_blocks, causal):
+def test_equals_the_reference_forward_and_backward(
+    method, chunk, shape, block_size, top_blocks, causal
+):
     qkv = random_qkv(shape)
     blocks = select_blocks(*qkv[:2], block_size, top_blocks, method, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_kernel, "CHUNK", chunk)
         patch.setattr(attention_kernel.QueryAttention, "ROWS", 3 if chunk == 1 else 1024)
         fast = with_gradients(ROUTES[method], qkv, blocks, block_size, causal)
-    for one, other in zip(fast, with_gradients(block_attention_reference, qkv, blocks, block_size, causal), strict=True):
+    for one, other in zip(
+        fast,
+        with_gradients(block_attention_reference, qkv, blocks, block_size, causal),
+        strict=True,
+    ):
         close(one, other, 1e-11)
 
 
@@ -45,12 +58,15 @@ def test_any_choice_will_do(shape, block_size, causal, random):
     for rows, attend in ((T, query_attention), (N, tile_attention)):
         listed = [random.sample([*range(N), *[-1] * 3], 3) for _ in range(B * H * rows)]
         blocks = torch.tensor(listed).view(B, H, rows, 3)
-        results = (with_gradients(f, qkv, blocks, block_size, causal) for f in (attend, block_attention_reference))
+        results = (
+            with_gradients(f, qkv, blocks, block_size, causal)
+            for f in (attend, block_attention_reference)
+        )
         for one, other in zip(*results, strict=True):
             close(one, other, 1e-11)
 
 
-@pytest.mark.parametrize("method", ["flat", "shared"])
+@pytest.mark.parametrize("method", ["flat", "tile"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_are_right(method, causal):
     qkv = [x.requires_grad_() for x in random_qkv((1, 2, 7, 2))]
@@ -58,7 +74,7 @@ def test_gradients_are_right(method, causal):
     assert torch.autograd.gradcheck(lambda q, k, v: ROUTES[method](q, k, v, blocks, 2, causal), qkv)
 
 
-@pytest.mark.parametrize("method", ["flat", "shared"])
+@pytest.mark.parametrize("method", ["flat", "tile"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_lower_precision_stays_near(method, dtype):
     qkv = random_qkv((2, 2, 150, 16), dtype=dtype)
@@ -67,23 +83,30 @@ def test_lower_precision_stays_near(method, dtype):
     exact = with_gradients(block_attention_reference, [x.double() for x in qkv], blocks, 16, True)
     for one, other in zip(fast, exact, strict=True):
         assert one.dtype == dtype
-        assert (one.double() - other).abs().max() < {torch.bfloat16: 0.06, torch.float16: 0.01, torch.float32: 1e-4}[dtype]
+        assert (one.double() - other).abs().max() < {
+            torch.bfloat16: 0.06,
+            torch.float16: 0.01,
+            torch.float32: 1e-4,
+        }[dtype]
 
 
 @pytest.mark.parametrize("attend", [query_attention, tile_attention])
 def test_scores_far_apart_do_not_overflow(attend):
     q, k, v = (300 * x for x in random_qkv((1, 1, 40, 8), dtype=torch.float32))
-    blocks = select_blocks(q, k, 8, 2, "flat" if attend is query_attention else "shared")
+    blocks = select_blocks(q, k, 8, 2, "flat" if attend is query_attention else "tile")
     out = attend(q, k, v / 300, blocks, 8)
     assert (out - block_attention_reference(q, k, v / 300, blocks, 8)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("method", ["flat", "shared"])
+@pytest.mark.parametrize("method", ["flat", "tile"])
 def test_the_model_takes_these_routes_when_they_pay(method, monkeypatch):
     taken = []
     for name in ("query_attention", "tile_attention"):
         real = getattr(attention_kernel, name)
-        monkeypatch.setattr("nanods.attention." + name, lambda *a, real=real, name=name: (taken.append(name), real(*a))[1])
+        monkeypatch.setattr(
+            "nanods.attention." + name,
+            lambda *a, real=real, name=name: (taken.append(name), real(*a))[1],
+        )
     q, k, v = random_qkv((1, 1, 256, 8))
     block_attention(q, k, v, select_blocks(q, k, 64, 2, method), 64)
     assert taken == [ROUTES[method].__name__]
@@ -99,15 +122,20 @@ def test_the_model_takes_these_routes_when_they_pay(method, monkeypatch):
 def test_flex_equals_the_reference(method, T, causal):
     q, k, v = random_qkv((2, 3, T, 4))
     blocks = select_blocks(q, k, 8, 2, method, causal=causal)
-    close(flex_block_attention(q, k, v, blocks, 8, causal), block_attention_reference(q, k, v, blocks, 8, causal))
+    close(
+        flex_block_attention(q, k, v, blocks, 8, causal),
+        block_attention_reference(q, k, v, blocks, 8, causal),
+    )
 
 
 def test_the_block_mask_holds_no_more_than_the_choice(monkeypatch):
     """FlexAttention skips by blocks: those of the mask must be the chosen ones and the own, the chosen ones without a mask."""
     seen = []
-    monkeypatch.setattr(attention_kernel, "flex_attention", lambda q, k, v, block_mask: seen.append(block_mask) or q)
+    monkeypatch.setattr(
+        attention_kernel, "flex_attention", lambda q, k, v, block_mask: seen.append(block_mask) or q
+    )
     q, k, v = random_qkv((1, 1, 40, 4))
-    blocks = select_blocks(q, k, 8, 2, "shared")
+    blocks = select_blocks(q, k, 8, 2, "tile")
     flex_block_attention(q, k, v, blocks, 8)
     (mask,) = seen
     for tile in range(5):
@@ -118,7 +146,7 @@ def test_the_block_mask_holds_no_more_than_the_choice(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("method", ["flat", "shared"])
+@pytest.mark.parametrize("method", ["flat", "tile"])
 def test_flex_on_a_gpu_equals_the_reference_forward_and_backward(method):
     qkv = [x.cuda() for x in random_qkv((2, 2, 300, 64), dtype=torch.float32)]
     blocks = select_blocks(*qkv[:2], 64, 2, method)

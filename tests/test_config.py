@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from nanods.config import PRESETS, V0, V1, flatten, from_dict, resumed, to_dict
+from nanods.config import PRESETS, V0, V1, flatten, from_dict, resolve_resume, to_dict
 from nanods.errors import UserError
 
 
 @pytest.mark.parametrize("scale", V0)
 def test_v1_is_v0_with_one_field_replaced(scale):
     v0, v1 = V0[scale], V1[scale]
-    assert replace(v1, preset=v0.preset, model=replace(v1.model, attention=v0.model.attention)) == v0
+    assert (
+        replace(v1, preset=v0.preset, model=replace(v1.model, attention=v0.model.attention)) == v0
+    )
     assert v1.model.attention != v0.model.attention
 
 
@@ -22,7 +24,7 @@ def test_small_is_gpt2s_size():
     from nanods.gpt import GPT
 
     with device("meta"):
-        total, _ = GPT(PRESETS["v0-small"].model).parameters_total_active()
+        total, _ = GPT(PRESETS["v0-small"].model).count_parameters()
     # GPT-2 ties its embedding to its head and has biases and learnt positions; ours unties them: one 38.6M table more
     assert total - 50304 * 768 == pytest.approx(124e6, rel=0.02)
 
@@ -40,16 +42,18 @@ def test_an_edited_configuration_is_refused():
 def test_resuming_takes_the_saved_values_and_refuses_conflicts():
     preset = PRESETS["v1-tiny"]
     saved = replace(preset, steps=77, lr=0.5)
-    assert resumed(replace(preset, resume=True), saved).steps == 77
-    assert resumed(replace(preset, resume=True, steps=77), saved).lr == 0.5
+    assert resolve_resume(replace(preset, resume=True), saved).steps == 77
+    assert resolve_resume(replace(preset, resume=True, steps=77), saved).lr == 0.5
     with pytest.raises(UserError, match=r"--steps 78 \(the run has 77\)"):
-        resumed(replace(preset, resume=True, steps=78), saved)
+        resolve_resume(replace(preset, resume=True, steps=78), saved)
     with pytest.raises(UserError, match="--preset v0-tiny"):
-        resumed(PRESETS["v0-tiny"], saved)
+        resolve_resume(PRESETS["v0-tiny"], saved)
 
 
 def test_flags_do_not_clash():
     saved = to_dict(PRESETS["v2-tiny"])
     model = saved["model"]
     parts = [saved, model, model["attention"], model["moe"], saved["multimodal"]]
-    assert len(flatten(PRESETS["v2-tiny"])) == sum(map(len, parts)) - 4  # less the names of the parts themselves
+    assert (
+        len(flatten(PRESETS["v2-tiny"])) == sum(map(len, parts)) - 4
+    )  # less the names of the parts themselves

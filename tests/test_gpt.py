@@ -14,8 +14,8 @@ from nanods.gpt import (
     AttentionConfig,
     GPTConfig,
     rms_norm,
+    rope_cos_sin,
     rotate,
-    rotations,
     sample,
 )
 from nanods.moe import MoEConfig, SquaredReLU
@@ -25,8 +25,10 @@ CONFIGS = {
     "dense": DENSE,
     "topk": replace(DENSE, attention=AttentionConfig("topk", top_k=5)),
     **{
-        f"{method}-{pool}": replace(DENSE, attention=AttentionConfig("block", 5, 4, 2, method, pool))
-        for method in ("flat", "shared", "tree", "window")
+        f"{method}-{pool}": replace(
+            DENSE, attention=AttentionConfig("block", 5, 4, 2, method, pool)
+        )
+        for method in ("flat", "tile", "tree", "window")
         for pool in ("mean", "bound")
     },
     "experts": replace(DENSE, moe=MoEConfig(n_expert=4, top_k=2)),
@@ -95,7 +97,10 @@ def test_a_prompt_read_in_pieces_equals_the_full_forward(model):
     full, _ = model(tokens)
     for first, second in ((5, 3), (8, 7), (4, 13)):
         cache = model.new_cache(2)
-        pieces = [model(part, cache)[0] for part in tokens.split([first, second, 24 - first - second], dim=1)]
+        pieces = [
+            model(part, cache)[0]
+            for part in tokens.split([first, second, 24 - first - second], dim=1)
+        ]
         assert (torch.cat(pieces, dim=1) - full).abs().max() <= 1e-10
 
 
@@ -121,7 +126,9 @@ def generate(model, prompts, n, **options):
 def test_generation_is_the_same_alone_and_in_a_batch_past_the_context(model):
     prompts = [tokens_of(1, n, seed=n)[0].tolist() for n in (3, 20, 9)]
     together = generate(model, prompts, 40, seed=5)
-    assert generate(model, prompts[:1], 40, seed=5)[0] == together[0]  # row b has the stream (seed, b)
+    assert (
+        generate(model, prompts[:1], 40, seed=5)[0] == together[0]
+    )  # row b has the stream (seed, b)
     assert generate(model, prompts, 40, seed=6) != together
     greedy = generate(model, prompts, 40, temperature=0)
     for prompt, row in zip(prompts, greedy, strict=True):
@@ -156,7 +163,10 @@ def test_top_k_and_top_p_keep_what_they_say():
 
     def drawn(**options):
         stream = [torch.Generator().manual_seed(0)]
-        return {int(sample(logits, options.get("t", 1.0), options.get("k"), options.get("p"), stream)) for _ in range(300)}
+        return {
+            int(sample(logits, options.get("t", 1.0), options.get("k"), options.get("p"), stream))
+            for _ in range(300)
+        }
 
     assert drawn() == {0, 1, 2, 3}
     assert drawn(k=2) == {0, 2}
@@ -170,7 +180,10 @@ def test_rope_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
 
     def score(at_q, at_k):
-        turned = [rotate(x, rotations(torch.tensor([[at]]), 8, x.dtype, 1000.0)) for x, at in ((q, at_q), (k, at_k))]
+        turned = [
+            rotate(x, rope_cos_sin(torch.tensor([[at]]), 8, x.dtype, 1000.0))
+            for x, at in ((q, at_q), (k, at_k))
+        ]
         return (turned[0] * turned[1]).sum()
 
     assert max(abs(score(5 + s, 2 + s) - score(5, 2)) for s in (1, 100)) < 1e-12
@@ -186,7 +199,10 @@ def test_a_new_model_is_uniform_and_its_blocks_are_the_identity():
 def test_gradients_by_hand_are_autograds(name):
     function, naive = {
         "norm": (rms_norm, lambda x: x / x.square().mean(-1, keepdim=True).sqrt()),
-        "longer norm": (lambda x: rms_norm(x, 3.0), lambda x: 3 * x / x.square().mean(-1, keepdim=True).sqrt()),
+        "longer norm": (
+            lambda x: rms_norm(x, 3.0),
+            lambda x: 3 * x / x.square().mean(-1, keepdim=True).sqrt(),
+        ),
         "squared ReLU": (SquaredReLU.apply, lambda x: x.relu().square()),
     }[name]
     x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
@@ -194,7 +210,10 @@ def test_gradients_by_hand_are_autograds(name):
     assert y.dtype == torch.float64 and (y - plain).abs().max() < 1e-14
     assert torch.autograd.gradcheck(function, x)
     g = torch.randn_like(x)
-    (ours,), (theirs,) = torch.autograd.grad(y, x, g, create_graph=True), torch.autograd.grad(plain, x, g)
+    (ours,), (theirs,) = (
+        torch.autograd.grad(y, x, g, create_graph=True),
+        torch.autograd.grad(plain, x, g),
+    )
     assert (ours - theirs).abs().max() < 1e-14
     assert not ours.requires_grad  # a second derivative is refused, not wrong
 
@@ -217,10 +236,14 @@ def test_under_bf16_autocast_a_cpu_attends_in_fp32(kind, monkeypatch):
         torch.nn.init.normal_(p, std=0.3)
     plain, _ = model(tokens)
     real = Attention.read
-    monkeypatch.setattr(Attention, "read", lambda self, *args: (seen.append(args[:3]), real(self, *args))[1])
+    monkeypatch.setattr(
+        Attention, "read", lambda self, *args: (seen.append(args[:3]), real(self, *args))[1]
+    )
     with torch.autocast("cpu", torch.bfloat16):
         rounded, _ = model(tokens)
-    assert rounded.dtype == torch.bfloat16 and {x.dtype for qkv in seen for x in qkv} == {torch.float32}
+    assert rounded.dtype == torch.bfloat16 and {x.dtype for qkv in seen for x in qkv} == {
+        torch.float32
+    }
     if kind == "dense":  # a rounded score may choose another block
         assert (rounded - plain).abs().max() < 0.1 * plain.abs().max()
 
@@ -228,10 +251,15 @@ def test_under_bf16_autocast_a_cpu_attends_in_fp32(kind, monkeypatch):
 def test_flops_agree_with_counting_them():
     config = replace(DENSE, n_embd=64, context_length=32)
     model = GPT(config)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not see the fused kernel on CPU
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # it does not see the fused kernel on CPU
         logits, _ = model(tokens_of(1, 32))
         logits.sum().backward()
-    pairs = config.attention.pairs(32) / 32  # read by each query, on average; the unfused kernel computes all 32
+    pairs = (
+        config.attention.pairs(32) / 32
+    )  # read by each query, on average; the unfused kernel computes all 32
     expected = 32 * (model.flops_per_token() + 12 * config.n_layer * config.n_embd * (32 - pairs))
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
@@ -247,16 +275,22 @@ def test_pairs_agree_with_the_mask():
     assert AttentionConfig("topk", top_k=7).pairs(30) == sum(min(7, t + 1) for t in range(30))
 
 
-@pytest.mark.parametrize("method", ["flat", "shared", "tree", "window"])
+@pytest.mark.parametrize("method", ["flat", "tile", "tree", "window"])
 @torch.no_grad()
 def test_the_stats_tell_what_was_read(method):
     from nanods.attention import block_mask
 
-    model = model_of(replace(DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=2, method=method)))
+    model = model_of(
+        replace(
+            DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=2, method=method)
+        )
+    )
     _, stats = model(tokens_of(2, 22), inspect=True)
     for layer in stats:
         mask = block_mask(layer["q"], layer["k"], layer["blocks"], 4, causal=True)
-        assert torch.allclose(layer["keys_read"], mask.double().mean(dim=(0, 2, 3)) * 22 * 22 / (22 * 23 / 2))
+        assert torch.allclose(
+            layer["keys_read"], mask.double().mean(dim=(0, 2, 3)) * 22 * 22 / (22 * 23 / 2)
+        )
         assert layer["flops"] >= layer["keys_read"].mean()
     assert "blocks" not in model(tokens_of(2, 22))[1][0]
 
@@ -284,7 +318,16 @@ def test_the_trees_beam_and_fan_out_reach_the_choice():
         "narrow": replace(flat, method="tree", beam=1, fan_out=2),
     }.items():
         torch.manual_seed(1)
-        model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, context_length=32, vocab_size=61, attention=attention))
+        model = GPT(
+            GPTConfig(
+                n_layer=1,
+                n_head=2,
+                n_embd=16,
+                context_length=32,
+                vocab_size=61,
+                attention=attention,
+            )
+        )
         chosen[name] = model(tokens, inspect=True)[1][0]["blocks"]
     assert torch.equal(chosen["tree"], chosen["flat"])
     assert not torch.equal(chosen["narrow"], chosen["flat"])

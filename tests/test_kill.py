@@ -19,7 +19,16 @@ pytestmark = pytest.mark.slow
 
 
 def start(workspace, *args, **options):
-    command = [sys.executable, str(ROOT / "train.py"), "v1-tiny", *TINY, "--attention.block-size", "8", "--data", "text.txt"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "v1-tiny",
+        *TINY,
+        "--attention.block-size",
+        "8",
+        "--data",
+        "text.txt",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, *map(str, args)],
@@ -43,7 +52,10 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(workspace):
         while process.poll() is None and not (workspace / "cut" / "metrics.jsonl").exists():
             time.sleep(0.01)  # the first seconds are imports
         before = (workspace / "cut" / "metrics.jsonl").stat().st_mtime_ns
-        while process.poll() is None and (workspace / "cut" / "metrics.jsonl").stat().st_mtime_ns == before:
+        while (
+            process.poll() is None
+            and (workspace / "cut" / "metrics.jsonl").stat().st_mtime_ns == before
+        ):
             time.sleep(0.01)
         try:
             process.wait(chance.uniform(0.05, 1.5) if kills < 8 else 300)
@@ -72,8 +84,14 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(workspace):
     options = [*TINY, "--data", "text.txt", "--steps", "9", "--save-every", "3", "--out-dir", "cut"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", code, "v1-tiny", *options, "--attention.block-size", "8"]
-    assert subprocess.run(arguments, cwd=workspace, env=environment, capture_output=True).returncode == -9
-    assert [path.name for path in checkpoint.found(workspace / "cut")] == ["step_000000", "step_000003"]
+    assert (
+        subprocess.run(arguments, cwd=workspace, env=environment, capture_output=True).returncode
+        == -9
+    )
+    assert [path.name for path in checkpoint.found(workspace / "cut")] == [
+        "step_000000",
+        "step_000003",
+    ]
     resumed = start(workspace, "--steps", 9, "--save-every", 3, "--out-dir", "cut", "--resume")
     assert resumed.wait(120) == 0, resumed.stderr.read()
     whole = start(workspace, "--steps", 9, "--save-every", 3, "--out-dir", "whole")
@@ -91,10 +109,14 @@ def test_a_limit_on_the_size_of_files_is_said_and_nothing_saved_is_lost(workspac
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
-    process = start(workspace, "--steps", 9, "--save-every", 3, "--out-dir", "full", preexec_fn=limited)
+    process = start(
+        workspace, "--steps", 9, "--save-every", 3, "--out-dir", "full", preexec_fn=limited
+    )
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    assert "Traceback" not in err and ("refuses a file of this size" in err or "free some space" in err)
+    assert "Traceback" not in err and (
+        "refuses a file of this size" in err or "free some space" in err
+    )
     assert not checkpoint.found(workspace / "full") and weights(workspace / "run") == before
 
 
@@ -104,7 +126,9 @@ def small_disk(workspace):
     disk = workspace / "disk"
     disk.mkdir()
     try:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True
+        )
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if done.returncode:
@@ -120,12 +144,17 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room_again(worksp
     one = sum(path.stat().st_size for path in checkpoint.load(workspace / "whole").path.iterdir())
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     filler = small_disk / "filler"
-    filler.write_bytes(bytes(free - 2 * one))  # room for the first two checkpoints, not for a third beside them
+    filler.write_bytes(
+        bytes(free - 2 * one)
+    )  # room for the first two checkpoints, not for a third beside them
     full = start(workspace, *options, "--out-dir", small_disk / "run")
     _, err = full.communicate(timeout=120)
     assert full.returncode == 2, err
     assert "Traceback" not in err and "space" in err
-    assert [path.name for path in checkpoint.found(small_disk / "run")] == ["step_000000", "step_000003"]
+    assert [path.name for path in checkpoint.found(small_disk / "run")] == [
+        "step_000000",
+        "step_000003",
+    ]
     assert not list((small_disk / "run").glob(".writing-*"))
     filler.unlink()
     resumed = start(workspace, *options, "--out-dir", small_disk / "run", "--resume")

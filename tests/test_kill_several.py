@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 
 from nanods.training import checkpoint
-from tests.training.several import free_port, train_by
-from tests.training.test_parallel import FLAGS, SIZE, TEXT, apart
+from tests.distributed.processes import free_port, train_by
+from tests.distributed.test_meshes import FLAGS, SIZE, TEXT, apart
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 60, 3
-BOUND = 180  # seconds after which a process counts as hanging; all take less than 20 on an idle machine
+BOUND = (
+    180  # seconds after which a process counts as hanging; all take less than 20 on an idle machine
+)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="which process is which is read from /proc"),
+    pytest.mark.skipif(
+        not Path("/proc/self/environ").exists(), reason="which process is which is read from /proc"
+    ),
 ]
 started = []
 
@@ -43,11 +47,21 @@ def folder(tmp_path_factory):
 
 def words(mesh, out, *more):
     steps = map(str, ("--steps", STEPS, "--save-every", EVERY, "--eval-every", STEPS))
-    return ["v2-tiny", *SIZE, *FLAGS["v2-tiny"], *steps, "--mesh", mesh, "--out-dir", str(out), *more]
+    return [
+        "v2-tiny",
+        *SIZE,
+        *FLAGS["v2-tiny"],
+        *steps,
+        "--mesh",
+        mesh,
+        "--out-dir",
+        str(out),
+        *more,
+    ]
 
 
 def start(mesh, out, *more, restarts=0, where=("--standalone", "--nproc-per-node", "2"), said=None):
-    launch = ["-m", "nanods.training.launch", *where, "--max-restarts", str(restarts)]
+    launch = ["-m", "nanods.distributed.launch", *where, "--max-restarts", str(restarts)]
     said = said or out
     process = subprocess.Popen(
         [sys.executable, *launch, str(ROOT / "train.py"), *words(mesh, out, *more)],
@@ -66,9 +80,16 @@ def children(process):
     found = {}
     for folder in Path("/proc").iterdir():
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) if folder.name.isdigit() else None
+            parent = (
+                int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if folder.name.isdigit()
+                else None
+            )
             if parent == process.pid:
-                environment = dict(word.partition("=")[::2] for word in (folder / "environ").read_text().split("\0"))
+                environment = dict(
+                    word.partition("=")[::2]
+                    for word in (folder / "environ").read_text().split("\0")
+                )
                 found[int(environment["RANK"])] = int(folder.name)
         except (OSError, IndexError, KeyError):  # it has ended in between, or is none of the run's
             pass
@@ -84,7 +105,9 @@ def in_mid_run(process, out):
     end = time.monotonic() + BOUND
     while len(rows(out)) < EVERY + 2 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    assert process.poll() is None and len(rows(out)) >= EVERY + 2, [file.read_text() for file in out.parent.glob("*.err")]
+    assert process.poll() is None and len(rows(out)) >= EVERY + 2, [
+        file.read_text() for file in out.parent.glob("*.err")
+    ]
 
 
 def ended(process, out):
@@ -98,7 +121,9 @@ def ended(process, out):
 def same_end(cut, whole):
     assert apart(checkpoint.load(cut).model, checkpoint.load(whole).model) < 1e-10
     assert [row["step"] for row in rows(cut)] == list(range(1, STEPS + 1))
-    assert [row["train_loss"] for row in rows(cut)] == pytest.approx([row["train_loss"] for row in rows(whole)], rel=1e-10)
+    assert [row["train_loss"] for row in rows(cut)] == pytest.approx(
+        [row["train_loss"] for row in rows(whole)], rel=1e-10
+    )
 
 
 @pytest.mark.parametrize(("mesh", "rank"), [("dp=2", 0), ("dp=2", 1), ("ep=2", 1), ("fsdp=2", 0)])
@@ -137,7 +162,11 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on(folder):
     os.kill(children(process)[1], signal.SIGKILL)
     code, _, err = ended(process, cut)
     assert code == 1
-    assert "another process was lost" in err and "--resume goes on" in err and "process 1 was ended by SIGKILL" in err
+    assert (
+        "another process was lost" in err
+        and "--resume goes on" in err
+        and "process 1 was ended by SIGKILL" in err
+    )
     assert "Traceback" not in err
     assert len(saved := checkpoint.found(cut)) >= 1 and not any(map(checkpoint.broken, saved))
     code, _, err = ended(start("dp=2", cut, "--resume"), cut)

@@ -9,11 +9,20 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanods.gpt import GPT, GPTConfig, MoEConfig
-from nanods.moe import MLP, MoE, choose, load_balancing_loss, mix_loop, route, router_logits, router_z_loss
+from nanods.moe import (
+    MLP,
+    MoE,
+    choose,
+    experts_loop,
+    load_balancing_loss,
+    route,
+    router_logits,
+    router_z_loss,
+)
 from tests.test_gpt import DENSE, model_of, tokens_of
 
 LOSSES = ("balance_loss", "z_loss")
-TEACH = (*LOSSES, "doubt", "importance")  # what of the stats carries a gradient
+TEACH = (*LOSSES, "token_entropy", "importance")  # what of the stats carries a gradient
 PRIORITIES = ("token", "slot")
 
 
@@ -63,7 +72,13 @@ def test_all_experts_chosen_is_their_weighted_sum(normalise):
     layer, x = layer_of(4, 4, normalise=normalise), input_of()
     y, stats = layer(x)
     probs = (x @ layer.gate.weight.T).softmax(-1)
-    close(y, sum(probs[..., e, None] * ((x @ layer.up[e].T).relu() ** 2 @ layer.out[e].T) for e in range(4)))
+    close(
+        y,
+        sum(
+            probs[..., e, None] * ((x @ layer.up[e].T).relu() ** 2 @ layer.out[e].T)
+            for e in range(4)
+        ),
+    )
     assert stats["load"].tolist() == [48] * 4
     assert stats["load_entropy"].item() == pytest.approx(math.log(4))
     assert stats["router_margin"] == 1  # no expert was passed over
@@ -83,7 +98,9 @@ def test_the_gradients_are_right_through_the_router(K, normalise):
         y, stats = functional_call(layer, {"gate.weight": gate, "up": up, "out": out}, (x,))
         return y, stats["balance_loss"], stats["z_loss"]
 
-    assert rows.size(1) == 6 and torch.autograd.gradcheck(everything, (rows, layer.gate.weight, layer.up, layer.out))
+    assert rows.size(1) == 6 and torch.autograd.gradcheck(
+        everything, (rows, layer.gate.weight, layer.up, layer.out)
+    )
 
 
 def test_each_loss_alone_teaches_the_router():
@@ -91,7 +108,9 @@ def test_each_loss_alone_teaches_the_router():
         layer, x = layer_of(**options), input_of()
         y, stats = layer(x)
         loss = y.flatten(0, 1).log_softmax(-1)[:, 0].mean() if name == "output" else stats[name]
-        grads = torch.autograd.grad(loss, (layer.gate.weight, layer.up, layer.out), allow_unused=True)
+        grads = torch.autograd.grad(
+            loss, (layer.gate.weight, layer.up, layer.out), allow_unused=True
+        )
         return [0 if grad is None else grad.abs().max().item() for grad in grads]
 
     for name in LOSSES:
@@ -117,37 +136,49 @@ def test_the_stats_tell_what_happened(K, training, capacity_factor):
     load = [(experts == e).sum().item() for e in range(5)]
     assert stats["load"].tolist() == load and sum(load) == N * K
     close(stats["importance"], probs.mean(dim=0))
-    assert stats["load_entropy"].item() == pytest.approx(-sum(n / N / K * math.log(n / N / K) for n in load if n))
+    assert stats["load_entropy"].item() == pytest.approx(
+        -sum(n / N / K * math.log(n / N / K) for n in load if n)
+    )
     ranked = probs.sort(dim=-1, descending=True).values
     close(stats["router_margin"], (ranked[:, K - 1] - ranked[:, K]).mean())
     close(stats["balance_loss"], load_balancing_loss(probs, experts))
     close(stats["z_loss"], router_z_loss(rows @ layer.gate.weight.T))
-    close(stats["doubt"], -(probs * probs.log()).sum(dim=-1).mean())
+    close(stats["token_entropy"], -(probs * probs.log()).sum(dim=-1).mean())
     limited = training and capacity_factor is not None
     capacity = math.ceil(capacity_factor * N * K / 5) if limited else N
-    assert stats["dropped"].item() == pytest.approx(sum(max(0, n - capacity) for n in load) / (N * K), abs=1e-7)
+    assert stats["dropped"].item() == pytest.approx(
+        sum(max(0, n - capacity) for n in load) / (N * K), abs=1e-7
+    )
     assert not limited or capacity_factor > 1 or stats["dropped"] > 0
     chosen = stats["experts"].flatten(0, 1)
     assert chosen.shape == (N, K) and ((chosen == experts) | (chosen == 5)).all()
     assert [(chosen == e).sum().item() for e in range(5)] == [min(n, capacity) for n in load]
-    close(y.flatten(0, 1), mix_loop(rows, weights, chosen, layer.up, layer.out))
+    close(y.flatten(0, 1), experts_loop(rows, weights, chosen, layer.up, layer.out))
     assert "experts" not in layer(x)[1]
     assert not any(value.requires_grad for name, value in stats.items() if name not in TEACH)
 
 
-@pytest.mark.parametrize(("capacity_factor", "priority"), [(None, "token"), (0.8, "token"), (0.8, "slot")])
+@pytest.mark.parametrize(
+    ("capacity_factor", "priority"), [(None, "token"), (0.8, "token"), (0.8, "slot")]
+)
 def test_padding_is_nobodys_and_nothing_to_the_rest(capacity_factor, priority):
     layer, x = layer_of(capacity_factor=capacity_factor, priority=priority), input_of()
     valid = torch.arange(16) < torch.tensor([[16], [3], [9]])
     alone, told_alone = layer(x[valid][None], inspect=True)
-    for padding in (x, x.masked_fill(~valid[..., None], 100.0), torch.where(valid[..., None], x, x[0, 0])):
+    for padding in (
+        x,
+        x.masked_fill(~valid[..., None], 100.0),
+        torch.where(valid[..., None], x, x[0, 0]),
+    ):
         padding = padding.detach().requires_grad_()
         y, told = layer(padding, valid, inspect=True)
         assert (y[~valid] == 0).all() and (told["experts"][~valid] == 5).all()
         close(y[valid], alone[0])
         assert torch.equal(told.pop("experts")[valid], told_alone["experts"][0])
         same_stats(told, {name: told_alone[name] for name in told})
-        (slope,) = torch.autograd.grad(y.square().sum() + told["balance_loss"] + told["z_loss"], padding)
+        (slope,) = torch.autograd.grad(
+            y.square().sum() + told["balance_loss"] + told["z_loss"], padding
+        )
         assert (slope[~valid] == 0).all() and slope[valid].abs().max() > 0
     everyone = torch.ones(3, 16, dtype=torch.bool)
     assert torch.equal(layer(x, everyone)[0], layer(x)[0])
@@ -170,7 +201,9 @@ def test_a_capacity_drops_in_training_and_never_in_evaluation():
 def test_a_token_is_routed_and_answered_as_alone(training):
     layer, x = layer_of(capacity_factor=None if training else 0.5).train(training), input_of()
     whole, told = layer(x, inspect=True)
-    for part in [(slice(None), slice(p)) for p in range(1, 17)] + [(slice(b, b + 1), slice(None)) for b in range(3)]:
+    for part in [(slice(None), slice(p)) for p in range(1, 17)] + [
+        (slice(b, b + 1), slice(None)) for b in range(3)
+    ]:
         y, stats = layer(x[part], inspect=True)
         assert torch.equal(stats["experts"], told["experts"][part])
         close(y, whole[part])
@@ -231,7 +264,12 @@ def test_the_bias_moves_the_choice_and_not_the_weights():
     assert not torch.equal(stats["experts"], layer_of()(x, inspect=True)[1]["experts"])
     probs = (x.flatten(0, 1) @ layer.gate.weight.T).softmax(-1)
     weights = probs.gather(-1, experts)
-    close(y.flatten(0, 1), mix_loop(x.flatten(0, 1), weights / weights.sum(-1, keepdim=True), experts, layer.up, layer.out))
+    close(
+        y.flatten(0, 1),
+        experts_loop(
+            x.flatten(0, 1), weights / weights.sum(-1, keepdim=True), experts, layer.up, layer.out
+        ),
+    )
     close(stats["importance"], probs.mean(dim=0))
     close(stats["balance_loss"], load_balancing_loss(probs, experts))
     layer.bias_rate = 0
@@ -260,14 +298,18 @@ def test_a_gpt_decodes_in_evaluation_as_if_it_had_no_capacity():
     """tests/test_gpt.py holds a GPT with experts, without a limit, to all that it holds the others to."""
     model, tokens = model_of(CAPPED).eval(), tokens_of(2, 24)
     full, stats = model(tokens)
-    assert torch.equal(full, model_of(MIXED)(tokens)[0]) and all(layer["dropped"] == 0 for layer in stats)
+    assert torch.equal(full, model_of(MIXED)(tokens)[0]) and all(
+        layer["dropped"] == 0 for layer in stats
+    )
     cache = model.new_cache(2)
     pieces = [model(part, cache)[0] for part in tokens.split([3, 7, *[1] * 14], dim=1)]
     close(torch.cat(pieces, dim=1), full, 1e-10)
     changed = torch.cat([tokens[:, :10], tokens_of(2, 14, seed=9)], dim=1)
     close(model(changed)[0][:, :10], full[:, :10])
     made = torch.stack(list(model.generate(tokens[:, :5], 30, temperature=0)), dim=1)
-    assert torch.equal(made[:1], torch.stack(list(model.generate(tokens[:1, :5], 30, temperature=0)), dim=1))
+    assert torch.equal(
+        made[:1], torch.stack(list(model.generate(tokens[:1, :5], 30, temperature=0)), dim=1)
+    )
     model.train()
     assert (model(changed)[0][:, :10] - model(tokens)[0][:, :10]).abs().max() > 1e-3
 
@@ -297,15 +339,20 @@ def test_parameters_are_counted_as_they_are_used(E, K):
             used = sum(expert.numel() for expert in parameter[:K])
             idle += parameter.numel() - used
         total, active = total + parameter.numel(), active + used
-    assert model.parameters_total_active() == (total, active)
+    assert model.count_parameters() == (total, active)
     assert model.idle_parameters() == idle
 
 
 def test_flops_agree_with_counting_them():
-    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_length=32, vocab_size=50, moe=MoEConfig(4, 2))
+    config = GPTConfig(
+        n_layer=2, n_head=2, n_embd=16, context_length=32, vocab_size=50, moe=MoEConfig(4, 2)
+    )
     tokens = tokens_of(1, 32)
     counts = []
-    for model in (GPT(config), GPT(replace(config, moe=MoEConfig()))):  # what attention takes is the same
+    for model in (
+        GPT(config),
+        GPT(replace(config, moe=MoEConfig())),
+    ):  # what attention takes is the same
         with FlopCounterMode(display=False) as counter:
             model(tokens)[0].sum().backward()
         counts.append((counter.get_total_flops(), 32 * model.flops_per_token()))
@@ -321,12 +368,22 @@ def test_the_names_and_the_start_of_its_experts():
         layer = model.blocks[n].mlp
         assert layer.up.shape == (4, 64, 16) and layer.out.shape == (4, 16, 64)
         assert (layer.out == 0).all()  # the block starts as the identity
-        assert layer.up.std().item() == pytest.approx(0.25, rel=0.1) and layer.gate.weight.std() > 0.1
-    assert {n for n in GPT(DENSE).state_dict() if ".0.mlp." in n} == {f"blocks.0.mlp.{m}.weight" for m in ("up", "out")}
+        assert (
+            layer.up.std().item() == pytest.approx(0.25, rel=0.1) and layer.gate.weight.std() > 0.1
+        )
+    assert {n for n in GPT(DENSE).state_dict() if ".0.mlp." in n} == {
+        f"blocks.0.mlp.{m}.weight" for m in ("up", "out")
+    }
 
 
 def test_the_settings_reach_the_layers():
-    options = {"top_k": 3, "normalise": False, "capacity_factor": 2.5, "priority": "slot", "bias_rate": 0.5}
+    options = {
+        "top_k": 3,
+        "normalise": False,
+        "capacity_factor": 2.5,
+        "priority": "slot",
+        "bias_rate": 0.5,
+    }
     for block in GPT(replace(DENSE, moe=MoEConfig(4, **options))).blocks:
         assert {name: getattr(block.mlp, name) for name in options} == options
 

@@ -9,12 +9,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanods import multimodal
 from nanods.attention import AttentionConfig
-from nanods.gpt import GPTConfig, rotate, rotations
+from nanods.gpt import GPTConfig, rope_cos_sin, rotate
 from nanods.moe import MoEConfig
-from nanods.multimodal import Modality, Multimodal, MultimodalConfig, grid_rotations
+from nanods.multimodal import Modality, Multimodal, MultimodalConfig, grid_rope
 
-TRUNK = GPTConfig(n_layer=2, n_head=2, n_embd=16, context_length=12, vocab_size=20, attention=AttentionConfig("dense"))
-ENDS = MultimodalConfig(("text", "image", "audio"), width=6, image_side=8, patch_side=4, frames=6, patch_frames=2)
+TRUNK = GPTConfig(
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    context_length=12,
+    vocab_size=20,
+    attention=AttentionConfig("dense"),
+)
+ENDS = MultimodalConfig(
+    ("text", "image", "audio"), width=6, image_size=8, patch_size=4, frames=6, patch_frames=2
+)
 EXPERTS = replace(TRUNK, moe=MoEConfig(n_expert=4))
 
 
@@ -33,7 +42,10 @@ def inputs_of(B=5, seed=1):
     text = torch.randint(0, 20, (B, 9), generator=random)
     for row, length in zip(text, (9, 1, 4, 7, 9), strict=False):
         row[length:] = -1
-    image, audio = (torch.rand(B, *shape, generator=random, dtype=torch.float64) for shape in ((3, 8, 8), (32, 6)))
+    image, audio = (
+        torch.rand(B, *shape, generator=random, dtype=torch.float64)
+        for shape in ((3, 8, 8), (32, 6))
+    )
     return {"text": text, "image": image, "audio": audio}
 
 
@@ -67,20 +79,24 @@ def test_padding_changes_nothing_and_goes_to_no_expert():
     for a, b in zip(stats, told, strict=True):
         assert a["load"].sum() == b["load"].sum() == 2 * tokens
         near(a["balance_loss"], b["balance_loss"])
-        near(a["doubt"], b["doubt"])
+        near(a["token_entropy"], b["token_entropy"])
 
 
-@pytest.mark.parametrize(("name", "dimension"), [("text", 1), ("image", 3), ("image", 2), ("audio", 2)])
+@pytest.mark.parametrize(
+    ("name", "dimension"), [("text", 1), ("image", 3), ("image", 2), ("audio", 2)]
+)
 def test_order_matters_where_there_is_one(name, dimension):
     """Turned round, the same tokens stand elsewhere: the words, the rows and columns of patches, the frames."""
     model, x = model_of(), inputs_of()[name][[0, 4]]  # two texts of full length
-    assert (model.embed(name, x)[0] - model.embed(name, x.flip(dimension))[0]).norm(dim=1).min() > 1e-3
+    assert (model.embed(name, x)[0] - model.embed(name, x.flip(dimension))[0]).norm(
+        dim=1
+    ).min() > 1e-3
 
 
 def test_a_place_is_known_by_its_distances_too():
     """Without the learnt places RoPE still tells two orders apart; without both there is none."""
     model, text = model_of(), inputs_of()["text"][:1]
-    nn.init.zeros_(model.modalities["text"].place)
+    nn.init.zeros_(model.modalities["text"].position_embedding)
     turned = model.embed("text", text.flip(1))[0] - model.embed("text", text)[0]
     assert turned.norm() > 1e-3
     model.modalities["text"].sin.zero_()
@@ -101,11 +117,13 @@ def test_every_token_reads_every_other():
 
 @pytest.mark.parametrize("side", [4, 2, 1])
 def test_a_token_of_an_image_reads_its_patch_and_half_a_patch_around(side):
-    image = model_of(patch_side=side).modalities["image"]
+    image = model_of(patch_size=side).modalities["image"]
     x = inputs_of()["image"][:1].requires_grad_()
     for token in (0, 8 // side + 1 if side < 8 else 0, (8 // side) ** 2 - 1):
         (slope,) = torch.autograd.grad(image.tokens(x)[0][0, token].sum(), x)
-        read = torch.zeros(8 + 2 * side, 8 + 2 * side, dtype=torch.bool)  # with a margin of one patch
+        read = torch.zeros(
+            8 + 2 * side, 8 + 2 * side, dtype=torch.bool
+        )  # with a margin of one patch
         row, column = divmod(token, 8 // side)
         top, left = (place * side + side - side // 2 for place in (row, column))
         read[top : top + 2 * side, left : left + 2 * side] = True
@@ -114,17 +132,21 @@ def test_a_token_of_an_image_reads_its_patch_and_half_a_patch_around(side):
 
 def test_a_token_of_a_sound_is_its_own_frames():
     audio, y = model_of().modalities["audio"], inputs_of()["audio"]
-    heard = y.clone()
-    heard[:, :, 2:4] += 1  # the second two of three times two
-    change = audio.tokens(heard)[0] - audio.tokens(y)[0]
+    normalized_log_mel = y.clone()
+    normalized_log_mel[:, :, 2:4] += 1  # the second two of three times two
+    change = audio.tokens(normalized_log_mel)[0] - audio.tokens(y)[0]
     assert change[:, 1].abs().min() > 0 and not change[:, [0, 2]].any()
 
 
 def test_rope_on_a_grid_sees_distances_along_each_axis():
-    cos, sin = grid_rotations((9,), 8)
-    for ours, known in zip((cos, sin), rotations(torch.arange(9)[None], 8, torch.float32, multimodal.GRID_BASE), strict=True):
+    cos, sin = grid_rope((9,), 8)
+    for ours, known in zip(
+        (cos, sin),
+        rope_cos_sin(torch.arange(9)[None], 8, torch.float32, multimodal.GRID_BASE),
+        strict=True,
+    ):
         assert torch.equal(ours, known)  # one axis: RoPE itself
-    rope = grid_rotations((4, 5), 8)
+    rope = grid_rope((4, 5), 8)
     torch.manual_seed(0)
     q, k = torch.randn(8), torch.randn(8)
     scores = rotate(q.expand(1, 1, 20, 8), rope)[0, 0] @ rotate(k.expand(1, 1, 20, 8), rope)[0, 0].T
@@ -137,7 +159,10 @@ def test_rope_on_a_grid_sees_distances_along_each_axis():
 def test_shared_is_one_trunk_and_separate_is_three():
     shared, separate = model_of(), model_of(shared=False)
     trunk = sum(p.numel() for p in shared.trunks.parameters())
-    assert sum(p.numel() for p in separate.parameters()) - sum(p.numel() for p in shared.parameters()) == 2 * trunk
+    assert (
+        sum(p.numel() for p in separate.parameters()) - sum(p.numel() for p in shared.parameters())
+        == 2 * trunk
+    )
     separate.embed("image", inputs_of()["image"])[0].sum().backward()
     touched = {name.split(".")[1] for name, p in separate.named_parameters() if p.grad is not None}
     assert touched == {"image"}
@@ -154,9 +179,13 @@ def test_fp64_stays_and_autocast_gives_fp32():
     assert {e.dtype for e in model(inputs)[0].values()} == {torch.float64}
     wide = model(inputs)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model.float()({name: x if name == "text" else x.float() for name, x in inputs.items()})[0]
+        rounded = model.float()(
+            {name: x if name == "text" else x.float() for name, x in inputs.items()}
+        )[0]
     for name, e in rounded.items():
-        assert e.dtype == torch.float32 and 1e-5 < (e - wide[name]).norm() / wide[name].norm() < 0.05
+        assert (
+            e.dtype == torch.float32 and 1e-5 < (e - wide[name]).norm() / wide[name].norm() < 0.05
+        )
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------------------------
@@ -168,16 +197,22 @@ def test_the_flops_are_those_that_are_counted(shared):
     inputs = inputs_of(3) | {"text": torch.ones(3, 12, dtype=torch.long)}  # the longest texts
     with FlopCounterMode(display=False) as counter:
         model(inputs)
-    pairs = 12**2 + 4**2 + 3**2  # of tokens that read each other: PyTorch's fused kernel is not counted on a CPU
+    pairs = (
+        12**2 + 4**2 + 3**2
+    )  # of tokens that read each other: PyTorch's fused kernel is not counted on a CPU
     counted = counter.get_total_flops() / 3 + 2 * 4 * 16 * pairs  # of an item, forward; two layers
-    assert 3 * counted == pytest.approx(model.flops_per_item(), rel=1e-9)  # backward: twice forward
-    assert model.tokens_per_item() == {"text": 12, "image": 4, "audio": 3}
+    assert 3 * counted == pytest.approx(
+        model.flops_per_example(), rel=1e-9
+    )  # backward: twice forward
+    assert model.tokens_per_example() == {"text": 12, "image": 4, "audio": 3}
 
 
 def test_idle_experts_are_counted_in_all_and_not_as_active():
     for shared, trunks in ((True, 1), (False, 3)):
-        total, active = model_of(EXPERTS, shared=shared).parameters_total_active()
-        assert total - active == trunks * 2 * 2 * 2 * 4 * 16**2  # layers, idle experts, matrices, hidden ratio x width^2
+        total, active = model_of(EXPERTS, shared=shared).count_parameters()
+        assert (
+            total - active == trunks * 2 * 2 * 2 * 4 * 16**2
+        )  # layers, idle experts, matrices, hidden ratio x width^2
         assert total == sum(p.numel() for p in model_of(EXPERTS, shared=shared).parameters())
 
 
@@ -198,9 +233,13 @@ class Touch(Modality):
 def test_a_fourth_modality_is_a_class_and_a_line(monkeypatch):
     monkeypatch.setitem(multimodal.MODALITIES, "touch", Touch)
     model = model_of(modalities=("text", "touch"))
-    embeddings, _ = model({"text": inputs_of()["text"], "touch": torch.rand(5, 8, dtype=torch.float64)})
-    assert embeddings["touch"].shape == (5, 6) and model.config.compared() == {("text", "touch"): 1.0}
-    assert model.flops_per_item() > 0 and len(model.trunks) == 1
+    embeddings, _ = model(
+        {"text": inputs_of()["text"], "touch": torch.rand(5, 8, dtype=torch.float64)}
+    )
+    assert embeddings["touch"].shape == (5, 6) and model.config.pair_weights() == {
+        ("text", "touch"): 1.0
+    }
+    assert model.flops_per_example() > 0 and len(model.trunks) == 1
 
 
 @pytest.mark.parametrize(
@@ -210,12 +249,12 @@ def test_a_fourth_modality_is_a_class_and_a_line(monkeypatch):
         ({"modalities": ("text", "text")}, "at least two, each once"),
         ({"modalities": ("text",)}, "at least two"),
         ({"pairs": ("text-smell",)}, "no text-smell; there are audio-image"),
-        ({"patch_side": 3}, "patch_side = 3 does not divide image_side = 8"),
+        ({"patch_size": 3}, "patch_size = 3 does not divide image_size = 8"),
         ({"patch_frames": 0}, "patch_frames = 0 does not divide"),
         ({"width": 0}, "width = 0"),
         ({"temperature": 0.001}, "temperature = 0.001 at least 0.01"),
         ({"entropy_coefficient": -1.0}, "entropy_coefficient = -1.0"),
-        ({"least_experts": float("nan")}, "least_experts = nan"),
+        ({"min_experts": float("nan")}, "min_experts = nan"),
     ],
 )
 def test_ends_that_cannot_be_are_refused_with_the_mend(changes, message):
@@ -233,5 +272,5 @@ def test_trunks_that_cannot_be_are_refused_with_the_mend():
 
 
 def test_pairs_are_all_or_those_named():
-    assert list(ENDS.compared()) == [("text", "image"), ("text", "audio"), ("image", "audio")]
-    assert replace(ENDS, pairs=("audio-text",)).compared() == {("audio", "text"): 1.0}
+    assert list(ENDS.pair_weights()) == [("text", "image"), ("text", "audio"), ("image", "audio")]
+    assert replace(ENDS, pairs=("audio-text",)).pair_weights() == {("audio", "text"): 1.0}

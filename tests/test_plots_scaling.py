@@ -9,7 +9,10 @@ from nanods import plots_scaling as ps
 from nanods.plots import ORANGE
 from tests.test_plots import overlaps, pictures, words
 
-MEMORY = {"dp": {"weights": 30.0, "gradients": 20.0, "muon": 0.0}, "fsdp": {"weights": 3.0, "gradients": 2.0, "muon": 5.0}}
+MEMORY = {
+    "dp": {"weights": 30.0, "gradients": 20.0, "muon": 0.0},
+    "fsdp": {"weights": 3.0, "gradients": 2.0, "muon": 5.0},
+}
 
 
 def lengths(axes):
@@ -31,7 +34,11 @@ def test_memory_bars_are_as_long_as_their_parts_and_tell_the_whole():
     figure = ps.memory_bars(MEMORY, room=40)
     assert lengths(figure.axes[0]) == {0: [30, 20], 1: [3, 2, 5]}
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["dp", "fsdp"]
-    assert "50 GB" in words(figure) and "10 GB" in words(figure) and "room that it has, 40" in words(figure)
+    assert (
+        "50 GB" in words(figure)
+        and "10 GB" in words(figure)
+        and "room that it has, 40" in words(figure)
+    )
     assert legend(figure) == ["weights", "gradients", "muon"]
     assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [40]
     assert not overlaps(figure)
@@ -50,7 +57,10 @@ def test_a_kind_that_nobody_has_is_not_in_the_legend():
 
 
 def test_step_bars_split_a_step_and_show_what_hides():
-    rows = {"one": {"computing": 3.0, "optimizer": 1.0}, "two": {"computing": 2.0, "waiting": 0.5, "communication": 1.5}}
+    rows = {
+        "one": {"computing": 3.0, "optimizer": 1.0},
+        "two": {"computing": 2.0, "waiting": 0.5, "communication": 1.5},
+    }
     figure = ps.step_bars(rows, {"one": 0.0, "two": 1.25})
     assert lengths(figure.axes[0]) == {0: [3, 1], 1: [2, 0.5, 1.5]}
     assert "4 s, 75% computing" in words(figure) and "4 s, 50% computing" in words(figure)
@@ -71,7 +81,11 @@ def test_lines_against_gpus_are_the_data_and_hollow_where_it_does_not_fit():
     }
     figure = ps.against_gpus(lines, room=72, what="1B tokens")
     hours, gpu_hours, memory = figure.axes
-    assert [list(line.get_ydata()) for line in hours.lines if line.get_linestyle() == "-" and line.get_marker() == "None"] == [
+    assert [
+        list(line.get_ydata())
+        for line in hours.lines
+        if line.get_linestyle() == "-" and line.get_marker() == "None"
+    ] == [
         [100, 50],
         [110, 60],
     ]
@@ -82,7 +96,11 @@ def test_lines_against_gpus_are_the_data_and_hollow_where_it_does_not_fit():
     hollow = [list(line.get_ydata()) for line in dots if line.get_markerfacecolor() == "white"]
     assert solid == [[], [40]] and hollow == [[90, 90], [80]]
     assert [line.get_ydata()[0] for line in memory.lines if line.get_linestyle() == "--"] == [72]
-    assert legend(figure) == ["dp", "fsdp", "hollow: does not fit"] and "hours for 1B tokens" in words(figure)
+    assert legend(figure) == [
+        "dp",
+        "fsdp",
+        "hollow: does not fit",
+    ] and "hours for 1B tokens" in words(figure)
 
 
 # ---- a ring ------------------------------------------------------------------------------------------------------------------
@@ -101,7 +119,9 @@ def test_ring_steps_show_each_state_and_frame_what_arrived(steps):
         frames = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         at = [(round(frame.get_y() + 0.46), round(frame.get_x() + 0.46)) for frame in frames]
         assert axes.get_title() == f"step {i}" and at == ([(i % 3, 1)] if i else [])
-        assert [text.get_text() for text in axes.texts] == [f"{count:.0f}" for count in held[i].flat]
+        assert [text.get_text() for text in axes.texts] == [
+            f"{count:.0f}" for count in held[i].flat
+        ]
 
 
 # ---- waiting -----------------------------------------------------------------------------------------------------------------

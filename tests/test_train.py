@@ -26,7 +26,16 @@ def weights(out):
 def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace, preset):
     code, out, err = train_tiny(preset, "--steps", 30, "--save-every", 20)
     assert code == 0, err
-    for word in ("device     cpu", "dtype      ", "expected", "parameters", "MFLOP", "GiB", "sample", "next"):
+    for word in (
+        "device     cpu",
+        "dtype      ",
+        "expected",
+        "parameters",
+        "MFLOP",
+        "GiB",
+        "sample",
+        "next",
+    ):
         assert word in out
     run = workspace / "runs" / preset
     assert (run / "loss.png").stat().st_size > 5000
@@ -34,7 +43,10 @@ def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace, preset)
     assert (run / "experts.png").exists() == (preset >= "v2")
     rows = metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 31))
-    assert rows[0].keys() >= {"step", "tokens", "train_loss", "lr"} and rows[-1].keys() >= {"val_loss", "val_bpb"}
+    assert rows[0].keys() >= {"step", "tokens", "train_loss", "lr"} and rows[-1].keys() >= {
+        "val_loss",
+        "val_bpb",
+    }
     assert rows[-1]["tokens"] == 30 * 4 * 32
     assert rows[-1]["val_loss"] < 0.7 * rows[0]["train_loss"]
     assert [path.name for path in checkpoint.found(run)] == ["step_000020", "step_000030"]
@@ -44,7 +56,9 @@ def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace, preset)
 
 def test_micro_batches_do_not_change_the_result(train_tiny, workspace):
     for name, size in (("whole", 4), ("parts", 1)):
-        code, _, err = train_tiny("v1-tiny", "--steps", 5, "--dtype", "fp64", "--micro-batch", size, "--out-dir", name)
+        code, _, err = train_tiny(
+            "v1-tiny", "--steps", 5, "--dtype", "fp64", "--micro-batch", size, "--out-dir", name
+        )
         assert code == 0, err
     whole, parts = (checkpoint.load(workspace / name).model for name in ("whole", "parts"))
     assert max((whole[k] - parts[k]).abs().max() for k in whole) < 1e-9
@@ -62,14 +76,19 @@ def test_each_dtype_trains(train_tiny, workspace, dtype):
     [
         ("v1-tiny", ()),
         ("v2-tiny", ("--moe.bias-rate", 0.01, "--moe.capacity-factor", 1)),
-        ("v3-tiny", ("--moe.bias-rate", 0.01, "--multimodal.entropy-coefficient", 0.1, "--eval-every", 16)),
+        (
+            "v3-tiny",
+            ("--moe.bias-rate", 0.01, "--multimodal.entropy-coefficient", 0.1, "--eval-every", 16),
+        ),
     ],
 )
 def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatch, preset, flags):
     """With experts that take turns under Muon, their load, its alarms and the bias too."""
     import train
 
-    assert train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "whole")[0] == 0
+    assert (
+        train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "whole")[0] == 0
+    )
     real = train.schedule
 
     def interrupted(step, config):  # at step 29, after a checkpoint and one step more
@@ -97,7 +116,9 @@ def test_a_signal_saves_and_ends_cleanly(train_tiny, workspace, monkeypatch, num
 
     real = train.schedule
     monkeypatch.setattr(
-        train, "schedule", lambda step, config: (step == 3 and os.kill(os.getpid(), number), real(step, config))[1]
+        train,
+        "schedule",
+        lambda step, config: (step == 3 and os.kill(os.getpid(), number), real(step, config))[1],
     )
     code, out, _ = train_tiny("v0-tiny", "--steps", 50)
     assert code == 0 and "saved after step 4" in out and "--resume" in out
@@ -117,7 +138,9 @@ def test_a_loss_that_is_no_number_stops_the_run(train_tiny, workspace):
     code, _, err = train_tiny("v0-tiny", "--steps", 50, "--lr", "1e38", "--save-every", 1000)
     assert code == 2
     assert "at step" in err and "learning rate" in err and "layer" in err and "Traceback" not in err
-    assert all(t.isfinite().all() for t in checkpoint.load(workspace / "runs/v0-tiny").model.values())
+    assert all(
+        t.isfinite().all() for t in checkpoint.load(workspace / "runs/v0-tiny").model.values()
+    )
 
 
 def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
@@ -130,11 +153,15 @@ def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
     row = {"val_loss": 1.0, "val_bpb": 1.5}
     monkeypatch.setattr(train, "RESULTS", workspace / "expected.json")
 
-    class Task(train.LanguageModelling):
+    class Task(train.LanguageTask):
         def __init__(self):
             self.data = type("Data", (), {"sha256": "known"})
 
-    for expected, sha256, word in ((1.5, "known", "PASS"), (1.4, "known", "FAIL"), (1.6, "known", "FAIL")):
+    for expected, sha256, word in (
+        (1.5, "known", "PASS"),
+        (1.4, "known", "FAIL"),
+        (1.6, "known", "FAIL"),
+    ):
         entry = {"sha256": sha256, "val_bpb": expected, "tolerance": 0.02}
         (workspace / "expected.json").write_text(json.dumps({"v0-tiny/pydocs": entry}))
         assert train.verdict(asked, Task(), row).endswith(word)
@@ -149,12 +176,35 @@ def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
 
 def test_sampling_streams_text_and_is_reproducible(train_tiny, program, workspace):
     assert train_tiny("v1-tiny", "--steps", 5)[0] == 0
-    code, first, err = program("sample", "v1-tiny", "--prompt", "12 times é", "--max-new-tokens", 60, "--top-k", 20)
+    code, first, err = program(
+        "sample", "v1-tiny", "--prompt", "12 times é", "--max-new-tokens", 60, "--top-k", 20
+    )
     assert code == 0, err
     assert first.startswith("12 times é")
-    assert program("sample", "runs/v1-tiny", "--prompt", "12 times é", "--max-new-tokens", 60, "--top-k", 20)[1] == first
+    assert (
+        program(
+            "sample",
+            "runs/v1-tiny",
+            "--prompt",
+            "12 times é",
+            "--max-new-tokens",
+            60,
+            "--top-k",
+            20,
+        )[1]
+        == first
+    )
     (workspace / "prompt.txt").write_text("12 times é")
-    asked = ("sample", "v1-tiny", "--prompt", "FILE:prompt.txt", "--max-new-tokens", 60, "--top-k", 20)
+    asked = (
+        "sample",
+        "v1-tiny",
+        "--prompt",
+        "FILE:prompt.txt",
+        "--max-new-tokens",
+        60,
+        "--top-k",
+        20,
+    )
     assert program(*asked)[1] == first
     code, out, _ = program(*asked, "--num-samples", 2, "--top-p", 0.9, "--seed", 3)
     assert code == 0 and "sample 1" in out and "sample 2" in out
@@ -180,8 +230,14 @@ MISTAKES = {
     "not UTF-8": (["v1-tiny", "--data", "latin.txt"], "not UTF-8"),
     "too short": (["v1-tiny", "--data", "short.txt"], "context"),
     "nothing to resume": (["v1-tiny", "--resume"], "no checkpoint"),
-    "a file as run directory": (["v1-tiny", "--data", "text.txt", "--out-dir", "text.txt/run"], "--out-dir"),
-    "no place to write": (["v1-tiny", "--data", "text.txt", "--out-dir", "/proc/nanods"], "--out-dir"),
+    "a file as run directory": (
+        ["v1-tiny", "--data", "text.txt", "--out-dir", "text.txt/run"],
+        "--out-dir",
+    ),
+    "no place to write": (
+        ["v1-tiny", "--data", "text.txt", "--out-dir", "/proc/nanods"],
+        "--out-dir",
+    ),
 }
 
 
@@ -207,7 +263,9 @@ def test_a_run_of_another_configuration_is_not_touched(train_tiny, workspace):
     for args in (("v0-tiny", "--steps", 9), ("v1-tiny",)):
         code, _, err = train_tiny(*args, "--resume", "--out-dir", "run")
         assert code == 2 and "another configuration" in err
-    assert before == {path: path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (workspace / "run").rglob("*") if path.is_file()
+    }
 
 
 def test_resuming_on_a_changed_text_is_refused(train_tiny, workspace):

@@ -14,28 +14,43 @@ def rows_of(out):
 
 
 def test_the_losses_are_logged_apart_and_validation_is_pure(train_tiny, workspace):
-    flags = ("--moe.balance-coefficient", 0.5, "--moe.z-coefficient", 0.25, "--steps", 3, "--eval-every", 3)
+    flags = (
+        "--moe.balance-coefficient",
+        0.5,
+        "--moe.z-coefficient",
+        0.25,
+        "--steps",
+        3,
+        "--eval-every",
+        3,
+    )
     code, _, err = train_tiny("v2-tiny", *flags, "--dtype", "fp64")
     assert code == 0, err
     for row in rows_of(workspace / "runs/v2-tiny"):
         total = row["ce_loss"] + 0.5 * row["balance_loss"] + 0.25 * row["z_loss"]
         assert row["train_loss"] == pytest.approx(total, rel=1e-9)
         load = torch.tensor(row["load"], dtype=torch.float64)  # (L, E)
-        assert load.sum(dim=1).tolist() == [4 * 32 * 2] * 2  # B x T x K assignments in each of two layers
+        assert (
+            load.sum(dim=1).tolist() == [4 * 32 * 2] * 2
+        )  # B x T x K assignments in each of two layers
         share = load / load.sum(dim=1, keepdim=True)
         assert row["load_max_over_mean"] == pytest.approx((4 * share.amax(dim=1)).mean().item())
         entropy = torch.special.entr(share).sum(dim=1).mean() / math.log(4)
         assert row["load_entropy"] == pytest.approx(entropy.item()) and row["dropped"] == 0
         assert row["optimizer_seconds"] > 0
     last = rows_of(workspace / "runs/v2-tiny")[-1]
-    assert last["val_loss"] == pytest.approx(last["val_bpb"] * math.log(2), rel=0.01)  # bytes: no term beside cross-entropy
+    assert last["val_loss"] == pytest.approx(
+        last["val_bpb"] * math.log(2), rel=0.01
+    )  # bytes: no term beside cross-entropy
     assert {len(layer) for layer in last["val_load"]} == {4} and last["val_load_max_over_mean"] >= 1
 
 
 def test_capacity_drops_in_training_and_never_in_validation(train_tiny, workspace):
     """With lr near 0 two runs have the same weights: their validation agrees although one dropped half of its assignments."""
     for name, flags in (("limited", ("--moe.capacity-factor", 0.5)), ("free", ())):
-        code, _, err = train_tiny("v2-tiny", *flags, "--steps", 2, "--lr", 1e-12, "--expert-lr", 1e-12, "--out-dir", name)
+        code, _, err = train_tiny(
+            "v2-tiny", *flags, "--steps", 2, "--lr", 1e-12, "--expert-lr", 1e-12, "--out-dir", name
+        )
         assert code == 0, err
     limited, free = (rows_of(workspace / name)[-1] for name in ("limited", "free"))
     assert limited["dropped"] >= 0.5 > 0 == free["dropped"]
@@ -44,8 +59,19 @@ def test_capacity_drops_in_training_and_never_in_validation(train_tiny, workspac
 
 def test_the_bias_moves_once_a_step_however_many_micro_batches(train_tiny, workspace):
     for name, size in (("whole", 4), ("parts", 1)):
-        flags = ("--moe.bias-rate", 0.01, "--moe.balance-coefficient", 0, "--moe.z-coefficient", 0, "--micro-batch", size)
-        code, _, err = train_tiny("v2-tiny", *flags, "--steps", 5, "--dtype", "fp64", "--out-dir", name)
+        flags = (
+            "--moe.bias-rate",
+            0.01,
+            "--moe.balance-coefficient",
+            0,
+            "--moe.z-coefficient",
+            0,
+            "--micro-batch",
+            size,
+        )
+        code, _, err = train_tiny(
+            "v2-tiny", *flags, "--steps", 5, "--dtype", "fp64", "--out-dir", name
+        )
         assert code == 0, err
     whole, parts = (checkpoint.load(workspace / name).model for name in ("whole", "parts"))
     assert max((whole[k] - parts[k]).abs().max() for k in whole) < 1e-9
@@ -58,7 +84,16 @@ def test_upcycling_starts_where_the_dense_run_ended(train_tiny, workspace):
     assert train_tiny("v1-tiny", "--steps", 20, "--dtype", "fp32")[0] == 0
     ended = rows_of(workspace / "runs/v1-tiny")[-1]["val_loss"]
     for noise in (0, 0.5):
-        flags = ("--init-from", "runs/v1-tiny", "--init-noise", noise, "--dtype", "fp32", "--out-dir", f"noise-{noise}")
+        flags = (
+            "--init-from",
+            "runs/v1-tiny",
+            "--init-noise",
+            noise,
+            "--dtype",
+            "fp32",
+            "--out-dir",
+            f"noise-{noise}",
+        )
         code, out, err = train_tiny("v2-tiny", "--steps", 2, *flags)
         assert code == 0, err
         assert "each MLP copied to 4 experts" in out and "before the first step" in out
@@ -71,7 +106,16 @@ def test_a_dense_run_goes_on_from_another_and_experts_from_experts(train_tiny, w
     for preset in ("v1-tiny", "v2-tiny"):
         assert train_tiny(preset, "--steps", 5, "--dtype", "fp32")[0] == 0
         ended = rows_of(workspace / "runs" / preset)[-1]["val_loss"]
-        flags = ("--steps", 2, "--dtype", "fp32", "--init-from", f"runs/{preset}", "--out-dir", f"more-{preset}")
+        flags = (
+            "--steps",
+            2,
+            "--dtype",
+            "fp32",
+            "--init-from",
+            f"runs/{preset}",
+            "--out-dir",
+            f"more-{preset}",
+        )
         code, out, err = train_tiny(preset, *flags)
         assert code == 0 and "copied" not in out, err
         assert abs(rows_of(workspace / f"more-{preset}")[0]["val_loss"] - ended) <= 1e-6
@@ -115,7 +159,9 @@ def test_what_cannot_be_is_refused_with_the_mend(train_tiny, workspace, flags, w
     if "dense" in flags:
         assert train_tiny("v1-tiny", "--steps", 1, "--out-dir", "dense")[0] == 0
     if "experts" in flags:
-        assert train_tiny("v2-tiny", "--steps", 1, "--moe.n-expert", 3, "--out-dir", "experts")[0] == 0
+        assert (
+            train_tiny("v2-tiny", "--steps", 1, "--moe.n-expert", 3, "--out-dir", "experts")[0] == 0
+        )
     code, _, err = train_tiny("v2-tiny", "--steps", 2, *flags)
     assert code == 2 and words in " ".join(err.split()) and "Traceback" not in err, err
     assert not (workspace / "runs").exists()

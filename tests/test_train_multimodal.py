@@ -11,7 +11,9 @@ from nanods.data import scenes
 from nanods.data.sound import read_wav, write_wav
 from nanods.training import checkpoint
 
-DIRECTIONS = [f"{a}_{b}" for a in ("text", "image", "audio") for b in ("text", "image", "audio") if a != b]
+DIRECTIONS = [
+    f"{a}_{b}" for a in ("text", "image", "audio") for b in ("text", "image", "audio") if a != b
+]
 
 
 def rows_of(out):
@@ -19,10 +21,30 @@ def rows_of(out):
 
 
 def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace):
-    few = ("--steps", 30, "--eval-every", 15, "--batch-size", 32, "--n-embd", 32, "--context-length", 80)
-    code, out, err = train_tiny("v3-tiny", *few, "--moe.n-expert", 1, "--multimodal.no-hard-batches")
+    few = (
+        "--steps",
+        30,
+        "--eval-every",
+        15,
+        "--batch-size",
+        32,
+        "--n-embd",
+        32,
+        "--context-length",
+        80,
+    )
+    code, out, err = train_tiny(
+        "v3-tiny", *few, "--moe.n-expert", 1, "--multimodal.no-hard-batches"
+    )
     assert code == 0, err
-    for word in ("scenes: 16,416 + 1,824 things", "MFLOP per item", "ln 32 = 3.47 by chance", "recall@1", "asked", "--query"):
+    for word in (
+        "scenes: 16,416 + 1,824 things",
+        "MFLOP per item",
+        "ln 32 = 3.47 by chance",
+        "recall@1",
+        "asked",
+        "--query",
+    ):
         assert word in out
     run = workspace / "runs/v3-tiny"
     for name in ("loss", "recall", "similarities", "neighbours", "space"):
@@ -32,40 +54,66 @@ def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace):
     assert [row["step"] for row in rows] == list(range(1, 31)) and rows[-1]["items"] == 30 * 32
     assert rows[0]["ce_loss"] == pytest.approx(np.log(32), abs=0.5)  # chance
     assert rows[-1]["ce_loss"] < 0.8 * np.log(32) and rows[-1]["val_loss"] < 0.8 * np.log(32)
-    assert {f"recall1_{direction}" for direction in DIRECTIONS} <= rows[-1].keys() and "items_per_second" in rows[-1]
-    assert rows[-1]["val_recall1"] == pytest.approx(np.mean([rows[-1][f"recall1_{direction}"] for direction in DIRECTIONS]))
+    assert {f"recall1_{direction}" for direction in DIRECTIONS} <= rows[
+        -1
+    ].keys() and "items_per_second" in rows[-1]
+    assert rows[-1]["val_recall1"] == pytest.approx(
+        np.mean([rows[-1][f"recall1_{direction}"] for direction in DIRECTIONS])
+    )
     assert rows[-1]["val_recall1"] > 3 / 512  # three times chance
     assert checkpoint.load(run).state["items"] == 960
 
 
 def test_the_load_is_logged_by_modality(train_tiny, workspace):
-    code, _, err = train_tiny("v3-tiny", "--steps", 2, "--eval-every", 2, "--multimodal.entropy-coefficient", 0.1)
+    code, _, err = train_tiny(
+        "v3-tiny", "--steps", 2, "--eval-every", 2, "--multimodal.entropy-coefficient", 0.1
+    )
     assert code == 0, err
     last = rows_of(workspace / "runs/v3-tiny")[-1]
     loads = [np.array(last[f"load_{name}"]) for name in ("text", "image", "audio")]
-    assert loads[1].sum(axis=1).tolist() == [4 * 64 * 2] * 2 and loads[2].sum(axis=1).tolist() == [4 * 16 * 2] * 2
-    assert (sum(loads) == last["load"]).all() and np.array(last["val_load_audio"]).sum() == 512 * 16 * 2 * 2
+    assert (
+        loads[1].sum(axis=1).tolist() == [4 * 64 * 2] * 2
+        and loads[2].sum(axis=1).tolist() == [4 * 16 * 2] * 2
+    )
+    assert (sum(loads) == last["load"]).all() and np.array(
+        last["val_load_audio"]
+    ).sum() == 512 * 16 * 2 * 2
     assert last["train_loss"] == pytest.approx(
-        last["ce_loss"] + 0.1 * last["balance_loss"] + 0.001 * last["z_loss"] + 0.1 * last["entropy_loss"], rel=1e-5
+        last["ce_loss"]
+        + 0.1 * last["balance_loss"]
+        + 0.001 * last["z_loss"]
+        + 0.1 * last["entropy_loss"],
+        rel=1e-5,
     )
     assert (workspace / "runs/v3-tiny/experts.png").exists()
 
 
 def test_only_the_pairs_that_are_asked_for_are_compared(train_tiny, workspace):
-    code, _, err = train_tiny("v3-tiny", "--steps", 2, "--multimodal.pairs", "text-image", "audio-text")
+    code, _, err = train_tiny(
+        "v3-tiny", "--steps", 2, "--multimodal.pairs", "text-image", "audio-text"
+    )
     assert code == 0, err
     row = rows_of(workspace / "runs/v3-tiny")[0]
-    assert {name for name in row if name.startswith("loss_")} == {"loss_text_image", "loss_audio_text"}
-    assert row["ce_loss"] == pytest.approx((row["loss_text_image"] + row["loss_audio_text"]) / 2, rel=1e-6)
+    assert {name for name in row if name.startswith("loss_")} == {
+        "loss_text_image",
+        "loss_audio_text",
+    }
+    assert row["ce_loss"] == pytest.approx(
+        (row["loss_text_image"] + row["loss_audio_text"]) / 2, rel=1e-6
+    )
 
 
 def test_a_run_starts_from_another_of_the_same_ends(train_tiny, workspace):
     assert train_tiny("v3-tiny", "--steps", 2, "--moe.n-expert", 1)[0] == 0
-    code, out, err = train_tiny("v3-tiny", "--steps", 1, "--init-from", "runs/v3-tiny", "--out-dir", "on")
+    code, out, err = train_tiny(
+        "v3-tiny", "--steps", 1, "--init-from", "runs/v3-tiny", "--out-dir", "on"
+    )
     assert code == 0 and "each MLP copied to 4 experts" in out, err
     first, before = rows_of(workspace / "on")[0], rows_of(workspace / "runs/v3-tiny")[-1]
     assert first["val_loss"] == pytest.approx(before["val_loss"], abs=1e-2)  # bf16 at most
-    code, _, err = train_tiny("v3-tiny", "--init-from", "runs/v3-tiny", "--multimodal.width", 7, "--out-dir", "no")
+    code, _, err = train_tiny(
+        "v3-tiny", "--init-from", "runs/v3-tiny", "--multimodal.width", 7, "--out-dir", "no"
+    )
     assert code == 2 and "--multimodal.width 128 (asked for: 7)" in err
 
 
@@ -77,10 +125,24 @@ def test_captions_on_disk_train_too(train_tiny, program, workspace):
     (workspace / "birds/broken.png").write_bytes(b"no image")
     rows = "".join(f"{number}.png,bird number {number}\n" for number in [*range(40), "broken"])
     (workspace / "birds/captions.txt").write_text("image,caption\n" + rows)
-    flags = ("--data", "birds", "--multimodal.modalities", "text", "image", "--steps", 20, "--eval-every", 20)
+    flags = (
+        "--data",
+        "birds",
+        "--multimodal.modalities",
+        "text",
+        "image",
+        "--steps",
+        20,
+        "--eval-every",
+        20,
+    )
     code, out, err = train_tiny("v3-tiny", *flags)
     assert code == 0, err
-    assert "recall@1" in out and "1 corrupt file was skipped" in out and err.count("warning: skipped birds/broken.png") == 1
+    assert (
+        "recall@1" in out
+        and "1 corrupt file was skipped" in out
+        and err.count("warning: skipped birds/broken.png") == 1
+    )
     code, out, err = program("sample", "v3-tiny", "--query", "bird number 3")
     assert code == 0 and "image, the best of" in out, err
     code, _, err = train_tiny("v3-tiny", "--data", "birds", "--out-dir", "deaf")
@@ -98,19 +160,30 @@ def trained(train_tiny, workspace):
 
 def test_each_modality_asks(trained, program, workspace):
     shown = scenes.gallery(4)
-    code, out, err = program("sample", "v3-tiny", "--query", "A small RED circle, left of a  big blue square.")
-    assert code == 0 and "image, the best of 512" in out and "audio, the best of 512" in out and "text, the" not in out, err
+    code, out, err = program(
+        "sample", "v3-tiny", "--query", "A small RED circle, left of a  big blue square."
+    )
+    assert (
+        code == 0
+        and "image, the best of 512" in out
+        and "audio, the best of 512" in out
+        and "text, the" not in out
+    ), err
     scores = [float(line.split()[1]) for line in out.splitlines() if line[:5].strip().endswith(".")]
     assert len(scores) == 10 and scores[:5] == sorted(scores[:5], reverse=True)
     assert (trained / "found.png").stat().st_size > 5000
     best = out.splitlines()[1].split(maxsplit=2)[2]
     index = scenes.gallery().captions.index(best)
     found = matplotlib.image.imread(trained / "found_image.png")[..., :3]
-    np.testing.assert_allclose(found, scenes.gallery().images[index].transpose(1, 2, 0), atol=1 / 255)
-    heard = out.splitlines()[7].split(maxsplit=2)[2]
-    wave_of = scenes.gallery().waves[scenes.gallery().captions.index(heard)]
+    np.testing.assert_allclose(
+        found, scenes.gallery().images[index].transpose(1, 2, 0), atol=1 / 255
+    )
+    normalized_log_mel = out.splitlines()[7].split(maxsplit=2)[2]
+    wave_of = scenes.gallery().waves[scenes.gallery().captions.index(normalized_log_mel)]
     np.testing.assert_allclose(read_wav(trained / "found_audio.wav"), wave_of, atol=1e-4)
-    code, again, _ = program("sample", "v3-tiny", "--image", trained / "found_image.png", "--top", 2)
+    code, again, _ = program(
+        "sample", "v3-tiny", "--image", trained / "found_image.png", "--top", 2
+    )
     assert code == 0 and "text, the best of 512" in again and "image, the" not in again
     assert program("sample", "v3-tiny", "--audio", trained / "found_audio.wav")[0] == 0
     code, out, _ = program("sample", "v3-tiny")
@@ -125,13 +198,22 @@ def test_a_folder_is_a_gallery(trained, program, workspace):
     write_wav(folder / "one.wav", shown.waves[0])
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("not for it")
-    code, out, err = program("sample", "v3-tiny", "--query", "a small red circle", "--gallery", folder)
-    assert code == 0 and "image, the best of 3" in out and "audio, the best of 1" in out and "one.wav" in out
+    code, out, err = program(
+        "sample", "v3-tiny", "--query", "a small red circle", "--gallery", folder
+    )
+    assert (
+        code == 0
+        and "image, the best of 3" in out
+        and "audio, the best of 1" in out
+        and "one.wav" in out
+    )
     assert "1 files cannot be read" in err and "broken.png" in err
     code, out, _ = program("sample", "v3-tiny", "--image", folder / "1.png", "--gallery", folder)
     assert code == 0 and "image, the" not in out and "audio, the best of 1" in out
     (folder / "one.wav").unlink()
-    code, out, _ = program("sample", "v3-tiny", "--image", folder / "1.png", "--gallery", folder)  # images alone: their like
+    code, out, _ = program(
+        "sample", "v3-tiny", "--image", folder / "1.png", "--gallery", folder
+    )  # images alone: their like
     score, name = out.splitlines()[1].split()[1:]
     assert code == 0 and name == "1.png" and float(score) == pytest.approx(1, abs=1e-3)
 
@@ -145,7 +227,9 @@ def test_questions_that_cannot_be_answered_end_with_the_mend(trained, program, w
         file.setsampwidth(3)
         file.setframerate(44_100)
         file.writeframes(bytes(6 * 44_100))
-    assert program("sample", "v3-tiny", "--audio", "stereo.wav")[0] == 0  # another rate, width and number of channels
+    assert (
+        program("sample", "v3-tiny", "--audio", "stereo.wav")[0] == 0
+    )  # another rate, width and number of channels
     for flags, message in (
         (("--query", "a small purple circle"), "never read 'purple'"),
         (("--query", "a small sqare circle"), "it knows square"),
@@ -174,7 +258,7 @@ def test_settings_that_cannot_be_end_with_the_mend(train_tiny):
         (("--attention.kind", "block"), "take dense"),
         (("--n-head", 8), "multiple of 4"),
         (("--multimodal.modalities", "text", "smell"), "there are text, image, audio"),
-        (("--multimodal.patch-side", 5), "does not divide"),
+        (("--multimodal.patch-size", 5), "does not divide"),
         (("--multimodal.pairs", "text-smell"), "no text-smell"),
         (("--data", "nowhere"), "no such folder"),
         (("--batch-size", 20_000), "there are 16,416 items"),

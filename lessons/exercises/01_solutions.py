@@ -21,7 +21,9 @@ def topk_attention(q: Tensor, k: Tensor, v: Tensor, top_k: int) -> Tensor:
     scores = causal_scores(q, k)
     best = scores.topk(min(top_k, k.size(2)), dim=-1).indices  # (B, H, T, top_k)
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
-    return scores.masked_fill(~chosen, -INF).softmax(-1) @ v  # a hidden key that was "chosen" stays at -inf
+    return (
+        scores.masked_fill(~chosen, -INF).softmax(-1) @ v
+    )  # a hidden key that was "chosen" stays at -inf
 
 
 def pool_blocks(k: Tensor, block_size: int) -> Tensor:
@@ -49,5 +51,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size:
 
 
 def select_for_tile(q: Tensor, k: Tensor, block_size: int, top_blocks: int) -> Tensor:
-    first = q[:, :, ::block_size]  # (B, H, N, D): the only query of a tile whose past is the past of all
+    first = q[
+        :, :, ::block_size
+    ]  # (B, H, N, D): the only query of a tile whose past is the past of all
     return best_blocks(first, torch.arange(first.size(2)), k, block_size, top_blocks)

@@ -41,7 +41,7 @@ def mix(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) ->
     raise NotImplementedError
 
 
-def mix_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
+def experts_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """The same without a search for each expert: sort the N K assignments by expert, and each expert's are one slice.
 
     Shapes as in step 2. An expert may have no tokens at all.

@@ -23,7 +23,7 @@ def mix(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) ->
     return y
 
 
-def mix_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
+def experts_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
     order = experts.flatten().argsort()  # (N K,)
     token = order // experts.size(1)
     slices = x[token].split(experts.flatten().bincount(minlength=len(up)).tolist())
@@ -38,7 +38,9 @@ def load_balancing_loss(probs: Tensor, experts: Tensor) -> Tensor:
 
 
 def within_capacity(experts: Tensor, n_expert: int, capacity: int) -> Tensor:
-    mine = F.one_hot(experts.flatten(), n_expert)  # (N K, E): the assignments in the order of the tokens
+    mine = F.one_hot(
+        experts.flatten(), n_expert
+    )  # (N K, E): the assignments in the order of the tokens
     place = ((mine.cumsum(0) - 1) * mine).sum(-1)  # (N K,)
     return (place < capacity).view(experts.shape)
 
@@ -48,4 +50,6 @@ def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 
 def upcycle(up: Tensor, out: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
-    return up.repeat(n_expert, 1, 1), out.repeat(n_expert, 1, 1)  # weights that sum to 1 need no factor
+    return up.repeat(n_expert, 1, 1), out.repeat(
+        n_expert, 1, 1
+    )  # weights that sum to 1 need no factor

@@ -42,7 +42,7 @@ def with_twins(a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor) -> Tens
     raise NotImplementedError
 
 
-def scale_of(log_scale: Tensor, most: float) -> Tensor:
+def logit_scale(log_scale: Tensor, most: float) -> Tensor:
     """The scale of steps 1 and 2, learnt: exp(log_scale), at most `most`, and able to come down again.
 
     log_scale (): a torch.nn.Parameter that an optimizer moves, perhaps far over the limit -> the scale (), which has a

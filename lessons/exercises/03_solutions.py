@@ -25,9 +25,11 @@ def with_twins(a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor) -> Tens
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def scale_of(log_scale: Tensor, most: float) -> Tensor:
+def logit_scale(log_scale: Tensor, most: float) -> Tensor:
     with torch.no_grad():
-        log_scale.clamp_(max=math.log(most))  # the parameter: a clamp of the value alone has no gradient above the limit
+        log_scale.clamp_(
+            max=math.log(most)
+        )  # the parameter: a clamp of the value alone has no gradient above the limit
     return log_scale.exp()
 
 
@@ -44,7 +46,9 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor | float, bias: Tensor | flo
 
 
 def entropy(p: Tensor) -> Tensor:
-    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)  # finite where p = 0, and so is its gradient
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(
+        -1
+    )  # finite where p = 0, and so is its gradient
 
 
 def entropies(probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ independent tasks. Step 3 packs rows of tokens for the owners of their experts, 
 says how much of a step 512 devices use while they wait for the busiest (V2.4).
 
 Shapes: n or W processes, N tokens, C width, H hidden width, E experts, K choices a token, L layers, R groups of G devices.
-Everything counts from 0. Solutions are in 04_solutions.py; what nanods does, in nanods/training/parallel.py and its neighbours.
+Everything counts from 0. Solutions are in 04_solutions.py; what nanods does, in nanods/distributed/process_groups.py and its neighbours.
 """
 
 import torch  # noqa: F401

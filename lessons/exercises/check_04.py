@@ -8,7 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from grade import TINY, Answer, Mistake, Step, expect_dtype, expect_integers, expect_shape, first, main
+from grade import (
+    TINY,
+    Answer,
+    Mistake,
+    Step,
+    expect_dtype,
+    expect_integers,
+    expect_shape,
+    first,
+    main,
+)
 from probe_sharing import examine_parts, examine_ring
 from torch import Tensor
 
@@ -51,10 +61,22 @@ def check_pack(answer: Answer) -> None:
     def asked(experts: Tensor, n_expert: int, n: int, when: str = "") -> tuple[Tensor, Tensor]:
         order, sent = answer(experts, n_expert, n, when=when)
         told, count = f", {when}" if when else "", experts.numel()
-        flat = ": one list of all assignments, flatten()" if tuple(order.shape) == tuple(experts.shape) else ""
+        flat = (
+            ": one list of all assignments, flatten()"
+            if tuple(order.shape) == tuple(experts.shape)
+            else ""
+        )
         expect_shape(order, (count,), f" (order){told or flat}")
-        few = ": an entry for each process, 0 where nothing goes there" if sent.ndim == 1 and len(sent) < n else ""
-        each = ": sum over the experts of each process" if tuple(sent.shape) == (n_expert,) and n != n_expert else ""
+        few = (
+            ": an entry for each process, 0 where nothing goes there"
+            if sent.ndim == 1 and len(sent) < n
+            else ""
+        )
+        each = (
+            ": sum over the experts of each process"
+            if tuple(sent.shape) == (n_expert,) and n != n_expert
+            else ""
+        )
         expect_shape(sent, (n,), f" (sent){told}{few or each}")
         expect_integers(order, "order")
         expect_integers(sent, "sent")
@@ -72,13 +94,19 @@ def check_pack(answer: Answer) -> None:
         "for a process for each expert": (experts, E, E),
         "for one token": (chosen(N=1), E, P),
         "without tokens": (chosen(N=0), E, P),
-        "for 200 tokens": (chosen(N=200), E, P),  # a sort that is not stable may keep the order of a few
+        "for 200 tokens": (
+            chosen(N=200),
+            E,
+            P,
+        ),  # a sort that is not stable may keep the order of a few
     }
     for when, (experts, n_expert, n) in cases.items():
         order, sent = asked(experts, n_expert, n, when=when)
         if not order.equal(right_order(experts)):
             if experts.flatten()[order].equal(experts.flatten().sort().values):
-                raise Mistake(f"order: the rows of an expert are not in the order of their tokens {when}: sort stable=True")
+                raise Mistake(
+                    f"order: the rows of an expert are not in the order of their tokens {when}: sort stable=True"
+                )
             raise Mistake(f"order: right in general, but wrong {when}")
         if not sent.equal(right_sent(experts, n_expert, n)):
             raise Mistake(f"sent: right in general, but {sent.tolist()[:8]} {when}")
@@ -94,18 +122,26 @@ def expect_order(order: Tensor, experts: Tensor) -> None:
     explain(
         order,
         {
-            "holds the numbers of tokens: an assignment's is t K + k, so that x[order // K] finds its row": lambda: right // K,
-            "holds the experts, sorted: what is asked for is which assignment stands where, argsort()": lambda: flat[right],
-            "says where each assignment goes: its inverse says which assignment stands where": lambda: right.argsort(),
+            "holds the numbers of tokens: an assignment's is t K + k, so that x[order // K] finds its row": lambda: (
+                right // K
+            ),
+            "holds the experts, sorted: what is asked for is which assignment stands where, argsort()": lambda: (
+                flat[right]
+            ),
+            "says where each assignment goes: its inverse says which assignment stands where": lambda: (
+                right.argsort()
+            ),
             "is the order of the tokens, as they are: sort by expert": lambda: torch.arange(N * K),
             "begins with the last expert": lambda: flat.argsort(stable=True, descending=True),
             "takes assignment k N + t for the k-th choice of token t, which is t K + k: flatten (N, K), not its transpose": (
                 lambda: by_slot
             ),
-            "sorts by owner alone: within a box, rows stand by expert": lambda: (flat // here).argsort(stable=True),
-            "deals experts out in turn, e % n: process r owns n_expert / n that follow each other": lambda: (
-                flat % P * E + flat
+            "sorts by owner alone: within a box, rows stand by expert": lambda: (
+                flat // here
             ).argsort(stable=True),
+            "deals experts out in turn, e % n: process r owns n_expert / n that follow each other": lambda: (
+                (flat % P * E + flat).argsort(stable=True)
+            ),
             "has the rows of an expert by choice, and then by token: by token alone": lambda: (
                 flat * K * N + slot * N + token
             ).argsort(),
@@ -114,11 +150,17 @@ def expect_order(order: Tensor, experts: Tensor) -> None:
     )
     if not order.sort().values.equal(torch.arange(N * K)):
         missing = sorted(set(range(N * K)) - set(order.tolist()))
-        raise Mistake(f"order: each of the {N * K} assignments stands in it once, and number {missing[0]} does not")
+        raise Mistake(
+            f"order: each of the {N * K} assignments stands in it once, and number {missing[0]} does not"
+        )
     if flat[order].equal(flat[right]):
-        raise Mistake("order: the rows of an expert are not in the order of their tokens: sort stable=True")
+        raise Mistake(
+            "order: the rows of an expert are not in the order of their tokens: sort stable=True"
+        )
     i = first(order != right)[0]
-    what = f"assignment {order[i]} (expert {flat[order[i]]}), not {right[i]} (expert {flat[right[i]]})"
+    what = (
+        f"assignment {order[i]} (expert {flat[order[i]]}), not {right[i]} (expert {flat[right[i]]})"
+    )
     raise Mistake(f"order: at place {i} stands {what}")
 
 
@@ -131,14 +173,20 @@ def expect_sent(sent: Tensor, experts: Tensor) -> None:
         sent,
         {
             "counts experts e % n: process r owns n_expert / n that follow each other, e // (n_expert / n)": lambda: (
-                flat % P
-            ).bincount(minlength=P),
-            "counts tokens, each once for a process: two of its experts there are two rows": lambda: torch.stack(
-                [(owners == r).any(-1).sum() for r in range(P)]
+                (flat % P).bincount(minlength=P)
             ),
-            "counts first choices alone: each token has K rows": lambda: owners[:, 0].bincount(minlength=P),
-            "is a running sum: how many rows each gets, not where they end": lambda: right.cumsum(0),
-            "is a running sum: how many rows each gets, not where they begin": lambda: right.cumsum(0) - right,
+            "counts tokens, each once for a process: two of its experts there are two rows": lambda: (
+                torch.stack([(owners == r).any(-1).sum() for r in range(P)])
+            ),
+            "counts first choices alone: each token has K rows": lambda: owners[:, 0].bincount(
+                minlength=P
+            ),
+            "is a running sum: how many rows each gets, not where they end": lambda: right.cumsum(
+                0
+            ),
+            "is a running sum: how many rows each gets, not where they begin": lambda: (
+                right.cumsum(0) - right
+            ),
             "counts how many of its experts get rows: how many rows they get": lambda: (
                 flat.bincount(minlength=E).view(P, -1) > 0
             ).sum(-1),
@@ -151,7 +199,12 @@ def expect_sent(sent: Tensor, experts: Tensor) -> None:
 
 # ---- step 4: one gradient of many --------------------------------------------------------------------------------------------
 
-W, G, S, X = 6, 2, 5, 7  # processes, of a group, numbers that all have, numbers of the experts of one
+W, G, S, X = (
+    6,
+    2,
+    5,
+    7,
+)  # processes, of a group, numbers that all have, numbers of the experts of one
 
 
 def right_sums(shared: Tensor, experts: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -176,10 +229,15 @@ def check_add_up(answer: Answer) -> None:
         for got, given, name in zip(made, (shared, experts), ("shared", "experts"), strict=True):
             one = ": each process needs its own row, the same as others have or not"
             row = (
-                tuple(got.shape) in (tuple(given.shape[1:]), (1, given.shape[1]), (group, given.shape[1]))
+                tuple(got.shape)
+                in (tuple(given.shape[1:]), (1, given.shape[1]), (group, given.shape[1]))
                 and len(given) > group
             )
-            expect_shape(got, tuple(given.shape), f" ({name})" + (f", {when}" if when else one if row else ""))
+            expect_shape(
+                got,
+                tuple(given.shape),
+                f" ({name})" + (f", {when}" if when else one if row else ""),
+            )
             expect_dtype(got, given)
         return made
 
@@ -189,11 +247,15 @@ def check_add_up(answer: Answer) -> None:
     if not same(got[0], right[0]):
         total = shared.sum(0).expand_as(shared)
         explain(got[0], known_sums(shared, total), "shared")
-        raise Mistake(f"shared gives {got[0][0, 0]:.4f} where the mean over all {W} is {right[0][0, 0]:.4f}")
+        raise Mistake(
+            f"shared gives {got[0][0, 0]:.4f} where the mean over all {W} is {right[0][0, 0]:.4f}"
+        )
     if not same(got[1], right[1]):
         twins = by_twins(experts, G)
         explain(got[1], known_experts(experts, twins), "experts")
-        raise Mistake(f"experts gives {got[1][0, 0]:.4f}, and should give {right[1][0, 0]:.4f} for process 0")
+        raise Mistake(
+            f"experts gives {got[1][0, 0]:.4f}, and should give {right[1][0, 0]:.4f} for process 0"
+        )
     cases = {
         "for groups of one, which are copies of everything": (shared, experts, 1),
         "for one group, without copies of experts": (shared, experts, W),
@@ -215,12 +277,22 @@ def known_sums(x: Tensor, total: Tensor) -> Known:
     return {
         "is as it was: each process would take another step, and the copies would part": lambda: x,
         "is the sum: the loss of the batch is the *mean* of W losses": lambda: total,
-        "is added up in each group alone: all processes have these weights": lambda: by_group(x, G) / G,
-        "is added up in each group alone, and divided by W: all processes have these weights": lambda: by_group(x, G) / W,
-        "is added up over the copies of the experts alone: all processes have these weights": lambda: by_twins(x, G) / (W // G),
-        "is added up as the experts are: all processes have these weights, not only every group-th": lambda: by_twins(x, G) / W,
+        "is added up in each group alone: all processes have these weights": lambda: (
+            by_group(x, G) / G
+        ),
+        "is added up in each group alone, and divided by W: all processes have these weights": lambda: (
+            by_group(x, G) / W
+        ),
+        "is added up over the copies of the experts alone: all processes have these weights": lambda: (
+            by_twins(x, G) / (W // G)
+        ),
+        "is added up as the experts are: all processes have these weights, not only every group-th": lambda: (
+            by_twins(x, G) / W
+        ),
         "is divided by the size of a group: the loss is a mean over all W": lambda: total / G,
-        "is divided by the number of groups: the loss is a mean over all W": lambda: total / (W // G),
+        "is divided by the number of groups: the loss is a mean over all W": lambda: (
+            total / (W // G)
+        ),
         "is divided by W, and not added up": lambda: x / W,
     }
 
@@ -229,19 +301,31 @@ def known_experts(x: Tensor, twins: Tensor) -> Known:
     over_all = x.sum(0).expand_as(x)
     return {
         "are divided by the number of copies, the classic mistake: what an owner has is of the sum of its group's losses, and "
-        "the loss is the mean of all W. They come out `group` times too large": lambda: twins / (W // G),
+        "the loss is the mean of all W. They come out `group` times too large": lambda: (
+            twins / (W // G)
+        ),
         "are divided by the size of a group: the loss is a mean over all W": lambda: twins / G,
-        "are added up over their copies, and not divided: the loss is the mean of W losses": lambda: twins,
-        "are averaged over all, as what is shared: but the processes of a group own *different* experts": lambda: over_all / W,
-        "are added up over all: but the processes of a group own *different* experts": lambda: over_all,
+        "are added up over their copies, and not divided: the loss is the mean of W losses": lambda: (
+            twins
+        ),
+        "are averaged over all, as what is shared: but the processes of a group own *different* experts": lambda: (
+            over_all / W
+        ),
+        "are added up over all: but the processes of a group own *different* experts": lambda: (
+            over_all
+        ),
         "are added up in each group, whose processes own *different* experts: add up w, w + group, w + 2 group, ...": lambda: (
             by_group(x, G) / W
         ),
         "are averaged in each group, whose processes own *different* experts: add up w, w + group, ...": lambda: (
             by_group(x, G) / G
         ),
-        "are as they were: copies in other groups saw other tokens, so add them up; and divide by W": lambda: x,
-        "are divided by W, but not added up over the copies in other groups, which saw other tokens": lambda: x / W,
+        "are as they were: copies in other groups saw other tokens, so add them up; and divide by W": lambda: (
+            x
+        ),
+        "are divided by W, but not added up over the copies in other groups, which saw other tokens": lambda: (
+            x / W
+        ),
         "are divided by the size of a group, and not added up over their copies": lambda: x / G,
         "are taken from the wrong copies: w and w + group own the same, not neighbours in blocks of W / group": lambda: (
             by_group(x, W // G) / W
@@ -303,7 +387,9 @@ def check_used(answer: Answer) -> None:
     for when, given in cases.items():
         got, right = asked(*given, when=when).double(), right_share(*given)
         if not (got - right).abs() < ROUGH:
-            raise Mistake(f"right in general, but gives {got:.4f} {when}, and should give {right:.4f}")
+            raise Mistake(
+                f"right in general, but gives {got:.4f} {when}, and should give {right:.4f}"
+            )
 
 
 def known_shares(load: Tensor, G: int) -> dict[str, Tensor]:
@@ -316,12 +402,18 @@ def known_shares(load: Tensor, G: int) -> dict[str, Tensor]:
     return {
         "is turned round: the time of the step over that of computing": 1 / right,
         "the share that is *not* used": 1 - right,
-        "experts are taken for devices: add up the rows of the experts that a device owns": share(load),
+        "experts are taken for devices: add up the rows of the experts that a device owns": share(
+            load
+        ),
         "counts the busiest expert, not the busiest device: add up the rows of the experts that a device owns": share(
             rows, load.amax(2).sum(1).max()
         ),
-        "experts are dealt out in turn: a device owns E / devices experts that follow each other": share(in_turn),
-        "the groups do not wait for each other: the step takes as long as the slowest of them": share(rows, groups.mean()),
+        "experts are dealt out in turn: a device owns E / devices experts that follow each other": share(
+            in_turn
+        ),
+        "the groups do not wait for each other: the step takes as long as the slowest of them": share(
+            rows, groups.mean()
+        ),
         "a mean of the groups' shares: they wait for each other, and the step takes as long as the slowest": (
             rows.sum((1, 2)) / (G * groups)
         ).mean(),
@@ -329,15 +421,20 @@ def known_shares(load: Tensor, G: int) -> dict[str, Tensor]:
             rows.sum((1, 2)) / (G * groups)
         )[groups.argmax()],
         "a mean of the layers' shares, group by group: add up their *times* first, and let the groups wait": by_layer.mean(),
-        "the worst layer stands for all: add up the layers of a group": share(rows, L * rows.amax()),
+        "the worst layer stands for all: add up the layers of a group": share(
+            rows, L * rows.amax()
+        ),
         "the groups meet at each layer: they wait for each other at the end of the step alone": share(
             rows, rows.amax((0, 2)).sum()
         ),
         "devices wait at the end of the step alone: those of a group wait for the busiest in *each* layer": share(
             rows, rows.sum(1).max()
         ),
-        "devices are compared over all groups at once, and over the whole step": share(rows, rows.sum((0, 1)).max() / R),
-        "the time of the slowest group counts once: each of its devices is there all the time": right * G,
+        "devices are compared over all groups at once, and over the whole step": share(
+            rows, rows.sum((0, 1)).max() / R
+        ),
+        "the time of the slowest group counts once: each of its devices is there all the time": right
+        * G,
         "all groups have devices: divide by the number of all": right * R,
         "divided by the number of all devices, and those of a group computed together: the fewest rows count": share(
             rows, rows.amin(2).sum(1).max()

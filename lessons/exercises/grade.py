@@ -75,14 +75,19 @@ class Crash(Mistake):
 
 def line_of(error: BaseException, path: Path) -> str:
     """The last line of the learner's file that the error passed through, as " at line 12"; "" if none."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    lines = [
+        f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path
+    ]
     return f" at line {lines[-1]}" if lines else ""
 
 
 @contextmanager
 def patience() -> Iterator[None]:
     """Raise Endless in what takes too long; where there is no such signal (Windows, other threads), wait for it."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 
@@ -105,18 +110,27 @@ class Answer:
     A Parameter is handed over itself, since it may be the learner's task to change it.
     """
 
-    def __init__(self, function: Callable, path: Path, returns: tuple[str, ...] = (), mask: bool = False):
+    def __init__(
+        self, function: Callable, path: Path, returns: tuple[str, ...] = (), mask: bool = False
+    ):
         self.function, self.path, self.returns, self.mask = function, path, returns, mask
 
     def __call__(self, *arguments, when: str = "") -> Tensor | tuple[Tensor, ...]:
-        given = [a.clone() if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else a for a in arguments]
+        given = [
+            a.clone() if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else a
+            for a in arguments
+        ]
         try:
             with patience():
                 out = self.function(*given)
         except Endless as error:
-            raise Mistake(f"is not done after {PATIENCE:g} seconds{line_of(error, self.path)}: an endless loop?") from None
+            raise Mistake(
+                f"is not done after {PATIENCE:g} seconds{line_of(error, self.path)}: an endless loop?"
+            ) from None
         except (Exception, SystemExit) as error:
-            if isinstance(error, NotImplementedError) and not error.args:  # torch's own always says what is missing
+            if (
+                isinstance(error, NotImplementedError) and not error.args
+            ):  # torch's own always says what is missing
                 raise NotDone(traceback.extract_tb(error.__traceback__)[-1].name) from None
             raise Crash(error, self.path, when) from None
         if not self.returns:
@@ -126,10 +140,14 @@ class Answer:
                 expect_tensor(part, f" as its {name}")
         else:
             number = f" of {len(out)}" if isinstance(out, tuple | list) else ""
-            raise Mistake(f"returns {kind(out)}{number}, not the {len(self.returns)} tensors {', '.join(self.returns)}")
+            raise Mistake(
+                f"returns {kind(out)}{number}, not the {len(self.returns)} tensors {', '.join(self.returns)}"
+            )
         for i, (before, after) in enumerate(zip(arguments, given, strict=True)):
             if isinstance(before, Tensor) and not same(before, after):
-                raise Mistake(f"changes its argument number {i + 1} in place: masked_fill, not masked_fill_, and the like")
+                raise Mistake(
+                    f"changes its argument number {i + 1} in place: masked_fill, not masked_fill_, and the like"
+                )
         return out
 
 
@@ -156,7 +174,9 @@ def expect_shape(out: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
 
 def expect_dtype(out: Tensor, like: Tensor) -> None:
     if out.dtype != like.dtype:
-        raise Mistake(f"turns {str(like.dtype)[6:]} into {str(out.dtype)[6:]}: new tensors need the dtype of the old ones")
+        raise Mistake(
+            f"turns {str(like.dtype)[6:]} into {str(out.dtype)[6:]}: new tensors need the dtype of the old ones"
+        )
 
 
 def expect_integers(out: Tensor, what: str) -> None:
@@ -183,7 +203,9 @@ def expect_gradients(function: Callable, right: Callable, tensors: dict[str, Ten
         if not grad.isfinite().all():
             raise Mistake(f"the output is right, but the gradient of {name} is NaN or infinite")
         if (grad - wanted).abs().max() > TINY:
-            raise Mistake(f"the output is right, but the gradient of {name} is not: a part of its way is detached")
+            raise Mistake(
+                f"the output is right, but the gradient of {name} is not: a part of its way is detached"
+            )
 
 
 def first(wrong: Tensor) -> list[int]:
@@ -202,7 +224,9 @@ def load(path: Path) -> ModuleType:
     except SyntaxError as error:
         raise Unusable(f"{path}, line {error.lineno}: Python cannot read it: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        raise Unusable(f"{path} stops while it is loaded: {type(error).__name__}{line_of(error, path)}: {error}") from None
+        raise Unusable(
+            f"{path} stops while it is loaded: {type(error).__name__}{line_of(error, path)}: {error}"
+        ) from None
     return module
 
 
@@ -230,7 +254,13 @@ def grade(path: Path, steps: list[Step]) -> list[Result]:
 
 def main(steps: list[Step], default: Path, arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Grade an exercise, step by step.")
-    parser.add_argument("file", nargs="?", type=Path, default=default, help=f"your answers (default: {default.name})")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        default=default,
+        help=f"your answers (default: {default.name})",
+    )
     try:
         results = grade(parser.parse_args(arguments).file, steps)
     except Unusable as reason:

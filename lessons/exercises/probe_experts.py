@@ -11,9 +11,14 @@ from grade import TINY, Answer, Crash, Mistake, expect_dtype, expect_gradients, 
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanods.moe import mix_loop
+from nanods.moe import experts_loop
 
-N, E, K, F = 16, 5, 2, 20  # all different, so that no two can be confused; with N K = 32 every share of it is exact in fp32
+N, E, K, F = (
+    16,
+    5,
+    2,
+    20,
+)  # all different, so that no two can be confused; with N K = 32 every share of it is exact in fp32
 C = N * E  # room for the main experiment
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -29,7 +34,13 @@ def tokens(N: int = N, K: int = K, seed: int = 1, unused: tuple[int, ...] = ()) 
     scores = random(N, E)
     scores[:, list(unused)] = -torch.inf
     best, experts = scores.topk(K)
-    return [random(N, C), best.softmax(-1), experts, random(E, F, C) / C**0.5, random(E, C, F) / F**0.5]
+    return [
+        random(N, C),
+        best.softmax(-1),
+        experts,
+        random(E, F, C) / C**0.5,
+        random(E, C, F) / F**0.5,
+    ]
 
 
 def shaped(answer: Answer) -> Mix:
@@ -37,7 +48,10 @@ def shaped(answer: Answer) -> Mix:
 
     def mix(x: Tensor, weights: Tensor, *rest: Tensor, when: str = "") -> Tensor:
         y, (N, K) = answer(x, weights, *rest, when=when), weights.shape
-        apart = {(N, K, C): ": sum over the slots of each token", (N * K, C): ": add the assignments to their tokens"}
+        apart = {
+            (N, K, C): ": sum over the slots of each token",
+            (N * K, C): ": add the assignments to their tokens",
+        }
         expect_shape(y, x.shape, f", {when}" if when else apart.get(tuple(y.shape), ""))
         return y
 
@@ -51,30 +65,41 @@ def examine(mix: Mix) -> None:
         y = mix(x, weights, experts, up, out)
     except Crash as crash:
         if crash.reason.startswith("NameError"):
-            raise Mistake(f"reads a name that is not defined, as the article's snippet does: {crash.reason}") from None
+            raise Mistake(
+                f"reads a name that is not defined, as the article's snippet does: {crash.reason}"
+            ) from None
         raise
     expect_dtype(y, x)
     if not y.isfinite().all():
-        raise Mistake(f"returns NaN or infinity for token {first(~y.isfinite())[0]}: empty() instead of zeros()?")
+        raise Mistake(
+            f"returns NaN or infinity for token {first(~y.isfinite())[0]}: empty() instead of zeros()?"
+        )
     expect_activation(mix)
     M = parts(mix, weights, experts)
     expect_chosen(M, experts)
     expect_own_row(M)
     expect_weights(M, weights, experts)
-    if not (y - mix_loop(x, weights, experts, up, out)).abs().max() < TINY:
-        raise Mistake("right where all up[e] are equal, wrong where they differ: is it up[e] that goes with out[e]?")
+    if not (y - experts_loop(x, weights, experts, up, out)).abs().max() < TINY:
+        raise Mistake(
+            "right where all up[e] are equal, wrong where they differ: is it up[e] that goes with out[e]?"
+        )
     expect_gradients(
         lambda x, weights, up, out: mix(x, weights, experts, up, out),
-        lambda x, weights, up, out: mix_loop(x, weights, experts, up, out),
+        lambda x, weights, up, out: experts_loop(x, weights, experts, up, out),
         {"x": x, "weights": weights, "up": up, "out": out},
     )
-    expect_dtype(mix(*(part.float() if part.is_floating_point() else part for part in tokens())), x.float())
+    expect_dtype(
+        mix(*(part.float() if part.is_floating_point() else part for part in tokens())), x.float()
+    )
 
 
 def expect_activation(mix: Mix) -> None:
     """One token, one expert, one channel: y = activation(x)."""
     one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.long)
-    ys = [mix(x * one, one, none, one[None], one[None], when="for one token and one expert") for x in (1, 2, -2)]
+    ys = [
+        mix(x * one, one, none, one[None], one[None], when="for one token and one expert")
+        for x in (1, 2, -2)
+    ]
     known = {
         (2, 0): "the ReLU is not squared",
         (4, 4): "it is squared, but there is no ReLU",
@@ -83,7 +108,9 @@ def expect_activation(mix: Mix) -> None:
     unit, a, b = (round(y.item(), 9) for y in ys)
     if abs(a - 4 * unit) > 1e-6 or b != 0:  # a wrong `unit` is that of the weights
         why = known.get((a, b), "is it relu(.) ** 2?")
-        raise Mistake(f"the activation turns 2 and -2 into {a:.3g} and {b:.3g}, where squared ReLU makes 4 and 0: {why}")
+        raise Mistake(
+            f"the activation turns 2 and -2 into {a:.3g} and {b:.3g}, where squared ReLU makes 4 and 0: {why}"
+        )
 
 
 def parts(mix: Mix, weights: Tensor, experts: Tensor) -> Tensor:
@@ -109,16 +136,22 @@ def expect_chosen(M: Tensor, experts: Tensor) -> None:
             f"(0 to {E - 1}), as in the article's snippet; token {s} chose the experts {experts[s].tolist()}"
         )
     if ran.all():
-        raise Mistake(f"every expert counts for every token: token 0 chose the experts {experts[0].tolist()} alone")
+        raise Mistake(
+            f"every expert counts for every token: token 0 chose the experts {experts[0].tolist()} alone"
+        )
     if (ran & ~chose).any():
         e, s = first(ran & ~chose)
-        raise Mistake(f"expert {e} runs for token {s}, which chose the experts {experts[s].tolist()}")
+        raise Mistake(
+            f"expert {e} runs for token {s}, which chose the experts {experts[s].tolist()}"
+        )
     if not (lost := chose & ~ran).any():
         return
     if (ran.sum(0) == 1).all():
         stays = ran.long().argmax(0)  # (N,)
         if stays.equal(experts[:, 0]):
-            raise Mistake("only the first choices count: the experts in the other slots are never run")
+            raise Mistake(
+                "only the first choices count: the experts in the other slots are never run"
+            )
         e, s = first(lost)
         raise Mistake(
             f"of what its experts {experts[s].tolist()} make of token {s} only that of {stays[s]} is left: the others are "
@@ -126,7 +159,9 @@ def expect_chosen(M: Tensor, experts: Tensor) -> None:
         )
     e, s = first(lost)
     if not ran[e].any():
-        raise Mistake(f"expert {e} never runs, though token {s} chose it: the loop should go over all {E}")
+        raise Mistake(
+            f"expert {e} never runs, though token {s} chose it: the loop should go over all {E}"
+        )
     raise Mistake(f"expert {e} does not run for token {s}, which chose it")
 
 
@@ -144,7 +179,11 @@ def expect_own_row(M: Tensor) -> None:
             f"the rows are still in the order of the experts: the output of token {t} is what expert {e} made of token {s}. "
             "Sorted row i belongs to token order[i] // K: add it there"
         )
-    how = "each expert's rows went to the first outputs, not to those of its tokens" if once else "a sum over its rows?"
+    how = (
+        "each expert's rows went to the first outputs, not to those of its tokens"
+        if once
+        else "a sum over its rows?"
+    )
     raise Mistake(
         f"different tokens are added together, as in the article's snippet: in the output of token {t} is what expert {e} made "
         f"of token {s} ({how})"
@@ -156,18 +195,24 @@ def expect_weights(M: Tensor, weights: Tensor, experts: Tensor) -> None:
     token = torch.arange(N)[:, None]
     got = M[experts, token, token]  # (N, K)
     if (got - 1).abs().max() < TINY:
-        raise Mistake("the gate's weights are ignored, as in the article's snippet: each expert's result counts once, in full")
+        raise Mistake(
+            "the gate's weights are ignored, as in the article's snippet: each expert's result counts once, in full"
+        )
     if (got - 1 / K).abs().max() < TINY:
         raise Mistake("the gate's weights are ignored: a plain mean over a token's experts")
     if (got - weights**2).abs().max() < TINY:
-        raise Mistake("the weights appear squared: they multiply what goes into an expert, and should multiply what comes out")
+        raise Mistake(
+            "the weights appear squared: they multiply what goes into an expert, and should multiply what comes out"
+        )
     if not (wrong := (got - weights).abs() > TINY).any():
         return
     t, k = first(wrong)
     what = f"what expert {experts[t, k]} makes of token {t} is multiplied by {got[t, k]:.3f}"
     if (same := (weights - got[t, k]).abs() < TINY).any():
         s, j = first(same)
-        raise Mistake(f"{what}, the weight of token {s} in slot {j}, instead of its own, in slot {k}: {weights[t, k]:.3f}")
+        raise Mistake(
+            f"{what}, the weight of token {s} in slot {j}, instead of its own, in slot {k}: {weights[t, k]:.3f}"
+        )
     raise Mistake(f"{what}, not by its weight {weights[t, k]:.3f}")
 
 
@@ -180,7 +225,7 @@ def expect_cases(mix: Mix) -> None:
         "one token": tokens(N=1),
     }
     for when, given in cases.items():
-        if not (mix(*given, when=f"for {when}") - mix_loop(*given)).abs().max() < TINY:
+        if not (mix(*given, when=f"for {when}") - experts_loop(*given)).abs().max() < TINY:
             raise Mistake(f"right in general, but wrong for {when}")
 
 
@@ -188,6 +233,10 @@ def expect_little_work(mix: Mix) -> None:
     """The products of N K tokens with their experts, no more."""
     with FlopCounterMode(display=False) as counter:
         mix(*tokens())
-    times = counter.get_total_flops() / (N * K * 4 * C * F)  # two products of C F multiplications and additions
+    times = counter.get_total_flops() / (
+        N * K * 4 * C * F
+    )  # two products of C F multiplications and additions
     if times > 1.01:
-        raise Mistake(f"right, but {times:.3g} times the work: give each expert the rows of its own slice alone")
+        raise Mistake(
+            f"right, but {times:.3g} times the work: give each expert the rows of its own slice alone"
+        )

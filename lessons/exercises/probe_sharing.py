@@ -6,7 +6,17 @@ The timetable is carried out, with chunks that remember whose numbers are in the
 from collections.abc import Callable
 
 import torch
-from grade import TINY, Answer, Crash, Mistake, expect_dtype, expect_gradients, expect_integers, expect_shape, first
+from grade import (
+    TINY,
+    Answer,
+    Crash,
+    Mistake,
+    expect_dtype,
+    expect_gradients,
+    expect_integers,
+    expect_shape,
+    first,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,11 +44,17 @@ def expect_table(table: Tensor, n: int) -> None:
         (2 * n, n): ": n parts are together after n - 1 steps, not n",
         (n, steps): ": a row for each step, a column for each process",
     }
-    expect_shape(table, (steps, n), f" for n = {n}" + ("" if table.shape == (steps, n) else hints.get(tuple(table.shape), "")))
+    expect_shape(
+        table,
+        (steps, n),
+        f" for n = {n}" + ("" if table.shape == (steps, n) else hints.get(tuple(table.shape), "")),
+    )
     expect_integers(table, "numbers of chunks")
     if (wrong := (table < 0) | (table >= n)).any():
         s, r = first(wrong)
-        raise Mistake(f"in step {s} process {r} sends chunk {table[s, r]}, and they are 0 to {n - 1}: take the number modulo n")
+        raise Mistake(
+            f"in step {s} process {r} sends chunk {table[s, r]}, and they are 0 to {n - 1}: take the number modulo n"
+        )
 
 
 def carry_out(table: list[list[int]], n: int) -> None:
@@ -74,7 +90,9 @@ def carry_out(table: list[list[int]], n: int) -> None:
 def expect_all_different(row: list[int]) -> None:
     chunk = next(c for c in row if row.count(c) > 1)
     if len(set(row)) == 1:
-        raise Mistake(f"in step 0 all send chunk {chunk}: then nobody collects the others. Each process has to start another")
+        raise Mistake(
+            f"in step 0 all send chunk {chunk}: then nobody collects the others. Each process has to start another"
+        )
     raise Mistake(f"in step 0 several processes send chunk {chunk}: each has to start another")
 
 
@@ -86,18 +104,27 @@ def mlp(x: Tensor, up: Tensor, out: Tensor) -> Tensor:
 
 
 def right_parts(x: Tensor, up: Tensor, out: Tensor, n: int) -> Tensor:
-    return torch.stack([mlp(x, u, o) for u, o in zip(up.chunk(n), out.chunk(n, dim=1), strict=True)])
+    return torch.stack(
+        [mlp(x, u, o) for u, o in zip(up.chunk(n), out.chunk(n, dim=1), strict=True)]
+    )
 
 
 def matrices(seed: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator, dtype=torch.float64) for size in ((N, C), (H, C), (C, H))]
+    return [
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((N, C), (H, C), (C, H))
+    ]
 
 
 def known_parts(x: Tensor, up: Tensor, out: Tensor, n: int) -> dict[str, Callable[[], Tensor]]:
     """What leads where, for the MLP's usual mistakes; each with the shape (n, N, C)."""
 
-    def pairs(u: Tensor | tuple, o: Tensor | tuple, act: Callable[[Tensor], Tensor] = lambda h: h.relu().square()) -> Tensor:
+    def pairs(
+        u: Tensor | tuple,
+        o: Tensor | tuple,
+        act: Callable[[Tensor], Tensor] = lambda h: h.relu().square(),
+    ) -> Tensor:
         return torch.stack([act(x @ a.T) @ b.T for a, b in zip(u, o, strict=True)])
 
     ups, outs = up.chunk(n), out.chunk(n, dim=1)
@@ -107,22 +134,30 @@ def known_parts(x: Tensor, up: Tensor, out: Tensor, n: int) -> dict[str, Callabl
         "every process computes the whole MLP, so that their sum is n times y: each has H / n of the hidden numbers": lambda: (
             whole
         ),
-        "every process computes the whole MLP and divides it by n: nothing is shared out": lambda: whole / n,
-        "process 0 computes everything, and the others nothing": lambda: torch.cat([whole[:1], 0 * whole[1:]]),
+        "every process computes the whole MLP and divides it by n: nothing is shared out": lambda: (
+            whole / n
+        ),
+        "process 0 computes everything, and the others nothing": lambda: torch.cat(
+            [whole[:1], 0 * whole[1:]]
+        ),
         "the sum over the processes is given to each of them: what is asked for is what each has before": lambda: (
             right_parts(x, up, out, n).sum(0).expand(n, N, C)
         ),
         "split along C, the width: each then has a part of a sum *inside* the ReLU, and relu(a) + relu(b) is not relu(a + b)": (
             lambda: torch.stack([h.relu().square() @ out.T for h in wide])
         ),
-        "takes every n-th hidden number: process r has those from r H / n on, in a row": lambda: pairs(
-            [up[r::n] for r in range(n)], [out[:, r::n] for r in range(n)]
+        "takes every n-th hidden number: process r has those from r H / n on, in a row": lambda: (
+            pairs([up[r::n] for r in range(n)], [out[:, r::n] for r in range(n)])
         ),
-        "takes rows of `up` in blocks and columns of `out` at every n-th: a hidden number needs its own column": lambda: pairs(
-            ups, [out[:, r::n] for r in range(n)]
+        "takes rows of `up` in blocks and columns of `out` at every n-th: a hidden number needs its own column": lambda: (
+            pairs(ups, [out[:, r::n] for r in range(n)])
         ),
-        "goes with the wrong columns: part r of `up` needs part r of `out`": lambda: pairs(ups, outs[::-1]),
-        "the parts are in the wrong order: the first is process 0's": lambda: pairs(ups[::-1], outs[::-1]),
+        "goes with the wrong columns: part r of `up` needs part r of `out`": lambda: pairs(
+            ups, outs[::-1]
+        ),
+        "the parts are in the wrong order: the first is process 0's": lambda: pairs(
+            ups[::-1], outs[::-1]
+        ),
         "the ReLU is not squared": lambda: pairs(ups, outs, torch.relu),
         "it is squared, but there is no ReLU": lambda: pairs(ups, outs, torch.square),
         "there is no ReLU, and no square": lambda: pairs(ups, outs, lambda h: h),
@@ -135,8 +170,13 @@ def examine_parts(answer: Answer) -> None:
         try:
             made = answer(x, up, out, n, when=when)
         except Crash as crash:
-            if "shapes cannot be multiplied" in crash.reason or "must match the size" in crash.reason:
-                raise Mistake(f"{crash}. Hidden numbers are the rows of `up` (H, C), and the columns of `out` (C, H)") from None
+            if (
+                "shapes cannot be multiplied" in crash.reason
+                or "must match the size" in crash.reason
+            ):
+                raise Mistake(
+                    f"{crash}. Hidden numbers are the rows of `up` (H, C), and the columns of `out` (C, H)"
+                ) from None
             raise
         width = len(up) // n
         hints = {
@@ -144,9 +184,15 @@ def examine_parts(answer: Answer) -> None:
             (n * N, C): ": stack, where you concatenate",
             (N, n * C): ": stack, where you concatenate",
             (N, n, C): ": the processes come first",
-            (n, N, width): ": the hidden numbers have still to be multiplied by the columns of `out`",
+            (
+                n,
+                N,
+                width,
+            ): ": the hidden numbers have still to be multiplied by the columns of `out`",
         }
-        expect_shape(made, (n, len(x), C), f", {when}" if when else hints.get(tuple(made.shape), ""))
+        expect_shape(
+            made, (n, len(x), C), f", {when}" if when else hints.get(tuple(made.shape), "")
+        )
         expect_dtype(made, x)
         return made
 
@@ -158,7 +204,9 @@ def examine_parts(answer: Answer) -> None:
                 raise Mistake(why)
         off = (got.sum(0) - right.sum(0)).abs().max()
         if off < TINY:
-            raise Mistake("the sum is y, but its terms are not what each process makes of its own hidden numbers")
+            raise Mistake(
+                "the sum is y, but its terms are not what each process makes of its own hidden numbers"
+            )
         raise Mistake(f"the sum over the processes differs from y by up to {off:.3g}")
     with FlopCounterMode(display=False) as counter:
         asked(*given, n)

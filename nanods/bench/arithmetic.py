@@ -28,7 +28,7 @@ import tyro
 
 from nanods import plots
 from nanods.bench.runs import as_words, machine, trained, write_json
-from nanods.data.download import place
+from nanods.data.download import write_atomic
 from nanods.data.text import load_text
 from nanods.gpt import GPT
 from nanods.training import checkpoint
@@ -117,30 +117,43 @@ def answers(model: GPT, questions: Sequence[str]) -> list[str]:
     """What the model writes after each question, up to the end of the line; the questions have one length."""
     prompts = torch.tensor([list(f"\n{question}".encode()) for question in questions])
     columns = list(model.generate(prompts, LONGEST, temperature=0, stop=[ord("\n")]))
-    return [bytes(t for t in row if t >= 0).decode(errors="replace") for row in torch.stack(columns, dim=1).tolist()]
+    return [
+        bytes(t for t in row if t >= 0).decode(errors="replace")
+        for row in torch.stack(columns, dim=1).tolist()
+    ]
 
 
 def score(model: GPT, problems: Sequence[Problem], units_first: bool) -> float:
     """The share of problems whose whole answer is right."""
     written = answers(model, [problem.question for problem in problems])
-    return statistics.mean(text == p.answer(units_first) for text, p in zip(written, problems, strict=True))
+    return statistics.mean(
+        text == p.answer(units_first) for text, p in zip(written, problems, strict=True)
+    )
 
 
 def train(args: Args, data: Path, variant: str, seed: int) -> dict:
     """One run in a process of its own -> its command, its time, and its scores."""
     preset, flags = VARIANTS[variant]
     out = data.with_name(f"{data.stem}-{variant}-{args.steps}-{seed}")
-    flags = SIZE | flags | {"data": data, "steps": args.steps, "eval-every": args.steps, "save-every": args.steps}
+    flags = (
+        SIZE
+        | flags
+        | {"data": data, "steps": args.steps, "eval-every": args.steps, "save-every": args.steps}
+    )
     command, rows = trained(out, [preset, *as_words(flags | {"seed": seed, "out-dir": out})])
-    model = checkpoint.saved_model(checkpoint.load(out))
+    model = checkpoint.load_model(checkpoint.load(out))
     scores = {kind: score(model, exam(kind, args.held_out), args.units_first) for kind in DIGITS}
     scores["both"] = statistics.mean(scores.values())
     last = rows[-1]
     words = ", ".join(f"{kind} {value:.1%}" for kind, value in scores.items())
     print(f"{variant} seed {seed}: {words}; {last['cpu_seconds']:.0f} CPU-seconds", flush=True)
-    total, active = model.parameters_total_active()
+    total, active = model.count_parameters()
     size = {"parameters": total, "active": active, "flops_per_token": model.flops_per_token()}
-    spent = {"seconds": last["seconds"], "cpu_seconds": last["cpu_seconds"], "val_loss": last["val_loss"]}
+    spent = {
+        "seconds": last["seconds"],
+        "cpu_seconds": last["cpu_seconds"],
+        "val_loss": last["val_loss"],
+    }
     return {"variant": variant, "seed": seed, "command": command, "score": scores, **spent, **size}
 
 
@@ -149,10 +162,17 @@ def summarise(runs: Sequence[dict]) -> dict:
     table = {}
     for variant in dict.fromkeys(run["variant"] for run in runs):
         of = [run for run in runs if run["variant"] == variant]
-        table[variant] = {"seeds": len(of), "cpu_seconds": statistics.mean(run["cpu_seconds"] for run in of)}
+        table[variant] = {
+            "seeds": len(of),
+            "cpu_seconds": statistics.mean(run["cpu_seconds"] for run in of),
+        }
         for kind in ("both", *DIGITS):
             values = [run["score"][kind] for run in of]
-            table[variant][kind] = {"mean": statistics.mean(values), "least": min(values), "most": max(values)}
+            table[variant][kind] = {
+                "mean": statistics.mean(values),
+                "least": min(values),
+                "most": max(values),
+            }
     verdict = {}
     for kind in ("both", *DIGITS):
         mean = {variant: row[kind]["mean"] for variant, row in table.items()}
@@ -168,7 +188,7 @@ def write_text(args: Args) -> Path:
     """The training text, in a file named by its hash, so that runs of another text are not taken for its own."""
     text = text_of(practice(args.lines), args.units_first).encode()
     path = args.runs / f"{hashlib.sha256(text).hexdigest()[:8]}.txt"
-    place(path, lambda file: file.write(text))
+    write_atomic(path, lambda file: file.write(text))
     return path
 
 
@@ -180,21 +200,39 @@ def main() -> None:
     jobs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda job: train(args, data, *job), jobs))
-    task = {"digits": DIGITS, "units_first": args.units_first, "lines": args.lines, "sha256": sha256}
+    task = {
+        "digits": DIGITS,
+        "units_first": args.units_first,
+        "lines": args.lines,
+        "sha256": sha256,
+    }
     summary = summarise(runs)
-    table = {"machine": machine(), "task": task | {"held_out": args.held_out, "steps": args.steps}, **summary, "runs": runs}
+    table = {
+        "machine": machine(),
+        "task": task | {"held_out": args.held_out, "steps": args.steps},
+        **summary,
+        "runs": runs,
+    }
     write_json(args.results / "arithmetic.json", table)
     rows, bars = {}, {}
     for kind in ("both", *DIGITS):
         for variant, row in summary["variants"].items():
-            rows[f"{variant}, {kind}"] = [run["score"][kind] for run in runs if run["variant"] == variant]
-            print(f"{variant:5} {kind:4} {row[kind]['mean']:.1%} ({row[kind]['least']:.1%} to {row[kind]['most']:.1%})")
+            rows[f"{variant}, {kind}"] = [
+                run["score"][kind] for run in runs if run["variant"] == variant
+            ]
+            print(
+                f"{variant:5} {kind:4} {row[kind]['mean']:.1%} ({row[kind]['least']:.1%} to {row[kind]['most']:.1%})"
+            )
         if {"v1", "v2"} <= summary["variants"].keys():
             bars[f"v2, {kind}"] = min(1.0, CLAIM * summary["variants"]["v1"][kind]["mean"])
-    plots.save(plots.dots(rows, bars, "share of held-out problems whose answer is right"), args.results / "arithmetic.png")
+    plots.save(
+        plots.dots(rows, bars, "share of held-out problems whose answer is right"),
+        args.results / "arithmetic.png",
+    )
     for pair, by_kind in summary["verdict"].items():
         words = (
-            f"{kind} {row['points']:+.1f} points" + (f" (x {row['ratio']:.2f})" if row["ratio"] else "")
+            f"{kind} {row['points']:+.1f} points"
+            + (f" (x {row['ratio']:.2f})" if row["ratio"] else "")
             for kind, row in by_kind.items()
         )
         print(f"{pair}: {', '.join(words)}")

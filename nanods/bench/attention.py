@@ -34,14 +34,16 @@ from nanods.attention import (
     visible,
 )
 from nanods.bench.runs import machine, medians, rise_of_peak, with_exponents, write_json
-from nanods.gpt import GPT, Attention, GPTConfig, rotations
+from nanods.gpt import GPT, Attention, GPTConfig, rope_cos_sin
 
 HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
 
 
 @dataclass(frozen=True)
 class Args:
-    only: Literal["all", "time", "routes", "memory", "decode", "tree", "recall", "needle", "peer"] = "all"
+    only: Literal[
+        "all", "time", "routes", "memory", "decode", "tree", "recall", "needle", "peer"
+    ] = "all"
     """One part; the others stay as they are in the results."""
     results: Path = Path("results")
     """Where the table and the pictures go."""
@@ -49,7 +51,9 @@ class Args:
 
 def inputs(T: int, heads: int = HEADS) -> tuple[list[Tensor], Tensor]:
     """q, k, v (1, heads, T, D) that want gradients, and the gradient of the output."""
-    return [torch.randn(1, heads, T, D, requires_grad=True) for _ in range(3)], torch.randn(1, heads, T, D)
+    return [torch.randn(1, heads, T, D, requires_grad=True) for _ in range(3)], torch.randn(
+        1, heads, T, D
+    )
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -68,10 +72,10 @@ def sparse(method: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return attend
 
 
-RIVALS = {"dense": dense, "shared": sparse("shared"), "flat": sparse("flat"), "unfused": unfused}
+BASELINES = {"dense": dense, "tile": sparse("tile"), "flat": sparse("flat"), "unfused": unfused}
 
 
-def there_and_back(attend: Callable, qkv: list[Tensor], gradient: Tensor) -> None:
+def forward_backward(attend: Callable, qkv: list[Tensor], gradient: Tensor) -> None:
     torch.autograd.grad(attend(*qkv), qkv, gradient)
 
 
@@ -80,34 +84,61 @@ def there_and_back(attend: Callable, qkv: list[Tensor], gradient: Tensor) -> Non
 
 def part_time() -> dict:
     """Seconds forward and backward against T."""
-    table = {name: {} for name in ("dense", "shared", "flat")}
-    for T, turns in ((512, 21), (1024, 21), (1536, 15), (2048, 15), (4096, 9), (8192, 7), (16384, 3), (65536, 3)):
+    table = {name: {} for name in ("dense", "tile", "flat")}
+    for T, turns in (
+        (512, 21),
+        (1024, 21),
+        (1536, 15),
+        (2048, 15),
+        (4096, 9),
+        (8192, 7),
+        (16384, 3),
+        (65536, 3),
+    ):
         qkv, gradient = inputs(T)
         names = [name for name in table if T <= 16384 or name != "dense"]
-        calls = {name: lambda a=RIVALS[name], x=qkv, g=gradient: there_and_back(a, x, g) for name in names}
+        calls = {
+            name: lambda a=BASELINES[name], x=qkv, g=gradient: forward_backward(a, x, g)
+            for name in names
+        }
         for name, seconds in medians(calls, turns).items():
             table[name][str(T)] = seconds
         print(T, {name: f"{1e3 * table[name][str(T)]:.1f} ms" for name in names}, flush=True)
-    ratio = {n: {T: table["dense"][T] / table[n][T] for T in table["dense"]} for n in ("shared", "flat")}
-    longer = {name: table[name]["65536"] / table["dense"]["16384"] for name in ("shared", "flat")}
-    return with_exponents(table, beyond=4096) | {"times_faster": ratio, "sparse_65536_over_dense_16384": longer}
+    ratio = {
+        n: {T: table["dense"][T] / table[n][T] for T in table["dense"]} for n in ("tile", "flat")
+    }
+    longer = {name: table[name]["65536"] / table["dense"]["16384"] for name in ("tile", "flat")}
+    return with_exponents(table, beyond=4096) | {
+        "times_faster": ratio,
+        "sparse_65536_over_dense_16384": longer,
+    }
 
 
 def part_routes() -> dict:
     """Milliseconds forward and backward of short sequences: PyTorch's kernel, with a mask and without, and ours."""
     table = {}
-    for B, T, width, size, chosen in ((8, 256, 32, 16, 2), (2, 512, 32, 16, 4), (2, 512, 32, 32, 4), (1, 1024, 64, 64, 4)):
+    for B, T, width, size, chosen in (
+        (8, 256, 32, 16, 2),
+        (2, 512, 32, 16, 4),
+        (2, 512, 32, 32, 4),
+        (1, 1024, 64, 64, 4),
+    ):
         qkv = [torch.randn(B, HEADS, T, width, requires_grad=True) for _ in range(3)]
-        choices = {method: select_blocks(*qkv[:2], size, chosen, method) for method in ("flat", "shared")}
+        choices = {
+            method: select_blocks(*qkv[:2], size, chosen, method) for method in ("flat", "tile")
+        }
         mask = block_mask(*qkv[:2], choices["flat"], size, causal=True)
         calls = {
             "dense": dense,
             "masked": lambda q, k, v, m=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
             "by query": lambda q, k, v, b=choices["flat"], s=size: query_attention(q, k, v, b, s),
-            "by tile": lambda q, k, v, b=choices["shared"], s=size: tile_attention(q, k, v, b, s),
+            "by tile": lambda q, k, v, b=choices["tile"], s=size: tile_attention(q, k, v, b, s),
         }
         gradient = torch.randn(B, HEADS, T, width)
-        seconds = medians({n: lambda a=a, x=qkv, g=gradient: there_and_back(a, x, g) for n, a in calls.items()}, 11)
+        seconds = medians(
+            {n: lambda a=a, x=qkv, g=gradient: forward_backward(a, x, g) for n, a in calls.items()},
+            11,
+        )
         shape = f"B {B}, T {T}, D {width}, block_size {size}, top_blocks {chosen}"
         table[shape] = {name: 1e3 * value for name, value in seconds.items()}
         print(shape, {name: f"{value:.1f} ms" for name, value in table[shape].items()}, flush=True)
@@ -117,27 +148,49 @@ def part_routes() -> dict:
 def part_memory() -> dict:
     """Bytes a token, forward and backward, above the inputs; the unfused one with one head, for its T x T scores."""
     table = {}
-    for name, heads in (("dense", HEADS), ("shared", HEADS), ("flat", HEADS), ("unfused", 1), ("shared", 1)):
+    for name, heads in (
+        ("dense", HEADS),
+        ("tile", HEADS),
+        ("flat", HEADS),
+        ("unfused", 1),
+        ("tile", 1),
+    ):
         label = name if heads == HEADS else f"{name}, one head"
         table[label] = {}
         for T in (4096, 8192, 16384):
-            command = [sys.executable, "-m", "nanods.bench.attention", "--measure-memory", name, str(T), str(heads)]
+            command = [
+                sys.executable,
+                "-m",
+                "nanods.bench.attention",
+                "--measure-memory",
+                name,
+                str(T),
+                str(heads),
+            ]
             used = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             table[label][str(T)] = used / T
-        print(label, {T: f"{value:.0f} bytes a token" for T, value in table[label].items()}, flush=True)
-    over = {name: {T: table[name][T] / table["dense"][T] for T in table["dense"]} for name in ("shared", "flat")}
+        print(
+            label,
+            {T: f"{value:.0f} bytes a token" for T, value in table[label].items()},
+            flush=True,
+        )
+    over = {
+        name: {T: table[name][T] / table["dense"][T] for T in table["dense"]}
+        for name in ("tile", "flat")
+    }
     return {
         "bytes_per_token": table,
         "over_dense": over,
-        "unfused_over_shared_16384_one_head": table["unfused, one head"]["16384"] / table["shared, one head"]["16384"],
+        "unfused_over_shared_16384_one_head": table["unfused, one head"]["16384"]
+        / table["shared, one head"]["16384"],
     }
 
 
 def measure_memory(name: str, T: int, heads: int) -> None:
     """In a process of its own: print how far one forward and backward pass raises its peak memory, in bytes."""
-    there_and_back(RIVALS[name], *inputs(256, heads))  # what is made once
+    forward_backward(BASELINES[name], *inputs(256, heads))  # what is made once
     qkv, gradient = inputs(T, heads)
-    print(rise_of_peak(lambda: there_and_back(RIVALS[name], qkv, gradient)))
+    print(rise_of_peak(lambda: forward_backward(BASELINES[name], qkv, gradient)))
 
 
 @torch.no_grad()
@@ -160,8 +213,13 @@ def part_decode(S: int = 65536, run: int = 10) -> dict:
 
     attention = medians({"dense": dense_steps, "sparse": sparse_steps}, 15)
     steps = {}
-    for name, kind in (("V0", AttentionConfig()), ("V1", AttentionConfig("block", block_size=SIZE, top_blocks=CHOSEN))):
-        model = GPT(GPTConfig(n_layer=4, n_head=HEADS, n_embd=HEADS * D, context_length=S, attention=kind))
+    for name, kind in (
+        ("V0", AttentionConfig()),
+        ("V1", AttentionConfig("block", block_size=SIZE, top_blocks=CHOSEN)),
+    ):
+        model = GPT(
+            GPTConfig(n_layer=4, n_head=HEADS, n_embd=HEADS * D, context_length=S, attention=kind)
+        )
         cache = model.new_cache(1)
         for stored in (*cache.keys, *cache.values):
             stored.normal_()
@@ -188,7 +246,9 @@ def part_tree() -> dict:
     table = {"flat": {}, "tree": {}}
     for T, turns in ((16384, 5), (32768, 5), (65536, 3), (131072, 3), (262144, 1)):
         q, k = torch.randn(2, 1, 1, T, D)
-        calls = {name: lambda m=name, q=q, k=k: select_blocks(q, k, SIZE, CHOSEN, m) for name in table}
+        calls = {
+            name: lambda m=name, q=q, k=k: select_blocks(q, k, SIZE, CHOSEN, m) for name in table
+        }
         for name, seconds in medians(calls, turns).items():
             table[name][str(T)] = seconds
         print(T, {name: f"{row[str(T)]:.3f} s" for name, row in table.items()}, flush=True)
@@ -197,7 +257,7 @@ def part_tree() -> dict:
 
 
 def keys_in_topics(T: int, segment: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Keys (T, D) in segments of one topic each, and for each of them a query on some topic that has been heard."""
+    """Keys (T, D) in segments of one topic each, and for each of them a query on some topic that has been normalized_log_mel."""
     topics = torch.randn(-(-T // segment), D)
     k = topics.repeat_interleave(segment, dim=0)[:T] + noise * torch.randn(T, D)
     wanted = (torch.rand(T) * (torch.arange(T) // segment)).long()
@@ -213,7 +273,9 @@ def part_recall() -> dict:
             q, k = torch.randn(2, T, D) if name == "iid keys" else keys_in_topics(T, 256)
             at = torch.randint(T // 2, T, (2048,)).sort().values
             q, k = q[at][None, None], k[None, None]
-            flat, tree = (select_blocks(q, k, SIZE, CHOSEN, m, positions=at[None]) for m in ("flat", "tree"))
+            flat, tree = (
+                select_blocks(q, k, SIZE, CHOSEN, m, positions=at[None]) for m in ("flat", "tree")
+            )
             row[str(T)] = float((flat[..., None] == tree[..., None, :]).any(dim=-1).double().mean())
         print(T, {name: f"{row[str(T)]:.3f}" for name, row in table.items()}, flush=True)
     return {"beam": 16, "fan_out": 4, "found": table}
@@ -231,7 +293,9 @@ def part_needle(T: int = 8192, trials: int = 512) -> dict:
             needle = strength * k.norm(dim=-1).mean() * F.normalize(q[:, 0, 0], dim=-1)  # (16, D)
             k[torch.arange(16), 0, place] = needle
             for pool in hits:
-                blocks = select_blocks(q, k, SIZE, CHOSEN, pool=pool, positions=torch.tensor([[T - 1]]))
+                blocks = select_blocks(
+                    q, k, SIZE, CHOSEN, pool=pool, positions=torch.tensor([[T - 1]])
+                )
                 hits[pool] += int((blocks[:, 0, 0] == place[:, None] // SIZE).sum())
         table[f"{strength:g}x"] = {pool: count / trials for pool, count in hits.items()}
         print(f"{strength:g}x", table[f"{strength:g}x"], flush=True)
@@ -245,14 +309,22 @@ def part_peer() -> dict:
     except ImportError:
         print("not installed, left out: make setup EXTRAS=peers")
         return {"installed": False}
-    sizes = {"sliding_window_size": SIZE, "compress_block_size": SIZE, "compress_block_sliding_stride": SIZE}
+    sizes = {
+        "sliding_window_size": SIZE,
+        "compress_block_size": SIZE,
+        "compress_block_sliding_stride": SIZE,
+    }
     sizes |= {"selection_block_size": SIZE, "num_selected_blocks": CHOSEN, "causal": True}
     peer = SparseAttention(dim=HEADS * D, dim_head=D, heads=HEADS, **sizes)
-    config = GPTConfig(n_head=HEADS, n_embd=HEADS * D, attention=AttentionConfig("block", 32, SIZE, CHOSEN, "shared"))
+    config = GPTConfig(
+        n_head=HEADS,
+        n_embd=HEADS * D,
+        attention=AttentionConfig("block", 32, SIZE, CHOSEN, "tile"),
+    )
     ours, table = Attention(config), {"native-sparse-attention-pytorch": {}, "ours, shared": {}}
     for T in (512, 1024):
         x, positions = torch.randn(1, T, HEADS * D, requires_grad=True), torch.arange(T)[None]
-        rope = rotations(positions, D, x.dtype, config.rope_base)
+        rope = rope_cos_sin(positions, D, x.dtype, config.rope_base)
         calls = {
             "native-sparse-attention-pytorch": lambda x=x: peer(x).sum().backward(),
             "ours, shared": lambda x=x, p=positions, r=rope: ours(x, p, r)[0].sum().backward(),
@@ -260,7 +332,11 @@ def part_peer() -> dict:
         for name, seconds in medians(calls, 3).items():
             table[name][str(T)] = seconds
     print(table)
-    return {"installed": True, "parameters": sum(p.numel() for p in peer.parameters()), "by_tokens": table}
+    return {
+        "installed": True,
+        "parameters": sum(p.numel() for p in peer.parameters()),
+        "by_tokens": table,
+    }
 
 
 PARTS = {

@@ -31,7 +31,7 @@ from nanods.bench.runs import as_words, machine, trained, write_json
 from nanods.config import PRESETS
 from nanods.data.text import load_text
 from nanods.training import checkpoint
-from nanods.training.inspection import experts_of
+from nanods.training.inspection import chosen_experts
 
 STEPS = 400  # of the shorter runs: upcycling and stability
 OFF = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
@@ -55,7 +55,10 @@ class Args:
 
 def variants(seed: int) -> dict[str, tuple[str, dict]]:
     """What is trained, by name: preset and flags."""
-    slow = {"lr": 0.005, "expert-lr": 0.005}  # V1 had it when three quarters of its schedule were over
+    slow = {
+        "lr": 0.005,
+        "expert-lr": 0.005,
+    }  # V1 had it when three quarters of its schedule were over
     warm = {"init-from": f"runs/ladder/v1-tiny-pydocs-{seed}", "steps": STEPS, **slow}
     limit = {"moe.capacity-factor": 1.25}
     return {
@@ -78,7 +81,10 @@ def run(args: Args, name: str, preset: str, flags: dict, seed: int) -> dict:
     if "data" in flags:  # a preset as it is
         out = Path("runs/ladder") / f"{preset}-pydocs-{seed}"
     command, rows = trained(out, [preset, *as_words(flags | {"seed": seed, "out-dir": out})])
-    print(f"{out.name}: {rows[-1]['cpu_seconds']:.0f} s, {rows[-1]['val_bpb']:.4f} bits per byte", flush=True)
+    print(
+        f"{out.name}: {rows[-1]['cpu_seconds']:.0f} s, {rows[-1]['val_bpb']:.4f} bits per byte",
+        flush=True,
+    )
     return {"seed": seed, "command": command} | figures(rows)
 
 
@@ -87,19 +93,25 @@ def figures(rows: list[dict]) -> dict:
     last, steps = rows[-1], [row for row in rows if row["step"]]
     told = {name: last[name] for name in ("step", "val_loss", "val_bpb", "cpu_seconds")}
     if "optimizer_seconds" in last:  # not in runs older than V2
-        told["optimizer_share_of_time"] = median(row["optimizer_seconds"] for row in steps) / (last["seconds"] / len(steps))
+        told["optimizer_share_of_time"] = median(row["optimizer_seconds"] for row in steps) / (
+            last["seconds"] / len(steps)
+        )
     told["spikes"] = spikes([row.get("ce_loss", row["train_loss"]) for row in steps])
     if rows[0]["step"] == 0:
         told["val_loss_at_step_0"] = rows[0]["val_loss"]
     if "load" in last:
         load = np.array(last["val_load"])
-        told |= {name: last[name] for name in ("val_load_max_over_mean", "val_load_entropy", "val_load")}
+        told |= {
+            name: last[name] for name in ("val_load_max_over_mean", "val_load_entropy", "val_load")
+        }
         told["val_load_least_over_mean"] = float((load / load.mean(axis=1, keepdims=True)).min())
         told["train_load_max_over_mean"] = mean(row["load_max_over_mean"] for row in steps)
         told["dropped"] = mean(row["dropped"] for row in steps)
         history = np.array([row["load"] for row in steps])  # (S, L, E)
         parts = [part.mean(axis=0) for part in np.split(history, range(EVERY, len(history), EVERY))]
-        told["load_history"] = [(part / part.mean(axis=1, keepdims=True)).round(3).tolist() for part in parts]
+        told["load_history"] = [
+            (part / part.mean(axis=1, keepdims=True)).round(3).tolist() for part in parts
+        ]
     return told
 
 
@@ -111,7 +123,10 @@ def spikes(losses: list[float]) -> int:
 
 def equal_steps(per_step: list[dict], seconds: list[dict]) -> int:
     """Steps that fit into the mean time of `seconds`, at the pace of `per_step`."""
-    return round(mean(r["cpu_seconds"] for r in seconds) / mean(r["cpu_seconds"] / r["step"] for r in per_step))
+    return round(
+        mean(r["cpu_seconds"] for r in seconds)
+        / mean(r["cpu_seconds"] / r["step"] for r in per_step)
+    )
 
 
 # ---- what the experts go by --------------------------------------------------------------------------------------------------
@@ -120,8 +135,15 @@ def equal_steps(per_step: list[dict], seconds: list[dict]) -> int:
 def kinds_of_text(size: int = 16_384) -> dict[str, bytes]:
     """Three domains that the interpreter brings along: the language reference, docstrings, and source code."""
     text = load_text("pydocs")
-    reference, docstrings = bytes(text.train[:size].astype("uint8")), bytes(text.val[:size].astype("uint8"))
-    return {"reference": reference, "docstrings": docstrings, "source": inspect.getsource(ast).encode()[:size]}
+    reference, docstrings = (
+        bytes(text.train[:size].astype("uint8")),
+        bytes(text.val[:size].astype("uint8")),
+    )
+    return {
+        "reference": reference,
+        "docstrings": docstrings,
+        "source": inspect.getsource(ast).encode()[:size],
+    }
 
 
 def explained(experts: np.ndarray, by: np.ndarray) -> float:
@@ -144,24 +166,31 @@ def explained(experts: np.ndarray, by: np.ndarray) -> float:
 
 def domains(run: Path) -> dict:
     """By layer: how much of a token's first expert its byte explains, the byte before it, and the kind of text."""
-    model = checkpoint.saved_model(checkpoint.load(run))
+    model = checkpoint.load_model(checkpoint.load(run))
     bytes_, before, kind, chosen = [], [], [], []
     for number, text in enumerate(kinds_of_text().values()):
         for window in torch.tensor(list(text)).split(model.config.context_length):
             bytes_ += window[1:].tolist()
             before += window[:-1].tolist()
             kind += [number] * (len(window) - 1)
-            chosen.append(experts_of(model, window)[:, 1:, 0])  # (L, T - 1)
+            chosen.append(chosen_experts(model, window)[:, 1:, 0])  # (L, T - 1)
     chosen = np.concatenate(chosen, axis=1)
     by = {"the byte": bytes_, "the byte before": before, "the kind of text": kind}
-    return {name: [explained(layer, np.array(values)) for layer in chosen] for name, values in by.items()}
+    return {
+        name: [explained(layer, np.array(values)) for layer in chosen]
+        for name, values in by.items()
+    }
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------------------
 
 
 def summary(runs: list[dict]) -> dict:
-    names = [name for name, value in runs[0].items() if isinstance(value, int | float) and name not in ("seed", "step")]
+    names = [
+        name
+        for name, value in runs[0].items()
+        if isinstance(value, int | float) and name not in ("seed", "step")
+    ]
     values = {name: [run[name] for run in runs] for name in names}
     return {name: {"mean": mean(v), "least": min(v), "most": max(v)} for name, v in values.items()}
 
@@ -176,12 +205,22 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     sha256 = load_text("pydocs").sha256  # prepared before the first run
     ladder = {"v1 as it is": "v1-tiny", "loss": "v2-tiny"}
-    jobs = [(name, preset, {"data": "pydocs"}, seed) for name, preset in ladder.items() for seed in range(args.seeds)]
+    jobs = [
+        (name, preset, {"data": "pydocs"}, seed)
+        for name, preset in ladder.items()
+        for seed in range(args.seeds)
+    ]
     for name in variants(0):
-        jobs += [(name, *variants(seed)[name], seed) for seed in range(min(args.seeds, FEWER.get(name, args.seeds)))]
+        jobs += [
+            (name, *variants(seed)[name], seed)
+            for seed in range(min(args.seeds, FEWER.get(name, args.seeds)))
+        ]
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(lambda job: run(args, *job), jobs))
-        runs = {name: [row for job, row in zip(jobs, rows, strict=True) if job[0] == name] for name, *_ in jobs}
+        runs = {
+            name: [row for job, row in zip(jobs, rows, strict=True) if job[0] == name]
+            for name, *_ in jobs
+        }
         timed = [("v1, equal time", "v1-tiny", {"steps": equal_steps(runs["v1"], runs["loss"])}, 0)]
         more = equal_steps(runs["continued"], runs["upcycled"])
         for seed in range(args.seeds):
@@ -200,7 +239,11 @@ def main() -> None:
         "upcycled minus continued V1, equal steps": gap(runs, "upcycled", "continued"),
         "upcycled minus continued V1, equal time": gap(runs, "upcycled", "continued, equal time"),
     }
-    table = {"machine": machine(), "data": {"name": "pydocs", "sha256": sha256}, "steps": {"full": FULL, "short": STEPS}}
+    table = {
+        "machine": machine(),
+        "data": {"name": "pydocs", "sha256": sha256},
+        "steps": {"full": FULL, "short": STEPS},
+    }
     table |= {"gaps": gaps, "summary": {name: summary(of) for name, of in runs.items()}}
     table |= {"domains": domains(Path("runs/ladder/v2-tiny-pydocs-0")), "runs": runs}
     for name, of in runs.items():
@@ -208,7 +251,10 @@ def main() -> None:
             row.pop("load_history", None)  # two runs are enough for a picture
     write_json(args.results / "experts.json", table)
     shown = {name: [row["val_bpb"] for row in of] for name, of in runs.items()}
-    plots.save(plots.dots(shown, {}, "bits per byte on validation, one dot a seed"), args.results / "experts.png")
+    plots.save(
+        plots.dots(shown, {}, "bits per byte on validation, one dot a seed"),
+        args.results / "experts.png",
+    )
 
 
 if __name__ == "__main__":

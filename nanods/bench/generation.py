@@ -17,7 +17,9 @@ from nanods.gpt import GPT
 
 @torch.no_grad()
 def measure(preset: str, context: int = 1024) -> dict[str, float]:
-    model = GPT(replace(PRESETS[preset].model, n_layer=4, n_head=4, n_embd=128, context_length=context))
+    model = GPT(
+        replace(PRESETS[preset].model, n_layer=4, n_head=4, n_embd=128, context_length=context)
+    )
     tokens = torch.randint(0, model.config.vocab_size, (1, context))
     cache = model.new_cache(1)
     model(tokens[:, :-1], cache)
@@ -34,10 +36,15 @@ def measure(preset: str, context: int = 1024) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    table = {"machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "fp32"}}
+    table = {
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "fp32"}
+    }
     for preset in ("v0-tiny", "v1-tiny"):
         table[preset] = measure(preset)
-        print(f"{preset}: {', '.join(f'{name} {value:.2f}' for name, value in table[preset].items())}", flush=True)
+        print(
+            f"{preset}: {', '.join(f'{name} {value:.2f}' for name, value in table[preset].items())}",
+            flush=True,
+        )
     write_json(Path("results/generation.json"), table)
 
 

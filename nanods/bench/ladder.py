@@ -16,7 +16,12 @@ import tyro
 from nanods.bench.runs import as_words, expect, machine, trained, write_json
 from nanods.data.text import load_text
 
-RUNS = (("v0-tiny", "pydocs"), ("v1-tiny", "pydocs"), ("v2-tiny", "pydocs"), ("v0-tiny", "shakespeare"))
+RUNS = (
+    ("v0-tiny", "pydocs"),
+    ("v1-tiny", "pydocs"),
+    ("v2-tiny", "pydocs"),
+    ("v0-tiny", "shakespeare"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,22 @@ def train(args: Args, preset: str, data: str, seed: int) -> dict:
     out = args.runs / f"{preset}-{data}-{seed}"
     command, rows = trained(out, [preset, *as_words({"data": data, "seed": seed, "out-dir": out})])
     last = rows[-1]
-    print(f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, {last['seconds']:.0f} s", flush=True)
-    return {"seed": seed, "command": command, **{k: last[k] for k in ("val_loss", "val_bpb", "seconds")}}
+    print(
+        f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, {last['seconds']:.0f} s",
+        flush=True,
+    )
+    return {
+        "seed": seed,
+        "command": command,
+        **{k: last[k] for k in ("val_loss", "val_bpb", "seconds")},
+    }
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    hashes = {data: load_text(data).sha256 for _, data in RUNS}  # prepared once, before the processes start
+    hashes = {
+        data: load_text(data).sha256 for _, data in RUNS
+    }  # prepared once, before the processes start
     jobs = [(p, d, seed) for p, d in RUNS for seed in range(args.seeds if d == "pydocs" else 1)]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda job: train(args, *job), jobs))

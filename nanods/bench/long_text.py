@@ -26,7 +26,7 @@ SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
 class Args:
     steps: int = 80
     """Optimizer steps of the dense run, and of the sparse runs at equal steps."""
-    methods: tuple[str, ...] = ("shared",)
+    methods: tuple[str, ...] = ("tile",)
     """How the sparse runs choose their blocks."""
     results: Path = Path("results")
     """Where the table and the picture go."""
@@ -37,11 +37,20 @@ class Args:
 def train(args: Args, preset: str, flags: dict, steps: int) -> dict:
     """One run in a process of its own -> its command, and [step, seconds, bits per byte] at each validation."""
     out = args.runs / "-".join(map(str, (preset, *flags.values(), steps)))
-    flags = SIZE | flags | {"steps": steps, "eval-every": -(-steps // 4), "save-every": steps, "out-dir": out}
+    flags = (
+        SIZE
+        | flags
+        | {"steps": steps, "eval-every": -(-steps // 4), "save-every": steps, "out-dir": out}
+    )
     command, rows = trained(out, [preset, *as_words(flags)])
     curve = [[row["step"], row["seconds"], row["val_bpb"]] for row in rows if "val_bpb" in row]
     print(f"{out.name}: {curve[-1][1]:.0f} s, {curve[-1][2]:.4f} bits per byte", flush=True)
-    spent = {"steps": steps, "seconds": curve[-1][1], "cpu_seconds": rows[-1]["cpu_seconds"], "val_bpb": curve[-1][2]}
+    spent = {
+        "steps": steps,
+        "seconds": curve[-1][1],
+        "cpu_seconds": rows[-1]["cpu_seconds"],
+        "val_bpb": curve[-1][2],
+    }
     return {"command": command, **spent, "step_seconds_val_bpb": curve}
 
 
@@ -61,12 +70,21 @@ def main() -> None:
             "bpb_minus_dense_at_equal_time": timed["val_bpb"] - dense["val_bpb"],
             "time_over_dense_at_equal_time": timed["cpu_seconds"] / dense["cpu_seconds"],
         }
-        print(f"{method}: {', '.join(f'{name} {value:+.4f}' for name, value in differences[method].items())}", flush=True)
+        print(
+            f"{method}: {', '.join(f'{name} {value:+.4f}' for name, value in differences[method].items())}",
+            flush=True,
+        )
         table = {"machine": machine(), "data": {"name": "pydocs", "sha256": sha256}, "seeds": 1}
         table |= {"differences": differences, "runs": runs}
         write_json(args.results / "long_text.json", table)
-    lines = {name: tuple(zip(*[row[1:] for row in run["step_seconds_val_bpb"]], strict=True)) for name, run in runs.items()}
-    plots.save(plots.curves(lines, "seconds of training, one thread", "bits per byte", {}), args.results / "long_text.png")
+    lines = {
+        name: tuple(zip(*[row[1:] for row in run["step_seconds_val_bpb"]], strict=True))
+        for name, run in runs.items()
+    }
+    plots.save(
+        plots.curves(lines, "seconds of training, one thread", "bits per byte", {}),
+        args.results / "long_text.png",
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Rivals take turns in one process, and each figure is the median of its turns. Me
 above its input and weights; so the gradients are in it.
 
 The rivals. dense: one MLP of hidden width 2,048, so that a token costs as many products as with 2 experts of 1,024; dense in
-chunks: the same on 512 tokens at a time, which stay in the cache. loop: mix_loop. one_hot: masks of tokens x experts x places,
+chunks: the same on 512 tokens at a time, which stay in the cache. loop: experts_loop. one_hot: masks of tokens x experts x places,
 multiplied with (below); in groups: the same on 1,024 tokens at a time, as when each row of a batch gets masks of its own.
 """
 
@@ -34,18 +34,20 @@ from nanods.moe import (
     MLP,
     MoE,
     SquaredReLU,
-    by_expert,
     choose,
+    experts_loop,
     load_balancing_loss,
-    mix_loop,
     route,
     router_logits,
     router_z_loss,
+    sort_by_expert,
 )
 
 C, HIDDEN, E, K, N = 256, 1024, 16, 2, 8192
 CHUNK, FACTOR, GROUP = 512, 1.25, 1024
-GATED = 684  # hidden width of an expert with three matrices that costs what one with two costs at 1,024
+GATED = (
+    684  # hidden width of an expert with three matrices that costs what one with two costs at 1,024
+)
 LIMIT = 60  # seconds that a peer may take for a turn
 
 AIMS = {
@@ -70,22 +72,32 @@ class Args:
 # ---- the rivals --------------------------------------------------------------------------------------------------------------
 
 
-def mix_one_hot(
-    x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor, factor: float = FACTOR, group: int | None = None
+def experts_one_hot(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    up: Tensor,
+    out: Tensor,
+    factor: float = FACTOR,
+    group: int | None = None,
 ) -> Tensor:
-    """Dispatch as GShard wrote it down for TPUs (arXiv:2006.16668), and what not to do here. Arguments as for mix_loop.
+    """Dispatch as GShard wrote it down for TPUs (arXiv:2006.16668), and what not to do here. Arguments as for experts_loop.
 
     Each expert has P = factor N K / E places, given to all first choices before any second one. A mask says which token
     stands at which place; tokens go there and back by products with it. It is almost all zeros, and quadratic in N.
     """
     if group:
         parts = zip(x.split(group), weights.split(group), experts.split(group), strict=True)
-        return torch.cat([mix_one_hot(*part, up, out, factor) for part in parts])
+        return torch.cat([experts_one_hot(*part, up, out, factor) for part in parts])
     (N, K), E = experts.shape, len(up)
     P = math.ceil(factor * N * K / E)
     to = F.one_hot(experts.T, E)  # (K, N, E)
-    place = ((to.view(K * N, E).cumsum(dim=0).view(K, N, E) - 1) * to).sum(dim=-1)  # (K, N): how many came to it before
-    at = F.one_hot(place.clamp(max=P), P + 1)[..., :P].to(x.dtype)  # (K, N, P), no 1 where the expert is full
+    place = ((to.view(K * N, E).cumsum(dim=0).view(K, N, E) - 1) * to).sum(
+        dim=-1
+    )  # (K, N): how many came to it before
+    at = F.one_hot(place.clamp(max=P), P + 1)[..., :P].to(
+        x.dtype
+    )  # (K, N, P), no 1 where the expert is full
     combine = torch.einsum("kne,knp->nep", weights.T[..., None] * to, at)  # (N, E, P)
     dispatch = (combine != 0).to(x.dtype)
     there = torch.einsum("nc,nep->epc", x, dispatch)  # (E, P, C)
@@ -108,13 +120,15 @@ class Ours(nn.Module):
 class Routed(MoE):
     """The same router and experts, but another way through them, and no losses."""
 
-    def __init__(self, mix: Callable[..., Tensor], hidden: int = HIDDEN, **settings: object) -> None:
+    def __init__(
+        self, mix: Callable[..., Tensor], hidden: int = HIDDEN, **settings: object
+    ) -> None:
         super().__init__(C, E, K, hidden)
-        self.mix, self.settings = mix, settings
+        self.run_experts, self.settings = mix, settings
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         weights, experts, _ = route(x[0], self.gate.weight, K)
-        return (self.mix(x[0], weights, experts, self.up, self.out, **self.settings)[None],)
+        return (self.run_experts(x[0], weights, experts, self.up, self.out, **self.settings)[None],)
 
 
 class Dense(nn.Module):
@@ -125,16 +139,20 @@ class Dense(nn.Module):
         self.mlp, self.chunk = MLP(C, K * hidden), chunk
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (torch.cat([self.mlp(part)[0] for part in x.split(self.chunk or x.size(1), dim=1)], dim=1),)
+        return (
+            torch.cat(
+                [self.mlp(part)[0] for part in x.split(self.chunk or x.size(1), dim=1)], dim=1
+            ),
+        )
 
 
-RIVALS = {
+BASELINES = {
     "moe": Ours,
     "dense": Dense,
     "dense_in_chunks": lambda hidden=HIDDEN: Dense(hidden, CHUNK),
-    "loop": lambda hidden=HIDDEN: Routed(mix_loop, hidden),
-    "one_hot": lambda hidden=HIDDEN: Routed(mix_one_hot, hidden),
-    "one_hot_in_groups": lambda hidden=HIDDEN: Routed(mix_one_hot, hidden, group=GROUP),
+    "loop": lambda hidden=HIDDEN: Routed(experts_loop, hidden),
+    "one_hot": lambda hidden=HIDDEN: Routed(experts_one_hot, hidden),
+    "one_hot_in_groups": lambda hidden=HIDDEN: Routed(experts_one_hot, hidden, group=GROUP),
 }
 
 
@@ -153,15 +171,20 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor]:
     return torch.randn(1, tokens, C, requires_grad=True), torch.randn(1, tokens, C)
 
 
-def there_and_back(layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
+def forward_backward(layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
     """Forward and backward: of the output, and of the loss where a layer gives one beside it."""
     made = layer(x)
     torch.autograd.grad(made, [x, *layer.parameters()], [gradient, *[None] * (len(made) - 1)])
 
 
-def taking_turns(layers: dict[str, nn.Module], x: Tensor, gradient: Tensor, turns: int) -> dict[str, float]:
+def time_alternating(
+    layers: dict[str, nn.Module], x: Tensor, gradient: Tensor, turns: int
+) -> dict[str, float]:
     """Seconds forward and backward of each."""
-    calls = {name: lambda layer=layer: there_and_back(layer, x, gradient) for name, layer in layers.items()}
+    calls = {
+        name: lambda layer=layer: forward_backward(layer, x, gradient)
+        for name, layer in layers.items()
+    }
     seconds = medians(calls, turns)
     print(x.size(1), {name: f"{1e3 * value:.0f} ms" for name, value in seconds.items()}, flush=True)
     return seconds
@@ -172,12 +195,15 @@ def taking_turns(layers: dict[str, nn.Module], x: Tensor, gradient: Tensor, turn
 
 def part_time() -> dict:
     """Seconds forward and backward at N tokens. The one-hot masks have fewer turns: they are the slow ones."""
-    layers = {name: built(make) for name, make in RIVALS.items()}
+    layers = {name: built(make) for name, make in BASELINES.items()}
     x, gradient = inputs(N)
     slow = {name: layers.pop(name) for name in ("one_hot", "one_hot_in_groups")}
-    seconds, slow = taking_turns(layers, x, gradient, 9), taking_turns(slow, x, gradient, 3)
+    seconds, slow = time_alternating(layers, x, gradient, 9), time_alternating(slow, x, gradient, 3)
     over = {f"over_{name}": seconds["moe"] / seconds[name] for name in ("dense", "dense_in_chunks")}
-    faster = {f"times_faster_than_{n}": value / seconds["moe"] for n, value in ({"loop": seconds["loop"]} | slow).items()}
+    faster = {
+        f"times_faster_than_{n}": value / seconds["moe"]
+        for n, value in ({"loop": seconds["loop"]} | slow).items()
+    }
     return {"tokens": N, "seconds": seconds | slow, **over, **faster}
 
 
@@ -188,7 +214,9 @@ def lean(moe: MoE, x: Tensor, share: float) -> list[int]:
         x[0, :, 0] = torch.where(favours[torch.randperm(x.size(1))], 3.0, -3.0)
         moe.gate.weight[:, 0] = 0
         moe.gate.weight[0] = 0
-        moe.gate.weight[0, 0] = 4.0  # a logit of 12, or of -12, where the other experts' spread about 1
+        moe.gate.weight[0, 0] = (
+            4.0  # a logit of 12, or of -12, where the other experts' spread about 1
+        )
         load = moe(x)[1]["load"].tolist()
     assert load[0] == int(share * x.size(1)) and sum(load) == K * x.size(1), load
     return load
@@ -198,47 +226,80 @@ def part_skew() -> dict:
     """Seconds where one expert is chosen by half of the tokens, or by all of them, and what a capacity would drop."""
     table = {}
     for name, share in (("half of the tokens", 0.5), ("all tokens", 1.0)):
-        layers = {rival: built(RIVALS[rival]) for rival in ("moe", "dense", "dense_in_chunks", "loop")}
+        layers = {
+            rival: built(BASELINES[rival]) for rival in ("moe", "dense", "dense_in_chunks", "loop")
+        }
         x, gradient = inputs(N)
         load = lean(layers["moe"].moe, x, share)
         layers["loop"].load_state_dict(layers["moe"].moe.state_dict())
-        seconds = taking_turns(layers, x, gradient, 7)
+        seconds = time_alternating(layers, x, gradient, 7)
         places = math.ceil(FACTOR * N * K / E)
         table[name] = {"load": load, "seconds": seconds}
-        table[name] |= {f"over_{rival}": seconds["moe"] / seconds[rival] for rival in ("dense", "dense_in_chunks")}
-        table[name] |= {"one_hot_would_drop": sum(max(0, count - places) for count in load) / (N * K)}
+        table[name] |= {
+            f"over_{rival}": seconds["moe"] / seconds[rival]
+            for rival in ("dense", "dense_in_chunks")
+        }
+        table[name] |= {
+            "one_hot_would_drop": sum(max(0, count - places) for count in load) / (N * K)
+        }
     return {"tokens": N, **table}
 
 
 def part_memory() -> dict:
     """Bytes that the peak rises by, forward and backward."""
-    table = {name: {} for name in RIVALS}
+    table = {name: {} for name in BASELINES}
     for name, row in table.items():
         for tokens in (2048, 4096, N):
-            command = [sys.executable, "-m", "nanods.bench.moe", "--measure-memory", name, str(tokens)]
-            row[str(tokens)] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        print(name, {tokens: f"{value / 2**20:.0f} MiB" for tokens, value in row.items()}, flush=True)
-    over = {f"over_{name}": table["moe"][str(N)] / row[str(N)] for name, row in table.items() if name != "moe"}
+            command = [
+                sys.executable,
+                "-m",
+                "nanods.bench.moe",
+                "--measure-memory",
+                name,
+                str(tokens),
+            ]
+            row[str(tokens)] = int(
+                subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            )
+        print(
+            name, {tokens: f"{value / 2**20:.0f} MiB" for tokens, value in row.items()}, flush=True
+        )
+    over = {
+        f"over_{name}": table["moe"][str(N)] / row[str(N)]
+        for name, row in table.items()
+        if name != "moe"
+    }
     return {"tokens": N, "bytes_by_tokens": table, **over}
 
 
 def measure_memory(name: str, tokens: int) -> None:
     """In a process of its own: print how far one forward and backward pass raises its peak memory, in bytes."""
-    there_and_back(built(lambda: RIVALS[name](32)), *inputs(64))  # what is made once
-    layer, (x, gradient) = built(RIVALS[name]), inputs(tokens)
-    print(rise_of_peak(lambda: there_and_back(layer, x, gradient)))
+    forward_backward(built(lambda: BASELINES[name](32)), *inputs(64))  # what is made once
+    layer, (x, gradient) = built(BASELINES[name]), inputs(tokens)
+    print(rise_of_peak(lambda: forward_backward(layer, x, gradient)))
 
 
 def part_growth() -> dict:
     """Seconds against tokens. The exponents are fitted from 8,192 tokens on; one_hot's, which ends there, on all it has."""
     table = {name: {} for name in ("dense", "moe", "one_hot", "one_hot_in_groups")}
-    for tokens, turns in ((1024, 9), (2048, 7), (4096, 5), (8192, 3), (16384, 3), (32768, 3), (65536, 3)):
+    for tokens, turns in (
+        (1024, 9),
+        (2048, 7),
+        (4096, 5),
+        (8192, 3),
+        (16384, 3),
+        (32768, 3),
+        (65536, 3),
+    ):
         names = [name for name in table if tokens <= N or not name.startswith("one_hot")]
-        layers = {name: built(RIVALS[name]) for name in names}
-        for name, value in taking_turns(layers, *inputs(tokens), turns).items():
+        layers = {name: built(BASELINES[name]) for name in names}
+        for name, value in time_alternating(layers, *inputs(tokens), turns).items():
             table[name][str(tokens)] = value
     slow = {name: row for name, row in table.items() if name.startswith("one_hot")}
-    exponents = with_exponents(table, beyond=N)["exponents"] | with_exponents(slow, beyond=2048)["exponents"]
+    exponents = (
+        with_exponents(table, beyond=N)["exponents"]
+        | with_exponents(slow, beyond=2048)["exponents"]
+    )
     return {"by_tokens": table, "exponents": exponents}
 
 
@@ -260,17 +321,22 @@ def part_router() -> dict:
         torch.autograd.grad([weights, loss], [rows, gate], [back, None])
 
     calls = {
-        "layer": lambda: there_and_back(layer, x, gradient),
+        "layer": lambda: forward_backward(layer, x, gradient),
         "routing": routing,
         "routing_with_losses": with_losses,
-        "sorting": lambda: by_expert(experts, E),
+        "sorting": lambda: sort_by_expert(experts, E),
         "top_2": lambda: probs.topk(K, dim=-1),
         "top_3": lambda: probs.topk(K + 1, dim=-1),
     }
     ms = {name: 1e3 * value for name, value in medians(calls, 15).items()}
     print({name: f"{value:.2f} ms" for name, value in ms.items()}, flush=True)
     share = (ms["routing_with_losses"] + ms["sorting"]) / ms["layer"]
-    return {"tokens": N, "ms": ms, "share": share, "margin_share": (ms["top_3"] - ms["top_2"]) / ms["layer"]}
+    return {
+        "tokens": N,
+        "ms": ms,
+        "share": share,
+        "margin_share": (ms["top_3"] - ms["top_2"]) / ms["layer"],
+    }
 
 
 class Peer(nn.Module):
@@ -301,7 +367,12 @@ def mixtral(way: str) -> nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    sizes = {"hidden_size": C, "intermediate_size": GATED, "num_local_experts": E, "num_experts_per_tok": K}
+    sizes = {
+        "hidden_size": C,
+        "intermediate_size": GATED,
+        "num_local_experts": E,
+        "num_experts_per_tok": K,
+    }
     block = MixtralSparseMoeBlock(MixtralConfig(**sizes, experts_implementation=way))
     for weight in block.parameters():  # which it leaves as they lie in memory
         nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
@@ -330,17 +401,33 @@ def part_peers() -> dict:
             print(f"{package} is not installed, left out: make setup EXTRAS=peers")
             continue
         for tokens in (2048, N):
-            command = [sys.executable, "-m", "nanods.bench.moe", "--measure-peer", name, str(tokens)]
+            command = [
+                sys.executable,
+                "-m",
+                "nanods.bench.moe",
+                "--measure-peer",
+                name,
+                str(tokens),
+            ]
             try:
                 made = subprocess.run(command, capture_output=True, text=True, timeout=6 * LIMIT)
-                reason = (made.stderr.splitlines() or ["ended by the system: out of memory, presumably"])[-1]
+                reason = (
+                    made.stderr.splitlines() or ["ended by the system: out of memory, presumably"]
+                )[-1]
             except subprocess.TimeoutExpired:
                 made, reason = None, f"more than {LIMIT} s a turn"
             if made and made.returncode == 0:
                 seconds = json.loads(made.stdout.splitlines()[-1])
                 table["by_tokens"].setdefault(name, {})[str(tokens)] = seconds
-                table["times_faster"].setdefault(name, {})[str(tokens)] = seconds["theirs"] / seconds["ours"]
-                print(name, tokens, {whose: f"{1e3 * value:.0f} ms" for whose, value in seconds.items()}, flush=True)
+                table["times_faster"].setdefault(name, {})[str(tokens)] = (
+                    seconds["theirs"] / seconds["ours"]
+                )
+                print(
+                    name,
+                    tokens,
+                    {whose: f"{1e3 * value:.0f} ms" for whose, value in seconds.items()},
+                    flush=True,
+                )
             else:
                 table["left_out"].setdefault(name, {})[str(tokens)] = reason
                 print(f"{name}, {tokens} tokens, left out: {reason}", flush=True)
@@ -352,10 +439,16 @@ def measure_peer(name: str, tokens: int) -> None:
     """In a process of its own: print the seconds of ours and theirs, which take turns."""
     torch.manual_seed(0)
     layers = {"theirs": Peer(PEERS[name]()).train(), "ours": built(Ours)}
-    print(json.dumps(taking_turns(layers, *inputs(tokens), 5)))
+    print(json.dumps(time_alternating(layers, *inputs(tokens), 5)))
 
 
-PARTS = {"time": part_time, "skew": part_skew, "memory": part_memory, "growth": part_growth, "router": part_router}
+PARTS = {
+    "time": part_time,
+    "skew": part_skew,
+    "memory": part_memory,
+    "growth": part_growth,
+    "router": part_router,
+}
 PARTS |= {"peers": part_peers}
 
 
@@ -365,19 +458,35 @@ PARTS |= {"peers": part_peers}
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:2] in (["--measure-memory"], ["--measure-peer"]):
-        return (measure_memory if sys.argv[1] == "--measure-memory" else measure_peer)(sys.argv[2], int(sys.argv[3]))
+        return (measure_memory if sys.argv[1] == "--measure-memory" else measure_peer)(
+            sys.argv[2], int(sys.argv[3])
+        )
     args = tyro.cli(Args, description=__doc__)
     path = args.results / "moe.json"
     table = json.loads(path.read_text()) if path.exists() else {}
-    shapes = {"C": C, "F": HIDDEN, "E": E, "K": K, "chunk": CHUNK, "group": GROUP, "capacity_factor": FACTOR}
+    shapes = {
+        "C": C,
+        "F": HIDDEN,
+        "E": E,
+        "K": K,
+        "chunk": CHUNK,
+        "group": GROUP,
+        "capacity_factor": FACTOR,
+    }
     for part in PARTS if args.only == "all" else (args.only,):
         print(f"---- {part}", flush=True)
         torch.manual_seed(0)
-        table[part] = PARTS[part]() or table.get(part, {})  # what was measured stays where no peer is installed
+        table[part] = PARTS[part]() or table.get(
+            part, {}
+        )  # what was measured stays where no peer is installed
         table |= {"machine": {**machine("fp32"), "shapes": shapes}, "aims": judged(table)}
-        write_json(path, {name: table[name] for name in ("machine", "aims", *PARTS) if name in table})
+        write_json(
+            path, {name: table[name] for name in ("machine", "aims", *PARTS) if name in table}
+        )
     for name, row in table["aims"].items():
-        print(f"{name} {row['measured']:.3f}, aim {row['aim']}: {'met' if row['met'] else 'missed'}")
+        print(
+            f"{name} {row['measured']:.3f}, aim {row['aim']}: {'met' if row['met'] else 'missed'}"
+        )
     if {"growth", "memory"} <= table.keys():
         plots.save(plots.cost_of_experts(table), args.results / "moe.png")
 

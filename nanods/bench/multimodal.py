@@ -7,7 +7,7 @@ v3-tiny on scenes, each run a train.py of its own on one thread, asked about 512
 is taken as it is; delete its folder to repeat it.
 
     as it is      one trunk, all pairs of modalities
-    emergent      image and sound are never compared: only text with either
+    emergent      image and sound are never pair_weights: only text with either
     separate      one trunk for each modality, the same steps (the article's claim V3.2)
     experts       16 experts a layer, 2 a token, each of half the MLP's width: the same arithmetic, LIMoE's entropy losses
     balanced      the same, balanced over all tokens and nothing else
@@ -35,9 +35,9 @@ from nanods import plots
 from nanods.bench.runs import as_words, expect, machine, medians, trained, write_json
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
-from nanods.data.chance import random_bits
+from nanods.data.random_bits import random_bits
 from nanods.training import checkpoint
-from nanods.training.matching import Matching, encode
+from nanods.training.contrastive_task import ContrastiveTask, encode
 
 EXPERTS = {"moe.n-expert": 16, "hidden-ratio": 2}
 VARIANTS = {
@@ -77,14 +77,27 @@ def flags(settings: dict) -> list[str]:
 def run(args: Args, name: str, seed: int) -> dict:
     """One run in a process of its own -> its command and its figures."""
     out = args.runs / f"{name.replace(' ', '-')}-{seed}"
-    command, rows = trained(out, ["v3-tiny", *flags(VARIANTS[name] | {"seed": seed, "out-dir": out})])
+    command, rows = trained(
+        out, ["v3-tiny", *flags(VARIANTS[name] | {"seed": seed, "out-dir": out})]
+    )
     last, first = rows[-1], rows[0]
-    print(f"{out.name}: {last['cpu_seconds']:.0f} s, recall@1 {last['val_recall1']:.4f}", flush=True)
-    told = {"seed": seed, "command": command, "cpu_seconds": last["cpu_seconds"], "loss_at_step_1": first["ce_loss"]}
-    told |= {key: value for key, value in last.items() if "recall" in key or key in ("val_loss", "temperature")}
+    print(
+        f"{out.name}: {last['cpu_seconds']:.0f} s, recall@1 {last['val_recall1']:.4f}", flush=True
+    )
+    told = {
+        "seed": seed,
+        "command": command,
+        "cpu_seconds": last["cpu_seconds"],
+        "loss_at_step_1": first["ce_loss"],
+    }
+    told |= {
+        key: value
+        for key, value in last.items()
+        if "recall" in key or key in ("val_loss", "temperature")
+    }
     told |= {key: value for key, value in last.items() if key.startswith("val_load_")}
     task, model = opened(out)
-    told["parameters"], told["parameters_active"] = model.parameters_total_active()
+    told["parameters"], told["parameters_active"] = model.count_parameters()
     told["items_per_second"] = median(row["items_per_second"] for row in rows)
     told["facts"] = facts(task, model)
     told["curve"] = {
@@ -94,11 +107,11 @@ def run(args: Args, name: str, seed: int) -> dict:
     return told
 
 
-def opened(out: Path) -> tuple[Matching, torch.nn.Module]:
+def opened(out: Path) -> tuple[ContrastiveTask, torch.nn.Module]:
     """A finished run's task and model."""
     saved = checkpoint.load(out)
-    task = Matching(from_dict(saved.state["config"]), torch.device("cpu"), nullcontext())
-    return task, checkpoint.saved_model(saved)
+    task = ContrastiveTask(from_dict(saved.state["config"]), torch.device("cpu"), nullcontext())
+    return task, checkpoint.load_model(saved)
 
 
 # ---- one fact at a time ------------------------------------------------------------------------------------------------------
@@ -111,17 +124,25 @@ def replaced(told: list[int], column: int) -> list[list[int]]:
     return [each for each in all_of_them if each[:3] != each[4:]]
 
 
-def facts(task: Matching, model: torch.nn.Module) -> dict[str, dict[str, float]]:
+def facts(task: ContrastiveTask, model: torch.nn.Module) -> dict[str, dict[str, float]]:
     """How often an item is nearest to the true one of the captions that differ in one fact: by fact, by modality."""
     told = scenes.facts_of(task.gallery.ids).tolist()
     embeddings, _ = task.embed(model, task.inputs(task.gallery))
     right = {}
     for fact, column in FACTS.items():
         choices = [replaced(scene, column) for scene in told]
-        words = random_bits(11, 0, scenes.CAPTION, task.gallery.ids, 1)  # a wording that no item of the gallery has
+        words = random_bits(
+            11, 0, scenes.CAPTION, task.gallery.ids, 1
+        )  # a wording that no item of the gallery has
         words[:, -1] = 0  # as told, not from the other side
-        captions = [scenes.caption(each, row) for some, row in zip(choices, words.tolist(), strict=True) for each in some]
-        made, _ = task.embed(model, {"text": encode(captions, task.tokenizer, task.config.model.context_length)})
+        captions = [
+            scenes.caption(each, row)
+            for some, row in zip(choices, words.tolist(), strict=True)
+            for each in some
+        ]
+        made, _ = task.embed(
+            model, {"text": encode(captions, task.tokenizer, task.config.model.context_length)}
+        )
         right[fact] = {
             name: accuracy(e, made["text"].split([len(some) for some in choices]), choices, told)
             for name, e in embeddings.items()
@@ -132,7 +153,9 @@ def facts(task: Matching, model: torch.nn.Module) -> dict[str, dict[str, float]]
 
 def accuracy(items: Tensor, prompts: tuple[Tensor, ...], choices: list, told: list) -> float:
     """The share of items (Q, M) nearest to their true prompt; each has its own prompts, the scenes of `choices`."""
-    best = [choices[i][int((prompts[i] @ item).argmax())] == told[i] for i, item in enumerate(items)]
+    best = [
+        choices[i][int((prompts[i] @ item).argmax())] == told[i] for i, item in enumerate(items)
+    ]
     return sum(best) / len(best)
 
 
@@ -151,7 +174,9 @@ def spread(values: list[float]) -> dict:
 
 def summary(runs: list[dict]) -> dict:
     """Each figure's mean over the seeds, and each."""
-    names = [name for name, value in runs[0].items() if isinstance(value, int | float) and name != "seed"]
+    names = [
+        name for name, value in runs[0].items() if isinstance(value, int | float) and name != "seed"
+    ]
     told = {name: spread([one[name] for one in runs]) for name in names}
     told["facts"] = {
         fact: {kind: spread([one["facts"][fact][kind] for one in runs]) for kind in kinds}
@@ -163,35 +188,59 @@ def summary(runs: list[dict]) -> dict:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
-    jobs = [(name, seed) for seed in range(args.seeds) for name in args.only if seed < FEWER.get(name, args.seeds)]
+    jobs = [
+        (name, seed)
+        for seed in range(args.seeds)
+        for name in args.only
+        if seed < FEWER.get(name, args.seeds)
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(lambda job: run(args, *job), jobs))
-    runs = {name: [row for job, row in zip(jobs, rows, strict=True) if job[0] == name] for name in args.only}
-    made, taken = scenes_per_second(), median(one["items_per_second"] for of in runs.values() for one in of)
+    runs = {
+        name: [row for job, row in zip(jobs, rows, strict=True) if job[0] == name]
+        for name in args.only
+    }
+    made, taken = (
+        scenes_per_second(),
+        median(one["items_per_second"] for of in runs.values() for one in of),
+    )
     table = {
         "machine": machine(),
         "data": {"name": "scenes", "sha256": scenes.SceneData().sha256},
         "steps": PRESETS["v3-tiny"].steps,
     }
-    table |= {"pipeline": {"made_per_second": made, "taken_per_second": taken, "times": made / taken}}
+    table |= {
+        "pipeline": {"made_per_second": made, "taken_per_second": taken, "times": made / taken}
+    }
     if {"as it is", "separate"} <= runs.keys():
         pairs = list(zip(runs["as it is"], runs["separate"], strict=True))
         table["shared against separate"] = {
             "share_of_parameters": pairs[0][0]["parameters"] / pairs[0][1]["parameters"],
-            "recall1_lower_by": spread([separate["val_recall1"] - shared["val_recall1"] for shared, separate in pairs]),
-            "text_image_lower_by": spread([b["recall1_text_image"] - a["recall1_text_image"] for a, b in pairs]),
+            "recall1_lower_by": spread(
+                [separate["val_recall1"] - shared["val_recall1"] for shared, separate in pairs]
+            ),
+            "text_image_lower_by": spread(
+                [b["recall1_text_image"] - a["recall1_text_image"] for a, b in pairs]
+            ),
         }
     table |= {"summary": {name: summary(of) for name, of in runs.items()}, "runs": runs}
     write_json(args.results / "multimodal.json", table)
     if "as it is" in runs:
         recalls = [one["val_recall1"] for one in runs["as it is"]]
         tolerance = max(0.02, 2 * (max(recalls) - min(recalls)))
-        known = {"sha256": table["data"]["sha256"], "val_recall1": round(mean(recalls), 4), "tolerance": round(tolerance, 4)}
+        known = {
+            "sha256": table["data"]["sha256"],
+            "val_recall1": round(mean(recalls), 4),
+            "tolerance": round(tolerance, 4),
+        }
         expect(args.results / "expected.json", {"v3-tiny/scenes": known})
     curves = {
-        name: (of[0]["curve"]["steps"], np.mean([one["curve"]["recall1"] for one in of], axis=0)) for name, of in runs.items()
+        name: (of[0]["curve"]["steps"], np.mean([one["curve"]["recall1"] for one in of], axis=0))
+        for name, of in runs.items()
     }
-    figure = plots.curves(curves, "optimizer step", "recall@1, mean of six directions", {"chance": 1 / 512})
+    figure = plots.curves(
+        curves, "optimizer step", "recall@1, mean of six directions", {"chance": 1 / 512}
+    )
     plots.save(figure, args.results / "multimodal.png")
 
 

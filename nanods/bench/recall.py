@@ -37,7 +37,7 @@ import tyro
 from torch import Tensor, nn
 
 from nanods import plots
-from nanods.attention import AttentionConfig, for_each_query
+from nanods.attention import AttentionConfig, expand_to_queries
 from nanods.bench.runs import write_json
 from nanods.errors import UserError, run
 from nanods.gpt import GPT, GPTConfig
@@ -52,11 +52,16 @@ VARIANTS = {
     "bound": replace(SPARSE, pool="bound"),
     "flat": SPARSE,
     "tree": replace(SPARSE, method="tree", beam=4, fan_out=2),
-    "shared": replace(SPARSE, method="shared"),
+    "tile": replace(SPARSE, method="tile"),
     "window": replace(SPARSE, method="window"),
 }
-BARS = {"dense": (">=", 0.98), "bound": (">=", 0.97), "flat": (">=", 0.90), "tree": (">=", 0.90)} | {
-    "shared": (">=", 0.80),
+BARS = {
+    "dense": (">=", 0.98),
+    "bound": (">=", 0.97),
+    "flat": (">=", 0.90),
+    "tree": (">=", 0.90),
+} | {
+    "tile": (">=", 0.80),
     "window": ("<=", 0.05),
 }
 
@@ -67,7 +72,7 @@ WHY = {  # measured where a figure stands in the runs (reached_in_layer), otherw
     "flat": "In a mean the one key counts a sixteenth: the last layer misses the blocks of many pairs. Answers right all the "
     "same came by a token between, presumably one that had read the pair in the first layer.",
     "tree": "As flat: it opens 4 nodes of 2 blocks of at most 8, and misses little more.",
-    "shared": "A tile chooses by its first query, which asks for another key or for none: presumably what it reads suits the "
+    "tile": "A tile chooses by its first query, which asks for another key or for none: presumably what it reads suits the "
     "others by luck.",
     "window": "It never sees the pairs: six blocks, through both layers, end before them.",
 }
@@ -107,9 +112,9 @@ class Task(NamedTuple):
 
 
 NEAR, FAR = Task(4, 32, 32, 64), Task(16, 96, 192, 256)
-# Where content matters and place does not, slow rotations and soft scores learn sooner than those that suit text (LOG.md).
+# Where content matters and place does not, slow rope_cos_sin and soft scores learn sooner than those that suit text (LOG.md).
 SIZE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "context_length": FAR.T, "vocab_size": 3 * KINDS}
-SIZE |= {"rope_base": 100_000.0, "sharpness": 1.0}
+SIZE |= {"rope_base": 100_000.0, "query_gain": 1.0}
 
 
 class Batch(NamedTuple):
@@ -124,7 +129,10 @@ def draw(seed: int, step: int, B: int, task: Task = FAR) -> Batch:
     tokens = random.integers(2 * KINDS, 3 * KINDS, (B, T))
     keys = random.permuted(np.tile(np.arange(KINDS), (B, 1)), axis=1)[:, :pairs]
     values = random.integers(KINDS, 2 * KINDS, (B, pairs))
-    told, asked = (  # even places, so that no pair overlaps another or is cut by the edge of a block
+    (
+        told,
+        asked,
+    ) = (  # even places, so that no pair overlaps another or is cut by the edge of a block
         low + 2 * random.permuted(np.tile(np.arange((high - low) // 2), (B, 1)), axis=1)[:, :pairs]
         for low, high in ((0, end), (first, T))
     )
@@ -150,7 +158,7 @@ def answers(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, list[dict[s
 
 def reached(blocks: Tensor, batch: Batch, size: int) -> Tensor:
     """Whether a head reads the block that holds the pair it is asked for: blocks (B, H, R, K) -> (B, H, pairs)."""
-    each = for_each_query(blocks, batch.tokens.size(1), size)  # (B, H, T, K)
+    each = expand_to_queries(blocks, batch.tokens.size(1), size)  # (B, H, T, K)
     at = batch.asked[:, None, :, None].expand(-1, each.size(1), -1, each.size(-1))
     return (each.gather(2, at) == batch.told[:, None, :, None] // size).any(dim=-1)
 
@@ -165,9 +173,20 @@ def evaluate(model: GPT, autocast, sequences: int, task: Task) -> dict:
             logits, targets, stats = answers(model, batch)
         right.append(logits.argmax(dim=-1) == targets)  # (B, pairs)
         if (attention := model.config.attention).kind == "block":
-            found.append(torch.stack([reached(layer["blocks"], batch, attention.block_size).any(dim=1) for layer in stats]))
+            found.append(
+                torch.stack(
+                    [
+                        reached(layer["blocks"], batch, attention.block_size).any(dim=1)
+                        for layer in stats
+                    ]
+                )
+            )
     share = {"accuracy": torch.cat(right).double().mean().item()}
-    return share | ({"reached_in_layer": torch.cat(found, dim=1).double().mean(dim=(1, 2)).tolist()} if found else {})
+    return share | (
+        {"reached_in_layer": torch.cat(found, dim=1).double().mean(dim=(1, 2)).tolist()}
+        if found
+        else {}
+    )
 
 
 def train(variant: str, seed: int, args: Args) -> dict:
@@ -175,14 +194,21 @@ def train(variant: str, seed: int, args: Args) -> dict:
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SIZE, attention=VARIANTS[variant]))
     others = [*model.embedding.parameters(), *model.head.parameters()]
-    adamw = torch.optim.AdamW(others, lr=args.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizers = {Muon(model.blocks.parameters(), lr=args.lr, momentum=0.9): args.lr, adamw: args.embedding_lr}
+    adamw = torch.optim.AdamW(
+        others, lr=args.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    optimizers = {
+        Muon(model.blocks.parameters(), lr=args.lr, momentum=0.9): args.lr,
+        adamw: args.embedding_lr,
+    }
     bf16 = fast_bf16(torch.device("cpu"))  # as train.py's --dtype auto
     autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
     steps = args.near_steps + args.grow_steps + args.far_steps
     curve, start, cpu = [], time.perf_counter(), time.process_time()
     for step in range(steps):
-        factor = min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.6 * steps))  # as train.py
+        factor = min(
+            1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.6 * steps)
+        )  # as train.py
         for optimizer, peak in optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * factor
         task = lesson(step, args)
@@ -200,14 +226,22 @@ def train(variant: str, seed: int, args: Args) -> dict:
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     near, far = (evaluate(model, autocast, args.held_out, task) for task in (NEAR, FAR))
     precision = {"dtype": "bf16" if bf16 else "fp32"}
-    return far | {"accuracy_near": near["accuracy"]} | spent | precision | {"steps_and_accuracy_on_their_batch": curve}
+    return (
+        far
+        | {"accuracy_near": near["accuracy"]}
+        | spent
+        | precision
+        | {"steps_and_accuracy_on_their_batch": curve}
+    )
 
 
 def summarise(runs: dict[str, dict]) -> dict[str, dict]:
     """Over the seeds of each variant that has runs: mean, least and most of the accuracy, and whether its bar is met."""
     table = {}
     for variant, (sign, bar) in BARS.items():
-        values = [figures["accuracy"] for name, figures in runs.items() if name.split("/")[0] == variant]
+        values = [
+            figures["accuracy"] for name, figures in runs.items() if name.split("/")[0] == variant
+        ]
         if values:
             mean = statistics.mean(values)
             met = mean >= bar if sign == ">=" else mean <= bar
@@ -224,26 +258,47 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     path = args.results / "recall.json"
-    settings = {name: value for name, value in asdict(args).items() if name not in ("seeds", "fresh", "results")}
+    settings = {
+        name: value
+        for name, value in asdict(args).items()
+        if name not in ("seeds", "fresh", "results")
+    }
     settings |= {"size": SIZE, "near": NEAR._asdict(), "far": FAR._asdict()}
     settings["variants"] = {name: asdict(attention) for name, attention in VARIANTS.items()}
-    known = json.loads(path.read_text()) if path.exists() and not args.fresh else {"settings": settings, "runs": {}}
+    known = (
+        json.loads(path.read_text())
+        if path.exists() and not args.fresh
+        else {"settings": settings, "runs": {}}
+    )
     if known["settings"] != settings:
-        raise UserError(f"{path} holds runs with other settings: run them again with --fresh, or choose another --results")
+        raise UserError(
+            f"{path} holds runs with other settings: run them again with --fresh, or choose another --results"
+        )
     runs = known["runs"]
     for seed in range(args.seeds):
         for variant in VARIANTS:
             if (name := f"{variant}/{seed}") in runs:
                 continue
             runs[name] = {"torch": torch.__version__} | train(variant, seed, args)
-            print(f"{name}: {runs[name]['accuracy']:.1%} right, {runs[name]['cpu_seconds']:.0f} CPU-seconds", flush=True)
+            print(
+                f"{name}: {runs[name]['accuracy']:.1%} right, {runs[name]['cpu_seconds']:.0f} CPU-seconds",
+                flush=True,
+            )
             write(path, settings, runs)
     write(path, settings, runs)
-    rows = {v: [figures["accuracy"] for name, figures in runs.items() if name.split("/")[0] == v] for v in VARIANTS}
+    rows = {
+        v: [figures["accuracy"] for name, figures in runs.items() if name.split("/")[0] == v]
+        for v in VARIANTS
+    }
     bars = {variant: bar for variant, (_, bar) in BARS.items()}
-    plots.save(plots.dots(rows, bars, "share of right answers on held-out sequences"), args.results / "recall.png")
+    plots.save(
+        plots.dots(rows, bars, "share of right answers on held-out sequences"),
+        args.results / "recall.png",
+    )
     for variant, row in summarise(runs).items():
-        print(f"{variant:7} {row['mean']:.1%} ({row['least']:.1%} to {row['most']:.1%}), bar {row['bar']}: {row['met']}")
+        print(
+            f"{variant:7} {row['mean']:.1%} ({row['least']:.1%} to {row['most']:.1%}), bar {row['bar']}: {row['met']}"
+        )
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from nanods import plots
-from nanods.data.download import place
+from nanods.data.download import write_atomic
 from nanods.errors import UserError
 from nanods.training.muon import fast_bf16
 
 
-def trained(out: Path, words: Sequence[str], fresh: bool = False, launch: Sequence[str] = ()) -> tuple[str, list[dict]]:
+def trained(
+    out: Path, words: Sequence[str], fresh: bool = False, launch: Sequence[str] = ()
+) -> tuple[str, list[dict]]:
     """`train.py WORDS`, which write to `out`, on one thread -> the command and the rows of its metrics.
 
     A finished run is taken as it is, unless `fresh`. What the run prints is in OUT.log. `launch`: what starts train.py, where
@@ -30,10 +32,20 @@ def trained(out: Path, words: Sequence[str], fresh: bool = False, launch: Sequen
     if fresh or not (out / "loss.png").exists():  # drawn after the last step
         out.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{out}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                command,
+                check=True,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
         if not (out / "loss.png").exists():  # train.py ends in peace when it is told to stop
-            raise UserError(f"{out} was stopped before its last step; start the bench again: what is finished is kept")
-    return " ".join(command[1:]), [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            raise UserError(
+                f"{out} was stopped before its last step; start the bench again: what is finished is kept"
+            )
+    return " ".join(command[1:]), [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def as_words(flags: dict[str, object]) -> list[str]:
@@ -43,7 +55,7 @@ def as_words(flags: dict[str, object]) -> list[str]:
 
 def write_json(path: Path, table: dict) -> None:
     text = json.dumps(table, indent=1) + "\n"
-    place(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def expect(path: Path, entries: dict[str, dict]) -> None:
@@ -69,7 +81,9 @@ def peak() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def rise_of_peak(call: Callable[[], object]) -> int:
@@ -95,4 +109,9 @@ def machine(dtype: str = "auto") -> dict[str, object]:
     if dtype == "auto":
         dtype = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {**versions, "cpu": platform.processor() or platform.machine(), "threads": 1, "dtype": dtype}
+    return {
+        **versions,
+        "cpu": platform.processor() or platform.machine(),
+        "threads": 1,
+        "dtype": dtype,
+    }

@@ -31,15 +31,29 @@ class Args:
 def run(args: Args, name: str, mesh: str | None) -> dict:
     """Train for a while -> medians over the steps but for the first few."""
     out = args.runs / name.replace(" ", "-")
-    words = ["v2-tiny", "--steps", str(STEPS), "--eval-every", "1000", "--micro-batch", "4", "--out-dir", str(out)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if mesh else []
+    words = [
+        "v2-tiny",
+        "--steps",
+        str(STEPS),
+        "--eval-every",
+        "1000",
+        "--micro-batch",
+        "4",
+        "--out-dir",
+        str(out),
+    ]
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if mesh else []
+    )
     command, rows = trained(out, [*words, *(["--mesh", mesh] if mesh else [])], True, launch)
     rows = rows[5:]
     told = {"tokens_per_second": median(row["tokens_per_second"] for row in rows)}
     for part in ("optimizer_seconds", "communication_seconds"):
         told[part] = median(row.get(part, 0.0) for row in rows)
     told["step_seconds"] = rows[0]["tokens"] / rows[0]["step"] / told["tokens_per_second"]
-    told["busy"] = rows[-1]["cpu_seconds"] / rows[-1]["seconds"]  # no more than the rest can be won by sending meanwhile
+    told["busy"] = (
+        rows[-1]["cpu_seconds"] / rows[-1]["seconds"]
+    )  # no more than the rest can be won by sending meanwhile
     print(f"{name}: {told}", flush=True)
     return {"command": command} | told
 
@@ -49,7 +63,10 @@ def main() -> None:
     told = {name: run(args, name, mesh) for name, mesh in MESHES.items()}
     one = told["one process"]["tokens_per_second"]
     times = {name: one_of["tokens_per_second"] / one for name, one_of in told.items()}
-    write_json(args.results / "scale.json", {"machine": machine(), "steps": STEPS, "times": times, "runs": told})
+    write_json(
+        args.results / "scale.json",
+        {"machine": machine(), "steps": STEPS, "times": times, "runs": told},
+    )
 
 
 if __name__ == "__main__":

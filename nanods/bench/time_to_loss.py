@@ -32,18 +32,35 @@ def main() -> None:
     runs = {}
     for steps in args.steps:
         out = Path("runs/time_to_loss") / str(steps)
-        flags = SIZE | {"steps": steps, "eval-every": max(1, steps // 8), "save-every": steps, "out-dir": out, "device": "cpu"}
-        command, rows = trained(out, ["v0-tiny", "--data", "shakespeare", *as_words(flags)], fresh=True)
-        curve = [[row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row]
+        flags = SIZE | {
+            "steps": steps,
+            "eval-every": max(1, steps // 8),
+            "save-every": steps,
+            "out-dir": out,
+            "device": "cpu",
+        }
+        command, rows = trained(
+            out, ["v0-tiny", "--data", "shakespeare", *as_words(flags)], fresh=True
+        )
+        curve = [
+            [row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row
+        ]
         runs[f"{steps} steps"] = {"command": command, "step_cpu_seconds_val_loss": curve}
-        print(f"{steps} steps: {curve[-1][1]:.0f} CPU-seconds, validation loss {curve[-1][2]:.4f}", flush=True)
+        print(
+            f"{steps} steps: {curve[-1][1]:.0f} CPU-seconds, validation loss {curve[-1][2]:.4f}",
+            flush=True,
+        )
     table = {"machine": machine(), "runs": runs}
     write_json(args.results / "time_to_loss.json", table)
     lines = {
-        name: tuple(zip(*[row[1:] for row in run["step_cpu_seconds_val_loss"]], strict=True)) for name, run in runs.items()
+        name: tuple(zip(*[row[1:] for row in run["step_cpu_seconds_val_loss"]], strict=True))
+        for name, run in runs.items()
     }
     marks = {"nanoGPT's recipe after 2,000 steps: 1.88": 1.88}
-    plots.save(plots.curves(lines, "CPU-seconds, one thread", "validation loss", marks), args.results / "time_to_loss.png")
+    plots.save(
+        plots.curves(lines, "CPU-seconds, one thread", "validation loss", marks),
+        args.results / "time_to_loss.png",
+    )
 
 
 if __name__ == "__main__":

@@ -36,9 +36,16 @@ def read_captions(folder: Path) -> tuple[str, Rows, Rows]:
     UserError, with a mend, for a folder that is no data set, for a mistake in its captions, and for files that are missing.
     """
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: there is no such folder; give one of images or sounds and their captions")
+        raise UserError(
+            f"--data {folder}: there is no such folder; give one of images or sounds and their captions"
+        )
     readers = {"image": (read_coco, read_tokens, read_csv), "audio": (read_ljspeech, read_sounds)}
-    found = ((modality, *parts) for modality in readers for read in readers[modality] if (parts := read(folder)))
+    found = (
+        (modality, *parts)
+        for modality in readers
+        for read in readers[modality]
+        if (parts := read(folder))
+    )
     modality, train, held_out = next(found, (None, [], []))
     if modality is None:
         raise UserError(
@@ -46,7 +53,9 @@ def read_captions(folder: Path) -> tuple[str, Rows, Rows]:
             "captions.txt (Flickr), metadata.csv (LJSpeech), or NAME.wav with NAME.txt"
         )
     if not held_out:
-        held_out = [row for row in train if hashlib.sha256(os.fsencode(row[0].name)).digest()[0] < 13]  # 13 / 256: 1 in 20
+        held_out = [
+            row for row in train if hashlib.sha256(os.fsencode(row[0].name)).digest()[0] < 13
+        ]  # 13 / 256: 1 in 20
     shown = {path for path, _ in held_out}
     return modality, [row for row in train if row[0] not in shown], held_out
 
@@ -77,9 +86,16 @@ def read_tokens(folder: Path) -> tuple[Rows, Rows] | None:
     """*.token or *.token.txt -> rows, none of them held out; None if there is no such file."""
     files = sorted([*folder.glob("*.token"), *folder.glob("*.token.txt")])
     found = []
-    for file in (file for file in files if ".lemma." not in file.name):  # Flickr8k's captions again, without their endings
+    for file in (
+        file for file in files if ".lemma." not in file.name
+    ):  # Flickr8k's captions again, without their endings
         rows = fields_of(file, "\t", "IMAGE.jpg#0<TAB>CAPTION")
-        found += located(file, [(name.rpartition("#")[0] or name, texts[0]) for name, *texts in rows], folder, FLICKR)
+        found += located(
+            file,
+            [(name.rpartition("#")[0] or name, texts[0]) for name, *texts in rows],
+            folder,
+            FLICKR,
+        )
     return (found, []) if found else None
 
 
@@ -93,7 +109,9 @@ def read_csv(folder: Path) -> tuple[Rows, Rows] | None:
             raise csv.Error("the header image,caption is wanted")
         rows = [(name, ",".join(texts)) for name, *texts in filter(None, reader)]
     except csv.Error as error:
-        raise UserError(f"--data {file}, line {reader.line_num:,}: not CSV of image,caption ({error}); mend it") from error
+        raise UserError(
+            f"--data {file}, line {reader.line_num:,}: not CSV of image,caption ({error}); mend it"
+        ) from error
     return located(file, rows, folder, FLICKR), []
 
 
@@ -119,7 +137,9 @@ def read_sounds(folder: Path) -> tuple[Rows, Rows] | None:
     return (located(folder, rows, folder, ("",)), []) if sounds else None
 
 
-def located(source: Path, rows: list[tuple[str, str]], folder: Path, places: tuple[str, ...]) -> Rows:
+def located(
+    source: Path, rows: list[tuple[str, str]], folder: Path, places: tuple[str, ...]
+) -> Rows:
     """Rows (a file's name, caption) of `source` -> rows (its path in the first of `places` that has it, caption in one line).
 
     UserError for no rows, for captions without a word, and for files that are nowhere.
@@ -128,7 +148,9 @@ def located(source: Path, rows: list[tuple[str, str]], folder: Path, places: tup
         raise UserError(f"--data {source}: no captions are in it; fetch it again")
     rows = [(name, one_line(text)) for name, text in rows]
     if empty := [name for name, caption in rows if not caption]:
-        raise UserError(f"--data {source}: captions without a word: {len(empty):,} ({some(empty)}); write or delete them")
+        raise UserError(
+            f"--data {source}: captions without a word: {len(empty):,} ({some(empty)}); write or delete them"
+        )
     folders = [folder / place for place in places if (folder / place).is_dir()]
     paths = {path.name: path for place in reversed(folders) for path in place.iterdir()}
     names = list(dict.fromkeys(name for name, _ in rows))
@@ -154,13 +176,21 @@ def read_text(file: Path) -> str:
     try:
         return decode_text(str(file), file.read_bytes()).removeprefix("\ufeff")
     except OSError as error:
-        raise UserError(f"--data {file}: cannot be read ({error.strerror}); mend its permissions") from error
+        raise UserError(
+            f"--data {file}: cannot be read ({error.strerror}); mend its permissions"
+        ) from error
 
 
 def fields_of(file: Path, mark: str, form: str) -> list[list[str]]:
     """The lines that are not blank, each split at every `mark`. UserError for a line without one."""
-    lines = [(number, line.split(mark)) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
+    lines = [
+        (number, line.split(mark))
+        for number, line in enumerate(read_text(file).split("\n"), 1)
+        if line.strip()
+    ]
     for number, fields in lines:
         if len(fields) < 2:
-            raise UserError(f"--data {file}, line {number:,}: not {form}: {fields[0][:60]!r}; mend or delete it")
+            raise UserError(
+                f"--data {file}, line {number:,}: not {form}: {fields[0][:60]!r}; mend or delete it"
+            )
     return [fields for _, fields in lines]

@@ -20,7 +20,9 @@ from nanods.errors import MENDS, UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock; two downloads at once can spoil the .part, which the hash then shows
+except (
+    ImportError
+):  # Windows: no lock; two downloads at once can spoil the .part, which the hash then shows
     fcntl = None
 
 
@@ -29,7 +31,7 @@ def data_dir() -> Path:
     return Path(os.environ.get("NANODS_DATA") or "data")
 
 
-def place(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it and rename it to `path`: readers never see half a file.
 
     Each writer has a temporary name of its own, so of several at once the last rename wins and none is mixed.
@@ -77,13 +79,17 @@ def download(urls: Sequence[str], path: Path, sha256: str, timeout: float = 30.0
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here, and then finds the first one's file
+                fcntl.flock(
+                    file, fcntl.LOCK_EX
+                )  # a second process waits here, and then finds the first one's file
             if path.exists():
                 return verified(path, sha256)
             reasons = try_mirrors(urls, file, part, sha256, timeout)
             os.fsync(file.fileno())
             if not reasons and fcntl:
-                part.replace(path)  # before the lock goes, so that nobody appends to a finished file
+                part.replace(
+                    path
+                )  # before the lock goes, so that nobody appends to a finished file
         if not reasons and not fcntl:
             part.replace(path)  # Windows renames only closed files
     except OSError as error:
@@ -108,7 +114,9 @@ def verified(path: Path, sha256: str) -> Path:
     )
 
 
-def try_mirrors(urls: Sequence[str], file: BinaryIO, part: Path, sha256: str, timeout: float) -> list[str]:
+def try_mirrors(
+    urls: Sequence[str], file: BinaryIO, part: Path, sha256: str, timeout: float
+) -> list[str]:
     """Fill `file` (open for appending at `part`) until its hash is right: [] then, else each mirror's failure."""
     reasons = []
     for url in urls:
@@ -143,7 +151,9 @@ def fetch(url: str, file: BinaryIO, name: str, timeout: float) -> None:
     start = file.seek(0, os.SEEK_END)
     headers = {"User-Agent": "nanods"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=timeout
+        )
     except urllib.error.HTTPError as error:
         if error.code == 416:  # Range Not Satisfiable: nothing lies beyond what is here
             return
@@ -154,8 +164,12 @@ def fetch(url: str, file: BinaryIO, name: str, timeout: float) -> None:
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        with tqdm(total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=None) as bar:
-            while chunk := response.read1(1 << 16):  # read1 hands on what has arrived, read would lose it in a stall
+        with tqdm(
+            total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=None
+        ) as bar:
+            while chunk := response.read1(
+                1 << 16
+            ):  # read1 hands on what has arrived, read would lose it in a stall
                 file.write(chunk)
                 file.flush()
                 bar.update(len(chunk))

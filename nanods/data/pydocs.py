@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanods.data.download import data_dir, place
+from nanods.data.download import data_dir, write_atomic
 from nanods.errors import UserError
 
 # Tests, other people's packages, copies of other programs, and what the build generates for one platform.
@@ -32,12 +32,14 @@ def pydocs_text() -> str:
 
     Raises UserError if this interpreter comes without its documentation or sources.
     """
-    stdlib = Path(sysconfig.get_path("stdlib"))  # in a virtual environment too, the base interpreter's
+    stdlib = Path(
+        sysconfig.get_path("stdlib")
+    )  # in a virtual environment too, the base interpreter's
     interpreter = hashlib.sha256(f"{sys.version} {stdlib}".encode()).hexdigest()[:8]
     cache = data_dir() / "cache" / f"pydocs-{platform.python_version()}-{interpreter}.txt"
     if (text := read_sealed(cache)) is None:
         text = collect(stdlib)
-        place(cache, lambda file: file.write(seal(text)))
+        write_atomic(cache, lambda file: file.write(seal(text)))
     return text
 
 
@@ -62,7 +64,13 @@ def collect(stdlib: Path) -> str:
         raise without_docs("its module pydoc_data.topics is missing") from None
     texts = [topics[name].strip() for name in sorted(topics)]
     docstrings: list[str] = []
-    for path in tqdm(modules(stdlib), desc="reading Python's documentation", unit="file", leave=False, disable=None):
+    for path in tqdm(
+        modules(stdlib),
+        desc="reading Python's documentation",
+        unit="file",
+        leave=False,
+        disable=None,
+    ):
         docstrings += docstrings_of(path.read_bytes())
     if not docstrings:
         raise without_docs(f"no sources in {stdlib}")
@@ -82,9 +90,13 @@ def modules(stdlib: Path) -> list[Path]:
 
     def wanted(path: Path) -> bool:
         parts = path.relative_to(stdlib).parts
-        return SKIPPED_FOLDERS.isdisjoint(parts) and not any(part.startswith(SKIPPED_PREFIXES) for part in parts)
+        return SKIPPED_FOLDERS.isdisjoint(parts) and not any(
+            part.startswith(SKIPPED_PREFIXES) for part in parts
+        )
 
-    return sorted(filter(wanted, stdlib.rglob("*.py")), key=lambda path: path.relative_to(stdlib).as_posix())
+    return sorted(
+        filter(wanted, stdlib.rglob("*.py")), key=lambda path: path.relative_to(stdlib).as_posix()
+    )
 
 
 def docstrings_of(source: bytes) -> list[str]:
@@ -94,6 +106,8 @@ def docstrings_of(source: bytes) -> list[str]:
         tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # ast.walk goes level by level; a Module has no line
+    nodes.sort(
+        key=lambda node: getattr(node, "lineno", 0)
+    )  # ast.walk goes level by level; a Module has no line
     found = (ast.get_docstring(node) for node in nodes)
     return [text.strip() for text in found if text and text.strip()]

@@ -31,7 +31,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from nanods.data.chance import between, noise, random_bits, uniform
+from nanods.data.random_bits import between, noise, random_bits, uniform
 from nanods.data.sound import HOP, RATE, WINDOW, log_mel
 
 # ---- meanings ----------------------------------------------------------------------------------------------------------------
@@ -39,10 +39,17 @@ from nanods.data.sound import HOP, RATE, WINDOW, log_mel
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "pink", "white")
 SIZES = ("small", "large")
-RELATIONS = ("left of", "above", "right of", "below")  # the last two are the first two, told from the other side
+RELATIONS = (
+    "left of",
+    "above",
+    "right of",
+    "below",
+)  # the last two are the first two, told from the other side
 
 OBJECTS = len(SHAPES) * len(COLOURS) * len(SIZES)  # 96
-MEANINGS = 2 * OBJECTS * (OBJECTS - 1)  # 18,240: two relations, ordered pairs of objects that differ
+MEANINGS = (
+    2 * OBJECTS * (OBJECTS - 1)
+)  # 18,240: two relations, ordered pairs of objects that differ
 FACTS = ("shape", "colour", "size", "relation", "other shape", "other colour", "other size")
 
 
@@ -71,7 +78,15 @@ def meanings_of(facts: np.ndarray) -> np.ndarray:
     ValueError for an index out of range, and where the two objects are alike: no relation could be decided.
     """
     facts = np.asarray(facts, np.int64)
-    counts = (len(SHAPES), len(COLOURS), len(SIZES), len(RELATIONS), len(SHAPES), len(COLOURS), len(SIZES))
+    counts = (
+        len(SHAPES),
+        len(COLOURS),
+        len(SIZES),
+        len(RELATIONS),
+        len(SHAPES),
+        len(COLOURS),
+        len(SIZES),
+    )
     if not ((facts >= 0) & (facts < counts)).all():
         raise ValueError(f"facts are indices below {counts}")
     turned = facts[:, 3] >= 2
@@ -83,10 +98,12 @@ def meanings_of(facts: np.ndarray) -> np.ndarray:
     return ((facts[:, 3] % 2) * OBJECTS + a) * (OBJECTS - 1) + b - (b > a)
 
 
-# ---- chance as a function (nanods/data/chance.py) ----------------------------------------------------------------------------
+# ---- chance as a function (nanods/data/random_bits.py) ----------------------------------------------------------------------------
 
 GROUPS = 16  # into which a hard epoch deals each family of meanings
-SPLIT, ORDER, IMAGE, CAPTION, SOUND = range(5)  # what a random number is for: the first part of its key
+SPLIT, ORDER, IMAGE, CAPTION, SOUND = range(
+    5
+)  # what a random number is for: the first part of its key
 
 
 # ---- images ------------------------------------------------------------------------------------------------------------------
@@ -102,8 +119,12 @@ PALETTE = np.array([
 OUTSIDE = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.85 * r,
-    "triangle": lambda x, y, r: np.maximum(0.866 * abs(x) - 0.5 * y - 0.47 * r, y - 0.7 * r),  # one corner upwards
-    "cross": lambda x, y, r: np.maximum(np.minimum(abs(x), abs(y)) - 0.33 * r, np.maximum(abs(x), abs(y)) - r),
+    "triangle": lambda x, y, r: np.maximum(
+        0.866 * abs(x) - 0.5 * y - 0.47 * r, y - 0.7 * r
+    ),  # one corner upwards
+    "cross": lambda x, y, r: np.maximum(
+        np.minimum(abs(x), abs(y)) - 0.33 * r, np.maximum(abs(x), abs(y)) - r
+    ),
     "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r,
     "diamond": lambda x, y, r: (abs(x) + abs(y)) * 0.707 - 0.7 * r,
 }
@@ -115,7 +136,11 @@ def covered(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> n
     cover = np.empty((len(shape), SIDE, SIDE), np.float32)
     for s, name in enumerate(SHAPES):
         mine = np.flatnonzero(shape == s)
-        across, down, radius = pixels - x[mine, None, None], pixels[:, None] - y[mine, None, None], r[mine, None, None]
+        across, down, radius = (
+            pixels - x[mine, None, None],
+            pixels[:, None] - y[mine, None, None],
+            r[mine, None, None],
+        )
         cover[mine] = 0.5 - OUTSIDE[name](across, down, radius)
     return np.clip(cover, 0, 1, out=cover)
 
@@ -170,7 +195,9 @@ WORDS_TO_IT = {
 def describe(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> list[str]:
     """meanings (B,), variants (B,) or one for all -> captions, in lower case and ASCII."""
     random = random_bits(11, seed, CAPTION, meanings, variants)
-    return [caption(*scene) for scene in zip(facts_of(meanings).tolist(), random.tolist(), strict=True)]
+    return [
+        caption(*scene) for scene in zip(facts_of(meanings).tolist(), random.tolist(), strict=True)
+    ]
 
 
 def caption(facts: list[int], random: list[int]) -> str:
@@ -194,23 +221,31 @@ def caption(facts: list[int], random: list[int]) -> str:
 def vocabulary() -> frozenset[str]:
     """Every word that a caption may have."""
     choices = [SENTENCES, ARTICLES, COLOURS, *WORDS.values(), *WORDS_TO_IT.values()]
-    return frozenset(word for some in choices for text in some for word in text.split() if "{" not in word)
+    return frozenset(
+        word for some in choices for text in some for word in text.split() if "{" not in word
+    )
 
 
 # ---- sounds ------------------------------------------------------------------------------------------------------------------
 
 FRAMES = 32
 SAMPLES = WINDOW + (FRAMES - 1) * HOP  # 8,448: 1.056 s, which log_mel makes 32 frames of
-PITCHES = 440 * 2 ** ((np.arange(8, dtype=np.float32) * 3 - 9) / 12)  # Hz, of COLOURS: C4 Eb4 Gb4 A4 C5 Eb5 Gb5 A5
+PITCHES = 440 * 2 ** (
+    (np.arange(8, dtype=np.float32) * 3 - 9) / 12
+)  # Hz, of COLOURS: C4 Eb4 Gb4 A4 C5 Eb5 Gb5 A5
 OVERTONES = np.array(  # of SHAPES: how strong 1, 2, 3 and 4 times the pitch are
     [(1, 0, 0, 0), (1, 0, 0.7, 0), (1, 0.7, 0.7, 0.7), (1, 0.7, 0.7, 0), (1, 0.7, 0, 0), (1, 0, 0, 0.7)], np.float32
 )  # fmt: skip
 SECONDS, LOUDNESS = np.array([0.16, 0.3], np.float32), np.array([0.2, 0.4], np.float32)  # of SIZES
 LONGEST = 2640  # samples, 0.33 s: a large object at the slowest tempo
-GLIDES = np.array([(1400, 1400), (2000, 1000), (1000, 2000)], np.float32)  # Hz from, to: right of it, below it, above it
+GLIDES = np.array(
+    [(1400, 1400), (2000, 1000), (1000, 2000)], np.float32
+)  # Hz from, to: right of it, below it, above it
 
 
-def tone(hertz: np.ndarray, seconds: np.ndarray, loudness: np.ndarray, overtones: np.ndarray) -> np.ndarray:
+def tone(
+    hertz: np.ndarray, seconds: np.ndarray, loudness: np.ndarray, overtones: np.ndarray
+) -> np.ndarray:
     """A tone each, from silence to silence: hertz (B, 2) at its start and end, (B,), (B,), (B, 4) -> (B, LONGEST)."""
     time = np.arange(LONGEST, dtype=np.float32) / np.float32(RATE)
     length = seconds[:, None]
@@ -220,9 +255,14 @@ def tone(hertz: np.ndarray, seconds: np.ndarray, loudness: np.ndarray, overtones
     before, this, twice = 0, np.sin(angle), 2 * np.cos(angle)
     total = overtones[:, :1] * this
     for k in range(1, overtones.shape[1]):
-        before, this = this, twice * this - before  # sin (k + 1) x = 2 cos x sin k x - sin (k - 1) x
+        before, this = (
+            this,
+            twice * this - before,
+        )  # sin (k + 1) x = 2 cos x sin k x - sin (k - 1) x
         total += overtones[:, k, None] * this
-    envelope = np.clip(np.minimum(time, length - time) * 100, 0, 1)  # 10 ms of swelling and of fading
+    envelope = np.clip(
+        np.minimum(time, length - time) * 100, 0, 1
+    )  # 10 ms of swelling and of fading
     level = loudness / np.sqrt(np.square(overtones).sum(axis=1))
     return total * envelope * level[:, None]
 
@@ -241,10 +281,17 @@ def play(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> np.
     waves = between(0.01, 0.06, chance[:, 3, None]) * noise(SAMPLES, *key, 1)
     start = between(0.01, 0.1, chance[:, 4])  # seconds
     for i, event in enumerate(("object", "glide", "object")):
-        loudness, detune = between(0.85, 1.15, chance[:, 5 + i]), between(0.98, 1.02, chance[:, 8 + i, None])
+        loudness, detune = (
+            between(0.85, 1.15, chance[:, 5 + i]),
+            between(0.98, 1.02, chance[:, 8 + i, None]),
+        )
         if event == "object":
             shape, colour, size = facts[:, 2 * i : 2 * i + 3].T
-            hertz, seconds, overtones = PITCHES[colour, None].repeat(2, axis=1), SECONDS[size] * tempo, OVERTONES[shape]
+            hertz, seconds, overtones = (
+                PITCHES[colour, None].repeat(2, axis=1),
+                SECONDS[size] * tempo,
+                OVERTONES[shape],
+            )
             loudness = loudness * LOUDNESS[size]
         else:
             hertz, seconds, overtones = GLIDES[glide], 0.14 * tempo, OVERTONES[np.zeros_like(glide)]
@@ -267,7 +314,7 @@ class Scenes:
     images: np.ndarray  # (B, 3, 32, 32) float32 in 0 .. 1
     captions: list[str]
     waves: np.ndarray  # (B, 8448) float32 in -1 .. 1
-    mels: np.ndarray  # (B, 32, 32) float32: band, frame; `heard` of the waves
+    mels: np.ndarray  # (B, 32, 32) float32: band, frame; `normalized_log_mel` of the waves
 
     @property
     def ids(self) -> np.ndarray:
@@ -275,7 +322,7 @@ class Scenes:
         return self.meanings
 
 
-def heard(waves: np.ndarray) -> np.ndarray:
+def normalized_log_mel(waves: np.ndarray) -> np.ndarray:
     """waves (..., S) -> (..., M, T): log_mel, shifted and scaled to a mean near 0 and a standard deviation near 1."""
     return (log_mel(waves) + 44) / 10
 
@@ -284,7 +331,9 @@ def render(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> S
     """The scenes of these meanings (B,); a variant (B,), from 0 up, is another place, wording and noise of the same."""
     meanings = np.asarray(meanings, np.int64)
     captions, waves = describe(meanings, variants, seed), play(meanings, variants, seed)
-    return Scenes(meanings, draw(meanings, variants, seed), captions, waves, heard(waves))
+    return Scenes(
+        meanings, draw(meanings, variants, seed), captions, waves, normalized_log_mel(waves)
+    )
 
 
 @cache
@@ -301,7 +350,9 @@ def kin(meanings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     facts = facts_of(meanings)
     looks = facts[:, [1, 5]] * len(SIZES) + facts[:, [2, 6]]  # (B, 2)
     things = looks * len(SHAPES) + facts[:, [0, 4]]
-    family, pair = (np.sort(which, axis=1) @ (OBJECTS, 1) * 2 + facts[:, 3] for which in (looks, things))
+    family, pair = (
+        np.sort(which, axis=1) @ (OBJECTS, 1) * 2 + facts[:, 3] for which in (looks, things)
+    )
     return family, pair
 
 
@@ -326,7 +377,9 @@ def training_meanings(step: int, size: int, seed: int = 0, hard: bool = True) ->
     return epoch_order(epoch, seed, hard)[place * size : (place + 1) * size]
 
 
-def batch(step: int, size: int, seed: int = 0, hard: bool = True, rows: slice = slice(None)) -> Scenes:
+def batch(
+    step: int, size: int, seed: int = 0, hard: bool = True, rows: slice = slice(None)
+) -> Scenes:
     """The training scenes of a step, or these rows of them; never a held-out meaning. ValueError for a size not 1 to 16,416."""
     return render(training_meanings(step, size, seed, hard)[rows], step, seed)
 
@@ -335,19 +388,23 @@ def gallery(size: int = 512, seed: int = 0) -> Scenes:
     """Held-out meanings, all different, the same at every call. ValueError for more than there are."""
     _, held_out = split()
     if not 1 <= size <= len(held_out):
-        raise ValueError(f"{len(held_out):,} meanings are held out: a gallery shows 1 to all of them, not {size:,}")
+        raise ValueError(
+            f"{len(held_out):,} meanings are held out: a gallery shows 1 to all of them, not {size:,}"
+        )
     return render(held_out[:size], 0, seed)
 
 
 class SceneData:
-    """Scenes as nanods/training/matching.py wants a data set of items."""
+    """Scenes as nanods/training/contrastive_task.py wants a data set of items."""
 
     name, modalities = "scenes", ("text", "image", "audio")
 
     def __init__(self, hard: bool = True) -> None:
         self.hard, (self.train, self.held_out) = hard, split()
         captions = "\n".join(describe(self.held_out, 0))
-        self.sha256 = hashlib.sha256(captions.encode()).hexdigest()  # of words alone: pixels may round otherwise elsewhere
+        self.sha256 = hashlib.sha256(
+            captions.encode()
+        ).hexdigest()  # of words alone: pixels may round otherwise elsewhere
 
     def text(self) -> str:
         """A caption of each training meaning, for a tokenizer to learn from."""

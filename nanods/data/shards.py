@@ -24,14 +24,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanods.data.chance import mix
-from nanods.data.download import data_dir, fcntl, file_sha256, place, unwritable
+from nanods.data.download import data_dir, fcntl, file_sha256, unwritable, write_atomic
+from nanods.data.random_bits import mix
 from nanods.data.sources import INDEX, documents, fingerprint, plan
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_json
 from nanods.errors import UserError
 
 Tokenizer = ByteTokenizer | BPETokenizer
-SAMPLE = 1 << 25  # characters of the training part that a BPE learns from, about, evenly from all shards
+SAMPLE = (
+    1 << 25
+)  # characters of the training part that a BPE learns from, about, evenly from all shards
 BATCH = 1 << 20  # characters that are encoded at once
 
 
@@ -70,7 +72,9 @@ class Shards:
     val_bytes: int
 
 
-def load_shards(name: str, vocab_size: int, tokenizer_for: Callable[[str, int], Tokenizer]) -> Shards:
+def load_shards(
+    name: str, vocab_size: int, tokenizer_for: Callable[[str, int], Tokenizer]
+) -> Shards:
     """The shards of a source, verified; what is missing or damaged is made first.
 
     `name`: as `is_source` takes it. `tokenizer_for(text, vocab_size)` gives the tokenizer (text: a sample of the training part,
@@ -91,16 +95,23 @@ def load_shards(name: str, vocab_size: int, tokenizer_for: Callable[[str, int], 
             )
     else:
         kind = "bytes" if vocab_size == 256 else f"bpe{vocab_size}"
-        folder = data_dir() / "shards" / f"{Path(name).resolve().name}-{fingerprint(name)[:12]}-{kind}"
+        folder = (
+            data_dir() / "shards" / f"{Path(name).resolve().name}-{fingerprint(name)[:12]}-{kind}"
+        )
         if damage(folder, read_index(folder)):
-            with locked(folder):  # a second process waits here, and then finds the first one's shards
+            with locked(
+                folder
+            ):  # a second process waits here, and then finds the first one's shards
                 make(name, folder, vocab_size, tokenizer_for)
     return opened(folder)
 
 
 def opened(folder: Path) -> Shards:
     index = read_index(folder)
-    *train, val = [memory_map(folder / name, entry["tokens"], index["dtype"]) for name, entry in index["shards"].items()]
+    *train, val = [
+        memory_map(folder / name, entry["tokens"], index["dtype"])
+        for name, entry in index["shards"].items()
+    ]
     hashes = [index["tokenizer"], *(entry["sha256"] for entry in index["shards"].values())]
     return Shards(
         sha256=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
@@ -112,15 +123,22 @@ def opened(folder: Path) -> Shards:
 
 
 def memory_map(path: Path, tokens: int, dtype: str) -> np.ndarray:
-    return np.memmap(path, dtype, mode="r", shape=(tokens,)) if tokens else np.empty(0, dtype)  # nothing cannot be mapped
+    return (
+        np.memmap(path, dtype, mode="r", shape=(tokens,)) if tokens else np.empty(0, dtype)
+    )  # nothing cannot be mapped
 
 
 def read_index(folder: Path) -> dict | None:
     """The index of a folder of shards; None where there is none or it is damaged."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        whole = {"source", "tokenizer", "vocab_size"} <= index.keys() and index["dtype"] in ("<u2", "<u4")
-        whole = whole and all({"tokens", "bytes", "sha256"} <= entry.keys() for entry in index["shards"].values())
+        whole = {"source", "tokenizer", "vocab_size"} <= index.keys() and index["dtype"] in (
+            "<u2",
+            "<u4",
+        )
+        whole = whole and all(
+            {"tokens", "bytes", "sha256"} <= entry.keys() for entry in index["shards"].values()
+        )
         return index if whole and index["planned"] >= len(index["shards"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -139,7 +157,9 @@ def damage(folder: Path, index: dict | None) -> dict[str, str]:
             name: pool.submit(fault, folder / name, entry["tokens"] * size, entry["sha256"])
             for name, entry in index["shards"].items()
         }
-        for name, call in tqdm(calls.items(), desc="verifying shards", unit="shard", leave=False, disable=None):
+        for name, call in tqdm(
+            calls.items(), desc="verifying shards", unit="shard", leave=False, disable=None
+        ):
             if (why := call.result()) is not None:
                 wrong[name] = why
     if not wrong and (lacking := index["planned"] - len(index["shards"])):
@@ -153,7 +173,9 @@ def fault(path: Path, size: int | None, sha256: str) -> str | None:
         found = path.stat().st_size
         if size is not None and found != size:
             return f"{path.name} has {found:,} bytes and should have {size:,}"
-        return None if file_sha256(path) == sha256 else f"{path.name} is corrupt (its sha256 differs)"
+        return (
+            None if file_sha256(path) == sha256 else f"{path.name} is corrupt (its sha256 differs)"
+        )
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
@@ -163,7 +185,9 @@ def fault(path: Path, size: int | None, sha256: str) -> str | None:
 # ---- source -> shards
 
 
-def make(name: str, folder: Path, vocab_size: int, tokenizer_for: Callable[[str, int], Tokenizer]) -> None:
+def make(
+    name: str, folder: Path, vocab_size: int, tokenizer_for: Callable[[str, int], Tokenizer]
+) -> None:
     """Make the shards that are not there whole. Each is in the index as soon as it is finished, so a kill costs only those
     that were being made. Raises UserError for what is wrong with the source."""
     for left in folder.glob("*.tmp"):  # by a killed run; the lock says that none is being written
@@ -179,7 +203,7 @@ def make(name: str, folder: Path, vocab_size: int, tokenizer_for: Callable[[str,
         saved = (folder / "tokenizer.json").read_text(encoding="utf-8")
     else:
         saved = tokenizer_for(sample(jobs) if vocab_size > 256 else "", vocab_size).to_json()
-        place(folder / "tokenizer.json", lambda file: file.write(saved.encode()))
+        write_atomic(folder / "tokenizer.json", lambda file: file.write(saved.encode()))
     index = {
         "source": name,
         "tokenizer": hashlib.sha256(saved.encode()).hexdigest(),
@@ -188,18 +212,27 @@ def make(name: str, folder: Path, vocab_size: int, tokenizer_for: Callable[[str,
         "planned": len(jobs),
     }
     same = old and all(old.get(key) == value for key, value in index.items() if key != "source")
-    done = {shard: entry for shard, entry in old["shards"].items() if shard not in wrong} if same else {}
+    done = (
+        {shard: entry for shard, entry in old["shards"].items() if shard not in wrong}
+        if same
+        else {}
+    )
     todo = [shard for shard in jobs if shard not in done]
     with tqdm(total=len(jobs), initial=len(done), desc="shards", unit="shard", disable=None) as bar:
 
         def finished(shard: str, entry: dict) -> None:
             done[shard] = entry
             index["shards"] = {shard: done[shard] for shard in jobs if shard in done}
-            place(folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode()))
+            write_atomic(
+                folder / INDEX, lambda file: file.write(json.dumps(index, indent=1).encode())
+            )
             bar.update()
             bar.set_postfix_str(f"{sum(entry['tokens'] for entry in done.values()):,} tokens")
 
-        in_processes({shard: (folder / shard, jobs[shard], saved, index["dtype"]) for shard in todo}, finished)
+        in_processes(
+            {shard: (folder / shard, jobs[shard], saved, index["dtype"]) for shard in todo},
+            finished,
+        )
 
 
 def sample(jobs: dict) -> str:
@@ -250,7 +283,11 @@ def tie_to_parent() -> None:
 
 def make_shard(path: Path, parts: tuple, saved: str, dtype: str) -> dict:
     """Write the tokens of some parts, by the tokenizer whose JSON is `saved`, to `path` -> the shard's entry in the index."""
-    tokenizer, digest, entry = tokenizer_from_json(saved), hashlib.sha256(), {"tokens": 0, "bytes": 0}
+    tokenizer, digest, entry = (
+        tokenizer_from_json(saved),
+        hashlib.sha256(),
+        {"tokens": 0, "bytes": 0},
+    )
 
     def write(file) -> None:
         for text in batches(documents(parts)):
@@ -260,7 +297,7 @@ def make_shard(path: Path, parts: tuple, saved: str, dtype: str) -> dict:
             digest.update(tokens)
             file.write(tokens)
 
-    place(path, write)
+    write_atomic(path, write)
     return entry | {"sha256": digest.hexdigest()}
 
 

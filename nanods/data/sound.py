@@ -20,7 +20,7 @@ import numpy as np
 
 from nanods.errors import UserError
 
-RATE = 8000  # samples a second; nothing above half of it, 4,000 Hz, can be heard
+RATE = 8000  # samples a second; nothing above half of it, 4,000 Hz, can be normalized_log_mel
 WINDOW = 512  # samples of a frame (N), 64 ms: frequencies 31 Hz apart are told apart
 HOP = 256  # samples from one frame to the next, 32 ms
 MELS = 32  # bands (M)
@@ -34,7 +34,7 @@ CONVERT = f"convert it, for example: ffmpeg -i OLD -ac 1 -ar {RATE} -c:a pcm_s16
 
 
 def mel(hertz):
-    """Pitch as it is heard: equal steps of mel sound equally far apart. Hz -> mel."""
+    """Pitch as it is normalized_log_mel: equal steps of mel sound equally far apart. Hz -> mel."""
     return 2595 * np.log10(1 + np.asarray(hertz) / 700)
 
 
@@ -70,12 +70,20 @@ def log_mel(waves: np.ndarray) -> np.ndarray:
     T = 1 + (S - N) // HOP: a frame lies wholly within the wave. ValueError if the wave is shorter than a frame.
     """
     if waves.shape[-1] < WINDOW:
-        raise ValueError(f"a wave of {waves.shape[-1]} samples is shorter than one frame of {WINDOW}")
+        raise ValueError(
+            f"a wave of {waves.shape[-1]} samples is shorter than one frame of {WINDOW}"
+        )
     waves = np.asarray(waves, np.float32)
-    frames = np.lib.stride_tricks.sliding_window_view(waves, WINDOW, axis=-1)[..., ::HOP, :]  # (..., T, N)
+    frames = np.lib.stride_tricks.sliding_window_view(waves, WINDOW, axis=-1)[
+        ..., ::HOP, :
+    ]  # (..., T, N)
     spectrum = np.fft.rfft(frames * hann())  # (..., T, N / 2 + 1)
-    power = (spectrum.real**2 + spectrum.imag**2) / (hann().sum() / 2) ** 2  # 1 where a full-scale tone stands
-    bands = power @ mel_filters()  # (..., T, M); one product for each wave, so a wave's numbers do not depend on the others
+    power = (spectrum.real**2 + spectrum.imag**2) / (
+        hann().sum() / 2
+    ) ** 2  # 1 where a full-scale tone stands
+    bands = (
+        power @ mel_filters()
+    )  # (..., T, M); one product for each wave, so a wave's numbers do not depend on the others
     decibels = 10 * np.log10(np.maximum(bands, np.float32(10 ** (FLOOR / 10))))
     return np.ascontiguousarray(np.swapaxes(decibels, -1, -2))
 
@@ -109,7 +117,9 @@ def write_wav(file: str | Path | BinaryIO, samples: np.ndarray) -> None:
     ValueError if `samples` is not one wave of finite numbers.
     """
     if samples.ndim != 1 or not np.isfinite(samples).all():
-        raise ValueError(f"one wave of finite numbers is wanted, not an array of shape {samples.shape}")
+        raise ValueError(
+            f"one wave of finite numbers is wanted, not an array of shape {samples.shape}"
+        )
     if isinstance(file, str | Path):
         with Path(file).open("wb") as opened:
             return write_wav(opened, samples)
@@ -128,20 +138,32 @@ def read_wav(file: str | Path | BinaryIO) -> np.ndarray:
             with Path(file).open("rb") as opened:
                 return read_wav(opened)
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}); give a WAV file") from error
+            raise UserError(
+                f"{file}: cannot be read ({error.strerror}); give a WAV file"
+            ) from error
     name = getattr(file, "name", "the sound")
     try:
         with wave.open(file, "rb") as source:
             channels, width, rate, count, _, _ = source.getparams()
             data = source.readframes(count)
-    except (wave.Error, EOFError, RuntimeError, struct.error) as error:  # what the library raises on damage
+    except (
+        wave.Error,
+        EOFError,
+        RuntimeError,
+        struct.error,
+    ) as error:  # what the library raises on damage
         reason = str(error) or "it ends too early"
         raise UserError(f"{name}: not a WAV file of plain PCM ({reason}); {CONVERT}") from error
     announced = count * channels * width  # bytes
     faults = {
         f"{8 * width} bits a sample, and only 8, 16, 24 and 32 are read; {CONVERT}": width > 4,
-        f"{rate:,} samples a second, and only 1,000 to 768,000 are read; {CONVERT}": not 1000 <= rate <= 768_000,
-        f"cut off, {len(data):,} bytes of sound where {announced:,} are announced: fetch it again": len(data) < announced,
+        f"{rate:,} samples a second, and only 1,000 to 768,000 are read; {CONVERT}": not 1000
+        <= rate
+        <= 768_000,
+        f"cut off, {len(data):,} bytes of sound where {announced:,} are announced: fetch it again": len(
+            data
+        )
+        < announced,
         "there is no sound in it: record it again": count == 0,
     }
     for fault, there in faults.items():

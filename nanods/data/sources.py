@@ -18,7 +18,10 @@ from nanods.data.tokenizer import lines
 from nanods.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet")
-SAVED = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves in a folder; nanods/data/text.py reads that
+SAVED = (
+    "dataset_dict.json",
+    "state.json",
+)  # what datasets' save_to_disk leaves in a folder; nanods/data/text.py reads that
 INDEX = "shards.json"  # what nanods/data/shards.py leaves in a folder
 FINEWEB = "fineweb-edu"
 FINEWEB_ADDRESS = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
@@ -67,7 +70,10 @@ def fingerprint(name: str) -> str:
     if name == FINEWEB:
         what = [*FINEWEB_ADDRESS, HELD_OUT]
     else:
-        stats = [(path.relative_to(name).as_posix(), path.stat()) for path in sorted(text_files(Path(name)))]
+        stats = [
+            (path.relative_to(name).as_posix(), path.stat())
+            for path in sorted(text_files(Path(name)))
+        ]
         what = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats] + [SLICE, HELD_OUT]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
@@ -83,7 +89,9 @@ def plan(name: str) -> dict[str, tuple[Part | StreamPart, ...]]:
         train = [[StreamPart(i, total, HELD_OUT // total, False)] for i in range(total)]
     else:
         train, held_out = plan_folder(Path(name))
-    return {f"train-{i:05d}.bin": tuple(parts) for i, parts in enumerate(train)} | {"validation.bin": tuple(held_out)}
+    return {f"train-{i:05d}.bin": tuple(parts) for i, parts in enumerate(train)} | {
+        "validation.bin": tuple(held_out)
+    }
 
 
 def plan_folder(folder: Path) -> tuple[list[list[Part]], list[Part]]:
@@ -121,7 +129,9 @@ def documents(parts: Iterable[Part | StreamPart]) -> Iterator[str]:
 def read(part: Part | StreamPart) -> Iterator[str]:
     if isinstance(part, StreamPart):
         return streamed(part)
-    return {".txt": text_lines, ".jsonl": json_texts, ".parquet": column}[Path(part.path).suffix](part)
+    return {".txt": text_lines, ".jsonl": json_texts, ".parquet": column}[Path(part.path).suffix](
+        part
+    )
 
 
 def begun_in(part: Part) -> tuple[int, bytes]:
@@ -135,7 +145,9 @@ def begun_in(part: Part) -> tuple[int, bytes]:
             data = file.read(max(0, part.stop - at))
             return at, data if not data or data.endswith(b"\n") else data + file.readline()
     except OSError as error:
-        raise UserError(f"--data {part.path}: cannot be read ({error.strerror}); see to its permissions or its disk") from error
+        raise UserError(
+            f"--data {part.path}: cannot be read ({error.strerror}); see to its permissions or its disk"
+        ) from error
 
 
 def text_lines(part: Part) -> Iterator[str]:
@@ -157,7 +169,9 @@ def json_texts(part: Part) -> Iterator[str]:
                     f"({type(error).__name__}: {error}); mend or delete this line"
                 ) from None
             if text is not None:
-                yield text.encode(errors="replace").decode()  # "\\ud800" is JSON, and not to be said in UTF-8
+                yield text.encode(
+                    errors="replace"
+                ).decode()  # "\\ud800" is JSON, and not to be said in UTF-8
         at += len(line) + 1
 
 
@@ -172,7 +186,9 @@ def column(part: Part) -> Iterator[str]:
         try:
             for batch in file.iter_batches(1000, row_groups=[group], columns=["text"]):
                 first, at = at, at + batch.num_rows
-                few = batch.slice(max(0, part.start - first), max(0, min(at, part.stop) - max(first, part.start)))
+                few = batch.slice(
+                    max(0, part.start - first), max(0, min(at, part.stop) - max(first, part.start))
+                )
                 yield from (text for text in few.column(0).to_pylist() if text is not None)
         except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
             raise damaged_parquet(part.path, error) from error
@@ -181,8 +197,14 @@ def column(part: Part) -> Iterator[str]:
 def row_count(path: Path) -> int:
     file = open_parquet(path)
     if "text" not in file.schema_arrow.names:
-        raise UserError(f"--data {path}: no column called text, only {', '.join(file.schema_arrow.names)}; rename one")
-    if (kind := str(file.schema_arrow.field("text").type)) not in ("string", "large_string", "string_view"):
+        raise UserError(
+            f"--data {path}: no column called text, only {', '.join(file.schema_arrow.names)}; rename one"
+        )
+    if (kind := str(file.schema_arrow.field("text").type)) not in (
+        "string",
+        "large_string",
+        "string_view",
+    ):
         raise UserError(f"--data {path}: column text holds {kind}, not strings; convert it")
     return file.metadata.num_rows
 
@@ -199,7 +221,9 @@ def open_parquet(path: Path):
 
 
 def damaged_parquet(path: Path | str, error: Exception) -> UserError:
-    return UserError(f"--data {path}: no Parquet that can be read ({error}); fetch this file again, or take it away")
+    return UserError(
+        f"--data {path}: no Parquet that can be read ({error}); fetch this file again, or take it away"
+    )
 
 
 def stream():
@@ -246,7 +270,9 @@ def decode_text(name: str, data: bytes, at: int = 0) -> str:
     if not data:
         raise UserError(f"--data {name}: the file is empty; give a text to learn from")
     if (position := data.find(0)) >= 0:
-        raise UserError(f"--data {name}: a binary file (a zero byte at {at + position:,}); give a UTF-8 text file")
+        raise UserError(
+            f"--data {name}: a binary file (a zero byte at {at + position:,}); give a UTF-8 text file"
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:

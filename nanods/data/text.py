@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanods.data.download import data_dir, download, place
+from nanods.data.download import data_dir, download, write_atomic
 from nanods.data.pydocs import pydocs_text
 from nanods.data.shards import Tokens, load_shards
 from nanods.data.sources import FINEWEB, SAVED, decode_text, is_source
@@ -36,7 +36,9 @@ class TextData:
 
     name: str  # a name of NAMES, or the path that was given
     sha256: str  # of the whole text in UTF-8; of shards, of their hashes
-    train: np.memmap | Tokens  # token ids, 1-D, uint16 (uint32 from 65,537 tokens of vocabulary), read-only; Tokens for shards
+    train: (
+        np.memmap | Tokens
+    )  # token ids, 1-D, uint16 (uint32 from 65,537 tokens of vocabulary), read-only; Tokens for shards
     val: np.memmap
     tokenizer: ByteTokenizer | BPETokenizer
     val_bytes: int  # length of the validation text in UTF-8: bits per byte = nats per token * tokens / ln 2 / bytes
@@ -60,10 +62,14 @@ def load_text(name_or_path: str, vocab_size: int = 256) -> TextData:
     `name_or_path` or `vocab_size`, for a failed download and for a missing extra.
     """
     if is_source(name_or_path):
-        return TextData(name=name_or_path, **vars(load_shards(name_or_path, vocab_size, tokenizer_for)))
+        return TextData(
+            name=name_or_path, **vars(load_shards(name_or_path, vocab_size, tokenizer_for))
+        )
     train, val = read_splits(name_or_path)
     if not train or not val:
-        raise UserError(f"--data {name_or_path}: the text is too short to split into training and validation")
+        raise UserError(
+            f"--data {name_or_path}: the text is too short to split into training and validation"
+        )
     tokenizer = tokenizer_for(train, vocab_size)
     return TextData(
         name=name_or_path,
@@ -97,7 +103,9 @@ def read_splits(name: str) -> tuple[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         raise unknown(name) from None
     except OSError as error:
-        raise UserError(f"--data {name}: cannot be read ({error.strerror}); give a UTF-8 text file") from error
+        raise UserError(
+            f"--data {name}: cannot be read ({error.strerror}); give a UTF-8 text file"
+        ) from error
     return split(decode_text(name, data))
 
 
@@ -146,7 +154,9 @@ def read_dataset(name: str) -> tuple[str, str]:
         ) from error
     parts = found if isinstance(found, dict) else {"train": found}
     if "train" not in parts:
-        raise UserError(f"--data {name}: no split called train, only {', '.join(parts)}; rename one")
+        raise UserError(
+            f"--data {name}: no split called train, only {', '.join(parts)}; rename one"
+        )
     if "validation" in parts:
         return joined(name, parts["train"]), joined(name, parts["validation"])
     return split(joined(name, parts["train"]))
@@ -154,7 +164,9 @@ def read_dataset(name: str) -> tuple[str, str]:
 
 def joined(name: str, rows) -> str:
     if "text" not in rows.column_names:
-        raise UserError(f"--data {name}: no column called text, only {', '.join(rows.column_names)}; rename one")
+        raise UserError(
+            f"--data {name}: no column called text, only {', '.join(rows.column_names)}; rename one"
+        )
     return "".join(row if row.endswith("\n") else row + "\n" for row in rows["text"])
 
 
@@ -164,7 +176,9 @@ def joined(name: str, rows) -> str:
 def tokenizer_for(train: str, vocab_size: int) -> ByteTokenizer | BPETokenizer:
     """Bytes for a vocabulary of 256, a BPE of this training text for a larger one. Raises UserError for a smaller one."""
     if vocab_size < 256:
-        raise UserError(f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes alone)")
+        raise UserError(
+            f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes alone)"
+        )
     return ByteTokenizer() if vocab_size == 256 else trained_bpe(train, vocab_size)
 
 
@@ -179,7 +193,7 @@ def trained_bpe(train: str, vocab_size: int) -> BPETokenizer:
         except (UserError, ValueError):
             pass  # damaged: train it again; if the library is missing, that says so
     tokenizer = BPETokenizer.train(train, vocab_size)
-    place(path, lambda file: file.write(tokenizer.to_json().encode()))
+    write_atomic(path, lambda file: file.write(tokenizer.to_json().encode()))
     return tokenizer
 
 
@@ -189,7 +203,7 @@ def token_file(text: str, tokenizer: ByteTokenizer | BPETokenizer) -> np.memmap:
     if (tokens := open_tokens(path)) is None:
         dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
         encoded = encode_corpus(text, tokenizer, dtype)
-        place(path, lambda file: np.save(file, encoded))
+        write_atomic(path, lambda file: np.save(file, encoded))
         tokens = open_tokens(path)
     return tokens
 
@@ -197,7 +211,11 @@ def token_file(text: str, tokenizer: ByteTokenizer | BPETokenizer) -> np.memmap:
 def open_tokens(path: Path) -> np.memmap | None:
     try:
         tokens = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # missing, damaged or shorter than its header says, empty
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+    ):  # missing, damaged or shorter than its header says, empty
         return None
     return tokens if path.stat().st_size == tokens.offset + tokens.nbytes else None
 

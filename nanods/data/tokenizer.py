@@ -23,7 +23,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int64 of shape (bytes,). What no UTF-8 can say (lone surrogates) becomes "?"."""
-        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(
+            np.int64
+        )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes behind the tokens. They may end inside a character: stream them through
@@ -51,7 +53,9 @@ class BPETokenizer:
         except UserError:
             raise
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"the saved tokenizer is damaged ({error}): take another checkpoint") from error
+            raise UserError(
+                f"the saved tokenizer is damaged ({error}): take another checkpoint"
+            ) from error
         byte_of = byte_of_symbol()
         vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
         self._bytes = [bytes(byte_of[symbol] for symbol in token) for token, _ in vocabulary]
@@ -66,7 +70,9 @@ class BPETokenizer:
         tokenizers = import_tokenizers()
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         # GPT-2's pattern: merges stay within a word with its leading space, a number, or a run of punctuation.
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=True
+        )
         alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[], show_progress=False
@@ -104,7 +110,9 @@ def tokenizer_from_json(text: str) -> ByteTokenizer | BPETokenizer:
         saved = json.loads(text)
         is_bytes = saved.get("type") == "bytes"
     except (ValueError, AttributeError) as error:
-        raise UserError(f"the saved tokenizer is damaged ({error}): take another checkpoint") from error
+        raise UserError(
+            f"the saved tokenizer is damaged ({error}): take another checkpoint"
+        ) from error
     return ByteTokenizer() if is_bytes else BPETokenizer(text)
 
 
@@ -118,7 +126,9 @@ def byte_of_symbol() -> dict[str, int]:
     """GPT-2's alphabet: a printable byte of Latin-1 is written as itself, the others in order as U+0100, U+0101, ..."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 def import_tokenizers():

@@ -50,12 +50,17 @@ class Checkpoint:
         return load_file(self.path / FILES[1])
 
 
-def save(out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
+def save(
+    out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict
+) -> None:
     """Write OUT/step_NNNNNN and delete all but the last two. Raises OSError (disk full, not writable) with nothing lost."""
 
     def fill(folder: Path) -> None:
         for file, tensors in zip(FILES, (model, optimizer), strict=False):
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / file)
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                folder / file,
+            )
 
     write(out, step, state, fill)
 
@@ -70,13 +75,17 @@ def write(out: Path, step: int, state: dict, fill: Callable[[Path], None]) -> No
         try:
             fill(temporary)
         except SafetensorError as error:  # it wraps the operating system's refusals
-            raise UserError(f"{final} cannot be written ({error}): free some space, or choose another --out-dir") from None
+            raise UserError(
+                f"{final} cannot be written ({error}): free some space, or choose another --out-dir"
+            ) from None
         (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         sums = "".join(f"{file_sha256(temporary / name)}  {name}\n" for name in FILES)
         (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
-        if final.exists():  # a checkpoint of this step that turned out broken, or is being made again
+        if (
+            final.exists()
+        ):  # a checkpoint of this step that turned out broken, or is being made again
             shutil.rmtree(final)
         temporary.rename(final)
         sync(out)
@@ -90,13 +99,15 @@ def write(out: Path, step: int, state: dict, fill: Callable[[Path], None]) -> No
 def found(out: Path) -> list[Path]:
     """The checkpoints in a run directory, oldest first."""
     paths = [path for path in out.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(paths, key=lambda path: int(path.name[5:]))  # by name, step 1000000 would come before 200000
+    return sorted(
+        paths, key=lambda path: int(path.name[5:])
+    )  # by name, step 1000000 would come before 200000
 
 
 def load(out: Path, once: Callable[[Callable[[], int]], int] = lambda find: find()) -> Checkpoint:
     """The newest whole checkpoint of a run directory. Raises UserError where there is none.
 
-    `once`: Team.once, where one of several processes is to look through the files and tell the others.
+    `once`: ProcessGroups.once, where one of several processes is to look through the files and tell the others.
     """
     path = out / f"step_{once(lambda: newest(out)):06d}"
     return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
@@ -105,7 +116,9 @@ def load(out: Path, once: Callable[[Callable[[], int]], int] = lambda find: find
 def newest(out: Path) -> int:
     """The step of the newest whole checkpoint."""
     if not (paths := found(out)):
-        raise UserError(f"no checkpoint in {out}: train one first (`python train.py PRESET`), or name its run directory")
+        raise UserError(
+            f"no checkpoint in {out}: train one first (`python train.py PRESET`), or name its run directory"
+        )
     for path in reversed(paths):
         if fault := broken(path):
             print(f"warning: {path} is broken ({fault}); trying the one before", file=sys.stderr)
@@ -117,7 +130,10 @@ def newest(out: Path) -> int:
 def broken(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        sums = dict(line.split("  ")[::-1] for line in (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
+        sums = dict(
+            line.split("  ")[::-1]
+            for line in (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        )
         for name in FILES:
             if sums.get(name) != file_sha256(path / name):
                 return f"{name} is not what was written"
@@ -148,7 +164,9 @@ def sync(path: Path) -> None:
 # ---- what goes in ----------------------------------------------------------------------------------------------------------
 
 
-def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
     """The optimizers' state by the parameter's name: {"Muon/blocks.0.mlp.up.weight/momentum_buffer": ...}, and the RNG."""
     names = {p: name for name, p in model.named_parameters()}
     tensors = {"rng/cpu": torch.get_rng_state()}
@@ -167,7 +185,9 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: Ch
     restore_optimizers(model, optimizers, saved.optimizer)
 
 
-def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+def restore_optimizers(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> None:
     """The inverse of `optimizer_tensors`."""
     parameters = dict(model.named_parameters())
     by_name = {type(optimizer).__name__: optimizer for optimizer in optimizers}
@@ -194,12 +214,16 @@ def restore_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> N
 def build(config: Config) -> GPT | Multimodal:
     """The model that a configuration asks for, untrained. Raises UserError where it cannot be."""
     try:
-        return Multimodal(config.model, config.multimodal) if config.multimodal.modalities else GPT(config.model)
+        return (
+            Multimodal(config.model, config.multimodal)
+            if config.multimodal.modalities
+            else GPT(config.model)
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def saved_model(checkpoint: Checkpoint) -> GPT | Multimodal:
+def load_model(checkpoint: Checkpoint) -> GPT | Multimodal:
     """The model that a checkpoint holds, in eval mode, on the CPU. Raises UserError as `restore_model` does."""
     model = build(from_dict(checkpoint.state["config"])).eval()
     restore_model(model, checkpoint.model, checkpoint.path)
@@ -208,8 +232,16 @@ def saved_model(checkpoint: Checkpoint) -> GPT | Multimodal:
 
 # ---- a start from another run's weights ------------------------------------------------------------------------------------
 
-TRUNK = ("n-layer", "n-head", "n-embd", "hidden-ratio", "vocab-size", "rope-base", "sharpness")
-ENDS = ("modalities", "shared", "width", "image-side", "patch-side", "frames", "patch-frames")  # of V3
+TRUNK = ("n-layer", "n-head", "n-embd", "hidden-ratio", "vocab-size", "rope-base", "query-gain")
+ENDS = (
+    "modalities",
+    "shared",
+    "width",
+    "image-size",
+    "patch-size",
+    "frames",
+    "patch-frames",
+)  # of V3
 SAME = (*TRUNK, *(f"multimodal.{name}" for name in ENDS))
 
 
@@ -223,7 +255,11 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
     found = load(path)
     source = from_dict(found.state["config"])
     was, want = flatten(source), flatten(config)
-    different = [f"--{name} {was[name]} (asked for: {want[name]})" for name in SAME if was[name] != want[name]]
+    different = [
+        f"--{name} {was[name]} (asked for: {want[name]})"
+        for name in SAME
+        if was[name] != want[name]
+    ]
     if different:
         raise UserError(
             f"--init-from {path}: that run has {', '.join(different)}. Its weights fit a model of the same sizes alone: "
@@ -242,7 +278,9 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
             )
         weights = upcycle(weights, has, config.init_noise, config.seed)
         own = model.state_dict()
-        weights |= {name: own[name] for name in own.keys() - weights.keys()}  # the gates and their biases
+        weights |= {
+            name: own[name] for name in own.keys() - weights.keys()
+        }  # the gates and their biases
         done += f", each MLP copied to {has} experts (noise {config.init_noise:g})"
     elif had != has:
         raise UserError(

@@ -36,7 +36,11 @@ def sparsity_report(model: GPT, tokens: Tensor) -> dict:
     layers = inspected(model, tokens)
     shares = {"keys_read": [], "weight_read": [], "best_found": []}
     for stats in layers:
-        q, k, blocks = stats["q"].float(), stats["k"].float(), stats["blocks"]  # (1, H, T, D), (1, H, R, K)
+        q, k, blocks = (
+            stats["q"].float(),
+            stats["k"].float(),
+            stats["blocks"],
+        )  # (1, H, T, D), (1, H, R, K)
         read = block_mask(q, k, blocks, size, causal=True)  # (1, H, T, T)
         past = visible(q, k, True, None)
         weights = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~past, float("-inf")).softmax(dim=-1)
@@ -46,7 +50,13 @@ def sparsity_report(model: GPT, tokens: Tensor) -> dict:
     shares = {name: torch.stack(rows).double().cpu().numpy() for name, rows in shares.items()}
     layer, head = np.unravel_index(shares["weight_read"].argmin(), shares["weight_read"].shape)
     blocks = layers[layer]["blocks"][0, head].cpu().numpy()
-    return shares | {"tokens": T, "block_size": size, "layer": int(layer), "head": int(head), "blocks": blocks}
+    return shares | {
+        "tokens": T,
+        "block_size": size,
+        "layer": int(layer),
+        "head": int(head),
+        "blocks": blocks,
+    }
 
 
 def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
@@ -56,10 +66,14 @@ def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
     """
     T = weights.size(-1)
     pad = (0, -T % size)
-    by_block = torch.nn.functional.pad(weights, pad).unflatten(-1, (-1, size)).sum(dim=-1)  # (1, H, T, N)
+    by_block = (
+        torch.nn.functional.pad(weights, pad).unflatten(-1, (-1, size)).sum(dim=-1)
+    )  # (1, H, T, N)
     chosen = torch.nn.functional.pad(read, pad).unflatten(-1, (-1, size)).any(dim=-1)
     own = torch.arange(T, device=weights.device) // size
-    by_block = by_block.masked_fill(torch.arange(by_block.size(-1), device=own.device) >= own[:, None], -1.0)
+    by_block = by_block.masked_fill(
+        torch.arange(by_block.size(-1), device=own.device) >= own[:, None], -1.0
+    )
     hard = own > top_blocks
     if not hard.any():
         return weights.new_ones(weights.size(1))
@@ -68,13 +82,13 @@ def found(weights: Tensor, read: Tensor, size: int, top_blocks: int) -> Tensor:
 
 
 @torch.no_grad()
-def experts_of(model: GPT, tokens: Tensor) -> np.ndarray:
+def chosen_experts(model: GPT, tokens: Tensor) -> np.ndarray:
     """The experts that each token of a sequence chose, the likeliest first: tokens (T,) -> (L, T, K)."""
     layers = inspected(model, tokens)
     return torch.stack([stats["experts"][0] for stats in layers]).cpu().numpy()
 
 
-class LoadWatch:
+class LoadMonitor:
     """An alarm for each layer's router: an expert that starves, or a choice that has collapsed onto few experts.
 
     Judged on a running mean of the load over about 20 steps, from the 20th on: below a tenth of an even share an expert
@@ -94,9 +108,13 @@ class LoadWatch:
         E, faults = share.size(-1), {}
         for layer, row in enumerate(self.mean.cpu()):
             if torch.special.entr(row).sum() < 0.5 * math.log(E):
-                faults[layer, "all"] = f"layer {layer}: the router collapses ({row.max():.0%} of the load on one expert of {E})"
+                faults[layer, "all"] = (
+                    f"layer {layer}: the router collapses ({row.max():.0%} of the load on one expert of {E})"
+                )
             for e in (row < 0.1 / E).nonzero().flatten().tolist():
-                faults[layer, e] = f"layer {layer}: expert {e} starves ({row[e] * E:.0%} of an even share)"
+                faults[layer, e] = (
+                    f"layer {layer}: expert {e} starves ({row[e] * E:.0%} of an even share)"
+                )
         new = [text for key, text in faults.items() if key not in self.told]
         self.told |= faults.keys()
         told = {"alarm": "; ".join(faults.values())} if faults else {}

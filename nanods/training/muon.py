@@ -6,7 +6,7 @@ the spectral norm of the update, times sqrt(R / C) for a tall matrix (R, C), so 
 
 `torch.optim.Muon` is the same algorithm, one matrix at a time and always in bf16. Here matrices of one shape go through it
 stacked, which makes the products large enough to pay, and a CPU without bf16 units, which would have to emulate them,
-orthogonalises in the weights' own dtype (LOG.md has the figures). fp64 stays fp64 everywhere, so that runs can be compared
+orthogonalises in the weights' own dtype (LOG.md has the figures). fp64 stays fp64 everywhere, so that runs can be pair_weights
 exactly. tests/training/test_muon.py holds the two together.
 """
 
@@ -15,8 +15,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the post: chosen for slope at zero; singular values end near 1
-TABLES = ("embedding.weight", "place", "head.weight", "gate.weight")  # a row each for what is a thing of its own: AdamW's
+COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # a, b, c of the post: chosen for slope at zero; singular values end near 1
+TABLES = (
+    "embedding.weight",
+    "place",
+    "head.weight",
+    "gate.weight",
+)  # a row each for what is a thing of its own: AdamW's
 STACKED = 32  # matrices in one stack at most: the copies must not take the memory of a model of many layers
 
 
@@ -24,10 +33,14 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware: a GPU that says so, or a CPU with such instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch cannot tell
+    if device.type != "cpu" or not hasattr(
+        torch.cpu, "get_capabilities"
+    ):  # older PyTorch cannot tell
         return False
     has = torch.cpu.get_capabilities()
-    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # two of x86, one of ARM
+    return any(
+        has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )  # two of x86, one of ARM
 
 
 def products_dtype(G: Tensor) -> torch.dtype:
@@ -44,7 +57,9 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     X = G.to(products_dtype(G)).flatten(0, -3)  # (N, R, C)
     if tall := X.size(-2) > X.size(-1):
         X = X.mT  # X X^T is then the smaller of the two products
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values at most 1, where the iteration converges
+    X = X / (
+        X.norm(dim=(-2, -1), keepdim=True) + 1e-7
+    )  # singular values at most 1, where the iteration converges
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
@@ -75,21 +90,32 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every}
         super().__init__(params, defaults | {"orthogonalise": orthogonalise})
         if any(p.ndim not in (2, 3) for group in self.param_groups for p in group["params"]):
-            raise ValueError("Muon updates matrices, or stacks of them: give other parameters to AdamW")
+            raise ValueError(
+                "Muon updates matrices, or stacks of them: give other parameters to AdamW"
+            )
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = [p for i, p in enumerate(group["params"]) if p.grad is not None and self.due(p, i, group)]
+            params = [
+                p
+                for i, p in enumerate(group["params"])
+                if p.grad is not None and self.due(p, i, group)
+            ]
             lr = group["lr"] * group["every"]
-            kind = {p: (p.shape, getattr(p, "placements", None)) for p in params}  # of a shard also where the others are
+            kind = {
+                p: (p.shape, getattr(p, "placements", None)) for p in params
+            }  # of a shard also where the others are
             for shape, where in dict.fromkeys(kind.values()):  # each once, in a fixed order
                 alike = [p for p in params if kind[p] == (shape, where)]
                 rate = lr * max(1, shape[-2] / shape[-1]) ** 0.5
                 at_once = max(1, STACKED // shape[:-2].numel())
                 for some in (alike[i : i + at_once] for i in range(0, len(alike), at_once)):
                     directions = torch.stack(
-                        [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in some]  # Nesterov
+                        [
+                            p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"])
+                            for p in some
+                        ]  # Nesterov
                     )
                     updates = group["orthogonalise"](directions)
                     for p, update in zip(some, updates, strict=True):

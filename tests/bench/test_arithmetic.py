@@ -8,7 +8,16 @@ import torch
 
 from nanods.attention import AttentionConfig
 from nanods.bench import arithmetic
-from nanods.bench.arithmetic import DIGITS, Problem, answers, exam, is_held_out, practice, score, text_of
+from nanods.bench.arithmetic import (
+    DIGITS,
+    Problem,
+    answers,
+    exam,
+    is_held_out,
+    practice,
+    score,
+    text_of,
+)
 from nanods.gpt import GPT, GPTConfig
 
 KINDS = pytest.mark.parametrize("kind", list(DIGITS))
@@ -98,8 +107,12 @@ def test_the_score_is_1_for_right_answers_and_0_for_one_wrong_digit(kind, units_
 
 
 def test_a_model_that_never_ends_its_line_is_cut_off_and_wrong():
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, context_length=64, attention=AttentionConfig("dense"))
-    model = GPT(config).eval()  # before the first step all logits are 0, and the likeliest token is the zero byte
+    config = GPTConfig(
+        n_layer=1, n_head=2, n_embd=16, context_length=64, attention=AttentionConfig("dense")
+    )
+    model = GPT(
+        config
+    ).eval()  # before the first step all logits are 0, and the likeliest token is the zero byte
     assert answers(model, ["12*34=", "56*78="]) == ["\0" * arithmetic.LONGEST] * 2
     assert score(model, exam("*", 20), True) == 0.0
 
@@ -109,7 +122,12 @@ def test_a_finished_table_says_what_v2_gains():
         scores = {"+": plus, "*": times, "both": (plus + times) / 2}
         return {"variant": variant, "seed": seed, "score": scores, "cpu_seconds": 60.0}
 
-    runs = [run("v1", 0, 0.4, 0.0), run("v1", 1, 0.6, 0.0), run("v1-2f", 0, 0.8, 0.4), run("v2", 0, 0.75, 0.5)]
+    runs = [
+        run("v1", 0, 0.4, 0.0),
+        run("v1", 1, 0.6, 0.0),
+        run("v1-2f", 0, 0.8, 0.4),
+        run("v2", 0, 0.75, 0.5),
+    ]
     summary = arithmetic.summarise(runs)
     assert summary["variants"]["v1"]["+"] == {"mean": 0.5, "least": 0.4, "most": 0.6}
     assert summary["variants"]["v1"]["seeds"] == 2
@@ -127,11 +145,23 @@ def test_the_table_and_the_picture_are_written(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(arithmetic, "train", train)
     monkeypatch.setenv("NANODS_DATA", str(tmp_path))
-    words = ["--lines", "300", "--seeds", "2", "--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    words = [
+        "--lines",
+        "300",
+        "--seeds",
+        "2",
+        "--results",
+        str(tmp_path),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     monkeypatch.setattr("sys.argv", ["arithmetic", *words])
     arithmetic.main()
     table = json.loads((tmp_path / "arithmetic.json").read_text())
-    assert len(table["runs"]) == 6 and set(table["verdict"]) == {"v2 against v1", "v2 against v1-2f"}
+    assert len(table["runs"]) == 6 and set(table["verdict"]) == {
+        "v2 against v1",
+        "v2 against v1-2f",
+    }
     assert table["verdict"]["v2 against v1"]["*"] == {"points": 0.0, "ratio": 1.0}
     assert (tmp_path / "arithmetic.png").stat().st_size > 10_000
     assert "v2 against v1-2f: both +0.0 points" in capsys.readouterr().out

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from nanods.bench.experts import EVERY, WINDOW, equal_steps, explained, figures, gap, spikes, variants
+from nanods.bench.experts import (
+    EVERY,
+    WINDOW,
+    equal_steps,
+    explained,
+    figures,
+    gap,
+    spikes,
+    variants,
+)
 
 
 def test_a_spike_stands_out_of_the_steps_before_it():
@@ -44,8 +53,14 @@ def test_figures_of_a_run_with_experts_and_a_warm_start():
     rows = [{"step": 0, "val_loss": 2.5}, *(row(step) for step in range(1, 101))]
     rows[-1] |= last
     told = figures(rows)
-    assert told["val_loss_at_step_0"] == 2.5 and told["optimizer_share_of_time"] == pytest.approx(0.5)
-    assert told["val_load_least_over_mean"] == 0.5 and told["dropped"] == pytest.approx(0.25) and told["spikes"] == 0
+    assert told["val_loss_at_step_0"] == 2.5 and told["optimizer_share_of_time"] == pytest.approx(
+        0.5
+    )
+    assert (
+        told["val_load_least_over_mean"] == 0.5
+        and told["dropped"] == pytest.approx(0.25)
+        and told["spikes"] == 0
+    )
     assert told["load_history"] == [[[1.5, 0.5]]] * (100 // EVERY)
 
 

@@ -37,8 +37,12 @@ def test_the_lessons_grow_from_near_to_far():
     args = recall.Args(near_steps=3, grow_steps=10, far_steps=3)
     tasks = [lesson(step, args) for step in range(16)]
     assert tasks[:4] == [NEAR] * 4 and tasks[13:] == [FAR] * 3
-    assert all(a <= b for before, after in pairwise(tasks) for a, b in zip(before, after, strict=True))
-    assert all(draw(0, step, 2, task).tokens.shape == (2, task.T) for step, task in enumerate(tasks))
+    assert all(
+        a <= b for before, after in pairwise(tasks) for a, b in zip(before, after, strict=True)
+    )
+    assert all(
+        draw(0, step, 2, task).tokens.shape == (2, task.T) for step, task in enumerate(tasks)
+    )
 
 
 def test_the_shortest_sequences_are_read_whole():
@@ -65,7 +69,10 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_keys_values_and_places_are_all_used():
     tokens, told, asked = draw(0, 3, 200)
     assert tokens.unique().numel() == 3 * KINDS
-    assert asked.unique().numel() == (FAR.T - FAR.asked) // 2 and told.unique().numel() == FAR.told // 2
+    assert (
+        asked.unique().numel() == (FAR.T - FAR.asked) // 2
+        and told.unique().numel() == FAR.told // 2
+    )
 
 
 def test_reached_says_whether_a_head_reads_the_pairs_block():
@@ -76,7 +83,9 @@ def test_reached_says_whether_a_head_reads_the_pairs_block():
     found = reached(blocks, batch, 16)
     assert not found[:, 0].any()
     assert torch.equal(found[:, 1], batch.told < 16)
-    assert torch.equal(reached(blocks[:, :, ::16], batch, 16), found), "a tile's choice is that of each of its queries"
+    assert torch.equal(reached(blocks[:, :, ::16], batch, 16), found), (
+        "a tile's choice is that of each of its queries"
+    )
 
 
 def test_a_finished_run_is_kept_and_other_settings_are_refused(tmp_path, monkeypatch, capsys):

@@ -33,8 +33,14 @@ def test_a_finished_run_is_taken_as_it_is(tmp_path, monkeypatch):
 
 
 def test_a_peak_is_not_that_of_the_process_that_started_it():
-    held = torch.ones(1 << 27)  # 512 MiB, far above the peak of a child that has little more than torch
-    rise = int(subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout)
+    held = torch.ones(
+        1 << 27
+    )  # 512 MiB, far above the peak of a child that has little more than torch
+    rise = int(
+        subprocess.run(
+            [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert 0.95 < rise / (4 << 25) < 1.2 and len(held)
 
 
@@ -42,4 +48,7 @@ def test_what_one_bench_expects_does_not_forget_anothers(tmp_path):
     path = tmp_path / "expected.json"
     runs.expect(path, {"v0-tiny/pydocs": {"val_bpb": 2.0}, "v3-tiny/scenes": {"val_recall1": 0.9}})
     runs.expect(path, {"v3-tiny/scenes": {"val_recall1": 0.99}})
-    assert json.loads(path.read_text()) == {"v0-tiny/pydocs": {"val_bpb": 2.0}, "v3-tiny/scenes": {"val_recall1": 0.99}}
+    assert json.loads(path.read_text()) == {
+        "v0-tiny/pydocs": {"val_bpb": 2.0},
+        "v3-tiny/scenes": {"val_recall1": 0.99},
+    }

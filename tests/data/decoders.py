@@ -9,7 +9,17 @@ from itertools import product
 
 import numpy as np
 
-from nanods.data.scenes import COLOURS, OVERTONES, PALETTE, PITCHES, RADII, RELATIONS, SHAPES, SIZES, covered
+from nanods.data.scenes import (
+    COLOURS,
+    OVERTONES,
+    PALETTE,
+    PITCHES,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    covered,
+)
 from nanods.data.sound import RATE
 
 # ---- captions: a grammar of its own
@@ -28,7 +38,9 @@ RELATION_WORDS = {
     "left": "left of", "its left": "left of", "right": "right of", "its right": "right of", "above": "above", "over": "above",
     "higher": "above", "below": "below", "under": "below", "lower": "below",
 }  # fmt: skip
-THING = re.compile(rf"(?:a|the|one) ({'|'.join(SIZE_WORDS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPE_WORDS)})\b")
+THING = re.compile(
+    rf"(?:a|the|one) ({'|'.join(SIZE_WORDS)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPE_WORDS)})\b"
+)
 RELATION = re.compile(rf"\b(?:its )?({'|'.join(RELATION_WORDS)})\b")
 
 
@@ -39,12 +51,14 @@ def read_caption(text):
     )
     (word,) = RELATION.findall(THING.sub("", text))
     relation = RELATIONS.index(RELATION_WORDS[word])
-    if " has " in text or re.match(RELATION, re.sub("^(to|on) the ", "", text)):  # the second thing is where it says
+    if " has " in text or re.match(
+        RELATION, re.sub("^(to|on) the ", "", text)
+    ):  # the second thing is where it says
         first, second = second, first
     return (*first, relation, *second)
 
 
-# ---- images: two spots parted by an empty stripe, each compared with all outlines
+# ---- images: two spots parted by an empty stripe, each pair_weights with all outlines
 
 CROP = 17  # pixels; the widest object has 13
 KINDS = list(product(range(len(SHAPES)), range(len(SIZES)), range(3), range(5), range(5)))
@@ -61,7 +75,9 @@ def outlines():
 def read_image(image, templates):
     ground = np.median(image.reshape(3, -1), axis=1)[:, None, None]
     spots = abs(image - ground).max(axis=0) > 0.22
-    spots &= sum(np.roll(spots, shift, axis) for shift in (-1, 1) for axis in (0, 1)) >= 2  # no lone pixels
+    spots &= (
+        sum(np.roll(spots, shift, axis) for shift in (-1, 1) for axis in (0, 1)) >= 2
+    )  # no lone pixels
     columns, rows = (np.flatnonzero(spots.any(axis=axis)) for axis in (0, 1))
     beside = np.diff(columns).max() > np.diff(rows).max()
     if beside:
@@ -80,9 +96,13 @@ def read_spot(image, spot, ground, templates):
     top, left = (round((at[0] + at[-1] + 1) / 2 - CROP / 2) for at in (y, x))
     near = np.zeros_like(spot)
     near[max(0, y[0] - 1) : y[-1] + 2, max(0, x[0] - 1) : x[-1] + 2] = True
-    crop = np.pad(image * near, ((0, 0), (CROP, CROP), (CROP, CROP)))[:, top + CROP :, left + CROP :][:, :CROP, :CROP]
+    crop = np.pad(image * near, ((0, 0), (CROP, CROP), (CROP, CROP)))[
+        :, top + CROP :, left + CROP :
+    ][:, :CROP, :CROP]
     paint = PALETTE - ground[:, 0, 0]  # (colour, 3)
-    error = (templates**2).sum(axis=1)[:, None] * (paint**2).sum(axis=1) - 2 * templates @ (paint @ crop.reshape(3, -1)).T
+    error = (templates**2).sum(axis=1)[:, None] * (paint**2).sum(axis=1) - 2 * templates @ (
+        paint @ crop.reshape(3, -1)
+    ).T
     kind, colour = np.unravel_index(error.argmin(), error.shape)
     return KINDS[kind][0], int(colour), KINDS[kind][1]
 
@@ -112,10 +132,15 @@ def peak(piece):
 
 def read_tone(piece):
     strength = spectrum(piece)
-    best = [[strength[int(k * hertz * 0.97) : int(k * hertz * 1.03) + 1].max() for k in (1, 2, 3, 4)] for hertz in PITCHES]
-    low = np.flatnonzero(strength > 0.4 * strength.max())[0]  # the rising flank of the lowest strong partial
+    best = [
+        [strength[int(k * hertz * 0.97) : int(k * hertz * 1.03) + 1].max() for k in (1, 2, 3, 4)]
+        for hertz in PITCHES
+    ]
+    low = np.flatnonzero(strength > 0.4 * strength.max())[
+        0
+    ]  # the rising flank of the lowest strong partial
     hertz = low + strength[low : low + 40].argmax()
     colour = abs(np.log2(PITCHES / hertz)).argmin()
-    heard = np.array(best[colour]) / best[colour][0]
-    shape = ((OVERTONES - heard) ** 2).sum(axis=1).argmin()
+    normalized_log_mel = np.array(best[colour]) / best[colour][0]
+    shape = ((OVERTONES - normalized_log_mel) ** 2).sum(axis=1).argmin()
     return int(shape), int(colour), int(len(piece) > 0.23 * RATE)

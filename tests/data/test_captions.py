@@ -31,7 +31,12 @@ def names(rows):
     return [(path.name, caption) for path, caption in rows]
 
 
-ROWS = [("b.jpg", "A dog ."), ("a.jpg", "a cat, asleep"), ("b.jpg", "dog again"), ("c.png", "naïve café")]
+ROWS = [
+    ("b.jpg", "A dog ."),
+    ("a.jpg", "a cat, asleep"),
+    ("b.jpg", "dog again"),
+    ("c.png", "naïve café"),
+]
 FILES = {"a.jpg": "", "b.jpg": "", "c.png": ""}
 TOKENS = "".join(f"{name}#{i}\t{caption}\n" for i, (name, caption) in enumerate(ROWS))
 CSV = 'image,caption\nb.jpg,A dog .\na.jpg,"a cat, asleep"\nb.jpg,dog again\nc.png,naïve café\n'
@@ -55,11 +60,16 @@ class TestForms:
             ("Flickr8k.token.txt", TOKENS),
             ("results_20130124.token", TOKENS.replace("\n", "\r\n\r\n")),
             ("captions.txt", CSV.replace("\n", "\n\n")),
-            ("captions.txt", "\ufeff" + CSV.replace("\n", "\r\n").replace('"', "")),  # a comma that nothing encloses
+            (
+                "captions.txt",
+                "\ufeff" + CSV.replace("\n", "\r\n").replace('"', ""),
+            ),  # a comma that nothing encloses
         ],
     )
     def test_flickr(self, tmp_path, place, name, text):
-        write(tmp_path, {name: text, "Flickr8k.lemma.token.txt": "b.jpg#0\tdog .\n", **within(place)})
+        write(
+            tmp_path, {name: text, "Flickr8k.lemma.token.txt": "b.jpg#0\tdog .\n", **within(place)}
+        )
         if name == "captions.txt":
             (tmp_path / "Flickr8k.lemma.token.txt").unlink()
         modality, rows = everything(tmp_path)
@@ -67,31 +77,65 @@ class TestForms:
         assert {path.parent for path, _ in rows} == {tmp_path / place}
 
     def test_a_csv_beside_the_lemmas_alone(self, tmp_path):
-        write(tmp_path, {"captions.txt": CSV, "Flickr8k.lemma.token.txt": "b.jpg#0\tdog .\n", **FILES})
+        write(
+            tmp_path, {"captions.txt": CSV, "Flickr8k.lemma.token.txt": "b.jpg#0\tdog .\n", **FILES}
+        )
         assert names(everything(tmp_path)[1]) == ROWS
 
     @pytest.mark.parametrize("annotations", ["annotations", "."])
-    @pytest.mark.parametrize(("train", "val"), [("train2017", "val2017"), ("images", "images"), (".", ".")])
+    @pytest.mark.parametrize(
+        ("train", "val"), [("train2017", "val2017"), ("images", "images"), (".", ".")]
+    )
     def test_coco(self, tmp_path, annotations, train, val):
         write(tmp_path, {f"{annotations}/captions_train2017.json": coco(ROWS), **within(train)})
-        write(tmp_path, {f"{annotations}/captions_val2017.json": coco([("d.jpg", " two\nlines ")]), f"{val}/d.jpg": ""})
+        write(
+            tmp_path,
+            {
+                f"{annotations}/captions_val2017.json": coco([("d.jpg", " two\nlines ")]),
+                f"{val}/d.jpg": "",
+            },
+        )
         modality, rows, held_out = read_captions(tmp_path)
-        assert modality == "image" and names(rows) == ROWS and names(held_out) == [("d.jpg", "two lines")]
-        assert rows[0][0] == tmp_path / train / "b.jpg" and held_out[0][0] == tmp_path / val / "d.jpg"
+        assert (
+            modality == "image"
+            and names(rows) == ROWS
+            and names(held_out) == [("d.jpg", "two lines")]
+        )
+        assert (
+            rows[0][0] == tmp_path / train / "b.jpg" and held_out[0][0] == tmp_path / val / "d.jpg"
+        )
 
     def test_the_folder_of_the_file_is_looked_in_first(self, tmp_path):
-        write(tmp_path, {"annotations/captions_mine.json": coco(ROWS), **FILES, "mine/b.jpg": "", "images/a.jpg": ""})
+        write(
+            tmp_path,
+            {
+                "annotations/captions_mine.json": coco(ROWS),
+                **FILES,
+                "mine/b.jpg": "",
+                "images/a.jpg": "",
+            },
+        )
         found = {path for path, _ in everything(tmp_path)[1]}
         assert found == {tmp_path / "mine/b.jpg", tmp_path / "images/a.jpg", tmp_path / "c.png"}
 
     def test_what_the_val_file_shows_is_not_trained_on(self, tmp_path):
-        write(tmp_path, {"captions_train.json": coco(ROWS), "captions_val.json": coco([("b.jpg", "other")]), **FILES})
+        write(
+            tmp_path,
+            {
+                "captions_train.json": coco(ROWS),
+                "captions_val.json": coco([("b.jpg", "other")]),
+                **FILES,
+            },
+        )
         _, train, held_out = read_captions(tmp_path)
         assert names(train) == [ROWS[1], ROWS[3]] and names(held_out) == [("b.jpg", "other")]
 
     def test_a_val_file_alone_is_split_as_any_other(self, tmp_path):
         rows = [(f"{i}.jpg", "x") for i in range(200)]
-        write(tmp_path, {"captions_val2017.json": coco(rows), **dict.fromkeys((name for name, _ in rows), "")})
+        write(
+            tmp_path,
+            {"captions_val2017.json": coco(rows), **dict.fromkeys((name for name, _ in rows), "")},
+        )
         _, train, held_out = read_captions(tmp_path)
         assert len(train) > 150 and len(held_out) > 1
 
@@ -102,7 +146,13 @@ class TestForms:
     @pytest.mark.parametrize("place", ["wavs", "."])
     def test_ljspeech(self, tmp_path, place):
         text = 'LJ-1|In 1950, "he"|In nineteen fifty, "he"\r\nLJ-2|plain\nLJ-3|the first|\n'
-        write(tmp_path, {"metadata.csv": text, **within(place, dict.fromkeys(["LJ-1.wav", "LJ-2.wav", "LJ-3.wav"], ""))})
+        write(
+            tmp_path,
+            {
+                "metadata.csv": text,
+                **within(place, dict.fromkeys(["LJ-1.wav", "LJ-2.wav", "LJ-3.wav"], "")),
+            },
+        )
         modality, rows = everything(tmp_path)
         assert modality == "audio" and {path.parent for path, _ in rows} == {tmp_path / place}
         assert sorted(names(rows)) == [
@@ -110,9 +160,21 @@ class TestForms:
         ]  # fmt: skip
 
     def test_sounds_with_transcripts(self, tmp_path):
-        write(tmp_path, {"b.wav": "", "b.txt": "\ufeffup\n and down\n", "a.1.wav": "", "a.1.txt": "noise", "notes.txt": "no"})
+        write(
+            tmp_path,
+            {
+                "b.wav": "",
+                "b.txt": "\ufeffup\n and down\n",
+                "a.1.wav": "",
+                "a.1.txt": "noise",
+                "notes.txt": "no",
+            },
+        )
         modality, rows = everything(tmp_path)
-        assert modality == "audio" and names(rows) == [("a.1.wav", "noise"), ("b.wav", "up and down")]
+        assert modality == "audio" and names(rows) == [
+            ("a.1.wav", "noise"),
+            ("b.wav", "up and down"),
+        ]
 
 
 class TestSplit:
@@ -122,12 +184,16 @@ class TestSplit:
         write(folder, {"x.token": "".join(f"{name}#0\t{text}\n" for name, text in rows)})
         write(folder, dict.fromkeys((name for name, _ in rows), ""))
         _, train, held_out = read_captions(folder)
-        return [{path.name for path, _ in side} for side in (train, held_out)], len(train) + len(held_out)
+        return [{path.name for path, _ in side} for side in (train, held_out)], len(train) + len(
+            held_out
+        )
 
     def test_a_twentieth_with_all_captions(self, tmp_path):
         (train, held_out), total = self.sides(tmp_path, self.ROWS)
         assert not train & held_out and len(train | held_out) == 400 and total == 800
-        assert len(held_out) == 12 and min(held_out) == "115.jpg"  # it stays so: runs are compared by it
+        assert (
+            len(held_out) == 12 and min(held_out) == "115.jpg"
+        )  # it stays so: runs are pair_weights by it
 
     def test_neither_order_nor_company_changes_a_side(self, tmp_path):
         (_, whole), _ = self.sides(tmp_path / "whole", self.ROWS)

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nanods.data.download import data_dir, download, place
+from nanods.data.download import data_dir, download, write_atomic
 from nanods.errors import UserError
 
 BODY = bytes(range(256)) * 1000  # 256,000 bytes
@@ -21,7 +21,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         behaviour, asked = self.path.strip("/"), self.headers.get("Range")
         self.server.requests.append((behaviour, asked))
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and behaviour != "norange" else 0
+        start = (
+            int(asked.removeprefix("bytes=").rstrip("-")) if asked and behaviour != "norange" else 0
+        )
         if behaviour == "missing":
             return self.send_error(404)
         if start >= len(BODY):
@@ -114,7 +116,9 @@ def test_a_spoilt_part_is_thrown_away(server, tmp_path, part):
 
 
 @pytest.mark.parametrize("behaviour", ["ok", "norange", "cut"])
-@pytest.mark.parametrize("part", [b"", BODY[:70_000], BODY[:-1], b"rubbish", b"x" * 300_000], ids=len)
+@pytest.mark.parametrize(
+    "part", [b"", BODY[:70_000], BODY[:-1], b"rubbish", b"x" * 300_000], ids=len
+)
 def test_whatever_lies_in_the_part_the_result_is_right(server, tmp_path, part, behaviour):
     (tmp_path / "file.bin.part").write_bytes(part)
     get(server, tmp_path / "file.bin", behaviour)
@@ -131,7 +135,11 @@ def test_a_server_that_ignores_range_starts_over(server, tmp_path):
 def test_a_server_that_cuts_off_is_asked_for_the_rest(server, tmp_path):
     path = tmp_path / "file.bin"
     get(server, path, "cut")
-    assert only(path) and [asked for _, asked in server.requests] == [None, "bytes=100000-", "bytes=200000-"]
+    assert only(path) and [asked for _, asked in server.requests] == [
+        None,
+        "bytes=100000-",
+        "bytes=200000-",
+    ]
 
 
 @pytest.mark.parametrize("bad", ["missing", "dead", "corrupt"])
@@ -144,7 +152,9 @@ def test_the_next_mirror_is_tried(server, tmp_path, bad):
 def test_what_came_before_a_stall_is_kept_for_the_next_mirror(server, tmp_path, monkeypatch):
     path = tmp_path / "file.bin"
     (tmp_path / "file.bin.part").write_bytes(BODY[:254_500])
-    get(server, path, "stall", "ok")  # 1,000 bytes and a stall; the rest is shorter, and comes whole before the stall
+    get(
+        server, path, "stall", "ok"
+    )  # 1,000 bytes and a stall; the rest is shorter, and comes whole before the stall
     assert only(path)
     assert [asked for _, asked in server.requests] == ["bytes=254500-", "bytes=255500-"]
 
@@ -183,7 +193,7 @@ def test_a_folder_that_is_a_file_is_a_user_error(server, tmp_path):
     with pytest.raises(UserError, match="NANODS_DATA"):
         get(server, tmp_path / "data" / "file.bin", "ok")
     with pytest.raises(UserError, match="NANODS_DATA"):
-        place(tmp_path / "data" / "file.bin", lambda file: file.write(b"x"))
+        write_atomic(tmp_path / "data" / "file.bin", lambda file: file.write(b"x"))
 
 
 def test_place_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -195,9 +205,9 @@ def test_place_leaves_the_old_file_when_writing_fails(tmp_path):
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError):
-        place(path, fail)
+        write_atomic(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    place(path, lambda file: file.write(b"new"))
+    write_atomic(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 

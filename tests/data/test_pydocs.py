@@ -31,23 +31,36 @@ def test_size_and_content(corpus):
 
     topics = pydoc_data.topics.topics
     assert corpus.startswith(topics[min(topics)].strip())
-    assert corpus.index(topics[max(topics)].strip()) < corpus.index("Internationalization and localization support.")
+    assert corpus.index(topics[max(topics)].strip()) < corpus.index(
+        "Internationalization and localization support."
+    )
 
 
 def test_another_process_collects_the_same_and_imports_nothing_of_it(corpus, tmp_path):
     env = os.environ | {"NANODS_DATA": str(tmp_path), "PYTHONHASHSEED": "7"}
     env["PYTHONPATH"] = str(Path(pydocs.__file__).parents[2])
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True
+    )
     assert result.stdout.split() == [hashlib.sha256(corpus.encode()).hexdigest(), "False", "False"]
 
 
 def test_modules_are_sorted_and_leave_tests_and_generated_files_out(tmp_path):
     wanted = ["a.py", "b/c.py", "b/d/e.py", "b.py", "testing.py"]
-    unwanted = ["test/t.py", "b/tests/t.py", "site-packages/p.py", "idlelib/i.py", "_sysconfigdata__linux.py", "x.txt"]
+    unwanted = [
+        "test/t.py",
+        "b/tests/t.py",
+        "site-packages/p.py",
+        "idlelib/i.py",
+        "_sysconfigdata__linux.py",
+        "x.txt",
+    ]
     for name in wanted + unwanted:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in pydocs.modules(tmp_path)] == sorted(wanted)
+    assert [path.relative_to(tmp_path).as_posix() for path in pydocs.modules(tmp_path)] == sorted(
+        wanted
+    )
     assert not any("test" in path.relative_to(STDLIB).parts for path in pydocs.modules(STDLIB))
 
 
@@ -77,7 +90,9 @@ def test_identical_docstrings_appear_once(tmp_path):
 def test_the_cache_is_taken_when_whole_and_made_again_when_damaged(monkeypatch, tmp_path):
     monkeypatch.setenv("NANODS_DATA", str(tmp_path))
     calls = []
-    monkeypatch.setattr(pydocs, "collect", lambda stdlib: calls.append(stdlib) or "Some documentation: ü\n")
+    monkeypatch.setattr(
+        pydocs, "collect", lambda stdlib: calls.append(stdlib) or "Some documentation: ü\n"
+    )
     assert pydocs.pydocs_text() == pydocs.pydocs_text() == "Some documentation: ü\n"
     assert calls == [STDLIB]
     (cache,) = (tmp_path / "cache").iterdir()

@@ -13,7 +13,7 @@ import pytest
 
 from nanods.config import PRESETS
 from nanods.data import scenes as module
-from nanods.data.chance import GOLDEN, mix, noise, random_bits, uniform
+from nanods.data.random_bits import GOLDEN, mix, noise, random_bits, uniform
 from nanods.data.scenes import (
     COLOURS,
     MEANINGS,
@@ -48,7 +48,10 @@ OTHER_SIDE = [4, 5, 6, 3, 0, 1, 2]  # the order of the facts, told from the othe
 
 
 def arrays(scenes):
-    return [value if isinstance(value, np.ndarray) else np.array(value) for value in dataclasses.astuple(scenes)]
+    return [
+        value if isinstance(value, np.ndarray) else np.array(value)
+        for value in dataclasses.astuple(scenes)
+    ]
 
 
 def fingerprint(scenes):
@@ -59,7 +62,15 @@ class TestMeanings:
     def test_facts_and_back_over_the_whole_space(self):
         facts = facts_of(ALL)
         assert MEANINGS == 18_240 == len(np.unique(facts, axis=0))
-        assert (facts.min(axis=0) == 0).all() and facts.max(axis=0).tolist() == [5, 7, 1, 1, 5, 7, 1]
+        assert (facts.min(axis=0) == 0).all() and facts.max(axis=0).tolist() == [
+            5,
+            7,
+            1,
+            1,
+            5,
+            7,
+            1,
+        ]
         assert (facts[:, :3] != facts[:, 4:]).any(axis=1).all()
         np.testing.assert_array_equal(meanings_of(facts), ALL)
 
@@ -103,7 +114,9 @@ class TestSplit:
     def test_each_fact_is_held_out_as_often_as_it_is_trained(self):
         train, held_out = (facts_of(part) for part in split())
         for i, count in enumerate((6, 8, 2, 2, 6, 8, 2)):
-            shares = [np.bincount(part[:, i], minlength=count) / len(part) for part in (train, held_out)]
+            shares = [
+                np.bincount(part[:, i], minlength=count) / len(part) for part in (train, held_out)
+            ]
             assert abs(shares[0] - shares[1]).max() < 0.03
 
     def test_no_batch_draws_what_is_held_out(self):
@@ -116,14 +129,18 @@ class TestSplit:
         steps = [training_meanings(step, 128, seed=3) for step in range(2 * 128)]
         assert all(len(np.unique(step)) == 128 for step in steps)
         first, second = np.concatenate(steps[:128]), np.concatenate(steps[128:])
-        assert len(np.unique(first)) == len(np.unique(second)) == 128 * 128  # of 16,416: the rest fills no batch
+        assert (
+            len(np.unique(first)) == len(np.unique(second)) == 128 * 128
+        )  # of 16,416: the rest fills no batch
         assert (first != second).any()
         np.testing.assert_array_equal(np.sort(training_meanings(7, 16_416)), np.sort(split()[0]))
 
     def test_kin_differ_in_shapes_and_order_alone(self):
         family, pair = kin(ALL)
         facts = facts_of(ALL)
-        looks = np.sort(facts[:, [1, 5]] * 2 + facts[:, [2, 6]], axis=1)  # colour and size of each object, in any order
+        looks = np.sort(
+            facts[:, [1, 5]] * 2 + facts[:, [2, 6]], axis=1
+        )  # colour and size of each object, in any order
         told = np.column_stack([looks, facts[:, 3]])
         assert (
             len(np.unique(family))
@@ -171,8 +188,13 @@ class TestChance:
         )
         here = [fingerprint(batch(step, 5, 2)) for step in (10**6, 0, 4)][::-1]
         for hashseed in ("1", "77"):
-            env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": hashseed}
-            done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+            env = os.environ | {
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "PYTHONHASHSEED": hashseed,
+            }
+            done = subprocess.run(
+                [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+            )
             assert done.stdout == f"{here} {fingerprint(gallery(4))}\n"
 
     def test_an_item_does_not_depend_on_its_batch(self):
@@ -205,7 +227,9 @@ class TestChance:
         hiss = noise(8000, 5, np.arange(3))
         assert hiss.min() == -1 and hiss.max() == 1 and abs(hiss.mean()) < 0.02
 
-    @pytest.mark.parametrize("call", [lambda: batch(-1, 4), lambda: batch(0, 4, -1), lambda: draw(SOME, -SOME - 1)])
+    @pytest.mark.parametrize(
+        "call", [lambda: batch(-1, 4), lambda: batch(0, 4, -1), lambda: draw(SOME, -SOME - 1)]
+    )
     def test_numbers_below_zero(self, call):
         with pytest.raises(ValueError, match="from 0 up"):
             call()
@@ -230,21 +254,33 @@ class TestEveryWayCarriesEveryFact:
 
     def test_both_orders_are_heard_of_what_lies_above(self):
         above = meanings_of(np.array([[0, 0, 0, 1, 1, 1, 1]]))
-        relations = {RELATIONS[read_sound(wave)[3]] for wave in play(above.repeat(20), np.arange(20))}
+        relations = {
+            RELATIONS[read_sound(wave)[3]] for wave in play(above.repeat(20), np.arange(20))
+        }
         assert relations == {"above", "below"}
 
     def test_all_words_and_sentences_occur(self):
         text = "\n".join(describe(SOME, 1))
-        for word in (*COLOURS, *(w for both in (WORDS, WORDS_TO_IT) for forms in both.values() for w in forms)):
+        for word in (
+            *COLOURS,
+            *(w for both in (WORDS, WORDS_TO_IT) for forms in both.values() for w in forms),
+        ):
             assert word in text
-        for sentence in (r"there is", r"^(on|to) the left of .* is", r" has .* to its right", r"^(a|the|one) .* is below "):
+        for sentence in (
+            r"there is",
+            r"^(on|to) the left of .* is",
+            r" has .* to its right",
+            r"^(a|the|one) .* is below ",
+        ):
             assert re.search(sentence, text, re.MULTILINE), sentence
 
 
 class TestShapesAndRanges:
     def test_a_batch(self):
         scenes = batch(2, 33, seed=1)
-        types = [(array.shape[1:], array.dtype) for array in arrays(scenes) if array.dtype.kind != "U"]
+        types = [
+            (array.shape[1:], array.dtype) for array in arrays(scenes) if array.dtype.kind != "U"
+        ]
         f = np.dtype(np.float32)
         expected = [((), np.dtype(np.int64)), ((3, 32, 32), f), ((8448,), f), ((32, 32), f)]
         assert types == expected and all(len(array) == 33 for array in arrays(scenes))
@@ -258,7 +294,9 @@ class TestShapesAndRanges:
 
     def test_objects_stay_within_the_image_and_apart(self, monkeypatch):
         """Drawn without noise: a margin of a pixel, and a stripe of ground between the two (but for the skirts of corners)."""
-        monkeypatch.setattr(module, "noise", lambda count, *key: np.zeros((len(SOME), count), np.float32))
+        monkeypatch.setattr(
+            module, "noise", lambda count, *key: np.zeros((len(SOME), count), np.float32)
+        )
         images = draw(SOME, 3)
         spots = abs(images - images[:, :, :1, :1]).max(axis=1) > 0.15  # (B, 32, 32)
         assert not spots[:, [0, 31]].any()
@@ -267,9 +305,15 @@ class TestShapesAndRanges:
             assert (np.diff(filled) > 1).sum() == 1
 
     def test_sounds_end_before_the_wave_does(self, monkeypatch):
-        monkeypatch.setattr(module, "noise", lambda count, *key: np.zeros((len(SOME), count), np.float32))
+        monkeypatch.setattr(
+            module, "noise", lambda count, *key: np.zeros((len(SOME), count), np.float32)
+        )
         waves = play(SOME, 3)
-        assert abs(waves[:, :80]).max() == 0 and abs(waves[:, -8:]).max() == 0 and 0.2 < abs(waves).max() < 0.98
+        assert (
+            abs(waves[:, :80]).max() == 0
+            and abs(waves[:, -8:]).max() == 0
+            and 0.2 < abs(waves).max() < 0.98
+        )
 
     def test_tones_are_what_the_table_says(self):
         """Pitch, overtones and length of a tone without chance, by a Fourier sum at the frequencies alone."""
@@ -280,7 +324,9 @@ class TestShapesAndRanges:
             middle, time = wave[200:2200], np.arange(200, 2200) / RATE  # 110 periods of 440 Hz
             for k, strength in enumerate(OVERTONES[shape], start=1):
                 found = 2 * abs((middle * np.exp(-2j * np.pi * 440 * k * time)).mean())
-                assert found == pytest.approx(0.4 * strength / np.linalg.norm(OVERTONES[shape]), abs=1e-4)
+                assert found == pytest.approx(
+                    0.4 * strength / np.linalg.norm(OVERTONES[shape]), abs=1e-4
+                )
             assert not wave[2400:].any() and wave[2300:2390].any()
 
 
@@ -292,13 +338,19 @@ class TestBytes:
 
     def test_every_caption_fits(self):
         """The longest of all: the longest words in every sentence."""
-        things = [f"one {size} yellow {max(WORDS[shape], key=len)}" for shape in SHAPES for size in WORDS["small"]]
+        things = [
+            f"one {size} yellow {max(WORDS[shape], key=len)}"
+            for shape in SHAPES
+            for size in WORDS["small"]
+        ]
         longest = max(things, key=len)
         for relation in RELATIONS:
             for sentence in SENTENCES:
                 to, it = (max(table[relation], key=len) for table in (WORDS, WORDS_TO_IT))
                 assert (
-                    len(sentence.format(a=longest, b=longest, to=to, to_it=it)) <= 78 <= PRESETS["v3-tiny"].model.context_length
+                    len(sentence.format(a=longest, b=longest, to=to, to_it=it))
+                    <= 78
+                    <= PRESETS["v3-tiny"].model.context_length
                 )
         assert max(self.longest()) <= 78 <= PRESETS["v3-tiny"].model.context_length
 

@@ -22,7 +22,7 @@ from nanods.data.text import load_text, split
 from nanods.data.tokenizer import BPETokenizer
 from nanods.errors import UserError
 from nanods.training import checkpoint
-from nanods.training.tasks import LanguageModelling
+from nanods.training.language_task import LanguageTask
 
 LINES = [f"Line {i}: the quick brown fox číslo {i * i} jumps.\n" for i in range(300)]
 DOCUMENTS = [f"Document {i}\nhas {i % 7} žlutých lines" + "\n" * (i % 2) for i in range(100)]
@@ -48,7 +48,10 @@ def held_out(texts, written, after):
     begins = np.cumsum([0, *(len(row.encode()) for row in written)])[:-1]
     ended = [text if text.endswith("\n") else text + "\n" for text in texts]
     cut = size - size // 10
-    return tuple("".join(t for t, b in zip(ended, begins, strict=True) if (b < cut) == train) for train in (True, False))
+    return tuple(
+        "".join(t for t, b in zip(ended, begins, strict=True) if (b < cut) == train)
+        for train in (True, False)
+    )
 
 
 def made():
@@ -87,8 +90,14 @@ def test_a_bpe_learns_from_a_sample_that_every_shard_gives(corpus, monkeypatch):
     monkeypatch.setattr(shards, "SAMPLE", 3000)
     jobs = sources.plan(corpus[0])
     sample = shards.sample(jobs)
-    assert 3000 <= len(sample) < 5000 and sample.startswith("Line 0:") and sample.count("Document") >= 5
-    assert load_text(corpus[0], 270).tokenizer.to_json() == BPETokenizer.train(sample, 270).to_json()
+    assert (
+        3000 <= len(sample) < 5000
+        and sample.startswith("Line 0:")
+        and sample.count("Document") >= 5
+    )
+    assert (
+        load_text(corpus[0], 270).tokenizer.to_json() == BPETokenizer.train(sample, 270).to_json()
+    )
 
 
 def test_a_large_corpus_holds_out_little(corpus, monkeypatch):
@@ -121,19 +130,24 @@ def test_tokens_read_as_one_array(parts, data):
 # ---- killed, damaged, changed ------------------------------------------------------------------------------------------------
 
 
-def counted(monkeypatch):
+def count_assignments(monkeypatch):
     """The names of the shards that are made from now on."""
     names, real = [], shards.make_shard
-    monkeypatch.setattr(shards, "make_shard", lambda path, *rest: names.append(path.name) or real(path, *rest))
+    monkeypatch.setattr(
+        shards, "make_shard", lambda path, *rest: names.append(path.name) or real(path, *rest)
+    )
     return names
 
 
 def test_finished_shards_are_used_again(corpus, monkeypatch):
-    before, names = load_text(corpus[0]), counted(monkeypatch)
+    before, names = load_text(corpus[0]), count_assignments(monkeypatch)
     assert load_text(corpus[0]).sha256 == before.sha256 and not names
     (made() / "train-00000.bin").unlink()
     (made() / "validation.bin").write_bytes(b"")
-    assert load_text(corpus[0]).sha256 == before.sha256 and names == ["train-00000.bin", "validation.bin"]
+    assert load_text(corpus[0]).sha256 == before.sha256 and names == [
+        "train-00000.bin",
+        "validation.bin",
+    ]
 
 
 def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, monkeypatch):
@@ -146,9 +160,14 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
     )
     env = os.environ | {"PYTHONPATH": str(Path(shards.__file__).parents[2])}
     (folder / "script.py").write_text(script)
-    process = subprocess.Popen([sys.executable, "script.py"], env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "script.py"], env=env, start_new_session=True, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
-    while not (found := list(Path().glob("data/shards/*/shards.json"))) and time.monotonic() < deadline:
+    while (
+        not (found := list(Path().glob("data/shards/*/shards.json")))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -164,11 +183,15 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
     index = json.loads(found[0].read_text())
     assert 0 < len(index["shards"]) < index["planned"]
     (made() / "train-00003.bin.1234.tmp").write_bytes(b"half")
-    names = counted(monkeypatch)
+    names = count_assignments(monkeypatch)
     data = load_text("corpus")
-    assert len(names) == index["planned"] - len(index["shards"]) and not set(names) & set(index["shards"])
+    assert len(names) == index["planned"] - len(index["shards"]) and not set(names) & set(
+        index["shards"]
+    )
     assert data.tokenizer.decode([*data.train[:], *data.val]) == "".join(LINES)
-    assert not list(made().glob("*.tmp")) and list(json.loads(found[0].read_text())["shards"]) == sorted(sources.plan("corpus"))
+    assert not list(made().glob("*.tmp")) and list(
+        json.loads(found[0].read_text())["shards"]
+    ) == sorted(sources.plan("corpus"))
 
 
 def test_a_process_that_is_killed_is_told(monkeypatch):
@@ -190,7 +213,11 @@ def unfinished(path):
 
 DAMAGES = [
     ("train-00001.bin", lambda path: path.unlink(), r"train-00001\.bin is missing"),
-    ("train-00001.bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), r"train-00001\.bin has .* and should have"),
+    (
+        "train-00001.bin",
+        lambda path: path.write_bytes(path.read_bytes()[:-2]),
+        r"train-00001\.bin has .* and should have",
+    ),
     ("validation.bin", other_byte, r"validation\.bin is corrupt .its sha256 differs"),
     ("tokenizer.json", other_byte, r"tokenizer\.json is corrupt"),
     ("shards.json", lambda path: path.write_text("{"), r"shards\.json is missing or damaged"),
@@ -209,7 +236,10 @@ def test_damage_is_named_without_the_source_and_mended_with_it(corpus, capsys, f
     before = before.sha256, np.array(before.train[:])
     assert load_text(str(made())).sha256 == before[0]  # shards alone, as on another machine
     harm(made() / file)
-    with pytest.raises(UserError, match=rf"--data .*{message}.*Copy these shards here again, or give what they were made from"):
+    with pytest.raises(
+        UserError,
+        match=rf"--data .*{message}.*Copy these shards here again, or give what they were made from",
+    ):
         load_text(str(made()))
     after = load_text(corpus[0])
     assert after.sha256 == before[0]
@@ -220,7 +250,9 @@ def test_damage_is_named_without_the_source_and_mended_with_it(corpus, capsys, f
 
 def test_shards_of_another_vocabulary(corpus):
     load_text(corpus[0])
-    with pytest.raises(UserError, match=r"--vocab-size 300: .* have a vocabulary of 256; take --vocab-size 256"):
+    with pytest.raises(
+        UserError, match=r"--vocab-size 300: .* have a vocabulary of 256; take --vocab-size 256"
+    ):
         load_text(str(made()), 300)
 
 
@@ -241,7 +273,12 @@ def test_permuted_is_a_bijection(count, seed):
     assert sorted(permuted(np.arange(count), count, keys).tolist()) == list(range(count))
 
 
-@given(total=st.integers(2, 400), T=st.integers(1, 40), batch=st.integers(1, 17), seed=st.integers(0, 9))
+@given(
+    total=st.integers(2, 400),
+    T=st.integers(1, 40),
+    batch=st.integers(1, 17),
+    seed=st.integers(0, 9),
+)
 @settings(deadline=None)
 def test_an_epoch_shows_each_window_once_whatever_the_batch(total, T, batch, seed):
     T = min(T, total - 1)
@@ -257,12 +294,16 @@ def test_an_epoch_shows_each_window_once_whatever_the_batch(total, T, batch, see
 
 def test_epochs_and_seeds_have_orders_and_offsets_of_their_own():
     total, T = 32 * 1001, 32
-    first, second, other = (windows(step, 999, total, T, seed) for step, seed in ((0, 0), (1, 0), (0, 1)))
+    first, second, other = (
+        windows(step, 999, total, T, seed) for step, seed in ((0, 0), (1, 0), (0, 1))
+    )
     assert len({windows(epoch, 999, total, T, 0)[0] % T for epoch in range(30)}) > 15
     for a, b in ((first, second), (first, other), (first, np.sort(first))):
         assert np.mean(a // T == b // T) < 0.02
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
-    assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.15  # nor do neighbours in time lie near each other
+    assert (
+        abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.15
+    )  # nor do neighbours in time lie near each other
 
 
 def test_a_trillion_tokens_need_no_memory_and_no_time():
@@ -276,14 +317,18 @@ def test_the_processes_parts_are_disjoint_and_together_the_batch(world):
     for step in range(4):
         batch = windows(step, 24, 10_007, 16, 3)
         parts = [batch[rank::world].tolist() for rank in range(world)]
-        assert sum(map(len, parts)) == len(set().union(*parts)) == 24 and set().union(*parts) == set(batch.tolist())
+        assert sum(map(len, parts)) == len(set().union(*parts)) == 24 and set().union(
+            *parts
+        ) == set(batch.tolist())
 
 
 def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
     Path("text.txt").write_text("".join(LINES))
     for name in (corpus[0], "text.txt"):
-        config = ladder.from_command_line("", ["v0-tiny", "--data", name, "--batch-size", "6", "--context-length", "40"])
-        task = LanguageModelling(config, torch.device("cpu"), None)
+        config = ladder.from_command_line(
+            "", ["v0-tiny", "--data", name, "--batch-size", "6", "--context-length", "40"]
+        )
+        task = LanguageTask(config, torch.device("cpu"), None)
         total = len(task.data.train)
         if name == "text.txt":
             starts = np.random.default_rng([0, 7]).integers(0, total - 40, size=6)
@@ -298,7 +343,20 @@ def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
 def test_training_on_a_folder_resumes_bit_for_bit(workspace, program, corpus, monkeypatch):
     import train
 
-    sizes = ["--n-layer", 1, "--n-head", 1, "--n-embd", 8, "--context-length", 32, "--batch-size", 4, "--device", "cpu"]
+    sizes = [
+        "--n-layer",
+        1,
+        "--n-head",
+        1,
+        "--n-embd",
+        8,
+        "--context-length",
+        32,
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+    ]
     flags = [*sizes, "--data", corpus[0], "--steps", 8, "--save-every", 3, "--eval-every", 4]
     assert program("train", "v0-tiny", *flags, "--out-dir", "whole")[0] == 0
     real = train.schedule
@@ -315,7 +373,10 @@ def test_training_on_a_folder_resumes_bit_for_bit(workspace, program, corpus, mo
     code, out, err = program("train", "v0-tiny", "--resume", "--out-dir", "cut")
     assert code == 0 and "after step 3" in out, err
     whole, cut = (checkpoint.load(Path(name)) for name in ("whole", "cut"))
-    assert whole.path.joinpath("model.safetensors").read_bytes() == cut.path.joinpath("model.safetensors").read_bytes()
+    assert (
+        whole.path.joinpath("model.safetensors").read_bytes()
+        == cut.path.joinpath("model.safetensors").read_bytes()
+    )
     Path("corpus/a.txt").write_text("Another text.\n" * 400)
     cut.path.rename(cut.path.with_name("away"))
     code, _, err = program("train", "v0-tiny", "--resume", "--out-dir", "cut")

@@ -52,20 +52,28 @@ class TestLogMel:
         """Hann, Fourier sum, triangles and logarithm in loops, on two frames."""
         samples = np.random.default_rng(0).uniform(-1, 1, WINDOW + HOP).astype(np.float32)
         step = (2595 * np.log10(1 + 4000 / 700) - 2595 * np.log10(1 + 60 / 700)) / (MELS + 1)
-        edges = [700 * (10 ** ((2595 * np.log10(1 + 60 / 700) + i * step) / 2595) - 1) for i in range(MELS + 2)]
+        edges = [
+            700 * (10 ** ((2595 * np.log10(1 + 60 / 700) + i * step) / 2595) - 1)
+            for i in range(MELS + 2)
+        ]
         n = np.arange(WINDOW)
         window = np.sin(np.pi * n / WINDOW) ** 2
         expected = np.zeros((MELS, 2))
         for frame in range(2):
             piece = samples[frame * HOP : frame * HOP + WINDOW] * window
             for k in range(WINDOW // 2 + 1):
-                power = abs((piece * np.exp(-2j * np.pi * k * n / WINDOW)).sum()) ** 2 / (window.sum() / 2) ** 2
+                power = (
+                    abs((piece * np.exp(-2j * np.pi * k * n / WINDOW)).sum()) ** 2
+                    / (window.sum() / 2) ** 2
+                )
                 at = k * RATE / WINDOW
                 for m in range(MELS):
                     low, middle, high = edges[m : m + 3]
                     if low < at < high:
                         expected[m, frame] += power * (
-                            (at - low) / (middle - low) if at < middle else (high - at) / (high - middle)
+                            (at - low) / (middle - low)
+                            if at < middle
+                            else (high - at) / (high - middle)
                         )
         np.testing.assert_allclose(log_mel(samples), 10 * np.log10(expected), atol=1e-3)
 
@@ -134,7 +142,9 @@ class TestFiles:
         got = read_wav(tmp_path / "a.wav")
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, samples, atol=1 / 32768)
-        write_wav(str(tmp_path / "b.wav"), got)  # what is on the grid of 16 bits comes back as it was
+        write_wav(
+            str(tmp_path / "b.wav"), got
+        )  # what is on the grid of 16 bits comes back as it was
         np.testing.assert_array_equal(read_wav(str(tmp_path / "b.wav")), got)
         with wave.open(str(tmp_path / "a.wav")) as file:
             assert file.getparams()[:4] == (1, 2, 8000, 3000)
@@ -160,7 +170,9 @@ class TestFiles:
     )
     def test_widths(self, width, data):
         np.testing.assert_array_equal(pcm(data, width), np.array([-1, 0, 0.5], np.float32))
-        np.testing.assert_array_equal(read(wav(data, width=width)), np.array([-1, 0, 0.5], np.float32))
+        np.testing.assert_array_equal(
+            read(wav(data, width=width)), np.array([-1, 0, 0.5], np.float32)
+        )
 
     @pytest.mark.parametrize("channels", [2, 5])
     def test_channels_become_their_mean(self, channels):
@@ -188,7 +200,10 @@ class TestMistakes:
             (GOOD[:44], "cut off, 0 bytes"),
             (GOOD[:20] + b"\3\0" + GOOD[22:], "unknown format: 3.*ffmpeg"),  # floats
             (GOOD[:22] + b"\0\0" + GOOD[24:], "not a WAV file"),  # no channels
-            (GOOD[:34] + b"\x40\0" + GOOD[36:], "64 bits a sample, and only 8, 16, 24 and 32.*ffmpeg"),
+            (
+                GOOD[:34] + b"\x40\0" + GOOD[36:],
+                "64 bits a sample, and only 8, 16, 24 and 32.*ffmpeg",
+            ),
             (wav(b"\0\0", rate=50), "50 samples a second, and only 1,000 to 768,000.*ffmpeg"),
             (GOOD[:24] + b"\0\0\0\0" + GOOD[28:], "0 samples a second"),
             (wav(b""), "there is no sound in it"),
@@ -205,7 +220,10 @@ class TestMistakes:
             read_wav(tmp_path / name)
 
     @settings(max_examples=300, deadline=None)
-    @given(st.integers(0, len(GOOD)), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4))
+    @given(
+        st.integers(0, len(GOOD)),
+        st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4),
+    )
     def test_any_damage_is_a_wave_or_a_user_error(self, end, changes):
         data = bytearray(GOOD)
         for place, value in changes:

@@ -60,21 +60,36 @@ class Streaming(list):
 
 
 def test_fineweb_is_streamed_once(monkeypatch):
-    asked, files = [], Streaming([[f"page {f}.{i} " + "x" * 40 for i in range(30)] for f in range(3)])
-    fake = SimpleNamespace(load_dataset=lambda *args, **kwargs: asked.append((args, kwargs)) or files)
+    asked, files = (
+        [],
+        Streaming([[f"page {f}.{i} " + "x" * 40 for i in range(30)] for f in range(3)]),
+    )
+    fake = SimpleNamespace(
+        load_dataset=lambda *args, **kwargs: asked.append((args, kwargs)) or files
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     monkeypatch.setattr(sources, "HELD_OUT", 300)
     files[2].insert(20, None)
-    with pytest.raises(UserError, match=r"ConnectionError: reset by peer.*network.*finished shards are kept"):
+    with pytest.raises(
+        UserError, match=r"ConnectionError: reset by peer.*network.*finished shards are kept"
+    ):
         load_text("fineweb-edu")
     del files[2][20]
     names, real = [], shards.make_shard
-    monkeypatch.setattr(shards, "make_shard", lambda path, *rest: names.append(path.name) or real(path, *rest))
+    monkeypatch.setattr(
+        shards, "make_shard", lambda path, *rest: names.append(path.name) or real(path, *rest)
+    )
     data = load_text("fineweb-edu")
     assert names == ["train-00002.bin", "validation.bin"]
-    assert data.tokenizer.decode(data.val) == "".join(page + "\n" for file in files for page in file[:3])
-    assert data.tokenizer.decode(data.train[:]) == "".join(page + "\n" for file in files for page in file[3:])
-    assert set(map(str, asked)) == {"(('HuggingFaceFW/fineweb-edu', 'sample-10BT'), {'split': 'train', 'streaming': True})"}
+    assert data.tokenizer.decode(data.val) == "".join(
+        page + "\n" for file in files for page in file[:3]
+    )
+    assert data.tokenizer.decode(data.train[:]) == "".join(
+        page + "\n" for file in files for page in file[3:]
+    )
+    assert set(map(str, asked)) == {
+        "(('HuggingFaceFW/fineweb-edu', 'sample-10BT'), {'split': 'train', 'streaming': True})"
+    }
     monkeypatch.delitem(sys.modules, "datasets")
     monkeypatch.setattr(sources, "stream", lambda: pytest.fail("asked again"))
     assert load_text("fineweb-edu").sha256 == data.sha256
@@ -83,9 +98,21 @@ def test_fineweb_is_streamed_once(monkeypatch):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("a.txt", b"abc\n" * 500 + b"sch\xf6n\n" + b"abc\n" * 500, r"a\.txt: not UTF-8 .byte 0xf6 at 2,003.*iconv"),
-        ("a.txt", b"abc\n" * 500 + b"\0\n" + b"abc\n" * 500, r"a\.txt: a binary file .a zero byte at 2,000"),
-        ("a.jsonl", b'{"text": "abc"}\n' * 200 + b"{\n", r"a\.jsonl: the line at byte 3,200 is no JSON object.*mend or delete"),
+        (
+            "a.txt",
+            b"abc\n" * 500 + b"sch\xf6n\n" + b"abc\n" * 500,
+            r"a\.txt: not UTF-8 .byte 0xf6 at 2,003.*iconv",
+        ),
+        (
+            "a.txt",
+            b"abc\n" * 500 + b"\0\n" + b"abc\n" * 500,
+            r"a\.txt: a binary file .a zero byte at 2,000",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "abc"}\n' * 200 + b"{\n",
+            r"a\.jsonl: the line at byte 3,200 is no JSON object.*mend or delete",
+        ),
         ("a.jsonl", b'{"body": "abc"}\n', r'no JSON object with a string "text" .KeyError'),
         ("a.jsonl", b'{"text": 7}\n', r'no JSON object with a string "text" .TypeError: a int'),
         ("a.jsonl", b'["text"]\n', r'no JSON object with a string "text"'),
@@ -102,7 +129,8 @@ def test_files_that_cannot_be_read(folder, file, content, message):
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"), [({"body": ["x"]}, "no column called text, only body"), ({"text": [1]}, "int64")]
+    ("columns", "message"),
+    [({"body": ["x"]}, "no column called text, only body"), ({"text": [1]}, "int64")],
 )
 def test_other_columns(folder, columns, message):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

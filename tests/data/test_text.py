@@ -49,7 +49,9 @@ def test_a_local_file_as_bytes(corpus):
     data = load_text(corpus)
     train, val = split(SAMPLE)
     assert data.name == corpus and data.sha256 == hashlib.sha256(SAMPLE.encode()).hexdigest()
-    assert isinstance(data.train, np.memmap) and data.train.dtype == np.uint16 and data.train.ndim == 1
+    assert (
+        isinstance(data.train, np.memmap) and data.train.dtype == np.uint16 and data.train.ndim == 1
+    )
     assert bytes(data.train.astype(np.uint8)) == train.encode()
     assert bytes(data.val.astype(np.uint8)) == val.encode()
     assert data.val_bytes == len(data.val) == len(val.encode()) > len(val)
@@ -65,7 +67,9 @@ def test_line_ends_are_kept(folder):
 def test_bpe_learns_from_the_training_part_only(folder):
     pytest.importorskip("tokenizers")
     varied = "".join(chr(97 + i * i % 23) + " "[: i % 5 == 0] for i in range(9000))
-    (folder / "a.txt").write_text(varied + " zy" * (len(varied) // 28))  # zy is the commonest pair, but not in training
+    (folder / "a.txt").write_text(
+        varied + " zy" * (len(varied) // 28)
+    )  # zy is the commonest pair, but not in training
     data = load_text("a.txt", vocab_size=260)
     train, val = split((folder / "a.txt").read_text())
     assert isinstance(data.tokenizer, BPETokenizer) and data.tokenizer.vocab_size == 260
@@ -140,7 +144,9 @@ def test_processes_that_prepare_at_once_agree(corpus):
     )
     env = os.environ | {"PYTHONPATH": str(Path(text_module.__file__).parents[2])}
     command = [sys.executable, "-c", script, corpus]
-    processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     outputs = {process.communicate(timeout=60)[0] for process in processes}
     data = load_text(corpus, 300)
     content = data.train.tobytes() + data.val.tobytes() + data.tokenizer.to_json().encode()
@@ -155,7 +161,9 @@ def test_pydocs_by_name(monkeypatch):
 
 
 def test_shakespeare_is_taken_from_the_data_folder(monkeypatch, folder):
-    monkeypatch.setattr(text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest())
+    monkeypatch.setattr(
+        text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest()
+    )
     monkeypatch.setattr(text_module, "SHAKESPEARE_URLS", ())
     monkeypatch.setenv("NANODS_DATA", str(folder / "elsewhere"))
     (folder / "elsewhere").mkdir()
@@ -165,7 +173,9 @@ def test_shakespeare_is_taken_from_the_data_folder(monkeypatch, folder):
 
 
 def test_shakespeare_comes_from_a_mirror_once(monkeypatch, folder, corpus):
-    monkeypatch.setattr(text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest())
+    monkeypatch.setattr(
+        text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest()
+    )
     mirrors = ((folder / "nothing").as_uri(), Path(corpus).as_uri())
     monkeypatch.setattr(text_module, "SHAKESPEARE_URLS", mirrors)
     first = load_text("shakespeare")
@@ -178,7 +188,9 @@ def test_require_a_context_in_each_split(folder):
     (folder / "a.txt").write_text("x" * 1000)
     data = load_text("a.txt")
     data.require(99)
-    with pytest.raises(UserError, match=r"validation part has 100 tokens.*needs 101 .*shorter --context-length"):
+    with pytest.raises(
+        UserError, match=r"validation part has 100 tokens.*needs 101 .*shorter --context-length"
+    ):
         data.require(100)
 
 
@@ -236,10 +248,14 @@ class TestDataSets:
         return pytest.importorskip("datasets")
 
     def rows(self, datasets, name, count=30):
-        return datasets.Dataset.from_dict({"text": [f" {name} {i} \n" if i % 3 else "" for i in range(count)]})
+        return datasets.Dataset.from_dict(
+            {"text": [f" {name} {i} \n" if i % 3 else "" for i in range(count)]}
+        )
 
     def test_own_validation_split(self, datasets, folder):
-        both = datasets.DatasetDict(train=self.rows(datasets, "train"), validation=self.rows(datasets, "val", 5))
+        both = datasets.DatasetDict(
+            train=self.rows(datasets, "train"), validation=self.rows(datasets, "val", 5)
+        )
         both.save_to_disk(folder / "set")
         data = load_text("set")
         assert data.tokenizer.decode(data.val) == "\n val 1 \n val 2 \n\n val 4 \n"
@@ -262,7 +278,9 @@ class TestDataSets:
             return datasets.DatasetDict(train=rows, validation=rows, test=rows)
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        assert load_text("wikitext-2").val_bytes == len("".join(row or "\n" for row in rows["text"]))
+        assert load_text("wikitext-2").val_bytes == len(
+            "".join(row or "\n" for row in rows["text"])
+        )
         load_text("wikitext-103")
         assert asked == [("Salesforce/wikitext", f"wikitext-{n}-raw-v1") for n in (2, 103)]
 

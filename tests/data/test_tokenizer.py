@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, lines, tokenizer_from_json
 from nanods.errors import UserError
 
-TRAINING = "the cat and the dog, the hat and the log;\n\nüber straße naïve\n" * 20 + "a quick brown fox jumps\n"
+TRAINING = (
+    "the cat and the dog, the hat and the log;\n\nüber straße naïve\n" * 20
+    + "a quick brown fox jumps\n"
+)
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
@@ -88,7 +91,9 @@ class TestBPE:
         assert bpe.decode(ids) == library.decode(ids)
 
     def test_merges_shorten_the_training_text(self):
-        assert len(BPETokenizer.train(TRAINING, 300).encode(TRAINING)) < 0.6 * len(TRAINING.encode())
+        assert len(BPETokenizer.train(TRAINING, 300).encode(TRAINING)) < 0.6 * len(
+            TRAINING.encode()
+        )
 
     def test_encoding_in_pieces_of_whole_lines_changes_nothing(self):
         bpe = BPETokenizer.train(TRAINING, 300)
@@ -98,7 +103,10 @@ class TestBPE:
         assert together.tolist() == [i for piece in pieces for i in bpe.encode(piece)]
 
     def test_training_twice_gives_the_same(self):
-        assert BPETokenizer.train(TRAINING, 300).to_json() == BPETokenizer.train(TRAINING, 300).to_json()
+        assert (
+            BPETokenizer.train(TRAINING, 300).to_json()
+            == BPETokenizer.train(TRAINING, 300).to_json()
+        )
 
     def test_a_vocabulary_that_the_text_cannot_fill_is_refused(self):
         with pytest.raises(UserError, match=r"gives a BPE vocabulary of 25[78] at most"):
@@ -117,7 +125,9 @@ class TestBPE:
             BPETokenizer.train(TRAINING, 300)
 
 
-@pytest.mark.parametrize("saved", ["", "{", "[]", "7", '{"type": "words"}', '{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "saved", ["", "{", "[]", "7", '{"type": "words"}', '{"model": {"type": "BPE"}}']
+)
 def test_damaged_json_is_a_user_error(saved):
     pytest.importorskip("tokenizers")
     with pytest.raises(UserError, match="damaged"):

@@ -40,34 +40,82 @@ wrong, wrongs = WRONG.one, WRONG.some
 
 wrongs(
     "dense_attention",
-    no_mask=("sees position 1, its future: the causal mask is missing", lambda q, k, v: scores(q, k).softmax(-1) @ v),
-    mask_after_softmax=(r"weights sum to 0\.\d+ at position", lambda q, k, v: (scores(q, k).softmax(-1) * past(q)) @ v),
+    no_mask=(
+        "sees position 1, its future: the causal mask is missing",
+        lambda q, k, v: scores(q, k).softmax(-1) @ v,
+    ),
+    mask_after_softmax=(
+        r"weights sum to 0\.\d+ at position",
+        lambda q, k, v: (scores(q, k).softmax(-1) * past(q)) @ v,
+    ),
     mask_by_zero=("constant weight", lambda q, k, v: (scores(q, k) * past(q)).softmax(-1) @ v),
     mask_strict=("the mask is strict", lambda q, k, v: attend(scores(q, k), past(q).tril(-1), v)),
     mask_turned=("turned round", lambda q, k, v: attend(scores(q, k), past(q).T, v)),
-    infinity_after_softmax=("NaN for position 0", lambda q, k, v: scores(q, k).softmax(-1).masked_fill(~past(q), -inf) @ v),
+    infinity_after_softmax=(
+        "NaN for position 0",
+        lambda q, k, v: scores(q, k).softmax(-1).masked_fill(~past(q), -inf) @ v,
+    ),
     no_scale=("scores are not divided by sqrt", lambda q, k, v: attend(q @ k.mT, past(q), v)),
-    scale_by_width=(r"divided by D, not", lambda q, k, v: attend(q @ k.mT / q.size(-1), past(q), v)),
-    scale_by_length=(r"divided by sqrt\(T\)", lambda q, k, v: attend(q @ k.mT / q.size(2) ** 0.5, past(q), v)),
-    scale_upwards=(r"multiplied by sqrt\(D\)", lambda q, k, v: attend(q @ k.mT * q.size(-1) ** 0.5, past(q), v)),
+    scale_by_width=(
+        r"divided by D, not",
+        lambda q, k, v: attend(q @ k.mT / q.size(-1), past(q), v),
+    ),
+    scale_by_length=(
+        r"divided by sqrt\(T\)",
+        lambda q, k, v: attend(q @ k.mT / q.size(2) ** 0.5, past(q), v),
+    ),
+    scale_upwards=(
+        r"multiplied by sqrt\(D\)",
+        lambda q, k, v: attend(q @ k.mT * q.size(-1) ** 0.5, past(q), v),
+    ),
     softmax_over_queries=(
         "softmax runs over the queries",
         lambda q, k, v: scores(q, k).masked_fill(~past(q), -inf).softmax(-2) @ v,
     ),
-    softmax_over_heads=("softmax runs over the heads", lambda q, k, v: (scores(q, k).softmax(1) * past(q)) @ v),
-    weights_returned=("not yet multiplied by v", lambda q, k, v: scores(q, k).masked_fill(~past(q), -inf).softmax(-1)),
+    softmax_over_heads=(
+        "softmax runs over the heads",
+        lambda q, k, v: (scores(q, k).softmax(1) * past(q)) @ v,
+    ),
+    weights_returned=(
+        "not yet multiplied by v",
+        lambda q, k, v: scores(q, k).masked_fill(~past(q), -inf).softmax(-1),
+    ),
     nothing_returned=("returns nothing, not a tensor", lambda q, k, v: None),
     transposed=(r"wrong shape: \(2, 3, 8, 14\)", lambda q, k, v: right.dense_attention(q, k, v).mT),
-    heads_mixed=("head 0 of sequence 1 changes", lambda q, k, v: right.dense_attention(q, k.roll(1, 0), v)),
+    heads_mixed=(
+        "head 0 of sequence 1 changes",
+        lambda q, k, v: right.dense_attention(q, k.roll(1, 0), v),
+    ),
     detached=("no gradient flows at all", lambda q, k, v: right.dense_attention(q, k, v).detach()),
-    keys_detached=("no gradient reaches k", lambda q, k, v: right.dense_attention(q, k.detach(), v)),
-    always_double=("turns float32 into float64", lambda q, k, v: right.dense_attention(q.double(), k.double(), v.double())),
-    always_float=("turns float64 into float32", lambda q, k, v: right.dense_attention(q.float(), k.float(), v.float())),
-    in_place=("argument number 1 in place", lambda q, k, v: right.dense_attention(q.mul_(1.5), k, v)),
+    keys_detached=(
+        "no gradient reaches k",
+        lambda q, k, v: right.dense_attention(q, k.detach(), v),
+    ),
+    always_double=(
+        "turns float32 into float64",
+        lambda q, k, v: right.dense_attention(q.double(), k.double(), v.double()),
+    ),
+    always_float=(
+        "turns float64 into float32",
+        lambda q, k, v: right.dense_attention(q.float(), k.float(), v.float()),
+    ),
+    in_place=(
+        "argument number 1 in place",
+        lambda q, k, v: right.dense_attention(q.mul_(1.5), k, v),
+    ),
     takes_too_few=("raises TypeError", lambda q, k: q),
-    values_squared=("the output is not weights @ v", lambda q, k, v: right.dense_attention(q, k, v * v.abs())),
-    scores_squared=(r"gives position \d+ the weight", lambda q, k, v: attend(scores(q, k) ** 2, past(q), v)),
-    fails_alone=("for T = 1", lambda q, k, v: right.dense_attention(q, k, v) if q.size(2) > 1 else 1 / 0),
+    values_squared=(
+        "the output is not weights @ v",
+        lambda q, k, v: right.dense_attention(q, k, v * v.abs()),
+    ),
+    scores_squared=(
+        r"gives position \d+ the weight",
+        lambda q, k, v: attend(scores(q, k) ** 2, past(q), v),
+    ),
+    fails_alone=(
+        "for T = 1",
+        lambda q, k, v: right.dense_attention(q, k, v) if q.size(2) > 1 else 1 / 0,
+    ),
     own_exp=(
         "overflows on large scores",
         lambda q, k, v: (e := scores(q, k).exp() * past(q)) / e.sum(-1, keepdim=True) @ v,
@@ -97,7 +145,9 @@ def article_with_mask_and_scale(q, k, v, top_k):
 @wrong("topk_attention", "top_k larger than T fails")
 def no_limit(q, k, v, top_k):
     x = scores(q, k).masked_fill(~past(q), -inf)
-    return attend(x, torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(top_k).indices, True), v)
+    return attend(
+        x, torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(top_k).indices, True), v
+    )
 
 
 @wrong("topk_attention", r"weights sum to 0\.\d+ at query \d+: choose first")
@@ -122,11 +172,19 @@ wrongs(
         "keys of the future take some of the top_k places",
         lambda q, k, v, top_k: attend(scores(q, k), chosen(scores(q, k), top_k) & past(q), v),
     ),
-    no_choice=("query 3 reads 4 keys where it should read 3", lambda q, k, v, top_k: right.dense_attention(q, k, v)),
-    no_scale=("not divided by sqrt", lambda q, k, v, top_k: right.topk_attention(q * q.size(-1) ** 0.5, k, v, top_k)),
+    no_choice=(
+        "query 3 reads 4 keys where it should read 3",
+        lambda q, k, v, top_k: right.dense_attention(q, k, v),
+    ),
+    no_scale=(
+        "not divided by sqrt",
+        lambda q, k, v, top_k: right.topk_attention(q * q.size(-1) ** 0.5, k, v, top_k),
+    ),
     mask_strict=(
         "the mask is strict",
-        lambda q, k, v, top_k: attend(x := scores(q, k).masked_fill(~past(q).tril(-1), -inf), chosen(x, top_k), v),
+        lambda q, k, v, top_k: attend(
+            x := scores(q, k).masked_fill(~past(q).tril(-1), -inf), chosen(x, top_k), v
+        ),
     ),
     gives_up_at_all=(
         "yet the result is not that of step 1",
@@ -142,27 +200,43 @@ def padded(k, block_size):
 
 
 def blockwise(reduce):
-    return lambda k, block_size: torch.stack([reduce(part) for part in k.split(block_size, dim=2)], dim=2)
+    return lambda k, block_size: torch.stack(
+        [reduce(part) for part in k.split(block_size, dim=2)], dim=2
+    )
 
 
 wrongs(
     "pool_blocks",
     padding_counted=("mean counts the padding", lambda k, n: padded(k, n).mean(3)),
-    only_whole_blocks=("fails where T is no multiple", lambda k, n: k.unflatten(2, (-1, n)).mean(3)),
-    last_dropped=("last, short block is left out", lambda k, n: right.pool_blocks(k, n)[:, :, : k.size(2) // n]),
+    only_whole_blocks=(
+        "fails where T is no multiple",
+        lambda k, n: k.unflatten(2, (-1, n)).mean(3),
+    ),
+    last_dropped=(
+        "last, short block is left out",
+        lambda k, n: right.pool_blocks(k, n)[:, :, : k.size(2) // n],
+    ),
     interleaved=(
         r"made of the keys \[0, 4, 8, 12\].*reshape should be",
         lambda k, n: F.pad(k, (0, 0, 0, -k.size(2) % n)).unflatten(2, (n, -1)).mean(2),
     ),
     last_overlaps=(
         r"block 3 is made of the keys \[10, 11, 12, 13\], not 12-13$",
-        lambda k, n: torch.cat([right.pool_blocks(k, n)[:, :, :-1], k[:, :, -n:].mean(2, keepdim=True)], dim=2),
+        lambda k, n: torch.cat(
+            [right.pool_blocks(k, n)[:, :, :-1], k[:, :, -n:].mean(2, keepdim=True)], dim=2
+        ),
     ),
     largest=("is the largest value", blockwise(lambda part: part.amax(2))),
     summed=("block 0 are summed", blockwise(lambda part: part.sum(2))),
     transposed=(r"wrong shape: \(2, 3, 8, 4\)", lambda k, n: right.pool_blocks(k, n).mT),
-    over_heads=("head 1 of sequence 0 changes", blockwise(lambda part: part.mean((1, 2))[:, None].expand(-1, 3, -1))),
-    one_more=(r"gives key 0 the weight 0\.200, not 1/4", blockwise(lambda part: part.sum(2) / (part.size(2) + 1))),
+    over_heads=(
+        "head 1 of sequence 0 changes",
+        blockwise(lambda part: part.mean((1, 2))[:, None].expand(-1, 3, -1)),
+    ),
+    one_more=(
+        r"gives key 0 the weight 0\.200, not 1/4",
+        blockwise(lambda part: part.sum(2) / (part.size(2) + 1)),
+    ),
 )
 
 # ---- step 4, and the bonus --------------------------------------------------------------------------------------------------
@@ -191,9 +265,18 @@ def by_number(*arguments):
 
 wrongs(
     "select_blocks",
-    own_block=("partly in the future was chosen: query 0 ", lambda *a: choose(*a, lambda n, t: n <= t // 4)),
-    started_blocks=("partly in the future was chosen: query 1 ", lambda *a: choose(*a, lambda n, t: n * 4 < t)),
-    own_when_finished=("own block is listed at query 3", lambda *a: choose(*a, lambda n, t: n * 4 + 3 <= t)),
+    own_block=(
+        "partly in the future was chosen: query 0 ",
+        lambda *a: choose(*a, lambda n, t: n <= t // 4),
+    ),
+    started_blocks=(
+        "partly in the future was chosen: query 1 ",
+        lambda *a: choose(*a, lambda n, t: n * 4 < t),
+    ),
+    own_when_finished=(
+        "own block is listed at query 3",
+        lambda *a: choose(*a, lambda n, t: n * 4 + 3 <= t),
+    ),
     no_mask=("wholly in the future was chosen", lambda *a: choose(*a, lambda n, t: n < 99 + t)),
     no_none=("no -1 where fewer past blocks", lambda *a: choose(*a, before, fill=None)),
     none_is_zero=("no -1 where fewer past blocks", lambda *a: choose(*a, before, fill=0)),
@@ -205,13 +288,20 @@ wrongs(
     no_limit=(
         "fails for top_blocks larger than the number of blocks: it raises RuntimeError",
         lambda q, k, n, top: (
-            choose(q, k, n, top, before) if top <= (N := -(-q.size(2) // n)) else torch.zeros(N).topk(top).indices
+            choose(q, k, n, top, before)
+            if top <= (N := -(-q.size(2) // n))
+            else torch.zeros(N).topk(top).indices
         ),
     ),
-    numbers_positions=("there is no block 4", lambda *a: (x := choose(*a, before)).where(x < 0, x * 4)),
+    numbers_positions=(
+        "there is no block 4",
+        lambda *a: (x := choose(*a, before)).where(x < 0, x * 4),
+    ),
     mean_query=(
         "made for query 8 changes with query 9: the future leaks",
-        lambda q, k, n, top: choose(right.pool_blocks(q, n).repeat_interleave(n, 2)[:, :, : q.size(2)], k, n, top, before),
+        lambda q, k, n, top: choose(
+            right.pool_blocks(q, n).repeat_interleave(n, 2)[:, :, : q.size(2)], k, n, top, before
+        ),
     ),
     heads_share=(
         "head 1 of sequence 0 changes",
@@ -222,17 +312,29 @@ wrongs(
     "select_for_tile",
     mean_query=(
         "made for query 8 changes with query 9: the future leaks",
-        lambda q, k, n, top: right.best_blocks(x := right.pool_blocks(q, n), torch.arange(x.size(2)), k, n, top),
+        lambda q, k, n, top: right.best_blocks(
+            x := right.pool_blocks(q, n), torch.arange(x.size(2)), k, n, top
+        ),
     ),
     last_query=(
         "made for query 8 changes with query 11: the future leaks",
         lambda q, k, n, top: right.best_blocks(
-            torch.cat([q[:, :, n - 1 :: n], q[:, :, -1:]], 2)[:, :, : (N := -(-q.size(2) // n))], torch.arange(N), k, n, top
+            torch.cat([q[:, :, n - 1 :: n], q[:, :, -1:]], 2)[:, :, : (N := -(-q.size(2) // n))],
+            torch.arange(N),
+            k,
+            n,
+            top,
         ),
     ),
     each_query=("a row for each of the 14 queries", lambda *a: right.select_blocks(*a)),
-    own_block=("partly in the future was chosen: query 0 ", lambda *a: choose(*a, lambda n, t: n <= t // 4, at=4)),
-    whole_tiles_only=("wrong shape", lambda q, k, n, top: right.select_for_tile(q, k, n, top)[:, :, : q.size(2) // n]),
+    own_block=(
+        "partly in the future was chosen: query 0 ",
+        lambda *a: choose(*a, lambda n, t: n <= t // 4, at=4),
+    ),
+    whole_tiles_only=(
+        "wrong shape",
+        lambda q, k, n, top: right.select_for_tile(q, k, n, top)[:, :, : q.size(2) // n],
+    ),
 )
 
 # ---- step 5 ----------------------------------------------------------------------------------------------------------------
@@ -285,7 +387,11 @@ def averaged(q, k, v, blocks, block_size):
     listed, own, block_of = read(q, blocks, block_size)
     x, parts = scores(q, k), []
     for n in range(int(block_of[-1]) + 1):
-        parts.append(x.masked_fill(~((listed | own) & past(q) & (block_of == n)), -inf).softmax(-1).nan_to_num())
+        parts.append(
+            x.masked_fill(~((listed | own) & past(q) & (block_of == n)), -inf)
+            .softmax(-1)
+            .nan_to_num()
+        )
     total = sum(parts)
     return total / total.sum(-1, keepdim=True) @ v
 
@@ -293,20 +399,34 @@ def averaged(q, k, v, blocks, block_size):
 wrongs(
     "block_attention",
     no_mask=("causal mask is missing", lambda q, k, v, blocks, n: scores(q, k).softmax(-1) @ v),
-    choice_ignored=("which was not chosen", lambda q, k, v, blocks, n: right.dense_attention(q, k, v)),
-    own_only=("which was chosen for it", lambda q, k, v, blocks, n: right.block_attention(q, k, v, blocks[..., :0], n)),
+    choice_ignored=(
+        "which was not chosen",
+        lambda q, k, v, blocks, n: right.dense_attention(q, k, v),
+    ),
+    own_only=(
+        "which was chosen for it",
+        lambda q, k, v, blocks, n: right.block_attention(q, k, v, blocks[..., :0], n),
+    ),
     first_choice_only=(
         "which was chosen for it",
         lambda q, k, v, blocks, n: right.block_attention(q, k, v, blocks[..., :1], n),
     ),
-    no_scale=("not divided by sqrt", lambda q, k, v, blocks, n: right.block_attention(q * q.size(-1) ** 0.5, k, v, blocks, n)),
+    no_scale=(
+        "not divided by sqrt",
+        lambda q, k, v, blocks, n: right.block_attention(q * q.size(-1) ** 0.5, k, v, blocks, n),
+    ),
     mask_after_softmax=(
         r"weights sum to 0\.\d+ at position",
-        lambda q, k, v, blocks, n: (scores(q, k).softmax(-1) * (read(q, blocks, n)[0] | read(q, blocks, n)[1]) * past(q)) @ v,
+        lambda q, k, v, blocks, n: (
+            (scores(q, k).softmax(-1) * (read(q, blocks, n)[0] | read(q, blocks, n)[1]) * past(q))
+            @ v
+        ),
     ),
     needs_a_choice=(
         r"raises IndexError.*for an empty `blocks`",
-        lambda q, k, v, blocks, n: right.block_attention(q, k, v, blocks, n) + 0 * blocks[..., 0, None],
+        lambda q, k, v, blocks, n: (
+            right.block_attention(q, k, v, blocks, n) + 0 * blocks[..., 0, None]
+        ),
     ),
 )
 

@@ -14,14 +14,24 @@ right = grade.load(Path(check_01.__file__).with_name("01_solutions.py"))
 def dense_by_loop(q, k, v):
     out = torch.zeros_like(v)
     for t in range(q.size(2)):
-        weights = torch.einsum("bhd,bhsd->bhs", q[:, :, t], k[:, :, : t + 1]).div(q.size(-1) ** 0.5).softmax(-1)
+        weights = (
+            torch.einsum("bhd,bhsd->bhs", q[:, :, t], k[:, :, : t + 1])
+            .div(q.size(-1) ** 0.5)
+            .softmax(-1)
+        )
         out[:, :, t] = torch.einsum("bhs,bhsd->bhd", weights, v[:, :, : t + 1])
     return out
 
 
 def topk_by_gather(q, k, v, top_k):
-    best, index = right.causal_scores(q, k).clamp(min=-1e9).topk(min(top_k, k.size(2)), dim=-1)  # (B, H, T, K)
-    rows = v[:, :, None].expand(-1, -1, q.size(2), -1, -1).gather(3, index[..., None].expand(*index.shape, v.size(-1)))
+    best, index = (
+        right.causal_scores(q, k).clamp(min=-1e9).topk(min(top_k, k.size(2)), dim=-1)
+    )  # (B, H, T, K)
+    rows = (
+        v[:, :, None]
+        .expand(-1, -1, q.size(2), -1, -1)
+        .gather(3, index[..., None].expand(*index.shape, v.size(-1)))
+    )
     return (best.softmax(-1)[..., None] * rows).sum(3)
 
 
@@ -33,9 +43,14 @@ def pool_by_count(k, block_size):
 
 
 def choose_by_sorting(q, k, block_size, top_blocks):
-    means, out = pool_by_count(k, block_size), torch.full((*q.shape[:3], top_blocks), -1, dtype=torch.int32)
+    means, out = (
+        pool_by_count(k, block_size),
+        torch.full((*q.shape[:3], top_blocks), -1, dtype=torch.int32),
+    )
     for b, h, t in torch.ones(q.shape[:3]).nonzero().tolist():
-        order = sorted(range(t // block_size), key=lambda n: -float(means[b, h, n] @ q[b, h, t]))[:top_blocks]
+        order = sorted(range(t // block_size), key=lambda n: -float(means[b, h, n] @ q[b, h, t]))[
+            :top_blocks
+        ]
         out[b, h, t, : len(order)] = torch.tensor(order)
     return out
 
@@ -53,7 +68,14 @@ def first_rows(q, k, block_size, top_blocks):
     return choose_by_sorting(q, k, block_size, top_blocks)[:, :, ::block_size]
 
 
-ANSWERS = [dense_by_loop, topk_by_gather, pool_by_count, choose_by_sorting, read_by_loop, first_rows]
+ANSWERS = [
+    dense_by_loop,
+    topk_by_gather,
+    pool_by_count,
+    choose_by_sorting,
+    read_by_loop,
+    first_rows,
+]
 
 
 def judge(step, function):

@@ -23,7 +23,10 @@ def route_by_hand(x, gate, top_k):
 def mix_by_token(x, weights, experts, up, out):
     rows = []
     for n in range(len(x)):
-        made = [w * (out[e] @ (up[e] @ x[n]).clamp(min=0).square()) for w, e in zip(weights[n], experts[n], strict=True)]
+        made = [
+            w * (out[e] @ (up[e] @ x[n]).clamp(min=0).square())
+            for w, e in zip(weights[n], experts[n], strict=True)
+        ]
         rows.append(torch.stack(made).sum(0))
     return torch.stack(rows)
 
@@ -57,7 +60,9 @@ def loss_by_expert(probs, experts):
     N, E = probs.shape
     loss = 0
     for e in range(E):
-        loss = loss + E * (experts == e).sum().item() / (N * experts.shape[1]) * probs[:, e].sum() / N
+        loss = (
+            loss + E * (experts == e).sum().item() / (N * experts.shape[1]) * probs[:, e].sum() / N
+        )
     return loss
 
 
@@ -72,7 +77,12 @@ def served_one_by_one(experts, n_expert, capacity):
 
 def bias_by_cases(bias, load, rate):
     mean = load.sum().item() / len(load)
-    return torch.stack([b + (rate if n < mean else -rate if n > mean else 0) for b, n in zip(bias, load.tolist(), strict=True)])
+    return torch.stack(
+        [
+            b + (rate if n < mean else -rate if n > mean else 0)
+            for b, n in zip(bias, load.tolist(), strict=True)
+        ]
+    )
 
 
 def copies(up, out, n_expert):
@@ -84,9 +94,9 @@ ANSWERS = [
     ("mix", mix_by_token),
     ("mix", mix_by_mask),
     ("mix", sorted_and_unsorted),
-    ("mix_sorted", mix_by_token),
-    ("mix_sorted", sorted_and_unsorted),
-    ("mix_sorted", own_matrices),
+    ("experts_sorted", mix_by_token),
+    ("experts_sorted", sorted_and_unsorted),
+    ("experts_sorted", own_matrices),
     ("load_balancing_loss", loss_by_expert),
     ("within_capacity", served_one_by_one),
     ("update_bias", bias_by_cases),

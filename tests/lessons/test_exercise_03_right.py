@@ -51,7 +51,9 @@ def twins_by_large_number(a, b, scale, ids):
     s = a.to(wide) @ b.to(wide).T
     twin = (ids.unsqueeze(0) - ids.unsqueeze(1) == 0).fill_diagonal_(False)
     s = torch.where(twin, -1e9, s) * scale
-    return (F.cross_entropy(s, torch.arange(len(a))) + F.cross_entropy(s.T, torch.arange(len(a)))) * 0.5
+    return (
+        F.cross_entropy(s, torch.arange(len(a))) + F.cross_entropy(s.T, torch.arange(len(a)))
+    ) * 0.5
 
 
 def twins_by_log_of_mask(a, b, scale, ids):
@@ -105,7 +107,11 @@ def recall_by_margin(queries, targets):
     """As nanods does it: what only rounding parts is a tie; a NaN target is no rival."""
     scores = queries @ targets.T
     own = scores.diag()
-    rivals = scores.nan_to_num(-math.inf).masked_fill(torch.eye(len(scores), dtype=torch.bool), -math.inf).amax(1)
+    rivals = (
+        scores.nan_to_num(-math.inf)
+        .masked_fill(torch.eye(len(scores), dtype=torch.bool), -math.inf)
+        .amax(1)
+    )
     return (own > rivals + 1e-5).sum() / len(queries)
 
 
@@ -128,7 +134,9 @@ def sigmoid_by_loops(a, b, scale, bias):
 
 def sigmoid_by_cross_entropy(a, b, scale, bias):
     logits = torch.einsum("im,jm->ij", a, b) * scale + bias
-    return F.binary_cross_entropy_with_logits(logits, torch.eye(len(a)).to(a), reduction="sum") / len(a)
+    return F.binary_cross_entropy_with_logits(
+        logits, torch.eye(len(a)).to(a), reduction="sum"
+    ) / len(a)
 
 
 def sigmoid_in_double(a, b, scale, bias):
@@ -145,11 +153,16 @@ def entropies_by_loops(probs):
 
 
 def entropies_by_torch(probs):
-    return [torch.special.entr(probs).sum(1).mean(), -torch.xlogy(probs.mean(0), probs.mean(0)).sum()]
+    return [
+        torch.special.entr(probs).sum(1).mean(),
+        -torch.xlogy(probs.mean(0), probs.mean(0)).sum(),
+    ]
 
 
 def entropies_by_distribution(probs):
-    return tuple(torch.distributions.Categorical(p).entropy().mean() for p in (probs, probs.mean(0)))
+    return tuple(
+        torch.distributions.Categorical(p).entropy().mean() for p in (probs, probs.mean(0))
+    )
 
 
 def entropies_with_epsilon(probs):
@@ -160,7 +173,9 @@ def entropies_with_epsilon(probs):
 def entropies_in_double(probs):
     """What is NaN is 0: right in value, and where no probability is 0 in gradient."""
     p = probs.double()
-    return -(p * p.log()).nan_to_num().sum(-1).mean(), -(p.mean(0) * p.mean(0).log()).nan_to_num().sum(-1)
+    return -(p * p.log()).nan_to_num().sum(-1).mean(), -(
+        p.mean(0) * p.mean(0).log()
+    ).nan_to_num().sum(-1)
 
 
 ANSWERS = [
@@ -171,9 +186,9 @@ ANSWERS = [
     ("with_twins", loss_by_loops),
     ("with_twins", twins_by_large_number),
     ("with_twins", twins_by_log_of_mask),
-    ("scale_of", scale_by_data),
-    ("scale_of", scale_by_case),
-    ("scale_of", scale_by_copy),
+    ("logit_scale", scale_by_data),
+    ("logit_scale", scale_by_case),
+    ("logit_scale", scale_by_copy),
     ("recall_at_1", recall_by_loops),
     ("recall_at_1", recall_by_rank),
     ("recall_at_1", recall_by_margin),

@@ -30,7 +30,10 @@ def twice(n, chunk):
 wrongs(
     "ring",
     half=("after adding, what is done has to be copied on", lambda n: right.ring(n)[: n - 1]),
-    too_long=("n parts are together after n - 1 steps", lambda n: steps(n, lambda r, s: r - s, 2 * n)),
+    too_long=(
+        "n parts are together after n - 1 steps",
+        lambda n: steps(n, lambda r, s: r - s, 2 * n),
+    ),
     to_itself_too=("not to itself too", lambda n: steps(n, lambda r, s: r - s, n)),
     transposed=("a row for each step, a column for each process", lambda n: right.ring(n).T),
     from_one=("they are 0 to 3: take the number modulo n", lambda n: right.ring(n) + 1),
@@ -39,10 +42,19 @@ wrongs(
         lambda n: torch.arange(n) - torch.arange(2 * n - 2)[:, None],
     ),
     floats=("numbers of chunks must be integers", lambda n: right.ring(n).float()),
-    same_chunk=("in step 0 all send chunk 0: then nobody collects", lambda n: steps(n, lambda r, s: s)),
+    same_chunk=(
+        "in step 0 all send chunk 0: then nobody collects",
+        lambda n: steps(n, lambda r, s: s),
+    ),
     pairs=("in step 0 several processes send chunk 0", lambda n: steps(n, lambda r, s: r // 2 - s)),
-    forward=("process 0 sends chunk 1, and chunk 3 has just come to it", lambda n: steps(n, lambda r, s: r + s)),
-    rests=("process 0 sends chunk 0, and chunk 3 has just come to it", lambda n: steps(n, lambda r, s: r)),
+    forward=(
+        "process 0 sends chunk 1, and chunk 3 has just come to it",
+        lambda n: steps(n, lambda r, s: r + s),
+    ),
+    rests=(
+        "process 0 sends chunk 0, and chunk 3 has just come to it",
+        lambda n: steps(n, lambda r, s: r),
+    ),
     starts_again=(
         "in step 3, a step of copying, process 0 sends chunk 0, in which 1 of 4",
         lambda n: twice(n, lambda r, s: r - s),
@@ -53,7 +65,9 @@ wrongs(
     ),
     own_again=(
         "in step 4 process 0 sends chunk 1 to process 1, which has the whole",
-        lambda n: torch.cat([right.ring(n)[:n], right.ring(n)[n - 1 : n].repeat(max(0, n - 2), 1)])[: 2 * n - 2],
+        lambda n: torch.cat([right.ring(n)[:n], right.ring(n)[n - 1 : n].repeat(max(0, n - 2), 1)])[
+            : 2 * n - 2
+        ],
     ),
     four_alone=("raises RuntimeError.*for n = 2", lambda n: right.ring(n).view(6, 4)),
     powers_of_two=(
@@ -96,13 +110,18 @@ def shifted(x, up, out, n):
 
 
 def along_width(x, up, out, n):
-    return torch.stack([mlp(x[:, c], up[:, c], out) for c in torch.arange(x.size(1)).tensor_split(n)])
+    return torch.stack(
+        [mlp(x[:, c], up[:, c], out) for c in torch.arange(x.size(1)).tensor_split(n)]
+    )
 
 
 wrongs(
     "in_parts",
     each_whole=("their sum is n times y", lambda x, u, o, n: mlp(x, u, o).expand(n, -1, -1)),
-    each_share=("divides it by n: nothing is shared out", lambda x, u, o, n: mlp(x, u, o).expand(n, -1, -1) / n),
+    each_share=(
+        "divides it by n: nothing is shared out",
+        lambda x, u, o, n: mlp(x, u, o).expand(n, -1, -1) / n,
+    ),
     first_alone=(
         "process 0 computes everything",
         lambda x, u, o, n: torch.cat([(y := mlp(x, u, o))[None], 0 * y.expand(n - 1, -1, -1)]),
@@ -112,17 +131,35 @@ wrongs(
         "takes every n-th hidden number: process r",
         lambda x, u, o, n: pairs(x, [u[r::n] for r in range(n)], [o[:, r::n] for r in range(n)]),
     ),
-    mixed=("in blocks and columns of `out` at every", lambda x, u, o, n: pairs(x, u.chunk(n), [o[:, r::n] for r in range(n)])),
-    wrong_partner=("goes with the wrong columns", lambda x, u, o, n: pairs(x, u.chunk(n), o.chunk(n, 1)[::-1])),
-    turned=("the parts are in the wrong order", lambda x, u, o, n: right.in_parts(x, u, o, n).flip(0)),
+    mixed=(
+        "in blocks and columns of `out` at every",
+        lambda x, u, o, n: pairs(x, u.chunk(n), [o[:, r::n] for r in range(n)]),
+    ),
+    wrong_partner=(
+        "goes with the wrong columns",
+        lambda x, u, o, n: pairs(x, u.chunk(n), o.chunk(n, 1)[::-1]),
+    ),
+    turned=(
+        "the parts are in the wrong order",
+        lambda x, u, o, n: right.in_parts(x, u, o, n).flip(0),
+    ),
     not_squared=("the ReLU is not squared", lambda x, u, o, n: pairs(x, *cut(u, o, n), torch.relu)),
-    no_relu=("squared, but there is no ReLU", lambda x, u, o, n: pairs(x, *cut(u, o, n), torch.square)),
+    no_relu=(
+        "squared, but there is no ReLU",
+        lambda x, u, o, n: pairs(x, *cut(u, o, n), torch.square),
+    ),
     linear=("no ReLU, and no square", lambda x, u, o, n: pairs(x, *cut(u, o, n), lambda h: h)),
     mean=("each part is divided by n", lambda *a: right.in_parts(*a) / a[3]),
-    summed_for_all=("their sum is n times y", lambda *a: right.in_parts(*a).sum(0).expand(a[3], -1, -1)),
+    summed_for_all=(
+        "their sum is n times y",
+        lambda *a: right.in_parts(*a).sum(0).expand(a[3], -1, -1),
+    ),
     summed=("that is their sum; return the n terms", lambda *a: right.in_parts(*a).sum(0)),
     concatenated=("stack, where you concatenate", lambda *a: right.in_parts(*a).flatten(0, 1)),
-    side_by_side=("stack, where you concatenate", lambda *a: right.in_parts(*a).transpose(0, 1).flatten(1)),
+    side_by_side=(
+        "stack, where you concatenate",
+        lambda *a: right.in_parts(*a).transpose(0, 1).flatten(1),
+    ),
     last=("the processes come first", lambda *a: right.in_parts(*a).transpose(0, 1)),
     hidden=(
         "have still to be multiplied by the columns",
@@ -130,7 +167,9 @@ wrongs(
     ),
     rows_of_out=(
         r"raises RuntimeError.*Hidden numbers are the rows of `up` \(H, C\), and the columns",
-        lambda x, u, o, n: torch.stack([mlp(x, p, q) for p, q in zip(u.chunk(n), o.chunk(n), strict=False)]),
+        lambda x, u, o, n: torch.stack(
+            [mlp(x, p, q) for p, q in zip(u.chunk(n), o.chunk(n), strict=False)]
+        ),
     ),
     columns_of_up=(
         r"raises RuntimeError.*Hidden numbers are the rows of `up` \(H, C\), and the columns",
@@ -155,7 +194,9 @@ def packed(experts, E, n, order=None, sent=None):
     """The right answer with one of its parts replaced, or both."""
     first, second = right.pack(experts, E, n)
     flat = experts.flatten()
-    return first if order is None else order(flat, experts), second if sent is None else sent(flat, E // n)
+    return first if order is None else order(flat, experts), second if sent is None else sent(
+        flat, E // n
+    )
 
 
 def order(make):
@@ -163,7 +204,9 @@ def order(make):
 
 
 def sent(make):
-    return lambda experts, E, n: packed(experts, E, n, sent=lambda flat, here: make(flat, here, experts, n))
+    return lambda experts, E, n: packed(
+        experts, E, n, sent=lambda flat, here: make(flat, here, experts, n)
+    )
 
 
 def unstable(flat, *_):
@@ -201,36 +244,83 @@ wrongs(
     "pack",
     tokens=(TOKENS, order(lambda flat, e, E, n: flat.argsort(stable=True) // e.size(1))),
     values=("order holds the experts, sorted", order(lambda flat, *_: flat.sort().values)),
-    inverse=("says where each assignment goes", order(lambda flat, *_: flat.argsort(stable=True).argsort())),
-    unsorted=("is the order of the tokens, as they are", order(lambda flat, *_: torch.arange(len(flat)))),
-    descending=("begins with the last expert", order(lambda flat, *_: flat.argsort(descending=True, stable=True))),
+    inverse=(
+        "says where each assignment goes",
+        order(lambda flat, *_: flat.argsort(stable=True).argsort()),
+    ),
+    unsorted=(
+        "is the order of the tokens, as they are",
+        order(lambda flat, *_: torch.arange(len(flat))),
+    ),
+    descending=(
+        "begins with the last expert",
+        order(lambda flat, *_: flat.argsort(descending=True, stable=True)),
+    ),
     by_slot=("takes assignment k N", order(by_slot)),
-    by_owner=("sorts by owner alone", order(lambda flat, e, E, n: (flat // (E // n)).argsort(stable=True))),
-    in_turn=("order deals experts out in turn", order(lambda flat, e, E, n: (flat % n * E + flat).argsort(stable=True))),
+    by_owner=(
+        "sorts by owner alone",
+        order(lambda flat, e, E, n: (flat // (E // n)).argsort(stable=True)),
+    ),
+    in_turn=(
+        "order deals experts out in turn",
+        order(lambda flat, e, E, n: (flat % n * E + flat).argsort(stable=True)),
+    ),
     choice_first=("by choice, and then by token", order(choice_first)),
     unstable=("in the order of their tokens: sort stable=True$", order(unstable)),
-    unstable_if_many=("in the order of their tokens for 200 tokens: sort stable", order(unstable_if_many)),
+    unstable_if_many=(
+        "in the order of their tokens for 200 tokens: sort stable",
+        order(unstable_if_many),
+    ),
     lost_one=(r"stands in it once, and number \d+ does not", order(lost_one)),
     swapped=("order: at place 0 stands assignment", order(swapped_ends)),
     not_flat=("one list of all assignments", order(lambda flat, e, *_: e.argsort(0))),
-    float_order=("order must be integers", order(lambda flat, *_: flat.argsort(stable=True).double())),
-    by_expert=("sum over the experts of each process", sent(lambda flat, here, *_: flat.bincount(minlength=8))),
-    dealt=("sent counts experts e % n", sent(lambda flat, here, e, n: (flat % n).bincount(minlength=n))),
+    float_order=(
+        "order must be integers",
+        order(lambda flat, *_: flat.argsort(stable=True).double()),
+    ),
+    sort_by_expert=(
+        "sum over the experts of each process",
+        sent(lambda flat, here, *_: flat.bincount(minlength=8)),
+    ),
+    dealt=(
+        "sent counts experts e % n",
+        sent(lambda flat, here, e, n: (flat % n).bincount(minlength=n)),
+    ),
     once=(
         "counts tokens, each once for a process",
-        sent(lambda flat, here, e, n: torch.stack([(e // here == r).any(-1).sum() for r in range(n)])),
+        sent(
+            lambda flat, here, e, n: torch.stack([(e // here == r).any(-1).sum() for r in range(n)])
+        ),
     ),
-    first_choice=("counts first choices alone", sent(lambda flat, here, e, n: (e[:, 0] // here).bincount(minlength=n))),
-    ends=("not where they end", sent(lambda flat, here, e, n: (flat // here).bincount(minlength=n).cumsum(0))),
-    begins=("not where they begin", sent(lambda f, h, e, n: (c := (f // h).bincount(minlength=n)).cumsum(0) - c)),
+    first_choice=(
+        "counts first choices alone",
+        sent(lambda flat, here, e, n: (e[:, 0] // here).bincount(minlength=n)),
+    ),
+    ends=(
+        "not where they end",
+        sent(lambda flat, here, e, n: (flat // here).bincount(minlength=n).cumsum(0)),
+    ),
+    begins=(
+        "not where they begin",
+        sent(lambda f, h, e, n: (c := (f // h).bincount(minlength=n)).cumsum(0) - c),
+    ),
     experts_in_use=(
         "counts how many of its experts get rows",
         sent(lambda f, here, e, n: (f.bincount(minlength=n * here).view(n, -1) > 0).sum(-1)),
     ),
-    backwards=("sent is turned round", sent(lambda f, here, e, n: (f // here).bincount(minlength=n).flip(0))),
+    backwards=(
+        "sent is turned round",
+        sent(lambda f, here, e, n: (f // here).bincount(minlength=n).flip(0)),
+    ),
     half=(r"sent is \[\d", sent(lambda f, here, e, n: (f // here).bincount(minlength=n) // 2)),
-    no_minlength=("an entry for each process, 0 where nothing", sent(lambda f, here, e, n: (f // here).bincount())),
-    float_sent=("sent must be integers", sent(lambda f, here, e, n: (f // here).bincount(minlength=n).double())),
+    no_minlength=(
+        "an entry for each process, 0 where nothing",
+        sent(lambda f, here, e, n: (f // here).bincount()),
+    ),
+    float_sent=(
+        "sent must be integers",
+        sent(lambda f, here, e, n: (f // here).bincount(minlength=n).double()),
+    ),
     one_choice=(
         r"sent: right in general, but \[.*for one choice",
         sent(lambda f, here, e, n: (f // here).bincount(minlength=n) * (e.size(1) > 1)),
@@ -240,7 +330,10 @@ wrongs(
         lambda e, E, n: (right.pack(e, E, 4)[0], right.pack(e, E, 4)[1].view(n)),
     ),
     one_alone=("returns a Tensor, not the 2 tensors order, sent", lambda *a: right.pack(*a)[0]),
-    a_list=("returns a list as its sent, not a tensor", sent(lambda f, here, e, n: (f // here).bincount(minlength=n).tolist())),
+    a_list=(
+        "returns a list as its sent, not a tensor",
+        sent(lambda f, here, e, n: (f // here).bincount(minlength=n).tolist()),
+    ),
 )
 
 

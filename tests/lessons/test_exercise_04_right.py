@@ -14,7 +14,9 @@ def ring_by_loops(n):
     table = torch.zeros(2 * (n - 1), n, dtype=torch.int32)
     for s in range(2 * (n - 1)):
         for r in range(n):
-            table[s, r] = (r - s - 1) % n  # process r ends the adding with chunk r, as MPI's reduce-scatter does
+            table[s, r] = (
+                r - s - 1
+            ) % n  # process r ends the adding with chunk r, as MPI's reduce-scatter does
     return table
 
 
@@ -61,7 +63,9 @@ def pack_by_keys(experts, n_expert, n):
     """A plain sort of numbers that are all different."""
     flat = experts.reshape(-1)
     owner = flat // (n_expert // n)
-    return (flat * max(1, len(flat)) + torch.arange(len(flat))).argsort(), (owner[:, None] == torch.arange(n)).sum(0).int()
+    return (flat * max(1, len(flat)) + torch.arange(len(flat))).argsort(), (
+        owner[:, None] == torch.arange(n)
+    ).sum(0).int()
 
 
 def add_up_by_loops(shared, experts, group):
@@ -84,7 +88,10 @@ def add_up_by_masks(shared, experts, group):
 def used_by_loops(load, devices):
     times = []
     for group in load.tolist():
-        layers = [[sum(row[i : i + len(row) // devices]) for i in range(0, len(row), len(row) // devices)] for row in group]
+        layers = [
+            [sum(row[i : i + len(row) // devices]) for i in range(0, len(row), len(row) // devices)]
+            for row in group
+        ]
         times.append(sum(map(max, layers)))
     return torch.tensor(load.sum().item() / (len(load) * devices * max(times)))
 
@@ -116,7 +123,11 @@ def test_other_right_answers_pass(name, function):
 
 
 def all_different(known, tolerance=1e-6):
-    return [pair for pair in combinations(known, 2) if (known[pair[0]] - known[pair[1]]).abs().max() < tolerance]
+    return [
+        pair
+        for pair in combinations(known, 2)
+        if (known[pair[0]] - known[pair[1]]).abs().max() < tolerance
+    ]
 
 
 def test_no_two_mistakes_look_alike():
@@ -131,7 +142,12 @@ def test_no_two_mistakes_look_alike():
     total = x.sum(0).expand_as(x)
     shared = {why: make() for why, make in check_04.known_sums(x, total).items()}
     assert not all_different(shared | {"right": total / check_04.W})
-    experts = {why: make() for why, make in check_04.known_experts(x, check_04.by_twins(x, check_04.G)).items()}
+    experts = {
+        why: make()
+        for why, make in check_04.known_experts(x, check_04.by_twins(x, check_04.G)).items()
+    }
     assert not all_different(experts | {"right": check_04.by_twins(x, check_04.G) / check_04.W})
     load = check_04.loads()
-    assert not all_different(check_04.known_shares(load.double(), 4) | {"right": check_04.right_share(load, 4)}, 2e-6)
+    assert not all_different(
+        check_04.known_shares(load.double(), 4) | {"right": check_04.right_share(load, 4)}, 2e-6
+    )

@@ -39,7 +39,12 @@ def lesson(grader, title):
 
 
 FIRST = lesson(check_01, "01_sparse_attention")
-LESSONS = [FIRST, lesson(check_02, "02_mixture_of_experts"), lesson(check_03, "03_multimodal"), lesson(check_04, "04_scaling")]
+LESSONS = [
+    FIRST,
+    lesson(check_02, "02_mixture_of_experts"),
+    lesson(check_03, "03_multimodal"),
+    lesson(check_04, "04_scaling"),
+]
 NAMES, SOLUTIONS = FIRST.names, FIRST.solutions
 each = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stubs.stem)
 
@@ -62,7 +67,9 @@ def attempt(tmp_path, capsys):
 def replaced(source, name, body):
     """The source with another body for one of its functions."""
     tree = ast.parse(source)
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    function = next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
+    )
     function.body = ast.parse(body).body
     return ast.unparse(tree)
 
@@ -76,7 +83,9 @@ def test_the_solutions_pass(attempt, lesson):
 
 @each
 def test_the_stubs_fail_each_step_by_its_first_line(attempt, lesson):
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", lesson.stubs], cwd=FOLDER, capture_output=True)
+    changed = subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", lesson.stubs], cwd=FOLDER, capture_output=True
+    )
     if changed.returncode == 1:
         pytest.skip("you have begun to fill them in")
     status, lines = attempt(lesson.stubs, lesson)
@@ -89,8 +98,14 @@ def test_the_stubs_fail_each_step_by_its_first_line(attempt, lesson):
 @each
 def test_stubs_and_solutions_have_the_same_signatures(lesson):
     def signatures(path):
-        functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
-        return {f.name: (ast.unparse(f.args), ast.unparse(f.returns)) for f in functions if f.name in lesson.names}
+        functions = [
+            node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+        ]
+        return {
+            f.name: (ast.unparse(f.args), ast.unparse(f.returns))
+            for f in functions
+            if f.name in lesson.names
+        }
 
     assert list(signatures(lesson.stubs)) == lesson.names
     assert signatures(lesson.stubs) == signatures(lesson.solutions)
@@ -104,9 +119,13 @@ def test_a_bonus_may_stay_undone_but_not_be_wrong(attempt, lesson):
         assert attempt(replaced(source, name, "return 1"), lesson)[0] == 1
 
 
-@pytest.mark.parametrize(("lesson", "name"), [(lesson, name) for lesson in LESSONS for name in lesson.needed])
+@pytest.mark.parametrize(
+    ("lesson", "name"), [(lesson, name) for lesson in LESSONS for name in lesson.needed]
+)
 def test_each_other_step_is_needed(attempt, lesson, name):
-    status, lines = attempt(replaced(lesson.solutions.read_text(), name, "raise NotImplementedError"), lesson)
+    status, lines = attempt(
+        replaced(lesson.solutions.read_text(), name, "raise NotImplementedError"), lesson
+    )
     assert status == 1
     assert "not done yet" in lines[lesson.names.index(name)]
 
@@ -114,7 +133,9 @@ def test_each_other_step_is_needed(attempt, lesson, name):
 def test_a_wrong_step_does_not_stop_the_others(attempt):
     status, lines = attempt(replaced(SOLUTIONS.read_text(), ONE, "return q"))
     assert status == 1
-    assert [line.endswith("OK") or line.endswith("OK (bonus)") for line in lines] == [False] + [True] * 5
+    assert [line.endswith("OK") or line.endswith("OK (bonus)") for line in lines] == [False] + [
+        True
+    ] * 5
 
 
 def test_a_step_that_waits_for_another_says_for_which(attempt):
@@ -124,7 +145,9 @@ def test_a_step_that_waits_for_another_says_for_which(attempt):
 
 def test_an_exception_is_named_with_its_line(attempt):
     source = replaced(SOLUTIONS.read_text(), ONE, "return q @ k")
-    number = next(i for i, line in enumerate(source.splitlines(), 1) if line.strip() == "return q @ k")
+    number = next(
+        i for i, line in enumerate(source.splitlines(), 1) if line.strip() == "return q @ k"
+    )
     assert f"raises RuntimeError at line {number}: " in attempt(source)[1][0]
 
 
@@ -144,7 +167,10 @@ def test_a_missing_function_is_missed(attempt):
     ("text", "message"),
     [
         ("import torch\ndef f(:\n", "line 2: Python cannot read it"),
-        ("import torch\n\nq = k\n", "stops while it is loaded: NameError at line 3: name 'k' is not defined"),
+        (
+            "import torch\n\nq = k\n",
+            "stops while it is loaded: NameError at line 3: name 'k' is not defined",
+        ),
         ("raise SystemExit(0)", "stops while it is loaded: SystemExit"),
         (Path("no_such_file.py"), "there is no such Python file"),
         (Path(__file__).parent, "there is no such Python file"),
@@ -184,7 +210,9 @@ def test_a_step_may_return_several_tensors(out, message):
 
 
 def judged(function, *arguments):
-    return grade.judge(grade.Step("one", lambda answer: answer(*arguments)), function, Path(__file__)).message
+    return grade.judge(
+        grade.Step("one", lambda answer: answer(*arguments)), function, Path(__file__)
+    ).message
 
 
 def endless():
@@ -199,7 +227,8 @@ def test_a_call_without_end_is_a_mistake(monkeypatch):
     monkeypatch.setattr(grade, "PATIENCE", 0.05)
     number = endless.__code__.co_firstlineno
     assert re.search(
-        rf"is not done after 0.05 seconds at line ({number}|{number + 1}|{number + 3}): an endless", judged(endless)
+        rf"is not done after 0.05 seconds at line ({number}|{number + 1}|{number + 3}): an endless",
+        judged(endless),
     )
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 

@@ -13,7 +13,10 @@ import torch
 from tests.lessons.wrong_answers import at
 
 CHECKS = {"02": check_02, "03": check_03, "04": check_04}
-RIGHT = {number: grade.load(Path(check.__file__).with_name(f"{number}_solutions.py")) for number, check in CHECKS.items()}
+RIGHT = {
+    number: grade.load(Path(check.__file__).with_name(f"{number}_solutions.py"))
+    for number, check in CHECKS.items()
+}
 PLACES = [
     pytest.param(number, step, place, id=f"{number}-{step.name}-{place}")
     for number, check in CHECKS.items()
@@ -61,6 +64,8 @@ def test_and_so_is_one_that_comes_late(number, step, place, when, spoil):
 
 @pytest.mark.parametrize(("number", "step", "place"), PLACES)
 @pytest.mark.parametrize("when", [1, 2, 3, 5, 8, 12])
-@pytest.mark.parametrize("spoil", [torch.Tensor.detach, torch.Tensor.long, torch.Tensor.bfloat16, torch.Tensor.bool])
+@pytest.mark.parametrize(
+    "spoil", [torch.Tensor.detach, torch.Tensor.long, torch.Tensor.bfloat16, torch.Tensor.bool]
+)
 def test_what_may_still_be_right_is_survived(number, step, place, when, spoil):
     late(number, step, place, when, spoil)

@@ -9,7 +9,11 @@ import pytest
 
 def judge(steps, name, function):
     """What the grader says of an answer to the step of that name, written in the file where it stands."""
-    return grade.judge(next(step for step in steps if step.name == name), function, Path(function.__code__.co_filename))
+    return grade.judge(
+        next(step for step in steps if step.name == name),
+        function,
+        Path(function.__code__.co_filename),
+    )
 
 
 class WrongAnswers:
@@ -43,4 +47,8 @@ class WrongAnswers:
 
 def at(place, spoil, out):
     """Several tensors with one of them spoilt, or the only one."""
-    return spoil(out) if place is None else [spoil(part) if i == place else part for i, part in enumerate(out)]
+    return (
+        spoil(out)
+        if place is None
+        else [spoil(part) if i == place else part for i, part in enumerate(out)]
+    )

@@ -12,7 +12,9 @@ from nanods.training import checkpoint
 
 def save(out, step, value=0.0):
     model = {"w": torch.full((3,), value)}
-    checkpoint.save(out, step, model, {"AdamW/w/step": torch.tensor(1.0)}, {"step": step, "note": "é"})
+    checkpoint.save(
+        out, step, model, {"AdamW/w/step": torch.tensor(1.0)}, {"step": step, "note": "é"}
+    )
     return out / f"step_{step:06d}"
 
 
@@ -40,7 +42,9 @@ def test_a_broken_newest_falls_back_to_the_one_before(tmp_path, capsys, file, ha
     if harm == "delete":
         path.unlink()
     else:
-        path.write_bytes(data[:-5] if harm == "truncate" else data[:2] + bytes([data[2] ^ 1]) + data[3:])
+        path.write_bytes(
+            data[:-5] if harm == "truncate" else data[:2] + bytes([data[2] ^ 1]) + data[3:]
+        )
     assert checkpoint.load(tmp_path).model["w"][0] == 1.0
     assert "step_000002 is broken" in capsys.readouterr().err
 

@@ -16,7 +16,10 @@ def test_the_updates_are_nearly_orthogonal(shape, dtype):
     singular = torch.linalg.svdvals(update)
     assert singular.min() > 0.3 and singular.max() < 1.3
     U, _, V = torch.linalg.svd(G, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(update.double().flatten(1), (U @ V).flatten(1)).min() > 0.9
+    assert (
+        torch.nn.functional.cosine_similarity(update.double().flatten(1), (U @ V).flatten(1)).min()
+        > 0.9
+    )
 
 
 def test_a_stack_is_each_matrix_alone():
@@ -31,7 +34,12 @@ def test_fp64_is_not_rounded_and_bf16_is_used_where_it_is_fast(monkeypatch):
     exact = orthogonalise(G)
     assert (orthogonalise(G.float()).double() - exact).abs().max() < 0.05
     assert ((exact - exact.bfloat16()).abs() > 0).any()
-    for has, there in (({}, False), ({"avx512_bf16": False}, False), ({"amx_bf16": True}, True), ({"bf16": True}, True)):
+    for has, there in (
+        ({}, False),
+        ({"avx512_bf16": False}, False),
+        ({"amx_bf16": True}, True),
+        ({"bf16": True}, True),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
         assert fast_bf16(torch.device("cpu")) == there
         assert (orthogonalise(G.float()) == orthogonalise(G.float()).bfloat16()).all() == there
@@ -45,7 +53,10 @@ def test_it_agrees_with_torchs_own_within_bf16(monkeypatch, stacked):
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in [(16, 16), (12, 48), (16, 16), (48, 12), (16, 16)]]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in "ab")
-    a, b = Muon(ours, 0.1, 0.9, weight_decay=0.3), torch.optim.Muon(theirs, 0.1, momentum=0.9, weight_decay=0.3)
+    a, b = (
+        Muon(ours, 0.1, 0.9, weight_decay=0.3),
+        torch.optim.Muon(theirs, 0.1, momentum=0.9, weight_decay=0.3),
+    )
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
@@ -64,7 +75,10 @@ def test_a_stacked_parameter_moves_as_its_matrices_would(monkeypatch, stacked):
     start = [torch.randn(4, R, C, dtype=torch.float64) for R, C in [(12, 30), (30, 12), (12, 30)]]
     stacks = [torch.nn.Parameter(p.clone()) for p in start]
     alone = [[torch.nn.Parameter(matrix.clone()) for matrix in p] for p in start]
-    a, b = (Muon(params, 0.1, 0.9, weight_decay=0.3) for params in (stacks, [p for matrices in alone for p in matrices]))
+    a, b = (
+        Muon(params, 0.1, 0.9, weight_decay=0.3)
+        for params in (stacks, [p for matrices in alone for p in matrices])
+    )
     for _ in range(3):
         for stack, matrices in zip(stacks, alone, strict=True):
             stack.grad = torch.randn_like(stack) * torch.tensor([1, 1e-3, 1e3, 0]).view(4, 1, 1)
