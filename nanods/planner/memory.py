@@ -76,7 +76,7 @@ def counts(model: nn.Module) -> Counts:
     total, active = model.count_parameters()
     outside = {name: p for name, p in named.items() if p.ndim < 3}
     adamw = {name: p for name, p in outside.items() if p.ndim < 2 or name.endswith(TABLES)}
-    uncast = ("embedding.weight", "place", "gate.weight")
+    uncast = ("embedding.weight", "position_embedding", "gate.weight")
     block = max(sum(p.numel() for p in block.parameters() if p.ndim < 3) for block in blocks)
     muons = {name: p for name, p in named.items() if name not in adamw}
     stacks = {

@@ -22,7 +22,7 @@ COEFFICIENTS = (
 )  # a, b, c of the post: chosen for slope at zero; singular values end near 1
 TABLES = (
     "embedding.weight",
-    "place",
+    "position_embedding",
     "head.weight",
     "gate.weight",
 )  # a row each for what is a thing of its own: AdamW's
