@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from grade import (
-    TINY,
+    TOLERANCE,
     Answer,
     Crash,
     Mistake,
@@ -16,7 +16,7 @@ from grade import (
     expect_dtype,
     expect_integers,
     expect_shape,
-    first,
+    first_index,
     main,
 )
 from probe import BLOCK, B, D, H, N, T, examine, expect_separate, qkv, span, through_identity
@@ -33,7 +33,7 @@ def check_dense(answer: Answer) -> None:
     q, k, v = qkv(T=1)
     out = answer(q, k, v, when="for T = 1")
     expect_shape(out, v.shape, ", for T = 1")
-    if not (out - v).abs().max() < TINY:
+    if not (out - v).abs().max() < TOLERANCE:
         raise Mistake("with one token (T = 1) the output is not v")
 
 
@@ -59,14 +59,14 @@ def check_topk(answer: Answer) -> None:
     def explain(W: Tensor, right: Tensor) -> None:
         reads, sums = W > 0, W.sum(-1)
         if reads.equal(wanted):
-            if (short := sums < 1 - TINY).any():
-                b, h, t = first(short)
+            if (short := sums < 1 - TOLERANCE).any():
+                b, h, t = first_index(short)
                 raise Mistake(
                     f"weights sum to {sums[b, h, t]:.2f} at query {t}: choose first, then softmax over the chosen"
                 )
             return
         if reads.equal(masked_late):
-            t = first(reads != wanted)[2]
+            t = first_index(reads != wanted)[2]
             raise Mistake(
                 f"keys of the future take some of the top_k places of query {t}: mask the scores before topk"
             )
@@ -74,11 +74,11 @@ def check_topk(answer: Answer) -> None:
             return  # a wrong causal mask or NaN, which `examine` knows how to explain
         number, should = reads.sum(-1), wanted.sum(-1)
         if (number != should).any():
-            b, h, t = first(number != should)
+            b, h, t = first_index(number != should)
             raise Mistake(
                 f"query {t} reads {number[b, h, t]} keys where it should read {should[b, h, t]} (top_k = {top_k})"
             )
-        b, h, t = first((reads != wanted).any(-1))
+        b, h, t = first_index((reads != wanted).any(-1))
         got, best = (x[b, h, t].nonzero().flatten().tolist() for x in (reads, wanted))
         raise Mistake(f"query {t} reads the keys {got}, but its highest scores are at {best}")
 
@@ -92,7 +92,7 @@ def check_topk(answer: Answer) -> None:
                 f"top_k larger than T fails (T = {length}, top_k = {n}; take the smaller): it {crash}"
             ) from None
         expect_shape(out, v.shape, f", for T = {length} and top_k = {n}")
-        if not (out - masked_attention(q, k, v, visible(q, k, True, None))).abs().max() < TINY:
+        if not (out - masked_attention(q, k, v, visible(q, k, True, None))).abs().max() < TOLERANCE:
             raise Mistake(
                 f"with top_k = {n} and T = {length} every key is chosen, yet the result is not that of step 1"
             )
@@ -120,7 +120,7 @@ def check_block_attention(answer: Answer) -> None:
                 f"query 9 does not read its own block (keys {span(2)}, up to 9): it is always read, never listed"
             )
         if (stray := (mass > 0) & ~listed & ~here).any():
-            b, h, t, n = first(stray)
+            b, h, t, n = first_index(stray)
             what = f"(keys {span(n)}); its row of `blocks` is {blocks[b, h, t].tolist()}"
             if not (stray & full).any():
                 raise Mistake(f"-1 was read as a block: query {t} reads block {n} {what}")
@@ -128,17 +128,17 @@ def check_block_attention(answer: Answer) -> None:
                 raise Mistake(f"query {t} reads block {n}, which was not chosen {what}")
             return
         if W.triu(1).any():
-            t, s = first(W.triu(1))[2:]
+            t, s = first_index(W.triu(1))[2:]
             raise Mistake(
                 f"position {t} sees position {s} of its own block, its future: the causal mask holds there too"
             )
         if (unread := listed & (mass == 0)).any():
-            t, n = first(unread)[2:]
+            t, n = first_index(unread)[2:]
             raise Mistake(
                 f"query {t} does not read block {n} (keys {span(n)}), which was chosen for it"
             )
         uneven = (mass - (mass * here).sum(-1, keepdim=True)).abs()
-        if uneven[(listed | here) & full].max() < TINY:
+        if uneven[(listed | here) & full].max() < TOLERANCE:
             raise Mistake(
                 "each block has a softmax of its own, and they are averaged: one softmax, over all keys read"
             )
@@ -147,7 +147,7 @@ def check_block_attention(answer: Answer) -> None:
         )  # how often each key was counted, up to a factor of its row
         times = (times / times.amin(-1, keepdim=True)).where(mask, 1)
         if times.max() > 1.5 and (times - times.round()).abs().max() < 1e-6:
-            b, h, t, s = first(times > 1.5)
+            b, h, t, s = first_index(times > 1.5)
             raise Mistake(
                 f"the keys of block {own[s]} are counted {times[b, h, t, s]:.0f} times at query {t}"
             )
@@ -167,7 +167,7 @@ def check_block_attention(answer: Answer) -> None:
         expect_shape(out, v.shape, f", for {when}")
         if (
             not (out - masked_attention(q, k, v, block_mask(q, k, chosen, BLOCK, True))).abs().max()
-            < TINY
+            < TOLERANCE
         ):
             raise Mistake(f"right in general, but wrong for {when}")
 
@@ -191,7 +191,7 @@ def check_pool(answer: Answer) -> None:
     expect_shape(out, (B, H, N, D))
     expect_dtype(out, k)
     expect_separate(lambda k: answer(k, BLOCK), [k])
-    if (out[:, :, 0] - k[:, :, :BLOCK].amax(2)).abs().max() < TINY:
+    if (out[:, :, 0] - k[:, :, :BLOCK].amax(2)).abs().max() < TOLERANCE:
         raise Mistake("the summary is the largest value of each channel, not the mean")
     M = through_identity(lambda k: answer(k, BLOCK))[
         0, 0
@@ -203,17 +203,17 @@ def check_pool(answer: Answer) -> None:
             strided = len(keys) > 1 and keys[-1] - keys[0] >= len(keys)
             hint = ": the reshape should be to (N, block_size)" if strided else ""
             raise Mistake(f"the mean of block {n} is made of the keys {keys}, not {span(n)}{hint}")
-        if (M[n, keys] - 1).abs().max() < TINY:
+        if (M[n, keys] - 1).abs().max() < TOLERANCE:
             raise Mistake(f"the keys of block {n} are summed: divide by their number")
-        if size < BLOCK and (M[n, keys] - 1 / BLOCK).abs().max() < TINY:
+        if size < BLOCK and (M[n, keys] - 1 / BLOCK).abs().max() < TOLERANCE:
             raise Mistake(
                 f"the last, short block's mean counts the padding: it has {size} keys, and is divided by {BLOCK}"
             )
-        if (M[n, keys] - 1 / size).abs().max() > TINY:
+        if (M[n, keys] - 1 / size).abs().max() > TOLERANCE:
             raise Mistake(
                 f"the mean of block {n} gives key {keys[0]} the weight {M[n, keys[0]]:.3f}, not 1/{size}"
             )
-    if not (out - summarise(k, BLOCK, "mean")).abs().max() < TINY:
+    if not (out - summarise(k, BLOCK, "mean")).abs().max() < TOLERANCE:
         raise Mistake("the means are right for ones and zeros, but not for other numbers")
     when = "for T smaller than block_size"
     expect_shape(answer(k[:, :, :3], BLOCK, when=when), (B, H, 1, D), f", {when}")
@@ -246,7 +246,7 @@ def check_choice(answer: Answer, method: str, at: Tensor) -> None:
         for what, after in (("query", answer(q2, k, BLOCK, 1)), ("key", answer(q, k2, BLOCK, 1))):
             if (leak := (after != before)[:, :, at < s]).any():
                 raise Mistake(
-                    f"the choice made for query {at[first(leak)[2]]} changes with {what} {s}: the future leaks"
+                    f"the choice made for query {at[first_index(leak)[2]]} changes with {what} {s}: the future leaks"
                 )
     for top_blocks in (1, 2, N):
         blocks, right = (
@@ -255,7 +255,7 @@ def check_choice(answer: Answer, method: str, at: Tensor) -> None:
         )
         expect_shape(blocks, right.shape, f", for top_blocks = {top_blocks}")
         if not blocks.equal(right):
-            b, h, r, _ = first(blocks != right)
+            b, h, r, _ = first_index(blocks != right)
             t, got, best = at[r], blocks[b, h, r].tolist(), right[b, h, r].tolist()
             if sorted(got) == sorted(best):
                 raise Mistake(f"the order is wrong: query {t} lists {got}, best first is {best}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from grade import (
-    TINY,
+    TOLERANCE,
     Answer,
     Mistake,
     Step,
@@ -17,7 +17,7 @@ from grade import (
     expect_gradients,
     expect_integers,
     expect_shape,
-    first,
+    first_index,
     main,
 )
 from probe_experts import C, E, F, K, N, examine, expect_cases, expect_little_work, shaped, tokens
@@ -53,17 +53,17 @@ def check_route(answer: Answer) -> None:
     expect_dtype(weights, x)
     x2 = x.clone()
     x2[0] = -x2[0]
-    changed = ((asked(x2, gate, K)[0] - weights).abs() > TINY).any(-1)
+    changed = ((asked(x2, gate, K)[0] - weights).abs() > TOLERANCE).any(-1)
     changed[0] = False
     if changed.any():
         raise Mistake(
-            f"the weights of token {first(changed)[0]} change with token 0: is the softmax over the tokens? dim=-1"
+            f"the weights of token {first_index(changed)[0]} change with token 0: is the softmax over the tokens? dim=-1"
         )
 
     logits = x @ gate.T
     right, best, probs = moe.route(x, gate, K)
     if not experts.equal(best):
-        t = first(experts != best)[0]
+        t = first_index(experts != best)[0]
         got, wanted = experts[t].tolist(), best[t].tolist()
         if experts.sort().values.equal(best.sort().values):
             raise Mistake(
@@ -81,7 +81,7 @@ def check_route(answer: Answer) -> None:
         x, gate = scored(length)
         weights, experts = asked(x, gate, top_k, when=f"for {when}")
         right, best, _ = moe.route(x, gate, top_k)
-        if not (experts.equal(best) and (weights - right).abs().max() < TINY):
+        if not (experts.equal(best) and (weights - right).abs().max() < TOLERANCE):
             raise Mistake(f"right in general, but wrong for {when}")
     x, gate = scored()
     expect_gradients(
@@ -94,24 +94,24 @@ def expect_router_weights(
     weights: Tensor, right: Tensor, logits: Tensor, probs: Tensor, experts: Tensor
 ) -> None:
     """`logits` and `probs` (N, K): those of the chosen."""
-    if (weights - right).abs().max() < TINY:
+    if (weights - right).abs().max() < TOLERANCE:
         return
     for raw in (logits, logits / logits.sum(-1, keepdim=True)):
-        if (weights - raw).abs().max() < TINY:
+        if (weights - raw).abs().max() < TOLERANCE:
             raise Mistake(
                 f"there is no softmax: the weights are made of the scores x @ gate.T, such as {logits[0, 0]:.3f}"
             )
-    if (weights - probs.softmax(-1)).abs().max() < TINY:
+    if (weights - probs.softmax(-1)).abs().max() < TOLERANCE:
         raise Mistake(
             "the softmax is taken twice, of the probabilities too: divide these by their sum"
         )
     sums = weights.sum(-1)
-    if ((sums - 1).abs() > TINY).any():
+    if ((sums - 1).abs() > TOLERANCE).any():
         t = (sums - 1).abs().argmax()
         raise Mistake(
             f"the weights of token {t} sum to {sums[t]:.2f}, not to 1: divide them by the sum of those chosen"
         )
-    t, k = first(~((weights - right).abs() < TINY))
+    t, k = first_index(~((weights - right).abs() < TOLERANCE))
     raise Mistake(
         f"token {t} gives expert {experts[t, k]} the weight {weights[t, k]:.3f}, not {right[t, k]:.3f}"
     )
@@ -133,7 +133,7 @@ def expect_router_precision(route: Callable[..., tuple[Tensor, Tensor]]) -> None
     weights, experts = route(x, gate, K, when="for bf16")
     right, best, _ = moe.route(x.double(), gate.double(), K)
     if (off := (experts != best).any(-1)).any():
-        t = first(off)[0]
+        t = first_index(off)[0]
         raise Mistake(
             f"in bf16, rounding chooses: token {t} got the experts {experts[t].tolist()}, exact scores say {best[t].tolist()}; "
             "compute the scores in fp32, from x and gate in fp32"
@@ -175,7 +175,7 @@ def check_loss(answer: Answer) -> None:
     expect_dtype(loss, probs)
 
     def same(a: Tensor, b: Tensor) -> bool:
-        return bool((a - b).abs() < TINY)
+        return bool((a - b).abs() < TOLERANCE)
 
     if same(loss, asked(other, experts)):
         raise Mistake(
@@ -265,7 +265,7 @@ def explain_capacity(experts: Tensor, served: Tensor, wanted: Tensor, capacity: 
     ) -> Tensor:
         return moe.within_capacity(experts, E, capacity, priority)
 
-    t, k = first(served != wanted)
+    t, k = first_index(served != wanted)
     here = f"token {t} in slot {k}, for expert {experts[t, k]},"
     number, asked = (
         moe.count_assignments(experts.masked_fill(~x, E), E)
@@ -304,10 +304,10 @@ def explain_capacity(experts: Tensor, served: Tensor, wanted: Tensor, capacity: 
         if served.equal(hypothesis):
             raise Mistake(why)
     if (over := number > capacity).any():
-        e = first(over)[0]
+        e = first_index(over)[0]
         raise Mistake(f"expert {e} serves {number[e]} tokens, {limit}")
     if (under := number < asked.clamp(max=capacity)).any():
-        e = first(under)[0]
+        e = first_index(under)[0]
         raise Mistake(
             f"expert {e} serves {number[e]} of the {asked[e]} tokens that chose it, {limit}"
         )
@@ -332,15 +332,15 @@ def check_bias(answer: Answer) -> None:
         "returns the step alone: add it to the bias": wanted - bias,
     }
     for why, hypothesis in known.items():
-        if (step - hypothesis).abs().max() < TINY:
+        if (step - hypothesis).abs().max() < TOLERANCE:
             raise Mistake(why)
     c = (step * distance).sum() / distance.square().sum()
-    if (step - c * distance).abs().max() < 1e-6 and c > TINY:
+    if (step - c * distance).abs().max() < 1e-6 and c > TOLERANCE:
         raise Mistake(
             "the step is longer where the load is further from the mean: only the sign counts"
         )
-    if (wrong := ~((step - wanted).abs() < TINY)).any():
-        e = first(wrong)[0]
+    if (wrong := ~((step - wanted).abs() < TOLERANCE)).any():
+        e = first_index(wrong)[0]
         raise Mistake(
             f"expert {e} had {load[e]}, the mean is 5, so its bias moves by {wanted[e]:.3g}; here by {step[e]:.3g}"
         )
@@ -363,13 +363,13 @@ def check_upcycle(answer: Answer) -> None:
         expect_shape(copies, (E, *one.shape), f" ({name})")
         expect_dtype(copies, one)
         c = (copies * one).sum() / (E * one.square().sum())
-        if (copies - c * one).abs().max() < TINY < abs(c - 1):
+        if (copies - c * one).abs().max() < TOLERANCE < abs(c - 1):
             raise Mistake(
                 f"each expert's {name} is {c:.3g} times the MLP's: a token's weights sum to 1, so no factor is needed"
             )
-        if (wrong := ~((copies - one).abs().amax((1, 2)) < TINY)).any():
+        if (wrong := ~((copies - one).abs().amax((1, 2)) < TOLERANCE)).any():
             raise Mistake(
-                f"{name}[{first(wrong)[0]}] is not the MLP's {name}: each expert starts as a copy of it"
+                f"{name}[{first_index(wrong)[0]}] is not the MLP's {name}: each expert starts as a copy of it"
             )
         copies[0, 0, 0] += 1
         if copies[1, 0, 0] == copies[0, 0, 0]:

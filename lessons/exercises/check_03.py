@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from grade import (
-    TINY,
+    TOLERANCE,
     Answer,
     Crash,
     Mistake,
@@ -87,7 +87,7 @@ def check_scale(answer: Answer) -> None:
     for why, hypothesis in known.items():
         if abs(scale.item() - hypothesis) < 1e-6:
             raise Mistake(why)
-    if not abs(scale.item() - math.exp(1.5)) < TINY:
+    if not abs(scale.item() - math.exp(1.5)) < TOLERANCE:
         raise Mistake(
             f"gives {scale:.4f} where log_scale is 1.5, far below the limit: exp(1.5) is {math.exp(1.5):.4f}"
         )
@@ -101,12 +101,12 @@ def check_scale(answer: Answer) -> None:
         )
     if (grad := gradient(parameter, scale)) is None:
         raise Mistake("no gradient reaches log_scale: the scale is made from a copy of it")
-    if not abs(grad - scale.detach()) < TINY:
+    if not abs(grad - scale.detach()) < TOLERANCE:
         raise Mistake(
             f"the gradient below the limit is {grad:.3f}, and should be that of exp(): {scale:.3f}"
         )
     parameter, scale = asked(-2.0)
-    if not abs(scale.item() - math.exp(-2)) < TINY:
+    if not abs(scale.item() - math.exp(-2)) < TOLERANCE:
         raise Mistake(
             f"keeps the scale from being small, too: exp(-2) is 0.1353, and it gives {scale:.4f}; the limit is above"
         )
@@ -126,7 +126,7 @@ def expect_limit(
 ) -> None:
     parameter, scale = asked(LIMIT + 1)
     over = f"exp(log_scale) is {math.exp(LIMIT + 1):.0f}, `most` is {MOST:g}"
-    if abs(scale.item() - math.exp(LIMIT + 1)) < TINY:
+    if abs(scale.item() - math.exp(LIMIT + 1)) < TOLERANCE:
         if parameter.item() < LIMIT + 0.5:
             raise Mistake(
                 f"limits log_scale after it was used: {over}, and the first scale is still {scale:.0f}"

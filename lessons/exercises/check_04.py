@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from grade import (
-    TINY,
+    TOLERANCE,
     Answer,
     Mistake,
     Step,
     expect_dtype,
     expect_integers,
     expect_shape,
-    first,
+    first_index,
     main,
 )
 from probe_sharing import examine_parts, examine_ring
@@ -30,7 +30,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a - b).abs() < TINY).all())  # never where one is NaN
+    return a.shape == b.shape and bool(((a - b).abs() < TOLERANCE).all())  # never where one is NaN
 
 
 def explain(got: Tensor, known: Known, name: str = "") -> None:
@@ -157,7 +157,7 @@ def expect_order(order: Tensor, experts: Tensor) -> None:
         raise Mistake(
             "order: the rows of an expert are not in the order of their tokens: sort stable=True"
         )
-    i = first(order != right)[0]
+    i = first_index(order != right)[0]
     what = (
         f"assignment {order[i]} (expert {flat[order[i]]}), not {right[i]} (expert {flat[right[i]]})"
     )

@@ -19,8 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-TINY = 1e-9  # what two ways to compute the same may differ by, in fp64
-PATIENCE = 10.0  # seconds for one call: each takes milliseconds
+TOLERANCE = 1e-9  # what two ways to compute the same may differ by, in fp64
+TIME_LIMIT = 10.0  # seconds for one call: each takes milliseconds
 
 
 class Mistake(Exception):  # noqa: N818 - it is the learner's, not an error of the program
@@ -35,8 +35,8 @@ class Unusable(Exception):  # noqa: N818
     """The file cannot be graded at all."""
 
 
-class Endless(BaseException):
-    """A call has taken longer than PATIENCE. Not an Exception, which the learner's own `except` might stop."""
+class TimeLimitExceeded(BaseException):
+    """A call has taken longer than TIME_LIMIT. Not an Exception, which the learner's own `except` might stop."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def line_of(error: BaseException, path: Path) -> str:
 
 
 @contextmanager
-def patience() -> Iterator[None]:
-    """Raise Endless in what takes too long; where there is no such signal (Windows, other threads), wait for it."""
+def time_limit() -> Iterator[None]:
+    """Raise TimeLimitExceeded in what takes too long; where there is no such signal (Windows, other threads), wait for it."""
     if (
         not hasattr(signal, "setitimer")
         or threading.current_thread() is not threading.main_thread()
@@ -93,10 +93,10 @@ def patience() -> Iterator[None]:
 
     def stop(*_) -> None:
         if sys.gettrace() is None:  # else a debugger waits for its user
-            raise Endless
+            raise TimeLimitExceeded
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
     try:
         yield
     finally:
@@ -121,11 +121,11 @@ class Answer:
             for a in arguments
         ]
         try:
-            with patience():
+            with time_limit():
                 out = self.function(*given)
-        except Endless as error:
+        except TimeLimitExceeded as error:
             raise Mistake(
-                f"is not done after {PATIENCE:g} seconds{line_of(error, self.path)}: an endless loop?"
+                f"is not done after {TIME_LIMIT:g} seconds{line_of(error, self.path)}: an endless loop?"
             ) from None
         except (Exception, SystemExit) as error:
             if (
@@ -141,28 +141,28 @@ class Answer:
         else:
             number = f" of {len(out)}" if isinstance(out, tuple | list) else ""
             raise Mistake(
-                f"returns {kind(out)}{number}, not the {len(self.returns)} tensors {', '.join(self.returns)}"
+                f"returns {type_name(out)}{number}, not the {len(self.returns)} tensors {', '.join(self.returns)}"
             )
         for i, (before, after) in enumerate(zip(arguments, given, strict=True)):
-            if isinstance(before, Tensor) and not same(before, after):
+            if isinstance(before, Tensor) and not equal_with_nan(before, after):
                 raise Mistake(
                     f"changes its argument number {i + 1} in place: masked_fill, not masked_fill_, and the like"
                 )
         return out
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def equal_with_nan(a: Tensor, b: Tensor) -> bool:
     """Bit for bit but for NaN, which equals NaN here."""
     return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
 
 
-def kind(out: object) -> str:
+def type_name(out: object) -> str:
     return "nothing" if out is None else f"a {type(out).__name__}"
 
 
 def expect_tensor(out: object, name: str = "", mask: bool = False) -> None:
     if not isinstance(out, Tensor):
-        raise Mistake(f"returns {kind(out)}{name}, not a tensor")
+        raise Mistake(f"returns {type_name(out)}{name}, not a tensor")
     if out.dtype == torch.bool and not mask:
         raise Mistake(f"returns booleans{name}, of shape {tuple(out.shape)}, not numbers")
 
@@ -202,18 +202,18 @@ def expect_gradients(function: Callable, right: Callable, tensors: dict[str, Ten
             raise Mistake(f"no gradient reaches {name}: it is detached, or used under no_grad()")
         if not grad.isfinite().all():
             raise Mistake(f"the output is right, but the gradient of {name} is NaN or infinite")
-        if (grad - wanted).abs().max() > TINY:
+        if (grad - wanted).abs().max() > TOLERANCE:
             raise Mistake(
                 f"the output is right, but the gradient of {name} is not: a part of its way is detached"
             )
 
 
-def first(wrong: Tensor) -> list[int]:
+def first_index(wrong: Tensor) -> list[int]:
     """Where the first True stands."""
     return wrong.nonzero()[0].tolist()
 
 
-def load(path: Path) -> ModuleType:
+def load_file(path: Path) -> ModuleType:
     """Run the learner's file as a module, whatever its name."""
     spec = importlib.util.spec_from_file_location("exercise", path)
     if spec is None or not path.is_file():
@@ -230,7 +230,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def judge(step: Step, function: Callable | None, path: Path) -> Result:
+def grade_step(step: Step, function: Callable | None, path: Path) -> Result:
     if not callable(function):
         return Result(step, "not done", "is not in the file: was it renamed or deleted?")
     try:
@@ -245,11 +245,11 @@ def judge(step: Step, function: Callable | None, path: Path) -> Result:
     return Result(step, "ok", "OK")
 
 
-def grade(path: Path, steps: list[Step]) -> list[Result]:
+def grade_file(path: Path, steps: list[Step]) -> list[Result]:
     path = Path(path).resolve()
-    module = load(path)
+    module = load_file(path)
     torch.manual_seed(0)
-    return [judge(step, getattr(module, step.name, None), path) for step in steps]
+    return [grade_step(step, getattr(module, step.name, None), path) for step in steps]
 
 
 def main(steps: list[Step], default: Path, arguments: list[str] | None = None) -> int:
@@ -262,7 +262,7 @@ def main(steps: list[Step], default: Path, arguments: list[str] | None = None) -
         help=f"your answers (default: {default.name})",
     )
     try:
-        results = grade(parser.parse_args(arguments).file, steps)
+        results = grade_file(parser.parse_args(arguments).file, steps)
     except Unusable as reason:
         print(reason)
         return 2

@@ -7,7 +7,7 @@ keys), which shows who reads whom, and how much. Positions, blocks and heads cou
 from collections.abc import Callable
 
 import torch
-from grade import TINY, Mistake, expect_dtype, expect_gradients, expect_shape, first
+from grade import TOLERANCE, Mistake, expect_dtype, expect_gradients, expect_shape, first_index
 from torch import Tensor
 
 from nanods.attention import masked_attention
@@ -40,10 +40,10 @@ def expect_separate(function: Callable[..., Tensor], tensors: list[Tensor]) -> N
     others = [x.clone() for x in tensors]
     for x, y in zip(others, qkv(seed=2), strict=False):
         x[0, 0] = y[0, 0]
-    changed = (function(*tensors).nan_to_num() - function(*others).nan_to_num()).abs() > TINY
+    changed = (function(*tensors).nan_to_num() - function(*others).nan_to_num()).abs() > TOLERANCE
     changed[0, 0] = False
     if changed.any():
-        b, h = first(changed)[:2]
+        b, h = first_index(changed)[:2]
         raise Mistake(
             f"head {h} of sequence {b} changes with head 0 of sequence 0: a reshape or a wrong dim mixes them"
         )
@@ -67,14 +67,14 @@ def examine(
     sums = W.sum(-1)
 
     if (
-        (sums[..., -1] - 1).abs().max() > TINY
+        (sums[..., -1] - 1).abs().max() > TOLERANCE
     ):  # the last query sees all keys, so no mask hides which way the softmax runs
         for axis, total in {
             "queries": W.sum(2),
             "heads": W[:, :, -1].sum(1),
             "batch": W[:, :, -1].sum(0),
         }.items():
-            if (total - 1).abs().max() < TINY:
+            if (total - 1).abs().max() < TOLERANCE:
                 raise Mistake(
                     f"the softmax runs over the {axis}, not over the keys: softmax(dim=-1)"
                 )
@@ -83,23 +83,23 @@ def examine(
     expect_past(attend, W, tensors)
     if nan.any():
         raise Mistake(
-            f"returns NaN for position {first(nan)[2]}: a softmax of nothing but -inf, or an -inf put in after it"
+            f"returns NaN for position {first_index(nan)[2]}: a softmax of nothing but -inf, or an -inf put in after it"
         )
-    if (sums - 1).abs().max() > TINY:
-        b, h, t = first((sums - 1).abs() > TINY)
+    if (sums - 1).abs().max() > TOLERANCE:
+        b, h, t = first_index((sums - 1).abs() > TOLERANCE)
         raise Mistake(
             f"weights sum to {sums[b, h, t]:.2f} at position {t}: masked after the softmax instead of before"
         )
     if (unread := mask & (W == 0)).any():
-        t, s = first(unread)[2:]
+        t, s = first_index(unread)[2:]
         raise Mistake(f"position {t} does not read position {s}, though it should")
     expect_scale(W, q @ k.mT, mask)
-    if (W - right).abs().max() > TINY:
-        b, h, t, s = first((W - right).abs() > TINY)
+    if (W - right).abs().max() > TOLERANCE:
+        b, h, t, s = first_index((W - right).abs() > TOLERANCE)
         raise Mistake(
             f"position {t} gives position {s} the weight {W[b, h, t, s]:.3f}, not {right[b, h, t, s]:.3f}"
         )
-    if (out - right @ v).abs().max() > TINY:
+    if (out - right @ v).abs().max() > TOLERANCE:
         raise Mistake("the weights are right, but the output is not weights @ v")
     expect_gradients(
         attend,
@@ -124,14 +124,14 @@ def expect_past(attend: Attend, W: Tensor, tensors: list[Tensor]) -> None:
     if not future.any():
         return
     q, k, v = tensors
-    t, s = first(future)[2:]
+    t, s = first_index(future)[2:]
     if not W.tril(-1).any():
         raise Mistake(
             f"position {t} sees position {s}, its future, but not its past: the mask is turned round"
         )
     k2 = k.clone()
     k2[:, :, t + 1 :] += 1
-    if (attend(q, k2, v) - attend(q, k, v))[:, :, t].abs().max() < TINY:
+    if (attend(q, k2, v) - attend(q, k, v))[:, :, t].abs().max() < TOLERANCE:
         raise Mistake(
             f"position {t} gives its future a constant weight: a masked score must be -inf, not 0"
         )

@@ -7,7 +7,16 @@ of what it is made of: which expert's result of which token, and with what weigh
 from collections.abc import Callable
 
 import torch
-from grade import TINY, Answer, Crash, Mistake, expect_dtype, expect_gradients, expect_shape, first
+from grade import (
+    TOLERANCE,
+    Answer,
+    Crash,
+    Mistake,
+    expect_dtype,
+    expect_gradients,
+    expect_shape,
+    first_index,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,14 +81,14 @@ def examine(mix: Mix) -> None:
     expect_dtype(y, x)
     if not y.isfinite().all():
         raise Mistake(
-            f"returns NaN or infinity for token {first(~y.isfinite())[0]}: empty() instead of zeros()?"
+            f"returns NaN or infinity for token {first_index(~y.isfinite())[0]}: empty() instead of zeros()?"
         )
     expect_activation(mix)
     M = parts(mix, weights, experts)
     expect_chosen(M, experts)
     expect_own_row(M)
     expect_weights(M, weights, experts)
-    if not (y - experts_loop(x, weights, experts, up, out)).abs().max() < TINY:
+    if not (y - experts_loop(x, weights, experts, up, out)).abs().max() < TOLERANCE:
         raise Mistake(
             "right where all up[e] are equal, wrong where they differ: is it up[e] that goes with out[e]?"
         )
@@ -130,7 +139,7 @@ def expect_chosen(M: Tensor, experts: Tensor) -> None:
     if not ran.any():
         raise Mistake("the output does not depend on any expert: it is all zeros, or a constant")
     if ran[:K].any() and not ran[K:].any():
-        s = first((experts >= K).all(-1))[0]
+        s = first_index((experts >= K).all(-1))[0]
         raise Mistake(
             f"only the experts 0 to {K - 1} ever run: the number of the slot (0 to {K - 1}) was taken for that of the expert "
             f"(0 to {E - 1}), as in the article's snippet; token {s} chose the experts {experts[s].tolist()}"
@@ -140,7 +149,7 @@ def expect_chosen(M: Tensor, experts: Tensor) -> None:
             f"every expert counts for every token: token 0 chose the experts {experts[0].tolist()} alone"
         )
     if (ran & ~chose).any():
-        e, s = first(ran & ~chose)
+        e, s = first_index(ran & ~chose)
         raise Mistake(
             f"expert {e} runs for token {s}, which chose the experts {experts[s].tolist()}"
         )
@@ -152,12 +161,12 @@ def expect_chosen(M: Tensor, experts: Tensor) -> None:
             raise Mistake(
                 "only the first choices count: the experts in the other slots are never run"
             )
-        e, s = first(lost)
+        e, s = first_index(lost)
         raise Mistake(
             f"of what its experts {experts[s].tolist()} make of token {s} only that of {stays[s]} is left: the others are "
             "overwritten, not added to (y[index] += rows keeps one row too, where a token is twice in index: index_add)"
         )
-    e, s = first(lost)
+    e, s = first_index(lost)
     if not ran[e].any():
         raise Mistake(
             f"expert {e} never runs, though token {s} chose it: the loop should go over all {E}"
@@ -170,7 +179,7 @@ def expect_own_row(M: Tensor) -> None:
     stray = (M != 0) & ~torch.eye(N, dtype=torch.bool)
     if not stray.any():
         return
-    e, t, s = first(stray)
+    e, t, s = first_index(stray)
     rows = (M != 0).any(2)  # (E, N): the outputs that expert e adds to
     at_top = rows.equal(torch.arange(N) < rows.sum(1, keepdim=True))
     once = (M != 0).sum(1).max() == 1  # each result is in one output only
@@ -194,22 +203,22 @@ def expect_weights(M: Tensor, weights: Tensor, experts: Tensor) -> None:
     """Each result is multiplied by its weight."""
     token = torch.arange(N)[:, None]
     got = M[experts, token, token]  # (N, K)
-    if (got - 1).abs().max() < TINY:
+    if (got - 1).abs().max() < TOLERANCE:
         raise Mistake(
             "the gate's weights are ignored, as in the article's snippet: each expert's result counts once, in full"
         )
-    if (got - 1 / K).abs().max() < TINY:
+    if (got - 1 / K).abs().max() < TOLERANCE:
         raise Mistake("the gate's weights are ignored: a plain mean over a token's experts")
-    if (got - weights**2).abs().max() < TINY:
+    if (got - weights**2).abs().max() < TOLERANCE:
         raise Mistake(
             "the weights appear squared: they multiply what goes into an expert, and should multiply what comes out"
         )
-    if not (wrong := (got - weights).abs() > TINY).any():
+    if not (wrong := (got - weights).abs() > TOLERANCE).any():
         return
-    t, k = first(wrong)
+    t, k = first_index(wrong)
     what = f"what expert {experts[t, k]} makes of token {t} is multiplied by {got[t, k]:.3f}"
-    if (same := (weights - got[t, k]).abs() < TINY).any():
-        s, j = first(same)
+    if (same := (weights - got[t, k]).abs() < TOLERANCE).any():
+        s, j = first_index(same)
         raise Mistake(
             f"{what}, the weight of token {s} in slot {j}, instead of its own, in slot {k}: {weights[t, k]:.3f}"
         )
@@ -225,7 +234,7 @@ def expect_cases(mix: Mix) -> None:
         "one token": tokens(N=1),
     }
     for when, given in cases.items():
-        if not (mix(*given, when=f"for {when}") - experts_loop(*given)).abs().max() < TINY:
+        if not (mix(*given, when=f"for {when}") - experts_loop(*given)).abs().max() < TOLERANCE:
             raise Mistake(f"right in general, but wrong for {when}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from grade import TINY, Answer, Mistake, expect_dtype, expect_gradients, expect_shape
+from grade import TOLERANCE, Answer, Mistake, expect_dtype, expect_gradients, expect_shape
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
@@ -42,7 +42,7 @@ def scalar(answer: Answer) -> Loss:
     return loss
 
 
-def near(x: Tensor, y: Tensor, tolerance: float = TINY) -> bool:
+def near(x: Tensor, y: Tensor, tolerance: float = TOLERANCE) -> bool:
     return bool((x - y).abs() < tolerance)  # never where one is NaN
 
 
@@ -53,7 +53,7 @@ def explain(
     got: Tensor,
     make: Callable[..., Tensor],
     *axes: list[tuple[str, object]],
-    tolerance: float = TINY,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Raise the fewest mistakes that lead to `got`.
 
@@ -66,7 +66,7 @@ def explain(
             return
 
 
-def expect_value(got: Tensor, right: Tensor, tolerance: float = TINY) -> None:
+def expect_value(got: Tensor, right: Tensor, tolerance: float = TOLERANCE) -> None:
     if near(got, right, tolerance):
         return
     if (off := (got - right).abs()) < 1e-3:

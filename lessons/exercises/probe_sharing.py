@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from grade import (
-    TINY,
+    TOLERANCE,
     Answer,
     Crash,
     Mistake,
@@ -15,7 +15,7 @@ from grade import (
     expect_gradients,
     expect_integers,
     expect_shape,
-    first,
+    first_index,
 )
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +51,7 @@ def expect_table(table: Tensor, n: int) -> None:
     )
     expect_integers(table, "numbers of chunks")
     if (wrong := (table < 0) | (table >= n)).any():
-        s, r = first(wrong)
+        s, r = first_index(wrong)
         raise Mistake(
             f"in step {s} process {r} sends chunk {table[s, r]}, and they are 0 to {n - 1}: take the number modulo n"
         )
@@ -198,12 +198,12 @@ def examine_parts(answer: Answer) -> None:
 
     given, n = matrices(), 4
     got, right = asked(*given, n), right_parts(*given, n)
-    if not (got - right).abs().max() < TINY:
+    if not (got - right).abs().max() < TOLERANCE:
         for why, make in known_parts(*given, n).items():
-            if (got - make()).abs().max() < TINY:
+            if (got - make()).abs().max() < TOLERANCE:
                 raise Mistake(why)
         off = (got.sum(0) - right.sum(0)).abs().max()
-        if off < TINY:
+        if off < TOLERANCE:
             raise Mistake(
                 "the sum is y, but its terms are not what each process makes of its own hidden numbers"
             )
@@ -217,10 +217,10 @@ def examine_parts(answer: Answer) -> None:
         )
     for when, parts in {"n = 1": 1, "n = 2": 2, "n = H": H}.items():
         got = asked(*given, parts, when=f"for {when}")
-        if not (got - right_parts(*given, parts)).abs().max() < TINY:
+        if not (got - right_parts(*given, parts)).abs().max() < TOLERANCE:
             raise Mistake(f"right for n = 4, but wrong for {when}")
     one = [given[0][:1], *given[1:]]
-    if not (asked(*one, n, when="for one token") - right[:, :1]).abs().max() < TINY:
+    if not (asked(*one, n, when="for one token") - right[:, :1]).abs().max() < TOLERANCE:
         raise Mistake("right in general, but wrong for one token")
     names = dict(zip(("x", "up", "out"), given, strict=True))
     expect_gradients(lambda *given: asked(*given, n), lambda *given: right_parts(*given, n), names)

@@ -11,7 +11,7 @@ from torch import inf
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-right = grade.load(Path(check_01.__file__).with_name("01_solutions.py"))
+right = grade.load_file(Path(check_01.__file__).with_name("01_solutions.py"))
 
 
 def scores(q, k):
@@ -33,7 +33,7 @@ def read(q, blocks, block_size):
 
 
 WRONG = WrongAnswers()
-wrong, wrongs = WRONG.one, WRONG.some
+wrong, wrongs = WRONG.register, WRONG.register_all
 
 
 # ---- step 1 ----------------------------------------------------------------------------------------------------------------
@@ -431,6 +431,6 @@ wrongs(
 )
 
 
-@pytest.mark.parametrize(("step", "message", "function"), WRONG.list)
+@pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_each_mistake_gets_the_message_meant_for_it(step, message, function):
-    WRONG.check(check_01.STEPS, step, message, function)
+    WRONG.assert_diagnosis(check_01.STEPS, step, message, function)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-right = grade.load(Path(check_01.__file__).with_name("01_solutions.py"))
+right = grade.load_file(Path(check_01.__file__).with_name("01_solutions.py"))
 
 
 def dense_by_loop(q, k, v):
@@ -79,7 +79,7 @@ ANSWERS = [
 
 
 def judge(step, function):
-    return grade.judge(step, function, Path(__file__))
+    return grade.grade_step(step, function, Path(__file__))
 
 
 @pytest.mark.parametrize(("step", "function"), list(zip(check_01.STEPS, ANSWERS, strict=True)))

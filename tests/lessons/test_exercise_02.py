@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-right = grade.load(Path(check_02.__file__).with_name("02_solutions.py"))
+right = grade.load_file(Path(check_02.__file__).with_name("02_solutions.py"))
 WRONG = WrongAnswers()
-wrong, wrongs = WRONG.one, WRONG.some
+wrong, wrongs = WRONG.register, WRONG.register_all
 
 # ---- step 1 ----------------------------------------------------------------------------------------------------------------
 
@@ -539,6 +539,6 @@ wrongs(
 )
 
 
-@pytest.mark.parametrize(("step", "message", "function"), WRONG.list)
+@pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_each_mistake_gets_the_message_meant_for_it(step, message, function):
-    WRONG.check(check_02.STEPS, step, message, function)
+    WRONG.assert_diagnosis(check_02.STEPS, step, message, function)

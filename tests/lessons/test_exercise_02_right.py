@@ -7,9 +7,9 @@ import grade
 import pytest
 import torch
 
-from tests.lessons.wrong_answers import judge
+from tests.lessons.wrong_answers import grade_answer
 
-right = grade.load(Path(check_02.__file__).with_name("02_solutions.py"))
+right = grade.load_file(Path(check_02.__file__).with_name("02_solutions.py"))
 
 
 def route_by_hand(x, gate, top_k):
@@ -106,4 +106,4 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_right_answers_pass(name, function):
-    assert judge(check_02.STEPS, name, function).message == "OK"
+    assert grade_answer(check_02.STEPS, name, function).message == "OK"

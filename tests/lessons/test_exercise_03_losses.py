@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-right = grade.load(Path(check_03.__file__).with_name("03_solutions.py"))
+right = grade.load_file(Path(check_03.__file__).with_name("03_solutions.py"))
 WRONG = WrongAnswers()
-wrong, wrongs = WRONG.one, WRONG.some
+wrong, wrongs = WRONG.register, WRONG.register_all
 INF = math.inf
 
 # ---- step 1 ----------------------------------------------------------------------------------------------------------------
@@ -416,6 +416,6 @@ wrongs(
 )
 
 
-@pytest.mark.parametrize(("step", "message", "function"), WRONG.list)
+@pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_each_mistake_gets_the_message_meant_for_it(step, message, function):
-    WRONG.check(check_03.STEPS, step, message, function)
+    WRONG.assert_diagnosis(check_03.STEPS, step, message, function)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.lessons.wrong_answers import judge
+from tests.lessons.wrong_answers import grade_answer
 
 
 def loss_by_loops(a, b, scale, ids=None):
@@ -206,4 +206,4 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_right_answers_pass(name, function):
-    assert judge(check_03.STEPS, name, function).message == "OK"
+    assert grade_answer(check_03.STEPS, name, function).message == "OK"

@@ -9,9 +9,9 @@ import torch
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-right = grade.load(Path(check_04.__file__).with_name("04_solutions.py"))
+right = grade.load_file(Path(check_04.__file__).with_name("04_solutions.py"))
 WRONG = WrongAnswers()
-wrongs = WRONG.some
+wrongs = WRONG.register_all
 
 # ---- step 1 ------------------------------------------------------------------------------------------------------------------
 
@@ -337,6 +337,6 @@ wrongs(
 )
 
 
-@pytest.mark.parametrize(("step", "message", "function"), WRONG.list)
+@pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_each_mistake_gets_the_message_meant_for_it(step, message, function):
-    WRONG.check(check_04.STEPS, step, message, function)
+    WRONG.assert_diagnosis(check_04.STEPS, step, message, function)

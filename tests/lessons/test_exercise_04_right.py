@@ -7,7 +7,7 @@ import probe_sharing
 import pytest
 import torch
 
-from tests.lessons.wrong_answers import judge
+from tests.lessons.wrong_answers import grade_answer
 
 
 def ring_by_loops(n):
@@ -119,7 +119,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_right_answers_pass(name, function):
-    assert judge(check_04.STEPS, name, function).message == "OK"
+    assert grade_answer(check_04.STEPS, name, function).message == "OK"
 
 
 def all_different(known, tolerance=1e-6):

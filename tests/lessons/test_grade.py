@@ -89,7 +89,7 @@ def test_the_stubs_fail_each_step_by_its_first_line(attempt, lesson):
     if changed.returncode == 1:
         pytest.skip("you have begun to fill them in")
     status, lines = attempt(lesson.stubs, lesson)
-    stubs = grade.load(lesson.stubs)
+    stubs = grade.load_file(lesson.stubs)
     assert status == 1
     for line, name in zip(lines, lesson.names, strict=True):
         assert "not done yet: " + getattr(stubs, name).__doc__.splitlines()[0] in line
@@ -206,11 +206,11 @@ PAIR = grade.Step("pair", lambda answer: answer(), returns=("weights", "experts"
     ],
 )
 def test_a_step_may_return_several_tensors(out, message):
-    assert grade.judge(PAIR, lambda: out, Path(__file__)).message == message
+    assert grade.grade_step(PAIR, lambda: out, Path(__file__)).message == message
 
 
 def judged(function, *arguments):
-    return grade.judge(
+    return grade.grade_step(
         grade.Step("one", lambda answer: answer(*arguments)), function, Path(__file__)
     ).message
 
@@ -224,7 +224,7 @@ def endless():
 
 
 def test_a_call_without_end_is_a_mistake(monkeypatch):
-    monkeypatch.setattr(grade, "PATIENCE", 0.05)
+    monkeypatch.setattr(grade, "TIME_LIMIT", 0.05)
     number = endless.__code__.co_firstlineno
     assert re.search(
         rf"is not done after 0.05 seconds at line ({number}|{number + 1}|{number + 3}): an endless",

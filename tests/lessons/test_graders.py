@@ -10,11 +10,11 @@ import grade
 import pytest
 import torch
 
-from tests.lessons.wrong_answers import at
+from tests.lessons.wrong_answers import spoil_output
 
 CHECKS = {"02": check_02, "03": check_03, "04": check_04}
 RIGHT = {
-    number: grade.load(Path(check.__file__).with_name(f"{number}_solutions.py"))
+    number: grade.load_file(Path(check.__file__).with_name(f"{number}_solutions.py"))
     for number, check in CHECKS.items()
 }
 PLACES = [
@@ -32,9 +32,9 @@ def late(number, step, place, when, spoil):
     def answer(*arguments):
         calls.append(None)
         out = getattr(RIGHT[number], step.name)(*arguments)
-        return at(place, spoil, out) if len(calls) >= when else out
+        return spoil_output(place, spoil, out) if len(calls) >= when else out
 
-    return grade.judge(step, answer, Path(__file__)), len(calls)
+    return grade.grade_step(step, answer, Path(__file__)), len(calls)
 
 
 @pytest.mark.parametrize(("number", "step", "place"), PLACES)

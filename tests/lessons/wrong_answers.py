@@ -7,9 +7,9 @@ import grade
 import pytest
 
 
-def judge(steps, name, function):
+def grade_answer(steps, name, function):
     """What the grader says of an answer to the step of that name, written in the file where it stands."""
-    return grade.judge(
+    return grade.grade_step(
         next(step for step in steps if step.name == name),
         function,
         Path(function.__code__.co_filename),
@@ -18,34 +18,34 @@ def judge(steps, name, function):
 
 class WrongAnswers:
     def __init__(self):
-        self.list = []
+        self.cases = []
 
     def add(self, step, message, function, name):
-        self.list.append(pytest.param(step, message, function, id=f"{step}-{name}"))
+        self.cases.append(pytest.param(step, message, function, id=f"{step}-{name}"))
 
-    def one(self, step, message):
+    def register(self, step, message):
         """A decorator: this function is a wrong answer to the step, and `message` a pattern for what it is told."""
 
-        def register(function):
+        def add(function):
             self.add(step, message, function, function.__name__)
             return function
 
-        return register
+        return add
 
-    def some(self, step, **answers):
+    def register_all(self, step, **answers):
         """The same for lambdas: name = (pattern, function)."""
         for name, (message, function) in answers.items():
             self.add(step, message, function, name)
 
-    def check(self, steps, step, message, function):
-        result = judge(steps, step, function)
+    def assert_diagnosis(self, steps, step, message, function):
+        result = grade_answer(steps, step, function)
         assert result.verdict == "wrong"
         assert re.search(message, result.message), result.message
-        others = {p.values[1] for p in self.list if p.values[0] == step} - {message}
+        others = {p.values[1] for p in self.cases if p.values[0] == step} - {message}
         assert not [other for other in others if re.search(other, result.message)]
 
 
-def at(place, spoil, out):
+def spoil_output(place, spoil, out):
     """Several tensors with one of them spoilt, or the only one."""
     return (
         spoil(out)
