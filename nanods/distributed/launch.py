@@ -28,7 +28,7 @@ from torch.distributed.run import determine_local_world_size, parse_args, parse_
 from torch.distributed.run import run as torchrun
 
 from nanods import config as ladder
-from nanods.distributed.process_groups import parse_mesh
+from nanods.distributed.mesh import Mesh
 from nanods.distributed.rendezvous import SECONDS, in_short, refuse_port_in_use
 from nanods.errors import UserError, run
 
@@ -44,7 +44,7 @@ def main() -> None:
     sys.argv = [arguments.training_script, *arguments.training_script_args]
     if Path(sys.argv[0]).name == "train.py" and "--plan" not in sys.argv:
         config = ladder.from_command_line("Train one preset of nanods, by several processes.")
-        parse_mesh(
+        Mesh.parse(
             config.mesh, parse_min_max_nnodes(arguments.nnodes)[1] * here, config.model.moe.n_expert
         )
     limits = f"timeout={SECONDS:.0f},join_timeout={SECONDS:.0f},read_timeout={min(60, SECONDS):.0f}"

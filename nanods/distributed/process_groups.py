@@ -25,7 +25,6 @@ Tested on gloo, CPU against CPU; never run on several GPUs.
 Pinned by tests/distributed/test_meshes.py: in fp64 two and four processes make the steps of one, to 1e-10.
 """
 
-import math
 import os
 import sys
 import time
@@ -45,37 +44,12 @@ from nanods.distributed.fsdp import (
     shard_fsdp,
     split_heads,
 )
+from nanods.distributed.mesh import Mesh
 from nanods.distributed.rendezvous import rendezvous
 from nanods.errors import UserError
 from nanods.training.muon import orthogonalise, products_dtype
 
-MESHES = (("dp",), ("ep",), ("dp", "ep"), ("fsdp",), ("fsdp", "ep"), ("tp",))
 BUCKET = 1 << 22  # numbers added up at a time: large enough to pay, small beside the model
-
-
-def parse_mesh(mesh: str | None, processes: int, experts: int | None = None) -> dict[str, int]:
-    """As written, "dp=2,ep=2" -> {"dp": 2, "ep": 2}; nothing asked for: all are copies. UserError for what cannot be."""
-    if mesh is None:
-        return {"dp": processes}
-    try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in mesh.split(","))}
-    except ValueError:
-        raise UserError(f"--mesh {mesh}: write it as dp=2 or dp=2,ep=2") from None
-    if tuple(sizes) not in MESHES or min(sizes.values()) < 1:
-        choices = ", ".join(",".join(f"{name}=N" for name in names) for names in MESHES)
-        raise UserError(f"--mesh {mesh}: the choices are {choices}, each at least 1")
-    if (product := math.prod(sizes.values())) != processes:
-        raise UserError(
-            f"--mesh {mesh} is for {product} processes, and there {'is one' if processes == 1 else f'are {processes}'}: start "
-            f"them by make ... PROCS={product}, or python -m nanods.distributed.launch --nproc-per-node {product} train.py ..."
-        )
-    ep = sizes.get("ep", 1)
-    if experts and ep > 1 and (experts == 1 or experts % ep):
-        raise UserError(
-            f"--mesh {mesh}: {experts} experts do not divide among {ep} processes; choose a divisor, or "
-            f"--moe.n-expert {max(2, -(-experts // ep)) * ep}"
-        )
-    return sizes
 
 
 class ProcessGroups:
@@ -85,19 +59,19 @@ class ProcessGroups:
         """Joins the other processes of the run. UserError for a mesh that does not fit them or the number of experts."""
         self.mesh_reason = why
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.mesh_sizes = parse_mesh(mesh, self.world_size, experts)
-        self.ep, self.tp = self.mesh_sizes.get("ep", 1), self.mesh_sizes.get("tp", 1)
-        self.batch_shards = self.world_size // self.tp  # of the batch: each has other items
-        self.rank, self.mesh, self.restarted = int(os.environ.get("RANK", 0)), None, False
+        self.mesh = Mesh.parse(mesh, self.world_size, experts)
+        self.ep, self.tp = self.mesh.ep, self.mesh.tp
+        self.batch_shards = self.mesh.batch_shards
+        self.rank, self.device_mesh, self.restarted = int(os.environ.get("RANK", 0)), None, False
         if self.world_size > 1:
             if (kind := "cuda" if torch.cuda.is_available() else "cpu") == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             self.restarted = rendezvous("nccl" if kind == "cuda" else "gloo")
-            self.mesh = init_device_mesh(
-                kind, tuple(self.mesh_sizes.values()), mesh_dim_names=tuple(self.mesh_sizes)
+            self.device_mesh = init_device_mesh(
+                kind, self.mesh.sizes, mesh_dim_names=self.mesh.axes
             )
-        self.fsdp = self.world_size > 1 and "fsdp" in self.mesh_sizes
-        self.is_sharded = self.ep * self.tp > 1 or self.fsdp  # no process holds all of the model
+        self.fsdp = self.world_size > 1 and self.mesh.is_fsdp
+        self.is_sharded = self.mesh.is_sharded
         self.is_main_process, self.communication_seconds = self.rank == 0, 0.0
         if not self.is_main_process:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; mistakes go to stderr
@@ -105,14 +79,17 @@ class ProcessGroups:
     def __str__(self) -> str:
         if self.world_size == 1:
             return "1 process"
-        how = ", ".join(f"{name}={size}" for name, size in self.mesh_sizes.items())
-        return f"{self.world_size} processes, {how} ({self.mesh_reason}), over {dist.get_backend()}"
+        return f"{self.world_size} processes, {self.mesh} ({self.mesh_reason}), over {dist.get_backend()}"
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        return dict(zip(self.mesh.axes, self.mesh.sizes, strict=True))
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """This process's group along an axis of the mesh; None where it has none."""
         return (
-            self.mesh[name].get_group()
-            if self.mesh is not None and name in self.mesh_sizes
+            self.device_mesh[name].get_group()
+            if self.device_mesh is not None and name in self.mesh.axes
             else None
         )
 
@@ -140,10 +117,10 @@ class ProcessGroups:
         if self.ep > 1:
             split_experts(model, self.group("ep"))
         if self.fsdp:
-            twins = self.mesh["fsdp"] if self.ep > 1 else None
+            twins = self.device_mesh["fsdp"] if self.ep > 1 else None
             shard_fsdp(model, init_device_mesh(self.device, (self.world_size,)), twins, dtype)
         if self.tp > 1:
-            split_heads(model, self.mesh["tp"])
+            split_heads(model, self.device_mesh["tp"])
         broadcast_parameters(model.to_empty(device=device), whole)
         return model
 

@@ -95,11 +95,11 @@ def refused(process):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mesh", "dp=3"], "for 3 processes, and there are 2: .*PROCS=3"),
+        (["--mesh", "dp=3"], "needs 3 processes, but there are 2: .*PROCS=3"),
         (["--mesh", "dp=2,tp=1"], "the choices are"),
         (
             ["--mesh", "ep=2", "--moe.n-expert", "5"],
-            "5 experts do not divide among 2 .*--moe.n-expert 6",
+            "5 experts do not divide over 2 .*--moe.n-expert 6",
         ),
         (
             ["--mesh", "tp=2", "--n-head", "3", "--n-embd", "24"],

@@ -9,7 +9,8 @@ import torch
 
 from nanods.bench.runs import as_words
 from nanods.distributed.fsdp import split_heads
-from nanods.distributed.process_groups import BUCKET, ProcessGroups, buckets, parse_mesh
+from nanods.distributed.mesh import Mesh
+from nanods.distributed.process_groups import BUCKET, ProcessGroups, buckets
 from nanods.errors import UserError
 from nanods.gpt import GPT, GPTConfig
 from nanods.training import checkpoint
@@ -232,27 +233,52 @@ def test_only_the_first_process_writes(folder):
 
 
 def test_meshes_are_read_and_refused_with_the_mend():
-    assert parse_mesh(None, 3) == {"dp": 3} and parse_mesh("dp=2,ep=2", 4) == {"dp": 2, "ep": 2}
+    assert Mesh.parse(None, 3) == Mesh.of(dp=3)
+    assert Mesh.parse("dp=2,ep=2", 4) == Mesh.of(dp=2, ep=2) == Mesh(("dp", "ep"), (2, 2))
     for mesh, processes, message in (
-        ("dp=2", 1, "for 2 processes, and there is one.*PROCS=2"),
-        ("dp=2,ep=2", 2, "for 4 processes, and there are 2"),
+        ("dp=2", 1, "needs 2 processes, but there is 1: .*PROCS=2"),
+        ("dp=2,ep=2", 2, "needs 4 processes, but there are 2"),
         ("ep=2,dp=2", 4, "the choices are dp=N, ep=N, dp=N,ep=N, fsdp=N"),
         ("pp=2", 2, "the choices are.*fsdp=N, fsdp=N,ep=N, tp=N"),
-        ("dp=0", 0, "each at least 1"),
+        ("dp=0", 0, "each N at least 1"),
         ("dp", 2, "write it as dp=2"),
         ("dp=two", 2, "write it as dp=2"),
     ):
         with pytest.raises(UserError, match=message):
-            parse_mesh(mesh, processes)
+            Mesh.parse(mesh, processes)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "world_size", "batch_shards", "is_fsdp", "is_sharded"),
+    [
+        ("dp=1", "dp", 1, 1, False, False),
+        ("dp=4", "dp", 4, 4, False, False),
+        ("ep=4", "ep", 4, 4, False, True),
+        ("dp=2,ep=4", "dp,ep", 8, 8, False, True),
+        ("dp=2,ep=1", "dp,ep", 2, 2, False, False),
+        ("fsdp=1", "fsdp", 1, 1, True, False),
+        ("fsdp=8", "fsdp", 8, 8, True, True),
+        ("fsdp=1,ep=2", "fsdp,ep", 2, 2, True, True),
+        ("tp=2", "tp", 2, 1, False, True),
+    ],
+)
+def test_a_mesh_says_what_it_splits_and_is_spelled_as_it_is_read(
+    text, kind, world_size, batch_shards, is_fsdp, is_sharded
+):
+    mesh = Mesh.parse(text)
+    assert str(mesh) == text and mesh.kind == kind
+    assert mesh.world_size == world_size == mesh.dp * mesh.fsdp * mesh.ep * mesh.tp
+    assert mesh.batch_shards == batch_shards
+    assert (mesh.is_fsdp, mesh.is_sharded) == (is_fsdp, is_sharded)
 
 
 def test_experts_must_divide_among_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        UserError, match=r"6 experts do not divide among 4 processes; .*--moe.n-expert 8"
+        UserError, match=r"6 experts do not divide over 4 processes; .*--moe.n-expert 8"
     ):
         ProcessGroups("ep=4", 6)
-    with pytest.raises(UserError, match="1 experts do not divide among 4"):
+    with pytest.raises(UserError, match="1 expert does not divide over 4"):
         ProcessGroups("ep=4", 1)
 
 
