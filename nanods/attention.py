@@ -211,7 +211,7 @@ def select_blocks(
     own = query_positions(q, k, positions) // block_size  # (B or 1, T)
     N = -(-k.size(-2) // block_size)
     if method == "window":
-        return nearest_blocks(own, N, top_blocks, causal).expand(*q.shape[:2], -1, -1)
+        return window_blocks(own, N, top_blocks, causal).expand(*q.shape[:2], -1, -1)
     if method == "tile":
         q, own = (
             q[:, :, ::block_size] if causal else summarise(q, block_size, "mean"),
@@ -231,7 +231,7 @@ def select_blocks(
         if positions is None and causal:  # the last row's own block: no later one is a candidate
             last = min(start + step, q.size(2)) - 1
             N = last if method == "tile" else last // block_size
-        blocks = descend(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out)
+        blocks = descend_tree(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out)
         rows.append(
             F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1)
         )  # early queries have fewer candidates
@@ -245,10 +245,10 @@ def summarise(k: Tensor, block_size: int, pool: str) -> Tensor:
         k[:, :, :whole].unflatten(2, (-1, block_size)),
         k[:, :, None, whole:],
     ]  # the last block may be short
-    return torch.cat([pooled(part, pool) for part in parts if part.numel()], dim=2)
+    return torch.cat([pool_keys(part, pool) for part in parts if part.numel()], dim=2)
 
 
-def pooled(keys: Tensor, pool: str) -> Tensor:
+def pool_keys(keys: Tensor, pool: str) -> Tensor:
     """(..., n, D) -> (..., P)."""
     return (
         keys.mean(dim=-2)
@@ -269,7 +269,7 @@ def summarise_nodes(nodes: Tensor, fan_out: int, pool: str) -> Tensor:
     return torch.cat([most.amax(dim=3), least.amin(dim=3)], dim=-1)
 
 
-def nearest_blocks(own: Tensor, N: int, top_blocks: int, causal: bool) -> Tensor:
+def window_blocks(own: Tensor, N: int, top_blocks: int, causal: bool) -> Tensor:
     """The blocks beside the own (B or 1, T) -> (B or 1, 1, T, top_blocks): before it; not causal, by turns on both sides."""
     rank = torch.arange(top_blocks, device=own.device)
     offset = -1 - rank if causal else torch.where(rank % 2 == 0, -1 - rank // 2, 1 + rank // 2)
@@ -277,7 +277,7 @@ def nearest_blocks(own: Tensor, N: int, top_blocks: int, causal: bool) -> Tensor
     return blocks.masked_fill((blocks < 0) | (blocks >= N), -1)
 
 
-def descend(
+def descend_tree(
     q: Tensor,
     pyramid: list[Tensor],
     own: Tensor,
@@ -344,7 +344,7 @@ def expand_to_queries(blocks: Tensor, T: int, block_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def cost(
+def sparsity_stats(
     blocks: Tensor,
     T: int,
     D: int,

@@ -9,7 +9,7 @@ Shapes: B rows, H heads, T new tokens, D width of a head, N blocks, K = `top_blo
 import torch
 from torch import Tensor
 
-from nanods.attention import AttentionConfig, pooled, summarise
+from nanods.attention import AttentionConfig, pool_keys, summarise
 
 
 class Cache:
@@ -43,16 +43,16 @@ class Cache:
         self.keys, self.values = per_layer(N * self.size, D), per_layer(N * self.size, D)
         if self.attention.kind == "block":
             self.summaries = per_layer(N, D if self.attention.pool == "mean" else 2 * D)
-            self.choices = per_layer(N, self.attention.top_blocks, fill=-1, dtype=torch.long)
+            self.tile_selections = per_layer(N, self.attention.top_blocks, fill=-1, dtype=torch.long)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)
-        self.longest = 0  # max(lengths) as a number, so that slicing does not wait for the GPU
+        self.max_length = 0  # max(lengths) as a number, so that slicing does not wait for the GPU
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) at `positions` (B, T); return all so far, in whole blocks (B, H, >= longest + T, D)."""
+        """Store k and v (B, H, T, D) at `positions` (B, T); return all so far, in whole blocks (B, H, >= max_length + T, D)."""
         row = torch.arange(k.size(0), device=k.device)[:, None]
         self.keys[layer][row, :, positions] = k.transpose(1, 2).to(self.keys[layer].dtype)
         self.values[layer][row, :, positions] = v.transpose(1, 2).to(self.values[layer].dtype)
-        N = -(-(self.longest + k.size(2)) // self.size)
+        N = -(-(self.max_length + k.size(2)) // self.size)
         keys, values = (
             self.keys[layer][:, :, : N * self.size],
             self.values[layer][:, :, : N * self.size],
@@ -61,7 +61,7 @@ class Cache:
             if k.size(2) == 1:  # one block of each row has changed
                 own = positions // self.size  # (B, 1)
                 blocks = keys.unflatten(2, (N, self.size))[row, :, own]  # (B, 1, H, size, D)
-                self.summaries[layer][row, :, own] = pooled(blocks, self.attention.pool)
+                self.summaries[layer][row, :, own] = pool_keys(blocks, self.attention.pool)
             else:
                 self.summaries[layer][:, :, :N] = summarise(keys, self.size, self.attention.pool)
         return keys, values
@@ -72,8 +72,8 @@ class Cache:
         Tiles that begin at one of the `positions` (B, T) are remembered, the others were when they began.
         """
         row, at = (positions % self.size == 0).nonzero(as_tuple=True)
-        self.choices[layer][row, :, positions[row, at] // self.size] = blocks[row, :, at]
+        self.tile_selections[layer][row, :, positions[row, at] // self.size] = blocks[row, :, at]
         every = torch.arange(blocks.size(0), device=blocks.device)[:, None]
-        return self.choices[layer][every, :, positions // self.size].transpose(
+        return self.tile_selections[layer][every, :, positions // self.size].transpose(
             1, 2
         )  # (B, T, H, K) -> (B, H, T, K)

@@ -30,9 +30,9 @@ from torch.autograd.function import once_differentiable
 from nanods.attention import (
     AttentionConfig,
     block_attention,
-    cost,
     dense_attention,
     select_blocks,
+    sparsity_stats,
     topk_attention,
 )
 from nanods.cache import Cache
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         )  # where the queries stand among the keys: by default query t is key t
         if cache is not None:
             k_all, v_all = cache.append(layer, k, v, positions)
-            if cache.longest:
+            if cache.max_length:
                 k, v, among = k_all, v_all, positions
                 summaries = (
                     cache.summaries[layer][:, :, : k.size(2) // c.block_size]
@@ -218,9 +218,13 @@ class Attention(nn.Module):
             if among is not None:
                 blocks = cache.tile_selection(layer, blocks, positions)
             else:
-                cache.choices[layer][:, :, : blocks.size(2)] = blocks
+                cache.tile_selections[layer][:, :, : blocks.size(2)] = blocks
         y = block_attention(q, k, v, blocks, c.block_size, positions=among)
-        stats = cost(blocks, T, D, c.block_size, c.method, c.pool, **tree) if among is None else {}
+        stats = (
+            sparsity_stats(blocks, T, D, c.block_size, c.method, c.pool, **tree)
+            if among is None
+            else {}
+        )
         return y, stats | {"blocks": blocks}
 
 
@@ -285,7 +289,7 @@ class GPT(nn.Module):
         computed at the padding is meaningless. ValueError if a sequence would exceed `context_length`.
         """
         T = tokens.size(1)
-        before = cache.longest if cache is not None else 0
+        before = cache.max_length if cache is not None else 0
         if before + T > self.config.context_length:
             raise ValueError(
                 f"{before} + {T} tokens exceed context_length = {self.config.context_length}"
@@ -306,7 +310,7 @@ class GPT(nn.Module):
             stats.append(layer_stats)
         if cache is not None:
             cache.lengths = cache.lengths + (T if lengths is None else lengths)
-            cache.longest += T if lengths is None else int(lengths.max())
+            cache.max_length += T if lengths is None else int(lengths.max())
         return self.head(rms_norm(x)), stats
 
     def new_cache(self, B: int) -> Cache:
@@ -396,7 +400,7 @@ class GPT(nn.Module):
         cache, new = None, tokens[:, -1]
         for _ in range(max_new_tokens):
             if (
-                cache is None or cache.longest == context
+                cache is None or cache.max_length == context
             ):  # the start, or a row is full: read the rows (again)
                 rows = [
                     row if len(row) <= context else row[-max(1, context // 2) :] for row in rows

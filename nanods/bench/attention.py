@@ -227,7 +227,7 @@ def part_decode(S: int = 65536, run: int = 10) -> dict:
 
         def model_steps(model: GPT = model, cache=cache, lengths: Tensor = lengths) -> None:
             for token in range(run):
-                cache.lengths, cache.longest = lengths, S - 1  # write the same last place again
+                cache.lengths, cache.max_length = lengths, S - 1  # write the same last place again
                 model(torch.tensor([[token]]), cache)
 
         steps[name] = model_steps

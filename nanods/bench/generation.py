@@ -23,10 +23,10 @@ def measure(preset: str, context: int = 1024) -> dict[str, float]:
     tokens = torch.randint(0, model.config.vocab_size, (1, context))
     cache = model.new_cache(1)
     model(tokens[:, :-1], cache)
-    lengths, longest = cache.lengths, cache.longest
+    lengths, max_length = cache.lengths, cache.max_length
 
     def cached() -> None:
-        cache.lengths, cache.longest = lengths, longest  # write the same last place again
+        cache.lengths, cache.max_length = lengths, max_length  # write the same last place again
         model(tokens[:, -1:], cache)
 
     with_cache = 1e3 * medians({"cached": cached}, 50)["cached"]

@@ -203,7 +203,7 @@ def test_serving_counts_weights_and_caches():
     config = PRESETS["v1-small"]
     with torch.device("meta"):
         cache = GPT(config.model).to(torch.bfloat16).new_cache(1)
-    tensors = [*cache.keys, *cache.values, *cache.summaries, *cache.choices]
+    tensors = [*cache.keys, *cache.values, *cache.summaries, *cache.tile_selections]
     assert cache_bytes(config) == sum(t.numel() * t.element_size() for t in tensors)
     assert served(FULL, COUNTS["v2-full"], A100, 1) == 0 < served(FULL, COUNTS["v2-full"], A100, 8)
 
