@@ -19,13 +19,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps  # Pillow, which matplotlib brings along
 
 from nanods.data.captions import Rows, read_captions
+from nanods.data.examples import Examples
 from nanods.data.random_bits import random_bits
 from nanods.data.scenes import normalized_log_mel
 from nanods.data.sound import HOP, WINDOW, fit, read_wav
@@ -88,19 +88,6 @@ def read_sound(path: str | Path, frames: int) -> np.ndarray:
 # ---- a data set --------------------------------------------------------------------------------------------------------------
 
 ORDER, GALLERY = range(2)  # what a random number is for
-
-
-@dataclass(frozen=True)
-class Examples:
-    """B items, each in two ways."""
-
-    ids: np.ndarray  # (B,) int64: what is the same thing has the same number
-    captions: list[str]
-    images: np.ndarray | None = None  # (B, 3, side, side) float32 in 0 .. 1
-    waves: np.ndarray | None = None  # (B, S) float32 in -1 .. 1, 8,000 Hz
-    mels: np.ndarray | None = (
-        None  # (B, 32, T) float32: band, frame; `normalized_log_mel` of the waves
-    )
 
 
 class CaptionDataset:

@@ -26,11 +26,11 @@ Shapes: B items, S samples, M mel bands, T frames. Images are [channel, y, x], y
 """
 
 import hashlib
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
 
+from nanods.data.examples import Examples
 from nanods.data.random_bits import between, noise, random_bits, uniform
 from nanods.data.sound import HOP, RATE, WINDOW, log_mel
 
@@ -47,20 +47,20 @@ RELATIONS = (
 )  # the last two are the first two, told from the other side
 
 OBJECTS = len(SHAPES) * len(COLOURS) * len(SIZES)  # 96
-MEANINGS = (
+SCENE_COUNT = (
     2 * OBJECTS * (OBJECTS - 1)
 )  # 18,240: two relations, ordered pairs of objects that differ
 FACTS = ("shape", "colour", "size", "relation", "other shape", "other colour", "other size")
 
 
 def facts_of(meanings: np.ndarray) -> np.ndarray:
-    """(B,) in 0 .. MEANINGS - 1 -> (B, 7) indices in the order of FACTS; the relation is "left of" or "above".
+    """(B,) in 0 .. SCENE_COUNT - 1 -> (B, 7) indices in the order of FACTS; the relation is "left of" or "above".
 
     ValueError for a number that is no meaning.
     """
     meanings = np.asarray(meanings, np.int64)
-    if not ((meanings >= 0) & (meanings < MEANINGS)).all():
-        raise ValueError(f"meanings are numbers from 0 to {MEANINGS - 1:,}")
+    if not ((meanings >= 0) & (meanings < SCENE_COUNT)).all():
+        raise ValueError(f"meanings are numbers from 0 to {SCENE_COUNT - 1:,}")
     rest, b = np.divmod(meanings, OBJECTS - 1)
     relation, a = np.divmod(rest, OBJECTS)
     b = b + (b >= a)  # the other object is any but the first
@@ -72,7 +72,7 @@ def object_facts(thing: np.ndarray) -> tuple[np.ndarray, ...]:
     return np.unravel_index(thing, (len(SHAPES), len(COLOURS), len(SIZES)))
 
 
-def meanings_of(facts: np.ndarray) -> np.ndarray:
+def scene_ids_of(facts: np.ndarray) -> np.ndarray:
     """(B, 7), any of the four relations -> (B,): both ways to put a scene give one number.
 
     ValueError for an index out of range, and where the two objects are alike: no relation could be decided.
@@ -306,20 +306,8 @@ def play(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> np.
 # ---- all three ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """B scenes, each in three ways."""
-
-    meanings: np.ndarray  # (B,) int64
-    images: np.ndarray  # (B, 3, 32, 32) float32 in 0 .. 1
-    captions: list[str]
-    waves: np.ndarray  # (B, 8448) float32 in -1 .. 1
-    mels: np.ndarray  # (B, 32, 32) float32: band, frame; `normalized_log_mel` of the waves
-
-    @property
-    def ids(self) -> np.ndarray:
-        """The meanings, by the name that every data set of items has for what is the same thing."""
-        return self.meanings
+class Scenes(Examples):
+    """B scenes, each as image, caption and sound; `ids` are scene ids, which `facts_of` takes apart."""
 
 
 def normalized_log_mel(waves: np.ndarray) -> np.ndarray:
@@ -332,19 +320,23 @@ def render(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> S
     meanings = np.asarray(meanings, np.int64)
     captions, waves = describe(meanings, variants, seed), play(meanings, variants, seed)
     return Scenes(
-        meanings, draw(meanings, variants, seed), captions, waves, normalized_log_mel(waves)
+        ids=meanings,
+        captions=captions,
+        images=draw(meanings, variants, seed),
+        waves=waves,
+        mels=normalized_log_mel(waves),
     )
 
 
 @cache
 def split() -> tuple[np.ndarray, np.ndarray]:
     """All meanings in two parts: 16,416 for training, 1,824 held out. The same for every seed."""
-    shuffled = random_bits(MEANINGS, SPLIT)[0].argsort(kind="stable")
+    shuffled = random_bits(SCENE_COUNT, SPLIT)[0].argsort(kind="stable")
     shuffled.flags.writeable = False
-    return shuffled[MEANINGS // 10 :], shuffled[: MEANINGS // 10]
+    return shuffled[SCENE_COUNT // 10 :], shuffled[: SCENE_COUNT // 10]
 
 
-def kin(meanings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def family_and_pair(meanings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """meanings (B,) -> the number of each one's family (B,), whose members differ in shapes and in who is first alone, and of
     its two objects (B,), whoever is first."""
     facts = facts_of(meanings)
@@ -362,13 +354,13 @@ def epoch_order(epoch: int, seed: int, hard: bool) -> np.ndarray:
     train, _ = split()
     keys = random_bits(len(train), seed, ORDER, epoch)[0]
     if hard:
-        family, pair = kin(train)
+        family, pair = family_and_pair(train)
         group = (random_bits(1, seed, ORDER, epoch, 1, pair)[:, 0] % GROUPS).astype(np.int64)
         keys = random_bits(1, seed, ORDER, epoch, 2, family, group)[:, 0]
     return train[keys.argsort(kind="stable")]
 
 
-def training_meanings(step: int, size: int, seed: int = 0, hard: bool = True) -> np.ndarray:
+def training_scene_ids(step: int, size: int, seed: int = 0, hard: bool = True) -> np.ndarray:
     """The meanings (size,) of a training step, all different: each occurs once before any comes again."""
     train, _ = split()
     if not 1 <= size <= len(train):
@@ -381,7 +373,7 @@ def batch(
     step: int, size: int, seed: int = 0, hard: bool = True, rows: slice = slice(None)
 ) -> Scenes:
     """The training scenes of a step, or these rows of them; never a held-out meaning. ValueError for a size not 1 to 16,416."""
-    return render(training_meanings(step, size, seed, hard)[rows], step, seed)
+    return render(training_scene_ids(step, size, seed, hard)[rows], step, seed)
 
 
 def gallery(size: int = 512, seed: int = 0) -> Scenes:

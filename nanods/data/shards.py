@@ -339,7 +339,7 @@ def locked(folder: Path) -> Iterator[None]:
 ROUNDS = 6
 
 
-def windows(step: int, batch_size: int, total: int, T: int, seed: int) -> np.ndarray:
+def window_starts(step: int, batch_size: int, total: int, T: int, seed: int) -> np.ndarray:
     """Where the windows of batch `step` begin in `total` tokens: (batch_size,), int64. Each holds T + 1 of them.
 
     An epoch is every T-th place of the corpus, from an offset below T of its own, in an order of its own: each window once, no

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanods.config import Config
-from nanods.data.shards import Tokens, windows
+from nanods.data.shards import Tokens, window_starts
 from nanods.data.text import TextData, load_text
 from nanods.gpt import GPT
 from nanods.training.pictures import draw
@@ -59,7 +59,7 @@ class LanguageTask:
         """Where the windows of a batch begin: (batch_size,). Of shards each window once an epoch, else at random places."""
         config, total = self.config, len(self.data.train)
         if isinstance(self.data.train, Tokens):
-            return windows(step, config.batch_size, total, self.T, config.seed)
+            return window_starts(step, config.batch_size, total, self.T, config.seed)
         return np.random.default_rng([config.seed, step]).integers(
             0, total - self.T, size=config.batch_size
         )

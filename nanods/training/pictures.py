@@ -70,7 +70,7 @@ def draw_multimodal(
     }
     if isinstance(gallery, Scenes):
         flat, shown = space.flatten_to_2d({name: e[:128] for name, e in embeddings.items()})
-        colour = facts_of(gallery.meanings[:128])[:, 1]  # of the left or upper object
+        colour = facts_of(gallery.ids[:128])[:, 1]  # of the left or upper object
         title = f"128 held-out scenes, by the colour of the left or upper object; {shown:.0%} of the variance"
         figures["space"] = space.space_map(
             flat, PALETTE[colour], [COLOURS[i] for i in colour], title

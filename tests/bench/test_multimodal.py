@@ -52,7 +52,7 @@ class Reader(torch.nn.Module):
                 told = [read_caption(bytes(int(b) for b in row if b >= 0).decode()) for row in x]
             else:
                 start = self.seen[name]
-                told = scenes.facts_of(scenes.gallery().meanings[start : start + len(x)]).tolist()
+                told = scenes.facts_of(scenes.gallery().ids[start : start + len(x)]).tolist()
                 self.seen[name] += len(x)
             made[name] = torch.stack([self.embed(list(scene)) for scene in told])
         return made, {name: [{}] for name in inputs}

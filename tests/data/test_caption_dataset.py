@@ -15,7 +15,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from nanods.data import caption_dataset as module
-from nanods.data.caption_dataset import Examples, load_caption_dataset, read_image, read_sound
+from nanods.data.caption_dataset import load_caption_dataset, read_image, read_sound
+from nanods.data.examples import Examples
 from nanods.data.scenes import normalized_log_mel
 from nanods.data.sound import HOP, WINDOW, write_wav
 from nanods.errors import UserError

@@ -16,10 +16,10 @@ from nanods.data import scenes as module
 from nanods.data.random_bits import GOLDEN, mix, noise, random_bits, uniform
 from nanods.data.scenes import (
     COLOURS,
-    MEANINGS,
     OVERTONES,
     PITCHES,
     RELATIONS,
+    SCENE_COUNT,
     SENTENCES,
     SHAPES,
     SIZES,
@@ -30,20 +30,20 @@ from nanods.data.scenes import (
     describe,
     draw,
     facts_of,
+    family_and_pair,
     gallery,
-    kin,
-    meanings_of,
     play,
     render,
+    scene_ids_of,
     split,
-    training_meanings,
+    training_scene_ids,
     vocabulary,
 )
 from nanods.data.sound import RATE
 from tests.data.decoders import outlines, read_caption, read_image, read_sound
 
-ALL = np.arange(MEANINGS)
-SOME = (random_bits(600, 12345)[0] % MEANINGS).astype(np.int64)  # of both parts
+ALL = np.arange(SCENE_COUNT)
+SOME = (random_bits(600, 12345)[0] % SCENE_COUNT).astype(np.int64)  # of both parts
 OTHER_SIDE = [4, 5, 6, 3, 0, 1, 2]  # the order of the facts, told from the other object's side
 
 
@@ -61,7 +61,7 @@ def fingerprint(scenes):
 class TestMeanings:
     def test_facts_and_back_over_the_whole_space(self):
         facts = facts_of(ALL)
-        assert MEANINGS == 18_240 == len(np.unique(facts, axis=0))
+        assert SCENE_COUNT == 18_240 == len(np.unique(facts, axis=0))
         assert (facts.min(axis=0) == 0).all() and facts.max(axis=0).tolist() == [
             5,
             7,
@@ -72,16 +72,16 @@ class TestMeanings:
             1,
         ]
         assert (facts[:, :3] != facts[:, 4:]).any(axis=1).all()
-        np.testing.assert_array_equal(meanings_of(facts), ALL)
+        np.testing.assert_array_equal(scene_ids_of(facts), ALL)
 
     def test_both_ways_to_put_a_scene_are_one_meaning(self):
         turned = facts_of(ALL)[:, OTHER_SIDE] + np.array([0, 0, 0, 2, 0, 0, 0])
-        np.testing.assert_array_equal(meanings_of(turned), ALL)
+        np.testing.assert_array_equal(scene_ids_of(turned), ALL)
 
     def test_the_same_relation_the_other_way_round_is_another_meaning(self):
-        assert (meanings_of(facts_of(ALL)[:, OTHER_SIDE]) != ALL).all()
+        assert (scene_ids_of(facts_of(ALL)[:, OTHER_SIDE]) != ALL).all()
 
-    @pytest.mark.parametrize("wrong", [-1, MEANINGS])
+    @pytest.mark.parametrize("wrong", [-1, SCENE_COUNT])
     def test_numbers_that_are_no_meaning(self, wrong):
         for way in (facts_of, lambda m: draw(m, 0), lambda m: describe(m, 0), lambda m: play(m, 0)):
             with pytest.raises(ValueError, match="from 0"):
@@ -98,7 +98,7 @@ class TestMeanings:
     )
     def test_facts_that_are_no_scene(self, facts, message):
         with pytest.raises(ValueError, match=message):
-            meanings_of(np.array([facts]))
+            scene_ids_of(np.array([facts]))
 
 
 class TestSplit:
@@ -122,21 +122,21 @@ class TestSplit:
     def test_no_batch_draws_what_is_held_out(self):
         _, held_out = split()
         for seed in (0, 1, 99):
-            drawn = np.concatenate([training_meanings(step, 128, seed) for step in range(300)])
+            drawn = np.concatenate([training_scene_ids(step, 128, seed) for step in range(300)])
             assert not np.isin(drawn, held_out).any()
 
     def test_a_batch_repeats_nothing_and_an_epoch_shows_all(self):
-        steps = [training_meanings(step, 128, seed=3) for step in range(2 * 128)]
+        steps = [training_scene_ids(step, 128, seed=3) for step in range(2 * 128)]
         assert all(len(np.unique(step)) == 128 for step in steps)
         first, second = np.concatenate(steps[:128]), np.concatenate(steps[128:])
         assert (
             len(np.unique(first)) == len(np.unique(second)) == 128 * 128
         )  # of 16,416: the rest fills no batch
         assert (first != second).any()
-        np.testing.assert_array_equal(np.sort(training_meanings(7, 16_416)), np.sort(split()[0]))
+        np.testing.assert_array_equal(np.sort(training_scene_ids(7, 16_416)), np.sort(split()[0]))
 
     def test_kin_differ_in_shapes_and_order_alone(self):
-        family, pair = kin(ALL)
+        family, pair = family_and_pair(ALL)
         facts = facts_of(ALL)
         looks = np.sort(
             facts[:, [1, 5]] * 2 + facts[:, [2, 6]], axis=1
@@ -147,8 +147,8 @@ class TestSplit:
             == len(np.unique(told, axis=0))
             == len(np.unique(np.column_stack([family[:, None], told]), axis=0))
         )
-        mirrored = meanings_of(facts[:, [4, 5, 6, 3, 0, 1, 2]])  # the objects change places
-        np.testing.assert_array_equal(kin(mirrored)[1], pair)
+        mirrored = scene_ids_of(facts[:, [4, 5, 6, 3, 0, 1, 2]])  # the objects change places
+        np.testing.assert_array_equal(family_and_pair(mirrored)[1], pair)
         assert (np.bincount(pair)[pair] == 2).all()  # a scene and its mirror image, no third
 
     @pytest.mark.parametrize(("hard", "least", "most"), [(True, 0.95, 1.0), (False, 0.0, 0.05)])
@@ -156,15 +156,15 @@ class TestSplit:
         """Of the scenes whose mirror image is a training meaning too; a few groups are cut by a batch's end."""
         train, together = split()[0], []
         for step in range(20):
-            meanings = training_meanings(step, 128, 0, hard)
-            mirrored = meanings_of(facts_of(meanings)[:, [4, 5, 6, 3, 0, 1, 2]])
+            meanings = training_scene_ids(step, 128, 0, hard)
+            mirrored = scene_ids_of(facts_of(meanings)[:, [4, 5, 6, 3, 0, 1, 2]])
             together.append(np.isin(mirrored, meanings)[np.isin(mirrored, train)].mean())
         assert least <= np.mean(together) <= most
 
     def test_the_gallery(self):
         shown = gallery()
-        assert len(np.unique(shown.meanings)) == len(shown.meanings) == 512
-        assert np.isin(shown.meanings, split()[1]).all()
+        assert len(np.unique(shown.ids)) == len(shown.ids) == 512
+        assert np.isin(shown.ids, split()[1]).all()
         assert fingerprint(shown) == fingerprint(gallery())
         np.testing.assert_array_equal(gallery(5).waves, shown.waves[:5])
         assert len(shown.images) == len(np.unique(shown.images.reshape(512, -1), axis=0))
@@ -239,11 +239,11 @@ class TestEveryWayCarriesEveryFact:
     """The decoders know palette, pitches, words and outlines; the generator's noise is on."""
 
     def right(self, read, data):
-        return (meanings_of(np.array([read(item) for item in data])) == SOME).mean()
+        return (scene_ids_of(np.array([read(item) for item in data])) == SOME).mean()
 
     def test_captions(self):
         read = [read_caption(text) for text in describe(ALL, 2, seed=4)]
-        np.testing.assert_array_equal(meanings_of(np.array(read)), ALL)
+        np.testing.assert_array_equal(scene_ids_of(np.array(read)), ALL)
 
     def test_images(self):
         templates = outlines()
@@ -253,7 +253,7 @@ class TestEveryWayCarriesEveryFact:
         assert self.right(read_sound, play(SOME, 8, seed=4)) >= 0.99
 
     def test_both_orders_are_heard_of_what_lies_above(self):
-        above = meanings_of(np.array([[0, 0, 0, 1, 1, 1, 1]]))
+        above = scene_ids_of(np.array([[0, 0, 0, 1, 1, 1, 1]]))
         relations = {
             RELATIONS[read_sound(wave)[3]] for wave in play(above.repeat(20), np.arange(20))
         }
@@ -284,7 +284,7 @@ class TestShapesAndRanges:
         f = np.dtype(np.float32)
         expected = [((), np.dtype(np.int64)), ((3, 32, 32), f), ((8448,), f), ((32, 32), f)]
         assert types == expected and all(len(array) == 33 for array in arrays(scenes))
-        np.testing.assert_array_equal(scenes.meanings, training_meanings(2, 33, 1))
+        np.testing.assert_array_equal(scenes.ids, training_scene_ids(2, 33, 1))
         assert scenes.images.min() >= 0 and scenes.images.max() <= 1
         assert abs(scenes.waves).max() <= 1 and np.isfinite(scenes.mels).all()
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nanods import config as ladder
 from nanods.data import shards, sources
 from nanods.data.download import data_dir
-from nanods.data.shards import Tokens, permuted, windows
+from nanods.data.shards import Tokens, permuted, window_starts
 from nanods.data.text import load_text, split
 from nanods.data.tokenizer import BPETokenizer
 from nanods.errors import UserError
@@ -284,20 +284,20 @@ def test_an_epoch_shows_each_window_once_whatever_the_batch(total, T, batch, see
     T = min(T, total - 1)
     count = max(1, (total - 1) // T - 1)
     steps = -(-2 * count // batch)
-    starts = np.concatenate([windows(step, batch, total, T, seed) for step in range(steps)])
+    starts = np.concatenate([window_starts(step, batch, total, T, seed) for step in range(steps)])
     for epoch in (starts[:count], starts[count : 2 * count]):
         ordered = np.sort(epoch)
         assert (np.diff(ordered) == T).all() and ordered[0] >= 0 and ordered[-1] + T + 1 <= total
         assert ordered[0] < T and total - (ordered[-1] + T + 1) <= 2 * T
-    np.testing.assert_array_equal(starts[:count], windows(0, count, total, T, seed))
+    np.testing.assert_array_equal(starts[:count], window_starts(0, count, total, T, seed))
 
 
 def test_epochs_and_seeds_have_orders_and_offsets_of_their_own():
     total, T = 32 * 1001, 32
     first, second, other = (
-        windows(step, 999, total, T, seed) for step, seed in ((0, 0), (1, 0), (0, 1))
+        window_starts(step, 999, total, T, seed) for step, seed in ((0, 0), (1, 0), (0, 1))
     )
-    assert len({windows(epoch, 999, total, T, 0)[0] % T for epoch in range(30)}) > 15
+    assert len({window_starts(epoch, 999, total, T, 0)[0] % T for epoch in range(30)}) > 15
     for a, b in ((first, second), (first, other), (first, np.sort(first))):
         assert np.mean(a // T == b // T) < 0.02
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
@@ -307,7 +307,7 @@ def test_epochs_and_seeds_have_orders_and_offsets_of_their_own():
 
 
 def test_a_trillion_tokens_need_no_memory_and_no_time():
-    starts = windows(10**6, 512, 10**12 + 3, 1024, seed=5)
+    starts = window_starts(10**6, 512, 10**12 + 3, 1024, seed=5)
     assert starts.dtype == np.int64 and len(set(starts.tolist())) == 512 and starts.min() >= 0
     assert abs(starts.mean() / 10**12 - 0.5) < 0.06 and starts.max() + 1025 <= 10**12 + 3
 
@@ -315,7 +315,7 @@ def test_a_trillion_tokens_need_no_memory_and_no_time():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_the_processes_parts_are_disjoint_and_together_the_batch(world):
     for step in range(4):
-        batch = windows(step, 24, 10_007, 16, 3)
+        batch = window_starts(step, 24, 10_007, 16, 3)
         parts = [batch[rank::world].tolist() for rank in range(world)]
         assert sum(map(len, parts)) == len(set().union(*parts)) == 24 and set().union(
             *parts
@@ -334,7 +334,7 @@ def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
             starts = np.random.default_rng([0, 7]).integers(0, total - 40, size=6)
             text = split("".join(LINES))[0]
         else:
-            starts, text = windows(7, 6, total, 40, 0), corpus[1]
+            starts, text = window_starts(7, 6, total, 40, 0), corpus[1]
         rows = [list(text.encode()[start : start + 41]) for start in starts]
         np.testing.assert_array_equal(task.starts(7), starts)
         assert task.batch(7).tolist() == rows

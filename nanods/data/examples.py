@@ -1,0 +1,58 @@
+"""What a contrastive data set offers: `Examples`, one batch of them, and `ExampleDataset`, the protocol.
+
+A data set for V3 is any object with the members of `ExampleDataset`; it need not inherit from it. Two exist:
+`SceneData` (scenes.py, made by a program) and `CaptionDataset` (caption_dataset.py, a folder of files).
+
+To add a modality's data:
+1. Add a field to `Examples` for what the modality reads, such as `videos: np.ndarray | None = None`.
+2. Let `batch` and `gallery` of the data set fill this field, and name the modality in `modalities`.
+The field of a modality's input is the attribute `reads` of its class in nanods/multimodal.py.
+
+Shapes: B examples, S samples of a waveform, M mel bands, T frames of a spectrogram.
+"""
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch of B examples: one field for each modality's input.
+
+    A field is None if the data set has no data for that modality. Row i of every field belongs to example i.
+    """
+
+    ids: np.ndarray  # (B,) int64; examples with equal ids are duplicates, never negatives
+    captions: list[str]  # text: B captions
+    images: np.ndarray | None = None  # image: (B, 3, height, width) float32 in 0 .. 1
+    waves: np.ndarray | None = None  # (B, S) float32 in -1 .. 1, 8,000 Hz: to listen to
+    mels: np.ndarray | None = None  # audio: (B, M, T) float32, `normalized_log_mel` of the waves
+
+
+class ExampleDataset(Protocol):
+    """A data set of examples in two or more modalities, for contrastive learning."""
+
+    name: str  # as given to --data
+    sha256: str  # of the data, in hexadecimal; a resumed run compares it
+    modalities: tuple[str, ...]  # keys of nanods.multimodal.MODALITIES, such as ("text", "image")
+    train: Sized  # training examples; their number bounds the batch size
+    held_out: Sized  # held-out examples; their number bounds the gallery size
+
+    def text(self) -> str:
+        """Return the training captions as one text, for a tokenizer to learn from."""
+        ...
+
+    def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Examples:
+        """Return the `size` training examples of a step, or only these rows of them.
+
+        The examples depend on (seed, step, size) alone, not on earlier calls: so a resumed run sees the same
+        batches, and each process can load its own rows of one global batch.
+        """
+        ...
+
+    def gallery(self, size: int) -> Examples:
+        """Return `size` held-out examples with different ids, the same at every call."""
+        ...
