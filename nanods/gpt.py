@@ -22,6 +22,7 @@ Shapes: B batch, T tokens, C width (`n_embd`), H heads, D = C / H width of a hea
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -260,6 +261,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    optimizers: ClassVar = {"head.weight": "adamw"}
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config

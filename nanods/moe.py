@@ -27,7 +27,7 @@ Shapes: B batch, T tokens in a sequence, N = B T tokens, C model width, E expert
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -357,6 +357,8 @@ class MoE(nn.Module):
 
     Expert e is `up[e]` (F, C) and `out[e]` (C, F). ValueError for settings that cannot be.
     """
+
+    optimizers: ClassVar = {"gate.weight": "adamw", "up": "experts", "out": "experts"}
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,7 @@ class Modality(nn.Module):
     """Places for tokens, and the adapter. What inherits from it makes tokens of its input: `tokens`."""
 
     reads: str  # the field of a data set's items that holds its input
+    optimizers: ClassVar = {"position_embedding": "adamw"}
 
     def __init__(self, trunk: GPTConfig, width: int, *sides: int) -> None:
         """`sides` of the grid on which the tokens stand, the width of a head being a multiple of twice their number."""
