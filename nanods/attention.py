@@ -84,7 +84,7 @@ class AttentionConfig:
         return T * (T + 1) // 2
 
 
-def visible(q: Tensor, k: Tensor, causal: bool, positions: Tensor | None) -> Tensor:
+def visible_mask(q: Tensor, k: Tensor, causal: bool, positions: Tensor | None) -> Tensor:
     """Which keys a query may read at all: bool (B or 1, 1, T, S)."""
     T, S = q.size(-2), k.size(-2)
     if not causal:
@@ -130,7 +130,7 @@ def dense_attention(
     """
     if positions is None and valid is None and q.size(-2) == k.size(-2):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    mask = visible(q, k, causal, positions)
+    mask = visible_mask(q, k, causal, positions)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask if valid is None else mask & valid[:, None, None]
     )
@@ -154,7 +154,7 @@ def topk_attention(
     """
     if top_k < 1:
         raise ValueError(f"top_k = {top_k}: each query must read at least one key")
-    mask = visible(q, k, causal, positions)
+    mask = visible_mask(q, k, causal, positions)
     with torch.no_grad():  # the choice is discrete: no gradient passes through it, only through the scores of the chosen
         scores = (q @ k.transpose(-2, -1)).masked_fill(~mask, float("-inf"))  # (B, H, T, S)
         best = scores.topk(min(top_k, k.size(-2)), dim=-1).indices  # (B, H, T, top_k)
@@ -231,7 +231,9 @@ def select_blocks(
         if positions is None and causal:  # the last row's own block: no later one is a candidate
             last = min(start + step, q.size(2)) - 1
             N = last if method == "tile" else last // block_size
-        blocks = descend_tree(q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out)
+        blocks = descend_tree(
+            q[:, :, part], pyramid, own[:, part], N, top_blocks, causal, beam, fan_out
+        )
         rows.append(
             F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1)
         )  # early queries have fewer candidates
@@ -391,7 +393,9 @@ def block_mask(
     )  # column N swallows the -1s
     chosen.scatter_(-1, blocks.masked_fill(blocks < 0, N), True)
     chosen = chosen[..., :N] | (torch.arange(N, device=q.device) == own)  # (B, H, T, N)
-    return chosen.repeat_interleave(block_size, dim=-1)[..., :S] & visible(q, k, causal, positions)
+    return chosen.repeat_interleave(block_size, dim=-1)[..., :S] & visible_mask(
+        q, k, causal, positions
+    )
 
 
 def block_attention_reference(
@@ -423,22 +427,42 @@ def block_attention(
     nanods/attention_kernel.py; a mask over PyTorch's own, where a sequence is so short that visiting every pair costs less
     than sorting the pairs that are read (LOG.md). That mask is added to the scores, so a nan in a hidden key would pass it.
     """
-    (T, S), rows = (q.size(2), k.size(2)), blocks.size(2)
-    query_positions(
-        q, k, positions
-    )  # raises where it is not said how the queries stand among the keys
-    if T * (blocks.size(-1) + 1) * block_size <= S:
-        return gathered_block_attention(
-            q, k, v, expand_to_queries(blocks, T, block_size), block_size, causal, positions
-        )
-    if positions is None and q.is_cuda and block_size % 64 == 0:
+    query_positions(q, k, positions)  # raises if `positions` are needed and missing
+    route = choose_route(q, k, blocks, block_size, positions)
+    if route == "gather":
+        blocks = expand_to_queries(blocks, q.size(2), block_size)
+        return gathered_block_attention(q, k, v, blocks, block_size, causal, positions)
+    if route == "flex":
         return flex_block_attention(q, k, v, blocks, block_size, causal)
-    if positions is None and rows != T:
+    if route == "tile":
         return tile_attention(q, k, v, blocks, block_size, causal)
-    if positions is None and T * block_size >= 1 << 14:
+    if route == "query":
         return query_attention(q, k, v, blocks, block_size, causal)
     mask = block_mask(q, k, blocks, block_size, causal, positions)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def choose_route(
+    q: Tensor, k: Tensor, blocks: Tensor, block_size: int, positions: Tensor | None
+) -> Literal["gather", "flex", "tile", "query", "mask"]:
+    """Return the name of the fastest implementation of `block_attention` for these tensors.
+
+    All routes give the same result. A test replaces this function to run one of them, such as the
+    GPU's "flex" on a CPU. "mask" serves sequences so short that visiting every pair of query and
+    key costs less than sorting the pairs that are read (measured: LOG.md).
+    """
+    T, S = q.size(2), k.size(2)
+    if T * (blocks.size(-1) + 1) * block_size <= S:  # decoding: few queries, many keys
+        return "gather"
+    if positions is not None:
+        return "mask"
+    if q.is_cuda and block_size % 64 == 0:
+        return "flex"
+    if blocks.size(2) != T:
+        return "tile"
+    if T * block_size >= 1 << 14:
+        return "query"
+    return "mask"
 
 
 def gathered_block_attention(

@@ -20,7 +20,7 @@ from nanods.attention import (
     summarise,
     tile_attention,
     topk_attention,
-    visible,
+    visible_mask,
 )
 
 FAST = (block_attention, gathered_block_attention)
@@ -51,7 +51,7 @@ def test_dense_equals_a_loop_over_queries(shape, causal):
         weights = (q[:, :, t : t + 1] @ k[:, :, :end].mT / D**0.5).softmax(-1)
         rows.append(weights @ v[:, :, :end])
     close(dense_attention(q, k, v, causal), torch.cat(rows, dim=2))
-    close(masked_attention(q, k, v, visible(q, k, causal, None)), torch.cat(rows, dim=2))
+    close(masked_attention(q, k, v, visible_mask(q, k, causal, None)), torch.cat(rows, dim=2))
 
 
 @settings(max_examples=40, deadline=None)

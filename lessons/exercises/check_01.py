@@ -22,14 +22,16 @@ from grade import (
 from probe import BLOCK, B, D, H, N, T, examine, expect_separate, qkv, span, through_identity
 from torch import Tensor
 
-from nanods.attention import block_mask, masked_attention, select_blocks, summarise, visible
+from nanods.attention import block_mask, masked_attention, select_blocks, summarise, visible_mask
 
 # ---- steps 1, 2 and 5: read ----------------------------------------------------------------------------------------------
 
 
 def check_dense(answer: Answer) -> None:
     q, k, v = qkv()
-    examine(answer, visible(q, k, True, None).expand(B, H, T, T), [q, k, v], lambda W, right: None)
+    examine(
+        answer, visible_mask(q, k, True, None).expand(B, H, T, T), [q, k, v], lambda W, right: None
+    )
     q, k, v = qkv(T=1)
     out = answer(q, k, v, when="for T = 1")
     expect_shape(out, v.shape, ", for T = 1")
@@ -51,7 +53,7 @@ def check_topk(answer: Answer) -> None:
             f"top_k rows of D; otherwise it {crash}"
         ) from None
 
-    past = visible(q, k, True, None)
+    past = visible_mask(q, k, True, None)
     dots, none = q @ k.mT, torch.zeros(B, H, T, T, dtype=torch.bool)
     wanted = none.scatter(-1, dots.masked_fill(~past, -torch.inf).topk(top_k).indices, True) & past
     masked_late = none.scatter(-1, dots.topk(top_k).indices, True) & past
@@ -92,7 +94,10 @@ def check_topk(answer: Answer) -> None:
                 f"top_k larger than T fails (T = {length}, top_k = {n}; take the smaller): it {crash}"
             ) from None
         expect_shape(out, v.shape, f", for T = {length} and top_k = {n}")
-        if not (out - masked_attention(q, k, v, visible(q, k, True, None))).abs().max() < TOLERANCE:
+        if (
+            not (out - masked_attention(q, k, v, visible_mask(q, k, True, None))).abs().max()
+            < TOLERANCE
+        ):
             raise Mistake(
                 f"with top_k = {n} and T = {length} every key is chosen, yet the result is not that of step 1"
             )

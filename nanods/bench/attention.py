@@ -31,7 +31,7 @@ from nanods.attention import (
     select_blocks,
     summarise,
     tile_attention,
-    visible,
+    visible_mask,
 )
 from nanods.bench.runs import machine, medians, rise_of_peak, with_exponents, write_json
 from nanods.gpt import GPT, Attention, GPTConfig, rope_cos_sin
@@ -62,7 +62,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense attention with its scores in memory, as in the article's snippet."""
-    return masked_attention(q, k, v, visible(q, k, True, None))
+    return masked_attention(q, k, v, visible_mask(q, k, True, None))
 
 
 def sparse(method: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

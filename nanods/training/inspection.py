@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanods.attention import block_mask, visible
+from nanods.attention import block_mask, visible_mask
 from nanods.gpt import GPT
 
 LONGEST = 2048  # queries looked at: the dense weights that serve as the measure take memory T x T
@@ -42,7 +42,7 @@ def sparsity_report(model: GPT, tokens: Tensor) -> dict:
             stats["blocks"],
         )  # (1, H, T, D), (1, H, R, K)
         read = block_mask(q, k, blocks, size, causal=True)  # (1, H, T, T)
-        past = visible(q, k, True, None)
+        past = visible_mask(q, k, True, None)
         weights = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~past, float("-inf")).softmax(dim=-1)
         shares["keys_read"].append(stats["keys_read"])
         shares["weight_read"].append((weights * read).sum(dim=-1).mean(dim=(0, 2)))
