@@ -395,7 +395,9 @@ def flex_block_attention(
     )
     if not q.is_cuda:
         return flex_attention(q, k, v, block_mask=mask)
-    return compiled_flex_attention()(q, k, v, block_mask=mask, kernel_options=KERNEL_TILES)
+    # While the whole model is compiled, the outer torch.compile compiles the kernel too.
+    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    return attend(q, k, v, block_mask=mask, kernel_options=KERNEL_TILES)
 
 
 def first_the_true(x: Tensor) -> Tensor:
