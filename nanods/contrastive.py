@@ -1,30 +1,37 @@
-"""A contrastive loss: what belongs together comes near in one space, and all else in the batch moves away.
+"""The contrastive loss: matching embeddings move together, all others in the batch move apart.
 
-What V3 adds to the trunk. For B pairs of embeddings a_i, b_i of length 1, with similarities s_ij = a_i . b_j and a scale t,
+This is what V3 adds to the trunk. For B pairs of unit-length embeddings a_i, b_i with similarities
+s_ij = a_i . b_j and a scale t:
 
-    L(a -> b) = - mean over i of log( exp(t s_ii) / sum over j of exp(t s_ij) )     InfoNCE: van den Oord 2018, arXiv:1807.03748
-    L         = (L(a -> b) + L(b -> a)) / 2                                         CLIP: Radford et al. 2021, arXiv:2103.00020
+    L(a -> b) = - mean over i of log( exp(t s_ii) / sum over j of exp(t s_ij) )
+    L         = (L(a -> b) + L(b -> a)) / 2
 
-a cross-entropy over the batch: which b is a_i's? Nothing is labelled, and a larger batch asks a harder question. With t it
-hardens too: 1 / t is the temperature. One idea at a time:
+The first line is InfoNCE (van den Oord et al. 2018, arXiv:1807.03748), the second CLIP's symmetric
+loss (Radford et al. 2021, arXiv:2103.00020). Each direction is a cross-entropy over the batch:
+which b belongs to a_i? No labels are needed, and a larger batch makes the task harder. A larger
+scale t makes it harder too; 1 / t is the temperature. The file adds one idea at a time:
 
-    contrastive_loss_reference   the equations: two loops, to be believed
-    contrastive_loss             the same as two matrices, in at least fp32
-    Temperature                  the scale, learnt
-    all_pairs_loss               more than two modalities: each pair that is asked for, with its weight
-    gather_with_gradient         one batch over several processes
-    cached_gradients             one batch in pieces, where its activations do not fit     GradCache: Gao 2021, arXiv:2101.06983
-    ranks, recall_at_k, median_rank      how well one modality finds another
+    contrastive_loss_reference   the equations as two loops
+    contrastive_loss             the same with two matrix products, in at least fp32
+    Temperature                  the learnt scale
+    all_pairs_loss               more than two modalities: a weighted mean over pairs of modalities
+    gather_with_gradient         one batch spread over several processes
+    cached_gradients             a batch whose activations do not fit into memory at once
+                                 (GradCache: Gao et al. 2021, arXiv:2101.06983)
+    ranks, recall_at_k, median_rank      retrieval metrics
 
-A batch may hold the same thing twice (one image under two captions). Without `ids` the loss pushes such twins apart.
+A batch may contain duplicates, such as one image with two captions. Pass `ids` to exclude them
+from the negatives; without `ids` the loss pushes duplicates apart.
 
-Left out on purpose, as an exercise: SigLIP's sigmoid loss, a yes or no for each pair alone (Zhai et al. 2023,
-arXiv:2303.15343), which needs no sum over the batch, and so neither a gather nor a cache.
+Left out on purpose, as an exercise: SigLIP's sigmoid loss (Zhai et al. 2023, arXiv:2303.15343). It
+classifies each pair on its own and needs no sum over the batch, so neither a gather nor a cache.
 
-Pinned by tests/test_contrastive.py: the loss equals the reference, whatever the ids; two processes give the loss and gradients
-of one, and so do pieces of a batch; embeddings that have collapsed, or are NaN, find nothing.
+Pinned by tests/test_contrastive.py: the loss equals the reference with and without ids; two
+processes give the loss and gradients of one, and so do micro-batches with gradient caching;
+collapsed and NaN embeddings retrieve nothing.
 
-Shapes: B pairs in the batch, M width of an embedding, R rows of a matrix of similarities, Q queries and as many targets.
+Shapes: B pairs in the batch, M width of an embedding, R rows of a similarity matrix, Q queries
+and as many targets.
 """
 
 import math
@@ -36,30 +43,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Batch = (
-    Tensor | dict[str, Tensor]
-)  # one modality, or several by name; the first dimension is the batch's
+# One modality, or several by name. The first dimension is the batch.
+Batch = Tensor | dict[str, Tensor]
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 def chance_loss(B: int) -> float:
-    """ln B, in nats: the loss of B pairs where all similarities are equal. What a run starts near, and must fall below."""
+    """Return ln B in nats: the loss of B pairs when all similarities are equal.
+
+    An untrained model assigns probability 1/B to each of the B candidates, so training starts near
+    this value and must fall below it.
+    """
     return math.log(B)
 
 
 def contrastive_loss_reference(
     a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor | None = None
 ) -> Tensor:
-    """The equations above: what `contrastive_loss` must equal. a, b (B, M), ids (B,) -> ()."""
+    """Compute the equations above with two loops: a, b (B, M), ids (B,) -> ().
+
+    This is the specification of `contrastive_loss`.
+    """
     B, total = len(a), 0
     for left, right in ((a, b), (b, a)):
         for i in range(B):
-            rivals = [
-                j for j in range(B) if j == i or ids is None or ids[j] != ids[i]
-            ]  # i itself is always among them
-            scores = torch.stack([scale * (left[i] @ right[j]) for j in rivals])
+            # Candidate i itself always counts; duplicates of i do not.
+            candidates = [j for j in range(B) if j == i or ids is None or ids[j] != ids[i]]
+            scores = torch.stack([scale * (left[i] @ right[j]) for j in candidates])
             total = total + scores.logsumexp(dim=0) - scale * (left[i] @ right[i])
     return total / (2 * B)
 
@@ -71,65 +83,72 @@ def contrastive_loss(
     ids: Tensor | None = None,
     rows: slice = slice(None),
 ) -> Tensor:
-    """How surely each a finds its b among all, and each b its a: a, b (B, M) of length 1 -> (), in nats.
+    """Compute the symmetric contrastive loss of unit-length embeddings a, b (B, M) -> (), in nats.
 
-    `scale` is 1 / temperature: a number, or a tensor () that may need a gradient. Items with the same id, ids (B,), are no
-    negatives of each other. `rows`: count these items alone, against all (see `local_rows`). In at least fp32, also under
-    autocast: in bf16 similarities near 1 are 1/256 apart, times the scale.
+    `scale` is 1 / temperature: a number, or a tensor () that may require a gradient. Examples with
+    the same id, ids (B,), are not negatives of each other. `rows` restricts the mean to these
+    examples, each compared with the whole batch (see `local_rows`). The loss is computed in at
+    least fp32, also under autocast: bf16 resolves similarities near 1 only to 1/256, and the scale
+    multiplies that error.
 
-    Unrelated embeddings give about `chance_loss(B)` (random directions scale^2 / (2 M) more). It is 0 only in the limit: the
-    best that vectors of length 1 reach is ln(1 + (B - 1) exp(-scale B / (B - 1))), 0.0024 for B = 64 at a scale of 10. That
-    is why the scale is learnt. ValueError if the shapes of a and b differ.
+    Unrelated embeddings give about `chance_loss(B)`; random directions add scale^2 / (2 M). The
+    loss never reaches 0: its minimum over unit-length vectors is
+
+        ln(1 + (B - 1) exp(-scale B / (B - 1)))
+
+    which is 0.0024 for B = 64 at a scale of 10. The scale is learnt because a larger one lowers
+    this minimum. Raises ValueError if the shapes of a and b differ.
     """
     if a.shape != b.shape:
         raise ValueError(
-            f"embeddings of shape {tuple(a.shape)} and {tuple(b.shape)}: each needs its partner in its own row"
+            f"embeddings of shape {tuple(a.shape)} and {tuple(b.shape)}: the shapes must be equal, "
+            "with matching embeddings in the same row"
         )
-    a, b = widen(a, b)
-    everyone = torch.arange(len(a), device=a.device)  # (B,)
-    own = everyone[rows]  # (R,): the column of each row's partner
+    a, b = promote_dtype(a, b)
+    columns = torch.arange(len(a), device=a.device)  # (B,)
+    targets = columns[rows]  # (R,): the column of each row's match
     total = 0
     with torch.autocast(a.device.type, enabled=False):
-        for left, right in (
-            (a, b),
-            (b, a),
-        ):  # of all rows, the second matrix is the first one transposed
+        # With all rows, the logits of b -> a are those of a -> b, transposed.
+        for left, right in ((a, b), (b, a)):
             logits = scale * (left[rows] @ right.T)  # (R, B)
             if ids is not None:
-                twin = (ids[rows, None] == ids) & (own[:, None] != everyone)  # (R, B)
-                logits = logits.masked_fill(twin, float("-inf"))  # exp(-inf) = 0: out of the sum
-            total = total + F.cross_entropy(logits, own)
+                same_id = ids[rows, None] == ids  # (R, B)
+                duplicates = same_id & (targets[:, None] != columns)  # (R, B)
+                logits = logits.masked_fill(duplicates, float("-inf"))  # exp(-inf) = 0
+            total = total + F.cross_entropy(logits, targets)
     return total / 2
 
 
-def widen(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in fp64 if one is, else in fp32."""
+def promote_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert both tensors to fp64 if either is fp64, else to fp32."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(dtype), b.to(dtype)
 
 
 class Temperature(nn.Module):
-    """The scale 1 / temperature, learnt as its logarithm, which is free to be any number; at most `most`, as in CLIP.
+    """Learn the scale 1 / temperature through its logarithm, with an upper limit, as CLIP does.
 
-    The *parameter* is clamped, each time before it is used. A clamp of the value alone has gradient 0 above the limit: a scale
-    that one step carried over it would stay there for good. Clamping after the optimizer's step does the same as this, until
-    someone writes a training loop without it.
+    The forward pass clamps the *parameter*. Clamping only the value would give gradient 0 above the
+    limit, so a scale that one step carried over the limit would stay there. CLIP clamps after each
+    optimizer step, which is equivalent, but every training loop would have to remember it.
     """
 
-    def __init__(self, start: float = 0.1, most: float = 100.0) -> None:
-        """`start`: the first temperature. ValueError if its scale is not a number up to `most`."""
+    def __init__(self, init: float = 0.1, max_scale: float = 100.0) -> None:
+        """Start at temperature `init`. Raises ValueError unless 1 / init is at most `max_scale`."""
         super().__init__()
-        if not start * most >= 1:
+        if not init * max_scale >= 1:
             raise ValueError(
-                f"temperature {start} must be at least {1 / most}: the scale, 1 / temperature, is at most {most}"
+                f"temperature {init} must be at least {1 / max_scale}: "
+                f"the scale, 1 / temperature, is limited to {max_scale}"
             )
-        self.limit = math.log(most)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(start)))
+        self.max_log_scale = math.log(max_scale)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(init)))
 
     def forward(self) -> Tensor:
-        """-> the scale (), in the parameter's dtype."""
+        """Return the scale (), in the parameter's dtype."""
         with torch.no_grad():
-            self.log_scale.clamp_(max=self.limit)
+            self.log_scale.clamp_(max=self.max_log_scale)
         return self.log_scale.exp()
 
 
@@ -140,198 +159,265 @@ def all_pairs_loss(
     ids: Tensor | None = None,
     rows: slice = slice(None),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted mean of the pairs' losses, and each of them by name ("text-image"), without gradient.
+    """Compute the weighted mean of the contrastive losses of several pairs of modalities.
 
-    embeddings: (B, M) by modality; pairs: the weight of each pair of modalities; the rest as in `contrastive_loss`. One space
-    can come of it if the pairs connect all modalities, even where two never meet (ImageBind: Girdhar et al. 2023,
-    arXiv:2305.05665). ValueError for a modality that is not there, and for weights that have no mean.
+    embeddings: (B, M) by modality; pairs: a weight for each pair of modalities; the other arguments
+    as in `contrastive_loss`. Returns the mean () and each pair's loss by name ("text-image"),
+    detached. One common space can emerge as long as the pairs connect all modalities, even if two
+    of them are never compared (ImageBind: Girdhar et al. 2023, arXiv:2305.05665). Raises ValueError
+    if a pair names a missing modality, if a weight is negative, or if no weight is positive.
     """
-    for name in (name for pair in pairs for name in pair):
-        if name not in embeddings:
-            raise ValueError(
-                f"no embeddings of {name!r}, which a pair asks for: there are {', '.join(embeddings) or 'none'}"
-            )
-    weights = sum(pairs.values())
-    if not (weights > 0 and all(weight >= 0 for weight in pairs.values())):
-        raise ValueError(f"weights {pairs}: none may be below 0, and one must be above")
+    for pair in pairs:
+        for name in pair:
+            if name not in embeddings:
+                available = ", ".join(embeddings) or "none"
+                raise ValueError(
+                    f"a pair names modality {name!r}, which has no embeddings; "
+                    f"there are {available}"
+                )
+    total_weight = sum(pairs.values())
+    if not (total_weight > 0 and all(weight >= 0 for weight in pairs.values())):
+        raise ValueError(f"weights {pairs}: none may be below 0, and at least one must be above")
     losses = {
-        pair: contrastive_loss(embeddings[pair[0]], embeddings[pair[1]], scale, ids, rows)
-        for pair in pairs
+        (first, second): contrastive_loss(embeddings[first], embeddings[second], scale, ids, rows)
+        for first, second in pairs
     }
-    total = sum(pairs[pair] * loss for pair, loss in losses.items()) / weights
+    total = sum(pairs[pair] * loss for pair, loss in losses.items()) / total_weight
     return total, {"-".join(pair): loss.detach() for pair, loss in losses.items()}
 
 
-# ---- one batch over several processes ----------------------------------------------------------------------------------------
-# Each process encodes its own n items, but its negatives are everyone's. The rule that gives one process's gradients:
+# ---- one batch over several processes ------------------------------------------------------------
+# Each process encodes its n local examples and compares them with the embeddings of all processes.
+# This gives the gradients of a single process:
 #
-#     everything = {name: gather_with_gradient(e) for name, e in embeddings.items()}     and the ids as well
-#     all_pairs_loss(everything, scale, pairs, ids, rows=local_rows(n))[0].backward()
+#     gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}   (ids as well)
+#     all_pairs_loss(gathered, scale, pairs, ids, rows=local_rows(n))[0].backward()
 #
-# then the mean of the gradients over the processes, the temperature's too, as DistributedDataParallel takes it. Process r's
-# loss L_r is the mean over its own rows, so that the mean of the L_r is L. An embedding is a rival in all of them: the gather's
-# backward sums over them, and the mean divides by their number. Without `rows` everyone counts all rows, and the gradients are
-# the same, for as many times the arithmetic as there are processes.
+# followed by the mean of all gradients over the processes, the temperature's included, as
+# DistributedDataParallel computes it. Process r's loss L_r is the mean over its own rows, so the
+# mean of the L_r is L. Each embedding is a candidate in the losses of all processes: the backward
+# pass of the gather sums these gradients, and the mean divides by the number of processes. Without
+# `rows` each process computes the loss of all rows. The gradients are the same, at world_size()
+# times the arithmetic.
 
 
-def processes() -> int:
+def world_size() -> int:
+    """Return the number of processes in the default group, 1 if there is no group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def local_rows(n: int) -> slice:
-    """Where this process's n items stand among those gathered; all of them where it is alone."""
-    first = n * dist.get_rank() if processes() > 1 else 0
-    return slice(first, first + n)
+    """Return the rows of this process's n examples in the gathered batch."""
+    start = n * dist.get_rank() if world_size() > 1 else 0
+    return slice(start, start + n)
 
 
-class Gather(torch.autograd.Function):
-    """Everyone's rows, by process. What each of them says of mine is added up on the way back."""
+class AllGather(torch.autograd.Function):
+    """Concatenate the rows of all processes; backward sums the gradients over the processes."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(processes())]
+        parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> Tensor:
-        g = g.clone(
-            memory_format=torch.contiguous_format
-        )  # it is summed in place, and may be someone else's too
+        # all_reduce works in place, and autograd may pass the same tensor to other nodes: copy it.
+        g = g.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(g)
-        return g.chunk(processes())[dist.get_rank()]
+        return g.chunk(world_size())[dist.get_rank()]
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """x (n, ...) -> (n processes, ...), in the order of the processes; x itself where there is no group, or a group of one.
+    """Gather x (n, ...) from all processes -> (n * world_size, ...), ordered by rank.
 
-    Every process must call it, and call its backward, with the same shape: one that does not leaves the others waiting.
+    Returns x itself if there is no process group, or a group of one. Every process must call this
+    function and its backward with the same shape; if one does not, the others wait for it.
     """
-    return Gather.apply(x) if processes() > 1 else x
+    return AllGather.apply(x) if world_size() > 1 else x
 
 
-# ---- one batch in pieces -----------------------------------------------------------------------------------------------------
+# ---- gradient caching: one batch in micro-batches ------------------------------------------------
+# The loss needs the embeddings of the whole batch at once. These are small; the activations behind
+# them are large. Gradient caching keeps the activations of one micro-batch at a time:
+#
+#     1. embed all micro-batches without a graph
+#     2. compute the loss and its gradients with respect to the embeddings    embedding_gradients
+#     3. embed each micro-batch again with a graph, and backpropagate
+#        sum(embedding * gradient), whose gradient is that of the loss        surrogate_loss
+#
+# By the chain rule this gives the gradients of the whole batch, for one more forward pass.
+
+
+def embedding_gradients(
+    loss_fn: Callable[[dict[str, Tensor], Tensor], Tensor],
+    embeddings: dict[str, Tensor],
+    scale: Tensor,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Differentiate a loss with respect to the embeddings and the scale, and no further.
+
+    Computes `loss_fn(embeddings, scale)` -> () on detached copies of `embeddings`, (B, M) by
+    modality, and of `scale` (). Returns the loss (), detached; its gradients with respect to the
+    embeddings, (B, M) by modality, without those that the loss does not use; and its gradient with
+    respect to the scale (), zero if the loss does not use it. Parameters receive no gradient here:
+    `surrogate_loss` passes the gradients on to the encoder.
+    """
+    leaves = {name: e.detach().requires_grad_() for name, e in embeddings.items()}
+    scale_leaf = scale.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = loss_fn(leaves, scale_leaf)
+    *gradients, scale_gradient = torch.autograd.grad(
+        loss, [*leaves.values(), scale_leaf], allow_unused=True
+    )
+    used = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    if scale_gradient is None:
+        scale_gradient = torch.zeros_like(scale_leaf)
+    return loss.detach(), used, scale_gradient
+
+
+def surrogate_loss(embeddings: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+    """Return a scalar whose gradient with respect to each embedding is the given gradient.
+
+    embeddings, gradients: (n, M) by modality, for one micro-batch. The value is
+    sum(embedding * gradient) with `gradients` constant, so its backward() gives the encoder the
+    gradients of the loss of the whole batch. The value itself has no meaning. Modalities without a
+    gradient are left out. For the temperature, add `scale * scale_gradient` to the surrogate of one
+    micro-batch of the batch.
+    """
+    return sum((embeddings[name] * gradient).sum() for name, gradient in gradients.items())
 
 
 def cached_gradients(
     encode: Callable[[Batch], Batch | tuple[Batch, Tensor]],
     inputs: Batch,
-    loss: Callable[[Batch], Tensor],
+    loss: Callable[[Batch, Tensor], Tensor],
     size: int,
+    scale: Tensor,
 ) -> Tensor:
-    """What `loss(encode(inputs)).backward()` does, with the activations of `size` items in memory at a time -> the loss ().
+    """Do what `loss(encode(inputs), scale).backward()` does, in micro-batches of `size` examples.
 
-    The loss needs all embeddings at once, but those are small; what is large is the graph behind them. So: embed all without a
-    graph; differentiate the loss down to the embeddings; then embed each piece again, and hand it the gradients that are its
-    own. One more forward of the encoder for a batch of any size. Adds to .grad, as backward() does, also of what `loss` holds,
-    such as a temperature.
+    `encode` maps a micro-batch of `inputs` to embeddings, row by row; both are a tensor, or tensors
+    by modality with equally many rows. It is called twice for each micro-batch and must return the
+    same embeddings both times: *no dropout* (dropout would need the random state restored on every
+    device). It may also return (embeddings, extra loss ()), such as MoE's balance loss; the mean of
+    the extra loss over the micro-batches is added. `scale` () is the loss's 1 / temperature, with
+    its graph: the output of the module `Temperature`.
 
-    `encode` maps a piece of `inputs` to embeddings, row by row; either is a tensor, or tensors by modality, equally many of
-    each. It must give the same embeddings twice: *no dropout*. (Replaying the random state would mend that, on every device it
-    is drawn on.) With them it may give a loss of its own (), such as MoE's for the balance: its mean over the pieces is added.
-    Under DistributedDataParallel pass the bare model, and take the mean of the gradients afterwards: its hooks would do so at
-    each piece. ValueError for inputs that are not equally many.
+    Adds to .grad as backward() does, and returns the loss (), detached. Under
+    DistributedDataParallel pass the bare model and average the gradients afterwards: DDP's hooks
+    would average after each micro-batch. Raises ValueError if `inputs` differ in length.
     """
-    pieces = split(inputs, size)
+    batches = split_batch(inputs, size)
     with torch.no_grad():
-        made = join([apart(encode(piece))[0] for piece in pieces])
-    leaves = {name: e.requires_grad_() for name, e in named(made).items()}
-    total = loss(made)
-    total.backward()
-    for start, piece in zip(range(0, len(pieces) * size, size), pieces, strict=True):
-        again, own = apart(encode(piece))
-        again, grads = (
-            named(again),
-            {n: e.grad for n, e in leaves.items() if e.grad is not None},
-        )  # of what is used
-        mine = [name for name in grads if again[name].requires_grad]  # not of a frozen encoder
-        roots, theirs = [again[n] for n in mine], [grads[n][start : start + size] for n in mine]
-        if own is not None:
-            total = total + own.detach() / len(pieces)
-            roots, theirs = [*roots, own], [*theirs, torch.full_like(own, 1 / len(pieces))]
-        if roots:
-            torch.autograd.backward(roots, theirs)
-    return total.detach()
+        encoded = [unpack_encoded(encode(batch))[0] for batch in batches]
+    embeddings = concatenate(encoded)
+
+    def loss_fn(by_name: dict[str, Tensor], scale: Tensor) -> Tensor:
+        return loss(by_name if isinstance(embeddings, dict) else by_name[""], scale)
+
+    total, gradients, scale_gradient = embedding_gradients(loss_fn, as_dict(embeddings), scale)
+    for i, batch in enumerate(batches):
+        rows = slice(i * size, (i + 1) * size)
+        local_embeddings, extra_loss = unpack_encoded(encode(batch))
+        local_gradients = {name: gradient[rows] for name, gradient in gradients.items()}
+        surrogate = surrogate_loss(as_dict(local_embeddings), local_gradients)
+        if i == 0:
+            surrogate = surrogate + scale * scale_gradient
+        if extra_loss is not None:
+            surrogate = surrogate + extra_loss * (1 / len(batches))
+            total = total + extra_loss.detach() / len(batches)
+        if surrogate.requires_grad:  # not if the encoder is frozen
+            surrogate.backward()
+    return total
 
 
-def apart(made: Batch | tuple[Batch, Tensor]) -> tuple[Batch, Tensor | None]:
-    """Embeddings, and the loss that came with them or None."""
-    return made if isinstance(made, tuple) else (made, None)
+def unpack_encoded(encoded: Batch | tuple[Batch, Tensor]) -> tuple[Batch, Tensor | None]:
+    """Return the embeddings and the extra loss, None if the encoder returned none."""
+    return encoded if isinstance(encoded, tuple) else (encoded, None)
 
 
-def named(x: Batch) -> dict[str, Tensor]:
+def as_dict(x: Batch) -> dict[str, Tensor]:
+    """Return tensors by modality; a single tensor gets the name ""."""
     return x if isinstance(x, dict) else {"": x}
 
 
-def split(x: Batch, size: int) -> list[Batch]:
-    """Pieces of at most `size` items, all modalities alike. ValueError if they have not equally many."""
-    lengths = {name: len(t) for name, t in named(x).items()}
+def split_batch(x: Batch, size: int) -> list[Batch]:
+    """Split a batch into micro-batches of at most `size` examples, all modalities alike.
+
+    Raises ValueError if the modalities differ in length, or if `size` is below 1.
+    """
+    lengths = {name: len(tensor) for name, tensor in as_dict(x).items()}
     if len(set(lengths.values())) != 1 or size < 1:
         raise ValueError(
-            f"pieces of {size} of {lengths} items: at least 1, and of each modality equally many"
+            f"cannot split {lengths} examples into pieces of {size}: a piece holds at least 1 "
+            "example, and all modalities must have equally many"
         )
     if isinstance(x, Tensor):
         return list(x.split(size))
-    return [
-        dict(zip(x, parts, strict=True))
-        for parts in zip(*(t.split(size) for t in x.values()), strict=True)
-    ]
+    split = [tensor.split(size) for tensor in x.values()]
+    return [dict(zip(x, parts, strict=True)) for parts in zip(*split, strict=True)]
 
 
-def join(parts: list[Batch]) -> Batch:
-    """The pieces as one again."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def concatenate(batches: list[Batch]) -> Batch:
+    """Concatenate micro-batches: the inverse of `split_batch`."""
+    if isinstance(batches[0], Tensor):
+        return torch.cat(batches)
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-# ---- retrieval ---------------------------------------------------------------------------------------------------------------
+# ---- retrieval -----------------------------------------------------------------------------------
 
-SCORES = 1 << 20  # similarities in memory at once
+MAX_SCORES = 1 << 20  # similarities that `ranks` holds in memory at once
 
 
 @torch.no_grad()
 def ranks(queries: Tensor, targets: Tensor, ids: Tensor | None = None) -> Tensor:
-    """How many targets score as high as a query's own, or higher: queries, targets (Q, M), query i's own target i -> (Q,).
+    """Count the targets that score at least as high as the true one, for each query.
 
-    0 is best. Ties count against the model, also those that only rounding parts: embeddings that have collapsed to one point
-    come last (Q - 1), where counting higher scores alone would call them perfect. NaN counts against it too, and a query
-    whose own score is NaN gets Q. Targets with the same id, ids (Q,), are no rivals. ValueError if the shapes differ.
+    queries, targets: (Q, M), where target i is the true one of query i. Returns (Q,), int64; 0 is
+    best. Targets with the same id, ids (Q,), are not counted. Ties count against the model, and so
+    do differences within rounding error: embeddings that have collapsed to one point get the worst
+    rank, Q - 1, where counting only higher scores would call them perfect. NaN counts against the
+    model too, and a query whose true score is NaN gets Q. Raises ValueError if the shapes differ.
     """
     if queries.shape != targets.shape:
         raise ValueError(
-            f"{tuple(queries.shape)} queries, {tuple(targets.shape)} targets: query i looks for target i"
+            f"{tuple(queries.shape)} queries, {tuple(targets.shape)} targets: the shapes must be "
+            "equal, since target i is the true one of query i"
         )
-    queries, targets = widen(queries, targets)
-    (Q, M), counts = queries.shape, []
-    everyone = torch.arange(Q, device=queries.device)
+    queries, targets = promote_dtype(queries, targets)
+    Q, M = queries.shape
+    columns = torch.arange(Q, device=queries.device)
+    labels = columns if ids is None else ids  # equal labels are not negatives of each other
+    counts = []
     with torch.autocast(queries.device.type, enabled=False):
-        for some in everyone.split(max(1, SCORES // max(1, Q))):
-            scores = queries[some] @ targets.T  # (R, Q)
-            own = scores.gather(1, some[:, None])  # (R, 1)
-            rounding = (
-                M
-                * torch.finfo(own.dtype).eps
-                * (queries[some] * targets[some]).abs().sum(dim=-1, keepdim=True)
-            )
-            rival = some[:, None] != everyone if ids is None else ids[some, None] != ids  # (R, Q)
-            count = (~(scores < own - rounding) & rival).sum(
-                dim=-1
-            )  # "not lower", since NaN is neither lower nor higher
-            counts.append(count.masked_fill(own[:, 0].isnan(), Q))
+        for rows in columns.split(max(1, MAX_SCORES // max(1, Q))):
+            scores = queries[rows] @ targets.T  # (R, Q)
+            true_scores = scores.gather(1, rows[:, None])  # (R, 1)
+            magnitude = (queries[rows] * targets[rows]).abs().sum(dim=-1, keepdim=True)  # (R, 1)
+            rounding = M * torch.finfo(true_scores.dtype).eps * magnitude
+            negatives = labels[rows, None] != labels  # (R, Q)
+            # "Not lower" rather than "higher or equal": NaN is neither, and must count.
+            not_lower = ~(scores < true_scores - rounding)
+            count = (not_lower & negatives).sum(dim=-1)
+            counts.append(count.masked_fill(true_scores[:, 0].isnan(), Q))
     return torch.cat(counts)
 
 
 def recall_at_k(queries: Tensor, targets: Tensor, k: int, ids: Tensor | None = None) -> float:
-    """The share of queries whose own target is among their k best: 0 to 1. By chance k / Q. ValueError if k < 1."""
+    """Return the fraction of queries whose true target is among their k best, 0 to 1.
+
+    Chance is k / Q. The arguments are those of `ranks`. Raises ValueError if k < 1.
+    """
     if k < 1:
-        raise ValueError(f"recall at {k}: at least the best one must be looked at")
-    found = ranks(queries, targets, ids) < min(k, len(queries))
-    return found.sum().item() / len(found)
+        raise ValueError(f"recall at {k}: k must be at least 1")
+    hits = ranks(queries, targets, ids) < min(k, len(queries))
+    return hits.sum().item() / len(hits)
 
 
 def median_rank(queries: Tensor, targets: Tensor, ids: Tensor | None = None) -> float:
-    """The median place of the own target, where 1 (not 0) is best. By chance (Q + 1) / 2."""
+    """Return the median rank of the true target, counted from 1 (best). Chance is (Q + 1) / 2."""
     return (ranks(queries, targets, ids) + 1).float().quantile(0.5).item()

@@ -268,7 +268,11 @@ def test_pieces_give_the_gradients_of_the_whole_batch(size):
 
     loss, believed = of_one_process()
     cached = cached_gradients(
-        encode, ten(), lambda e: all_pairs_loss(e, model.temperature(), PAIRS, IDS)[0], size
+        encode,
+        ten(),
+        lambda e, scale: all_pairs_loss(e, scale, PAIRS, IDS)[0],
+        size,
+        model.temperature(),
     )
     assert (cached - loss).abs() < 1e-12 and not cached.requires_grad
     near(model.gradients(), believed)
@@ -277,7 +281,11 @@ def test_pieces_give_the_gradients_of_the_whole_batch(size):
         (n, graph) for graph in (False, True) for n in lengths
     ]  # never more than `size` items with a graph
     cached_gradients(
-        encode, ten(), lambda e: all_pairs_loss(e, model.temperature(), PAIRS, IDS)[0], size
+        encode,
+        ten(),
+        lambda e, scale: all_pairs_loss(e, scale, PAIRS, IDS)[0],
+        size,
+        model.temperature(),
     )
     near(
         model.gradients(), {name: 2 * slope for name, slope in believed.items()}
@@ -287,11 +295,14 @@ def test_pieces_give_the_gradients_of_the_whole_batch(size):
 def test_pieces_of_a_tensor_and_towers_that_are_frozen_or_not_asked_for():
     model = Towers()
     model.towers["image"].requires_grad_(False)
-    loss = lambda e: contrastive_loss(e["text"], e["image"], model.temperature(), IDS)  # noqa: E731
-    loss(model.encode(ten())).backward()
+
+    def loss(e, scale):
+        return contrastive_loss(e["text"], e["image"], scale, IDS)
+
+    loss(model.encode(ten()), model.temperature()).backward()
     believed = model.gradients()
     model.zero_grad()
-    cached_gradients(model.encode, ten(), loss, 4)
+    cached_gradients(model.encode, ten(), loss, 4, model.temperature())
     near(model.gradients(), believed)
     assert believed.keys() == {
         "temperature.log_scale",
@@ -303,8 +314,9 @@ def test_pieces_of_a_tensor_and_towers_that_are_frozen_or_not_asked_for():
     cached_gradients(
         lambda piece: normalize(tower(piece), dim=-1),
         x,
-        lambda e: loss({"text": e, "image": image}),
+        lambda e, scale: loss({"text": e, "image": image}, scale),
         4,
+        model.temperature(),
     )
     near(model.gradients(), believed)
 
@@ -315,7 +327,11 @@ def test_pieces_under_autocast_keep_the_weights_gradients():
     inputs = {name: x.float() for name, x in ten().items()}
     with torch.autocast("cpu", torch.bfloat16):
         cached_gradients(
-            model.encode, inputs, lambda e: all_pairs_loss(e, model.temperature(), PAIRS, IDS)[0], 3
+            model.encode,
+            inputs,
+            lambda e, scale: all_pairs_loss(e, scale, PAIRS, IDS)[0],
+            3,
+            model.temperature(),
         )
     for name, slope in of_one_process()[1].items():
         ours = model.get_parameter(name).grad
@@ -355,7 +371,7 @@ def one_of(rank, folder, processes):
         note(way, value, model)
     model = Towers()
     value = cached_gradients(
-        model.encode, inputs, lambda e: loss(e, model.temperature(), local_rows(n)), 2
+        model.encode, inputs, lambda e, scale: loss(e, scale, local_rows(n)), 2, model.temperature()
     )
     note("pieces", value, model)
     x, other = (torch.zeros(length, requires_grad=True) for length in (n, 10))
@@ -400,7 +416,7 @@ def test_ranks_are_counted_as_by_hand(Q, M, twins, scores, seed):
         rivals = [j for j in range(Q) if (ids[j] != ids[i] if twins else j != i)]
         expected.append(sum((queries[i] @ (targets[j] - targets[i]) >= 0).item() for j in rivals))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contrastive, "SCORES", scores)
+        patch.setattr(contrastive, "MAX_SCORES", scores)
         found = ranks(queries, targets, ids if twins else None)
     assert found.tolist() == expected
 
@@ -458,7 +474,7 @@ def test_similar_targets_that_rounding_cannot_confuse_are_told_apart():
 
 
 def test_a_large_gallery_is_ranked_in_chunks(monkeypatch):
-    monkeypatch.setattr(contrastive, "SCORES", 5000 * 7)
+    monkeypatch.setattr(contrastive, "MAX_SCORES", 5000 * 7)
     rows, product = [], torch.Tensor.__matmul__
     monkeypatch.setattr(
         torch.Tensor, "__matmul__", lambda x, y: rows.append(len(x)) or product(x, y)
@@ -470,7 +486,7 @@ def test_a_large_gallery_is_ranked_in_chunks(monkeypatch):
 
 # ---- what cannot be ----------------------------------------------------------------------------------------------------------
 
-A, B = torch.ones(4, 3), torch.ones(5, 3)
+A, B, SCALE = torch.ones(4, 3), torch.ones(5, 3), torch.tensor(10.0)
 
 
 @pytest.mark.parametrize(
@@ -489,10 +505,10 @@ A, B = torch.ones(4, 3), torch.ones(5, 3)
         ),
         (lambda: all_pairs_loss({"a": A, "b": A}, 10.0, {("a", "b"): math.nan}), "weights"),
         (
-            lambda: cached_gradients(dict, {"a": A, "b": B}, lambda e: e["a"].sum(), 5),
+            lambda: cached_gradients(dict, {"a": A, "b": B}, lambda e, _: e["a"].sum(), 5, SCALE),
             r"'a': 4, 'b': 5.*equally many",
         ),
-        (lambda: cached_gradients(torch.sin, A, torch.sum, 0), "pieces of 0"),
+        (lambda: cached_gradients(torch.sin, A, lambda e, _: e.sum(), 0, SCALE), "pieces of 0"),
         (lambda: ranks(A, B), r"\(4, 3\) queries, \(5, 3\) targets"),
         (lambda: recall_at_k(A, A, 0), "recall at 0"),
         *(

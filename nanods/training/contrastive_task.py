@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from nanods.config import Config
 from nanods.contrastive import (
     all_pairs_loss,
-    apart,
     cached_gradients,
     chance_loss,
     gather_with_gradient,
     local_rows,
     median_rank,
     recall_at_k,
+    unpack_encoded,
 )
 from nanods.data.caption_dataset import load_caption_dataset
 from nanods.data.scenes import SceneData
@@ -108,25 +108,25 @@ class ContrastiveTask:
                 accumulate_metrics(parts, told, pieces)
             return embeddings, scale(own)
 
-        def loss(embeddings: dict[str, Tensor]) -> Tensor:
+        def loss(embeddings: dict[str, Tensor], temperature_scale: Tensor) -> Tensor:
             nonlocal total
             everyones = {name: gather_with_gradient(e) for name, e in embeddings.items()}
             rows = local_rows(
                 len(ids)
             )  # these alone are counted, among all: the mean over the processes is the whole
             value, by_pair = all_pairs_loss(
-                everyones, model.temperature(), self.pairs, gather_with_gradient(ids), rows
+                everyones, temperature_scale, self.pairs, gather_with_gradient(ids), rows
             )
             parts.update({f"loss_{pair.replace('-', '_')}": one for pair, one in by_pair.items()})
-            parts.update(ce_loss=value.detach(), temperature=1 / model.temperature().detach())
+            parts.update(ce_loss=value.detach(), temperature=1 / temperature_scale.detach())
             total += value.item()
             return scale(value)
 
         if pieces == 1:
-            embeddings, own = apart(encode_piece(inputs))
-            (loss(embeddings) + (0 if own is None else own)).backward()
+            embeddings, own = unpack_encoded(encode_piece(inputs))
+            (loss(embeddings, model.temperature()) + (0 if own is None else own)).backward()
         else:
-            cached_gradients(encode_piece, inputs, loss, micro_batch)
+            cached_gradients(encode_piece, inputs, loss, micro_batch, model.temperature())
         return total, parts
 
     def embed(
