@@ -1,106 +1,101 @@
-"""Mixture of Experts: many MLPs, of which each token uses the few that a router chooses for it.
+"""Mixture of Experts: replace the MLP of a block by E MLPs, of which a router selects K for each
+token.
 
-What V2 adds to V1: the MLP of a block becomes E experts and a gate. With p = softmax(x W_gate) and K experts chosen,
+V2 adds this to V1. With the probabilities p = softmax(x W_gate) and the K most probable experts
+selected, a token's output is
 
-    y = sum over the chosen e of w_e MLP_e(x),    w_e = p_e / (sum of the chosen p)        Shazeer et al. 2017, arXiv:1701.06538
+    y = sum over selected e of w_e MLP_e(x),    w_e = p_e / (sum of p over the selected experts)
 
-so parameters grow with E and the work per token with K alone. One idea at a time:
+(Shazeer et al. 2017, arXiv:1701.06538). Parameters grow with E, but the work per token grows with K
+only. The file reads from top to bottom, one idea at a time:
 
-    MLP                 one, as in V0 and V1: the limit of everything below at E = 1
-    route               which experts, and with what weights
-    experts_loop            run each expert on its tokens: a loop, to be believed            tests/test_moe.py holds
-    experts_sorted          the same with tokens sorted by expert, and its own backward      the three together
-    experts_grouped         the same as two grouped matrix products, for a GPU
-    within_capacity     a limit for each expert, and who goes without                    GShard, arXiv:2006.16668
-    load_balancing_loss, router_z_loss, MoE.update_bias      three ways to an even load; entropy_loss, for several modalities
-    MoE                 the layer
-    upcycle             experts that start as V1's MLP                                   Komatsuzaki 2022, arXiv:2212.05055
+    MLP                    one MLP, as in V0 and V1; with E = 1 every step below equals it
+    route                  select K experts for each token and compute their weights
+    experts_loop           run each expert on its tokens, in a loop: the simple reference
+    run_experts            the same result, faster (nanods/moe_kernel.py)
+    within_capacity        limit the assignments of each expert   (GShard, arXiv:2006.16668)
+    load_balancing_loss    keep the load even; so do router_z_loss and, per modality, entropy_loss
+    MoE                    the layer; its update_bias evens the load without a loss
+    upcycle                start each expert as a copy of a trained MLP   (arXiv:2212.05055)
 
-Nothing is dropped unless a capacity is asked for, and then in training only: a limit makes a token's output depend on tokens
-that stand after it or in other rows (tests/test_moe_layer.py shows both), which generation could not repeat.
+No assignment is dropped unless capacity_factor is set, and then in training only. With a capacity
+limit a token's output depends on later tokens and on other rows of the batch
+(tests/test_moe_layer.py shows both), which generation cannot reproduce.
 
-Left out on purpose, as exercises: sigmoid scores, jitter, shared and fine-grained experts (DeepSeekMoE, arXiv:2401.06066).
+Left out on purpose, as exercises: sigmoid scores, router noise, shared and fine-grained experts
+(DeepSeekMoE, arXiv:2401.06066).
 
-Shapes: B batch, T tokens in a sequence, N = B T tokens, C model width, E experts, K choices per token, F hidden width.
+Pinned by tests/test_moe.py (the functions), tests/test_moe_layer.py (the layer, alone and in a GPT)
+and tests/test_moe_kernel.py (the fast routes equal experts_loop).
+
+Shapes: B batch, T tokens in a sequence, N = B T tokens, C model width, E experts, K experts per
+token, F hidden width.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-PIECE = 512  # rows of one expert that are computed at a time on a CPU: what they need stays in its cache
+from nanods.moe_kernel import count_assignments, run_experts, sort_by_expert, squared_relu
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     n_expert: int = 1
-    """Experts in each layer (E); 1 is a plain MLP."""
+    """Number of experts in each layer (E); 1 is a plain MLP."""
     top_k: int = 2
-    """Experts that each token uses (K); at most n_expert."""
+    """Number of experts that each token uses (K); at most n_expert."""
     normalise: bool = True
-    """Whether the weights of the chosen experts sum to 1."""
+    """Whether the weights of a token's experts are divided by their sum, so that they sum to 1."""
     capacity_factor: float | None = None
-    """Most tokens an expert takes in training, in multiples of an even share; the rest are dropped. None: no limit."""
+    """Most assignments per expert in training, in multiples of an even share; the rest are dropped.
+    None: no limit."""
     priority: Literal["token", "slot"] = "token"
-    """Who is served first under a capacity: the earlier token, or all tokens' first choices before any second one."""
+    """Which assignments a full expert keeps. token: those of the earliest tokens. slot: first
+    choices of all tokens, then second choices."""
     balance_coefficient: float = 0.1
-    """Weight of the load-balancing loss, a mean over the layers, beside the cross-entropy. 0: off."""
+    """Weight of the load-balancing loss, averaged over the layers, in the training loss. 0: off."""
     z_coefficient: float = 0.001
-    """Weight of the router z-loss, likewise."""
+    """Weight of the router z-loss, averaged over the layers, in the training loss. 0: off."""
     bias_rate: float = 0.0
-    """How far the selection bias of each expert moves in one optimizer step towards an even load. 0: no bias."""
+    """How far each optimizer step moves an expert's selection bias towards an even load. 0: no
+    bias."""
 
     def __post_init__(self) -> None:
-        E, K, factor, alone = (
-            self.n_expert,
-            self.top_k,
-            self.capacity_factor,
-            self.top_k == 1 and self.normalise,
-        )
+        E, K = self.n_expert, self.top_k
+        if E < 1:
+            raise ValueError(f"moe.n_expert = {E} must be at least 1 (1 is a plain MLP)")
+        if E > 1 and not 1 <= K <= E:
+            raise ValueError(
+                f"moe.top_k = {K} must lie between 1 and n_expert = {E}: "
+                "choose fewer, or more experts"
+            )
+        if E > 1 and K == 1 and self.normalise:
+            raise ValueError(
+                "moe.top_k = 1 with weights that sum to 1 teaches the router nothing: "
+                "add --moe.no-normalise"
+            )
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(
+                f"moe.capacity_factor = {self.capacity_factor} must be above 0, say 1.25 "
+                "(None: no limit)"
+            )
         rates = (self.balance_coefficient, self.z_coefficient, self.bias_rate)
-        below = not all(r >= 0 for r in rates)
-        faults = {
-            f"n_expert = {E} must be at least 1 (1 is a plain MLP)": E < 1,
-            f"top_k = {K} must lie between 1 and n_expert = {E}: choose fewer, or more experts": E
-            > 1
-            and not 1 <= K <= E,
-            "top_k = 1 with weights that sum to 1 teaches the router nothing: add --moe.no-normalise": E
-            > 1
-            and alone,
-            f"capacity_factor = {factor} must be above 0, say 1.25 (None: no limit)": factor
-            is not None
-            and not factor > 0,
-            f"balance_coefficient, z_coefficient, bias_rate = {rates}: each must be at least 0 (0: off)": below,
-        }
-        if found := [fault for fault, there in faults.items() if there]:
-            raise ValueError(f"moe.{found[0]}")
+        if not all(rate >= 0 for rate in rates):
+            raise ValueError(
+                f"moe.balance_coefficient, z_coefficient, bias_rate = {rates}: "
+                "each must be at least 0 (0: off)"
+            )
 
 
-# ---- one MLP -----------------------------------------------------------------------------------------------------------------
-
-
-class SquaredReLU(torch.autograd.Function):
-    """y = max(0, x)^2, and its gradient 2 max(0, x) g. Written out, since autograd's own takes more passes over memory."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        r = x.relu()
-        ctx.save_for_backward(r)
-        return r * r
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor) -> Tensor:
-        return (g * ctx.saved_tensors[0]).mul_(2)
+# ---- one MLP -------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
-    """Two layers with a squared ReLU between them (So et al. 2021, arXiv:2109.08668), applied to each token alone."""
+    """Apply two linear layers with a squared ReLU between them to each token."""
 
     def __init__(self, n_embd: int, hidden: int) -> None:
         super().__init__()
@@ -110,38 +105,46 @@ class MLP(nn.Module):
     def forward(
         self, x: Tensor, valid: Tensor | None = None, inspect: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, C) -> x (B, T, C), stats. `valid` and `inspect` are MoE's: an MLP does not look beyond a token."""
-        return self.out(SquaredReLU.apply(self.up(x))), {}  # (B, T, C) -> (B, T, F) -> (B, T, C)
+        """Return the output (B, T, C) for x (B, T, C), and no stats.
+
+        `valid` and `inspect` are there because MoE.forward has them. An MLP ignores both.
+        """
+        return self.out(squared_relu(self.up(x))), {}  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
 
-# ---- the router --------------------------------------------------------------------------------------------------------------
+# ---- the router ----------------------------------------------------------------------------------
 
 
 def router_logits(x: Tensor, gate: Tensor) -> Tensor:
-    """x (N, C), gate (E, C) -> (N, E), in at least fp32: a choice that rounding made would be no choice."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """Return the router's score of each expert for each token: x (N, C), gate (E, C) -> (N, E).
+
+    Computed in fp32, or fp64 if x is fp64: in bf16 rounding would decide between experts with
+    similar scores.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        return x.to(wide) @ gate.to(wide).T
+        return x.to(dtype) @ gate.to(dtype).T
 
 
-def choose(
+def select_experts(
     logits: Tensor, top_k: int, bias: Tensor | None = None, normalise: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits (N, E) -> weights (N, K), experts (N, K), probabilities (N, E), and the margin (N,) of the last one chosen.
+    """Select the top_k experts of each token from the router's logits (N, E).
 
-    `bias` (E,) is added to the probabilities for the choice alone; the weights never see it.
+    Returns weights (N, K), experts (N, K), probabilities (N, E) and margin (N,): the difference
+    between the scores of the last selected expert and of the next one, or 1 if every expert is
+    selected. `bias` (E,) is added to the probabilities for the selection only; the weights do not
+    contain it.
     """
+    n_expert = logits.size(-1)
     probs = logits.softmax(dim=-1)
     scores = probs.detach() if bias is None else probs.detach() + bias
-    best, experts = scores.topk(
-        min(top_k + 1, scores.size(-1)), dim=-1
-    )  # one more, to see how near it was
-    margin = (
-        best[:, top_k - 1] - best[:, top_k]
-        if best.size(-1) > top_k
-        else torch.ones_like(best[:, 0])
-    )
+    best, experts = scores.topk(min(top_k + 1, n_expert), dim=-1)  # one more, for the margin
     experts = experts[:, :top_k]
+    if top_k < n_expert:
+        margin = best[:, top_k - 1] - best[:, top_k]
+    else:
+        margin = torch.ones_like(best[:, 0])
     weights = probs.gather(-1, experts)
     if normalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -151,211 +154,112 @@ def choose(
 def route(
     x: Tensor, gate: Tensor, top_k: int, bias: Tensor | None = None, normalise: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which experts each token uses: x (N, C), gate (E, C) -> weights (N, K), experts (N, K), probabilities (N, E).
+    """Select the experts of each token: x (N, C), gate (E, C) -> weights, experts, probabilities.
 
-    Computed in at least fp32 (fp64 stays fp64). The weights sum to 1 unless `normalise` is off. ValueError if K > E.
+    weights (N, K) sum to 1 over a token's experts unless `normalise` is False; experts (N, K) are
+    sorted by score, best first; probabilities (N, E). Computed in fp32, or fp64 if x is fp64.
+    `bias` as for select_experts. Raises ValueError if top_k exceeds E.
     """
     if not 1 <= top_k <= gate.size(0):
         raise ValueError(
             f"top_k = {top_k} must lie between 1 and the number of experts, {gate.size(0)}"
         )
-    return choose(router_logits(x, gate), top_k, bias, normalise)[:3]
+    weights, experts, probs, _ = select_experts(router_logits(x, gate), top_k, bias, normalise)
+    return weights, experts, probs
 
 
-# ---- tokens through their experts: three routes to one result ----------------------------------------------------------------
-# x (N, C), weights (N, K), experts (N, K) with E where an assignment is dropped, up (E, F, C), out (E, C, F) -> (N, C)
+# ---- run the experts: the reference --------------------------------------------------------------
 
 
 def experts_loop(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """The reference: each expert in turn takes its tokens, and adds what it makes of them to theirs."""
+    """Run each expert on its tokens and add the weighted outputs, one expert after another.
+
+    x (N, C), weights (N, K), experts (N, K) with E for a dropped assignment, up (E, F, C), out (E,
+    C, F) -> (N, C). This is the reference: experts_sorted and experts_grouped of
+    nanods/moe_kernel.py take the same arguments and return the same.
+    """
     y = torch.zeros_like(x)
     for e in range(len(up)):
         token, slot = (experts == e).nonzero(as_tuple=True)
-        made = SquaredReLU.apply(x[token] @ up[e].T) @ out[e].T  # (tokens of e, C)
-        y = y.index_add(0, token, made * weights[token, slot, None].to(x.dtype))
+        expert_output = squared_relu(x[token] @ up[e].T) @ out[e].T  # (tokens of e, C)
+        y = y.index_add(0, token, expert_output * weights[token, slot, None].to(x.dtype))
     return y
 
 
-def sort_by_expert(experts: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
-    """(N, K) -> the assignments in the order of their experts (N K,), numbered as in experts.flatten(), and how many each has.
-
-    Stable: an expert's tokens keep their order. Dropped assignments (number E) come last and are not counted: (E,).
-    """
-    flat = experts.flatten()
-    return flat.argsort(stable=True), count_assignments(flat, n_expert)
-
-
-def count_assignments(experts: Tensor, n_expert: int) -> Tensor:
-    """How often each expert occurs: integers below E, or E for none -> (E,). No bincount: that waits for a GPU."""
-    bins = torch.zeros(n_expert + 1, dtype=torch.long, device=experts.device)
-    return bins.scatter_add_(0, experts.flatten(), torch.ones_like(experts).flatten())[:n_expert]
-
-
-def pieces(counts: list[int]) -> Iterator[tuple[int, slice, bool]]:
-    """The rows of each expert among the sorted ones, at most PIECE at a time, and whether they are its first."""
-    start = 0
-    for e, count in enumerate(counts):
-        for first in range(start, start + count, PIECE):
-            yield e, slice(first, min(first + PIECE, start + count)), first == start
-        start += count
-
-
-def take(x: Tensor, token: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows of some tokens, in `dtype`; in bf16 with rows of zeros up to a multiple of 32: a CPU's library writes a new
-    kernel for each shape it meets (0.3 ms, twice the product's time at tiny size), and counts differ at every step."""
-    mine = x[token].to(dtype)
-    return nn.functional.pad(mine, (0, 0, 0, -len(token) % 32)) if dtype == torch.bfloat16 else mine
-
-
-class SortedExperts(torch.autograd.Function):
-    """experts_sorted's arithmetic. Keeps the hidden activations, (N K, F) in all, and casts to `dtype` piece by piece."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        weights: Tensor,
-        up: Tensor,
-        out: Tensor,
-        order: Tensor,
-        counts: list[int],
-        dtype: torch.dtype,
-    ) -> Tensor:
-        token, w = order // weights.size(1), weights.flatten()[order]  # (N K,)
-        y, hidden = torch.zeros_like(x), []
-        for e, rows, _ in pieces(counts):
-            r = (take(x, token[rows], dtype) @ up[e].to(dtype).T).relu_()
-            made = ((r * r) @ out[e].to(dtype).T)[: rows.stop - rows.start]
-            y.index_add_(0, token[rows], made.to(x.dtype) * w[rows, None].to(x.dtype))
-            hidden.append(r)
-        ctx.save_for_backward(x, w, up, out, order, token, *hidden)
-        ctx.counts, ctx.dtype, ctx.K = counts, dtype, weights.size(1)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, up, out, order, token, *hidden = ctx.saved_tensors
-        dtype, grad_x, grad_w = ctx.dtype, torch.zeros_like(x), torch.zeros_like(w)
-        grad_up, grad_out = torch.empty_like(up), torch.empty_like(out)
-        for e in (e for e, count in enumerate(ctx.counts) if count == 0):
-            grad_up[e], grad_out[e] = 0, 0
-        for (e, rows, first), r in zip(pieces(ctx.counts), hidden, strict=True):
-            mine, asked, n = (
-                take(x, token[rows], dtype),
-                take(g, token[rows], dtype),
-                rows.stop - rows.start,
-            )
-            wide = torch.zeros(len(r), 1, dtype=dtype, device=x.device)
-            wide[:n, 0] = w[rows]
-            inner = (asked @ out[e].to(dtype)).mul_(r)  # r x the gradient of r^2, before the weight
-            grad_w[order[rows]] = torch.linalg.vecdot(inner, r)[:n].to(
-                w.dtype
-            )  # = made . asked, without making it again
-            inner.mul_(2 * wide)
-            for grad, part in (
-                (grad_out[e], asked.mul_(wide).T @ (r * r)),
-                (grad_up[e], inner.T @ mine),
-            ):
-                grad.copy_(part) if first else grad.add_(part)
-            grad_x.index_add_(0, token[rows], (inner @ up[e].to(dtype))[:n].to(x.dtype))
-        return grad_x, grad_w.view(-1, ctx.K), grad_up, grad_out, None, None, None
-
-
-def experts_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """As experts_loop, but tokens are sorted by expert once, and forward and backward are written out. The default."""
-    order, counts = sort_by_expert(experts, len(up))
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return SortedExperts.apply(x, weights, up, out, order, counts.tolist(), dtype)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would multiply in, where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def experts_grouped(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """As experts_loop, by PyTorch's grouped matrix product: one kernel for all experts, and no count leaves the GPU.
-
-    Not for fp64. Dropped assignments are computed too, with weight 0, so that every shape is known beforehand.
-    """
-    K, dtype = weights.size(1), compute_dtype(x)
-    dropped = experts == len(up)
-    order, counts = sort_by_expert(experts.masked_fill(dropped, len(up) - 1), len(up))
-    ends = counts.cumsum(0).to(torch.int32)
-    w = weights.masked_fill(dropped, 0).flatten()[order].to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        mine = x.to(dtype)[order // K]  # (N K, C)
-        hidden = SquaredReLU.apply(
-            nn.functional.grouped_mm(mine, up.to(dtype).mT, offs=ends)
-        )  # (N K, F)
-        made = nn.functional.grouped_mm(hidden, out.to(dtype).mT, offs=ends).to(x.dtype)  # (N K, C)
-        return torch.zeros_like(x).index_add(0, order // K, made * w[:, None])
-
-
-def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """experts_grouped where it is the faster one, in bf16 on a GPU; experts_sorted elsewhere."""
-    grouped = x.device.type == "cuda" and compute_dtype(x) == torch.bfloat16
-    return (experts_grouped if grouped else experts_sorted)(x, weights, experts, up, out)
-
-
-# ---- capacity ----------------------------------------------------------------------------------------------------------------
+# ---- capacity ------------------------------------------------------------------------------------
 
 
 def within_capacity(
     experts: Tensor, n_expert: int, capacity: int, priority: str = "token"
 ) -> Tensor:
-    """Which assignments an expert of `capacity` places can take: experts (N, K) -> (N, K), True where served.
+    """Return which assignments fit if each expert accepts `capacity` of them: (N, K) -> bool (N,
+    K).
 
-    "token": places go to the earlier token. "slot": all first choices come before any second choice, as in GShard; a
-    token's second choice then waits for the first choices of tokens that come *after* it.
+    experts (N, K), with n_expert for an assignment that is already dropped; it gets False and takes
+    no capacity. `priority` says which assignments an expert keeps. "token": those of the earliest
+    tokens. "slot": first choices of all tokens before any second choice, as in GShard; then a
+    token's second choice depends on the first choices of later tokens.
     """
-    queue = experts if priority == "token" else experts.T  # read row by row
-    order, counts = sort_by_expert(
-        queue, n_expert + 1
-    )  # those without an expert queue at a desk of their own
-    start = counts.cumsum(0) - counts  # where each expert's queue begins
+    queue = experts if priority == "token" else experts.T  # in order of priority, row by row
     flat = queue.flatten()
-    place = torch.empty_like(flat)
-    place[order] = torch.arange(flat.numel(), device=flat.device) - start[flat[order]]
-    served = ((place < capacity) & (flat < n_expert)).view(queue.shape)
-    return served if priority == "token" else served.T
+    # Dropped assignments are sorted like those of one more expert.
+    order, counts = sort_by_expert(queue, n_expert + 1)
+    start = counts.cumsum(0) - counts  # where each expert's assignments begin in the sorted order
+    position = torch.empty_like(flat)  # the number of earlier assignments to the same expert
+    position[order] = torch.arange(flat.numel(), device=flat.device) - start[flat[order]]
+    kept = ((position < capacity) & (flat < n_expert)).view(queue.shape)
+    return kept if priority == "token" else kept.T
 
 
-# ---- an even load ------------------------------------------------------------------------------------------------------------
+# ---- losses that keep the load even --------------------------------------------------------------
 
 
 def load_balancing_loss(probs: Tensor, experts: Tensor) -> Tensor:
-    """E * sum over experts of (its share of the N K assignments) * (its mean probability): (N, E), (N, K) -> ().
+    """Return the Switch Transformer's load-balancing loss: 1.0 if the load is even, up to E if not.
 
-    Switch Transformer's (Fedus et al. 2021, arXiv:2101.03961). 1.0 where both are even; E where all of it goes to one expert
-    with K = 1. It can fall below 1: where the choices and the probabilities lean to different experts. The gradient comes
-    through the probabilities alone. The micro-batch is its unit: over several, it is the mean of their losses."""
+        loss = E * sum over e of f_e P_e
+
+    f_e is expert e's fraction of the N K assignments and P_e its mean probability: probs (N, E),
+    experts (N, K) -> (). The loss is 1.0 if f or P is uniform, and E if K = 1 and every token uses
+    one expert with probability 1. It falls below 1 if the experts with many assignments have low
+    probabilities on average. Only P carries a gradient. f and P are those of one micro-batch; the
+    loss of several is the mean of theirs. Fedus et al. 2021, arXiv:2101.03961.
+    """
     E = probs.size(-1)
-    share = count_assignments(experts, E).to(probs.dtype) / max(1, experts.numel())  # (E,)
-    return E * (share * probs.mean(dim=0)).sum()  # not @, which autocast would round
+    fraction = count_assignments(experts, E).to(probs.dtype) / max(1, experts.numel())  # (E,)
+    return E * (fraction * probs.mean(dim=0)).sum()  # not @, which autocast would round
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean of (log sum exp of a token's logits)^2: keeps them small, (N, E) -> (). Zoph et al. 2022, arXiv:2202.08906."""
+    """Return the mean of logsumexp(a token's logits)^2, which keeps logits small: (N, E) -> ().
+
+    (log E)^2 if all logits are 0. Zoph et al. 2022, arXiv:2202.08906.
+    """
     return logits.logsumexp(dim=-1).square().mean()
 
 
-def entropy_loss(token_entropy: Tensor, importance: Tensor, least: float) -> Tensor:
-    """For one modality of several, in nats: each token sure of its experts, all together using `least` of them or more. From
-    the mean entropy of a token's probabilities () and their mean (E,). LIMoE: Mustafa et al. 2022, arXiv:2206.02770."""
-    return token_entropy + (math.log(least) - torch.special.entr(importance).sum()).clamp(min=0)
+def entropy_loss(token_entropy: Tensor, importance: Tensor, min_experts: float) -> Tensor:
+    """Return LIMoE's entropy loss for one modality, in nats: at least 0.
+
+        loss = token_entropy + max(0, log(min_experts) - entropy(importance))
+
+    token_entropy () is the mean entropy of a token's router probabilities, importance (E,) the mean
+    of the probabilities. The first term makes each token's selection certain. The second makes the
+    modality use at least min_experts experts, and is 0 once it does. Mustafa et al. 2022,
+    arXiv:2206.02770.
+    """
+    entropy = torch.special.entr(importance).sum()
+    return token_entropy + (math.log(min_experts) - entropy).clamp(min=0)
 
 
-# ---- the layer ---------------------------------------------------------------------------------------------------------------
+# ---- the layer -----------------------------------------------------------------------------------
 
 
 class MoE(nn.Module):
-    """E experts, each an MLP of `hidden` width, and a gate that gives each token K of them.
+    """Run each token through K of E experts, each an MLP of `hidden` width.
 
-    Expert e is `up[e]` (F, C) and `out[e]` (C, F). ValueError for settings that cannot be.
+    Expert e has the matrices `up[e]` (F, C) and `out[e]` (C, F). Raises ValueError for impossible
+    settings.
     """
 
     optimizers: ClassVar = {"gate.weight": "adamw", "up": "experts", "out": "experts"}
@@ -374,14 +278,12 @@ class MoE(nn.Module):
         super().__init__()
         if not 1 <= top_k <= n_expert or (capacity_factor is not None and not capacity_factor > 0):
             raise ValueError(
-                f"top_k = {top_k} of {n_expert} experts, capacity_factor = {capacity_factor}: cannot be"
+                f"top_k = {top_k} of {n_expert} experts, "
+                f"capacity_factor = {capacity_factor}: cannot be"
             )
         self.top_k, self.capacity_factor, self.priority = top_k, capacity_factor, priority
-        self.normalise, self.bias_rate, self.run_experts = (
-            normalise,
-            bias_rate,
-            run_experts,
-        )  # expert_parallel.py mixes otherwise
+        self.normalise, self.bias_rate = normalise, bias_rate
+        self.run_experts = run_experts  # nanods/distributed/expert_parallel.py replaces it
         self.gate = nn.Linear(n_embd, n_expert, bias=False)
         self.up = nn.Parameter(torch.randn(n_expert, hidden, n_embd) * n_embd**-0.5)
         self.out = nn.Parameter(torch.randn(n_expert, n_embd, hidden) * hidden**-0.5)
@@ -390,21 +292,26 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, valid: Tensor | None = None, inspect: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, C) -> y (B, T, C), stats. What is not `valid` (B, T), padding, goes to no expert and is not counted.
+        """Return the output (B, T, C) for x (B, T, C), and stats.
 
-        stats, of this call's tokens:
-            load (E,)         assignments each expert was chosen for, before any are dropped; sums to N K
-            importance (E,)   mean probability, with its gradient
-            load_entropy ()   of the load's shares, in nats: ln E where even
-            dropped ()        share of the assignments that found no place
-            router_margin ()  mean distance of the last expert chosen from the first one that was not
-            balance_loss, z_loss, token_entropy ()  with their gradients; token_entropy is the mean entropy of a token's probabilities
-        and with `inspect` experts (B, T, K).
+        `valid` (B, T) is False at padding. Padding uses no expert, its output is 0, and the stats
+        leave it out. With N valid tokens the stats are
+
+            load (E,)         assignments of each expert, before any are dropped; the sum is N K
+            importance (E,)   mean probability, with gradient
+            load_entropy ()   entropy of the load's fractions, in nats: log E if even
+            dropped ()        fraction of the assignments that exceeded the capacity
+            router_margin ()  mean margin of the selection, see select_experts
+            balance_loss ()   load_balancing_loss, with gradient
+            z_loss ()         router_z_loss, with gradient
+            token_entropy ()  mean entropy of a token's probabilities, in nats, with gradient
+
+        and, if `inspect` is True, experts (B, T, K), with E for padding and dropped assignments.
         """
         E, (B, T, C) = len(self.gate.weight), x.shape
         rows = x.reshape(-1, C)  # (N, C)
         logits = router_logits(rows, self.gate.weight)
-        weights, experts, probs, margin = choose(
+        weights, experts, probs, margin = select_experts(
             logits, self.top_k, self.bias if self.bias_rate else None, self.normalise
         )
         chosen = experts
@@ -428,12 +335,18 @@ class MoE(nn.Module):
             "z_loss": router_z_loss(logits),
             "token_entropy": torch.special.entr(probs).sum(dim=-1).mean(),
         }
-        return y.view(B, T, C), stats | ({"experts": experts.view(B, T, -1)} if inspect else {})
+        if inspect:
+            stats["experts"] = experts.view(B, T, -1)
+        return y.view(B, T, C), stats
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """After an optimizer step: raise the bias of experts under the mean load, lower the others' (DeepSeek-V3,
-        arXiv:2412.19437). `load` (E,) is that of the whole step: summed over its micro-batches and processes."""
+        """Raise the selection bias of experts below the mean load by bias_rate, lower that of
+        experts above it.
+
+        Call it once after each optimizer step, with the load (E,) summed over the step's
+        micro-batches and processes. DeepSeek-V3, arXiv:2412.19437.
+        """
         load = load.to(self.bias)
         self.bias += self.bias_rate * (load.mean() - load).sign()
 
@@ -441,20 +354,23 @@ class MoE(nn.Module):
 def upcycle(
     weights: dict[str, Tensor], n_expert: int, noise: float = 0.0, seed: int = 0
 ) -> dict[str, Tensor]:
-    """A dense model's weights by name -> those of the model in which each MLP has become `n_expert` copies of itself.
+    """Turn a dense model's weights into those of a model whose MLPs are n_expert copies of theirs.
 
-    A new gate chooses among equals, and weights that sum to 1 give back the MLP: the loss does not change. Then the experts
-    part, since each sees other tokens; `noise`, in multiples of a matrix's root mean square, parts them from the start. The
-    gates are not among what is returned."""
-    random = torch.Generator().manual_seed(seed)
-    many = {}
+    `weights` and the result are by name. Because a token's weights sum to 1, the copies together
+    compute what the MLP did, whatever the gate selects: the loss does not change. The experts then
+    diverge because each sees other tokens. `noise`, in multiples of each matrix's root mean square,
+    makes them differ from the start. The result has no weights for the gates.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    upcycled = {}
     for name, weight in weights.items():
         if name.endswith((".mlp.up.weight", ".mlp.out.weight")):
-            stack = weight.expand(n_expert, *weight.shape)
-            spread = torch.randn(stack.shape, generator=random, dtype=weight.dtype) if noise else 0
-            name, weight = (
-                name.removesuffix(".weight"),
-                stack + noise * weight.square().mean().sqrt() * spread,
+            copies = weight.expand(n_expert, *weight.shape)
+            rms = weight.square().mean().sqrt()
+            draws = (
+                torch.randn(copies.shape, generator=generator, dtype=weight.dtype) if noise else 0
             )
-        many[name] = weight
-    return many
+            upcycled[name.removesuffix(".weight")] = copies + noise * rms * draws
+        else:
+            upcycled[name] = weight
+    return upcycled

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanods.moe import experts_grouped, experts_loop
+from nanods.moe import experts_loop
+from nanods.moe_kernel import experts_grouped
 from tests.test_train import metrics
 
 pytestmark = pytest.mark.cuda

@@ -12,12 +12,12 @@ from nanods.gpt import GPT, GPTConfig, MoEConfig
 from nanods.moe import (
     MLP,
     MoE,
-    choose,
     experts_loop,
     load_balancing_loss,
     route,
     router_logits,
     router_z_loss,
+    select_experts,
 )
 from tests.test_gpt import DENSE, model_of, tokens_of
 
@@ -91,7 +91,7 @@ def test_all_experts_chosen_is_their_weighted_sum(normalise):
 def test_the_gradients_are_right_through_the_router(K, normalise):
     layer = layer_of(3, K, 4, 5, normalise=normalise)
     rows = input_of(1, 40, 4)[0]
-    margin = choose(router_logits(rows, layer.gate.weight), K)[3]
+    margin = select_experts(router_logits(rows, layer.gate.weight), K)[3]
     rows = rows[margin > 0.05][None, :6].requires_grad_()  # a small step must change no choice
 
     def everything(x, gate, up, out):

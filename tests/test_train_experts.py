@@ -124,12 +124,12 @@ def test_a_dense_run_goes_on_from_another_and_experts_from_experts(train_tiny, w
 def test_a_router_that_starves_experts_raises_an_alarm(train_tiny, workspace, monkeypatch):
     from nanods import moe
 
-    choose = moe.choose
+    select_experts = moe.select_experts
 
     def to_two(logits, *rest):
-        return choose(logits + torch.tensor([9.0, 9.0, 0, 0]), *rest)
+        return select_experts(logits + torch.tensor([9.0, 9.0, 0, 0]), *rest)
 
-    monkeypatch.setattr(moe, "choose", to_two)
+    monkeypatch.setattr(moe, "select_experts", to_two)
     code, _, err = train_tiny("v2-tiny", "--steps", 30)
     assert code == 0 and err.count("expert 3 starves") == 2, err  # told once for each of two layers
     rows = rows_of(workspace / "runs/v2-tiny")

@@ -23,7 +23,7 @@ from grade import (
 from probe_experts import C, E, F, K, N, examine, expect_cases, expect_little_work, shaped, tokens
 from torch import Tensor
 
-from nanods import moe
+from nanods import moe, moe_kernel
 
 # ---- step 1: route ---------------------------------------------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ def explain_capacity(experts: Tensor, served: Tensor, wanted: Tensor, capacity: 
     t, k = first_index(served != wanted)
     here = f"token {t} in slot {k}, for expert {experts[t, k]},"
     number, asked = (
-        moe.count_assignments(experts.masked_fill(~x, E), E)
+        moe_kernel.count_assignments(experts.masked_fill(~x, E), E)
         for x in (served, torch.ones_like(served))
     )
     limit = f"the capacity is {capacity}"

@@ -33,15 +33,14 @@ from nanods.bench.runs import machine, medians, rise_of_peak, with_exponents, wr
 from nanods.moe import (
     MLP,
     MoE,
-    SquaredReLU,
-    choose,
     experts_loop,
     load_balancing_loss,
     route,
     router_logits,
     router_z_loss,
-    sort_by_expert,
+    select_experts,
 )
+from nanods.moe_kernel import sort_by_expert, squared_relu
 
 C, HIDDEN, E, K, N = 256, 1024, 16, 2, 8192
 CHUNK, FACTOR, GROUP = 512, 1.25, 1024
@@ -101,7 +100,7 @@ def experts_one_hot(
     combine = torch.einsum("kne,knp->nep", weights.T[..., None] * to, at)  # (N, E, P)
     dispatch = (combine != 0).to(x.dtype)
     there = torch.einsum("nc,nep->epc", x, dispatch)  # (E, P, C)
-    made = SquaredReLU.apply(there @ up.mT) @ out.mT  # (E, P, F) -> (E, P, C)
+    made = squared_relu(there @ up.mT) @ out.mT  # (E, P, F) -> (E, P, C)
     return torch.einsum("epc,nep->nc", made, combine)
 
 
@@ -316,7 +315,7 @@ def part_router() -> dict:
 
     def with_losses() -> None:
         logits = router_logits(rows, gate)
-        weights, chosen, probs, _ = choose(logits, K)
+        weights, chosen, probs, _ = select_experts(logits, K)
         loss = 0.01 * load_balancing_loss(probs, chosen) + 0.001 * router_z_loss(logits)
         torch.autograd.grad([weights, loss], [rows, gate], [back, None])
 

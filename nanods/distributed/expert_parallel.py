@@ -45,7 +45,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nanods.moe import MoE, compute_dtype, run_experts, sort_by_expert
+from nanods.moe import MoE
+from nanods.moe_kernel import compute_dtype, run_experts, sort_by_expert
 
 Group = dist.ProcessGroup
 

@@ -26,10 +26,11 @@ from nanods.distributed.expert_parallel import (
 from nanods.distributed.fsdp import clip_grad_norm
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.gpt import GPT, MoEConfig
-from nanods.moe import MoE, experts_sorted
+from nanods.moe import MoE
+from nanods.moe_kernel import experts_sorted
 from nanods.training import checkpoint
 from nanods.training.language_task import LanguageTask
-from tests.test_moe import random_case
+from tests.test_moe_kernel import random_case
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo"
