@@ -1,4 +1,7 @@
-"""Solutions to 03_multimodal.py: the shortest code that is right. What nanods uses is in nanods/contrastive.py."""
+"""Solutions to 03_multimodal.py, as short as correct code can be.
+
+What nanods uses is in nanods/contrastive.py.
+"""
 
 import math
 
@@ -8,35 +11,35 @@ from torch import Tensor
 
 
 def similarities(a: Tensor, b: Tensor) -> Tensor:
-    """(B, B), in fp32 at least."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return a.to(wide) @ b.to(wide).T
+    """Return the dot products of all pairs, (B, B), in at least fp32."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return a.to(dtype) @ b.to(dtype).T
 
 
 def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
-    logits, own = scale * similarities(a, b), torch.arange(len(a))
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    logits = scale * similarities(a, b)  # (B, B)
+    labels = torch.arange(len(a))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def with_twins(a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor) -> Tensor:
-    own = torch.arange(len(a))
-    twin = (ids[:, None] == ids) & (own[:, None] != own)  # (B, B)
-    logits = (scale * similarities(a, b)).masked_fill(twin, -math.inf)  # exp(-inf) = 0
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+def loss_with_duplicates(a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor) -> Tensor:
+    labels = torch.arange(len(a))
+    is_duplicate = (ids[:, None] == ids) & (labels[:, None] != labels)  # (B, B)
+    logits = (scale * similarities(a, b)).masked_fill(is_duplicate, -math.inf)  # exp(-inf) = 0
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def logit_scale(log_scale: Tensor, most: float) -> Tensor:
+def logit_scale(log_scale: Tensor, max_scale: float) -> Tensor:
+    # Clamp the parameter: a clamp of the value alone has no gradient above the limit.
     with torch.no_grad():
-        log_scale.clamp_(
-            max=math.log(most)
-        )  # the parameter: a clamp of the value alone has no gradient above the limit
+        log_scale.clamp_(max=math.log(max_scale))
     return log_scale.exp()
 
 
 def recall_at_1(queries: Tensor, targets: Tensor) -> Tensor:
     scores = queries @ targets.T  # (Q, Q)
-    higher = scores.diag()[:, None] > scores  # never against itself, a tie or NaN
-    return (higher.sum(1) == len(scores) - 1).float().mean()
+    is_higher = scores.diag()[:, None] > scores  # False on the diagonal, for ties and for NaN
+    return (is_higher.sum(1) == len(scores) - 1).float().mean()
 
 
 def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
@@ -46,9 +49,8 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor | float, bias: Tensor | flo
 
 
 def entropy(p: Tensor) -> Tensor:
-    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(
-        -1
-    )  # finite where p = 0, and so is its gradient
+    # The smallest positive number inside the logarithm keeps value and gradient finite at p = 0.
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def entropies(probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""The grader of lesson 03 asks for results, not for one way to them: loops, einsum, sums by hand, and a wider dtype pass."""
+"""The grader of lesson 03 accepts every correct implementation.
+
+Loops, einsum, sums by hand and a wider dtype pass too.
+"""
 
 import math
 
@@ -11,18 +14,18 @@ from tests.lessons.wrong_answers import grade_answer
 
 
 def loss_by_loops(a, b, scale, ids=None):
-    """Item by item, in fp64 whatever comes in."""
+    """Compute one example after the other, always in fp64."""
     a, b, total = a.double(), b.double(), 0
-    for left, other in ((a, b), (b, a)):
+    for queries, targets in ((a, b), (b, a)):
         for i in range(len(a)):
-            rivals = [j for j in range(len(a)) if j == i or ids is None or ids[j] != ids[i]]
-            scores = torch.stack([scale * (left[i] * other[j]).sum() for j in rivals])
-            total = total - scores[rivals.index(i)] + torch.logsumexp(scores, 0)
+            candidates = [j for j in range(len(a)) if j == i or ids is None or ids[j] != ids[i]]
+            scores = torch.stack([scale * (queries[i] * targets[j]).sum() for j in candidates])
+            total = total - scores[candidates.index(i)] + torch.logsumexp(scores, 0)
     return total / (2 * len(a))
 
 
 def loss_by_einsum(a, b, scale):
-    """log_softmax along both dimensions of one matrix, in no less than fp32."""
+    """Take log_softmax along both dimensions of one matrix, in at least fp32."""
     if a.dtype == torch.bfloat16:
         a, b = a.float(), b.float()
     logits = torch.einsum("im,jm->ij", a, b) * scale
@@ -30,7 +33,7 @@ def loss_by_einsum(a, b, scale):
 
 
 def loss_by_hand(a, b, scale):
-    """The largest of each row taken away by hand."""
+    """Subtract the maximum of each row by hand."""
     wide = torch.promote_types(a.dtype, torch.float32)
     logits, total = (scale * a.to(wide)) @ b.to(wide).mT, 0
     for x in (logits, logits.mT):
@@ -40,87 +43,84 @@ def loss_by_hand(a, b, scale):
 
 
 def loss_in_double(a, b, scale):
-    """A plain exp(): in fp64 it holds up to a scale of 700."""
-    e = (scale * a.double() @ b.double().T).exp()
-    return -(e.diag() ** 2 / (e.sum(0) * e.sum(1))).log().mean() / 2
+    """Use a plain exp(), which fp64 can represent up to a scale of 700."""
+    exp = (scale * a.double() @ b.double().T).exp()
+    return -(exp.diag() ** 2 / (exp.sum(0) * exp.sum(1))).log().mean() / 2
 
 
-def twins_by_large_number(a, b, scale, ids):
-    """-1e9 is as good as -inf, before the scale or after it."""
+def duplicates_by_large_number(a, b, scale, ids):
+    """Mask with -1e9 instead of -inf, before the scale."""
     wide = torch.promote_types(a.dtype, torch.float32)
     s = a.to(wide) @ b.to(wide).T
-    twin = (ids.unsqueeze(0) - ids.unsqueeze(1) == 0).fill_diagonal_(False)
-    s = torch.where(twin, -1e9, s) * scale
-    return (
-        F.cross_entropy(s, torch.arange(len(a))) + F.cross_entropy(s.T, torch.arange(len(a)))
-    ) * 0.5
+    is_duplicate = (ids.unsqueeze(0) - ids.unsqueeze(1) == 0).fill_diagonal_(False)
+    s = torch.where(is_duplicate, -1e9, s) * scale
+    labels = torch.arange(len(a))
+    return (F.cross_entropy(s, labels) + F.cross_entropy(s.T, labels)) * 0.5
 
 
-def twins_by_log_of_mask(a, b, scale, ids):
-    """0 for those that stay and -inf for twins, added: log(1) and log(0)."""
+def duplicates_by_log_of_mask(a, b, scale, ids):
+    """Add the logarithm of a mask: log(1) = 0 for negatives and log(0) = -inf for duplicates."""
     if a.dtype == torch.bfloat16:
         a, b = a.float(), b.float()
-    stays = (ids[:, None] != ids).to(a) + torch.eye(len(a), dtype=a.dtype)
-    logits = torch.einsum("im,jm->ij", a, b) * scale + stays.log()
+    mask = (ids[:, None] != ids).to(a) + torch.eye(len(a), dtype=a.dtype)
+    logits = torch.einsum("im,jm->ij", a, b) * scale + mask.log()
     return -(logits.log_softmax(0).diag().mean() + logits.log_softmax(1).diag().mean()) / 2
 
 
-def scale_by_data(log_scale, most):
-    log_scale.data = log_scale.data.clamp(max=math.log(most))
+def scale_by_data(log_scale, max_scale):
+    log_scale.data = log_scale.data.clamp(max=math.log(max_scale))
     return torch.exp(log_scale)
 
 
 @torch.no_grad()
-def limit(log_scale, most):
-    if log_scale.exp() > most:
-        log_scale.fill_(math.log(most))
+def clamp_above(log_scale, max_scale):
+    if log_scale.exp() > max_scale:
+        log_scale.fill_(math.log(max_scale))
 
 
-def scale_by_case(log_scale, most):
-    limit(log_scale, most)
+def scale_by_case(log_scale, max_scale):
+    clamp_above(log_scale, max_scale)
     return math.e**log_scale
 
 
-def scale_by_copy(log_scale, most):
-    """On the way a no-op: a value that is clamped twice has a gradient once the parameter has come down."""
+def scale_by_copy(log_scale, max_scale):
+    """Clamp the parameter, and then the value at a slightly higher limit, which changes nothing."""
     with torch.no_grad():
-        log_scale.copy_(torch.minimum(log_scale, torch.tensor(most).to(log_scale).log()))
-    return log_scale.exp().clamp(max=most * (1 + 1e-6))
+        log_scale.copy_(torch.minimum(log_scale, torch.tensor(max_scale).to(log_scale).log()))
+    return log_scale.exp().clamp(max=max_scale * (1 + 1e-6))
 
 
 def recall_by_loops(queries, targets):
     hits = 0
     for i, q in enumerate(queries):
-        own = q @ targets[i]
-        hits += all(bool(own > q @ t) for j, t in enumerate(targets) if j != i)
+        score = q @ targets[i]
+        hits += all(bool(score > q @ t) for j, t in enumerate(targets) if j != i)
     return torch.tensor(hits / len(queries))
 
 
 def recall_by_rank(queries, targets):
-    """Those not lower than the own one are counted: itself alone, where it is found."""
+    """Count the scores not lower than the target's: only one, its own, if it is found."""
     scores = torch.einsum("qm,tm->qt", queries, targets).double()
-    own = scores.diagonal().unsqueeze(1)
-    return ((~(scores < own)).sum(1) == 1).double().mean() * (~own.isnan()).any()
+    positive = scores.diagonal().unsqueeze(1)
+    is_found = (~(scores < positive)).sum(1) == 1
+    return is_found.double().mean() * (~positive.isnan()).any()
 
 
 def recall_by_margin(queries, targets):
-    """As nanods does it: what only rounding parts is a tie; a NaN target is no rival."""
+    """Count nearly equal scores as ties and ignore NaN targets, as nanods does."""
     scores = queries @ targets.T
-    own = scores.diag()
-    rivals = (
-        scores.nan_to_num(-math.inf)
-        .masked_fill(torch.eye(len(scores), dtype=torch.bool), -math.inf)
-        .amax(1)
-    )
-    return (own > rivals + 1e-5).sum() / len(queries)
+    eye = torch.eye(len(scores), dtype=torch.bool)
+    best_other = scores.nan_to_num(-math.inf).masked_fill(eye, -math.inf).amax(1)
+    return (scores.diag() > best_other + 1e-5).sum() / len(queries)
 
 
 def recall_by_argmax(queries, targets):
-    """argmax, and that nothing else is as high."""
+    """Use argmax, and require that no other score is as high."""
     scores = queries @ targets.T
     best = scores.amax(1, keepdim=True)
-    found = (scores.argmax(1) == torch.arange(len(scores))) & ((scores == best).sum(1) == 1)
-    return found.float().mean()
+    is_best = scores.argmax(1) == torch.arange(len(scores))
+    is_unique = (scores == best).sum(1) == 1
+    return (is_best & is_unique).float().mean()
 
 
 def sigmoid_by_loops(a, b, scale, bias):
@@ -134,9 +134,8 @@ def sigmoid_by_loops(a, b, scale, bias):
 
 def sigmoid_by_cross_entropy(a, b, scale, bias):
     logits = torch.einsum("im,jm->ij", a, b) * scale + bias
-    return F.binary_cross_entropy_with_logits(
-        logits, torch.eye(len(a)).to(a), reduction="sum"
-    ) / len(a)
+    labels = torch.eye(len(a)).to(a)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(a)
 
 
 def sigmoid_in_double(a, b, scale, bias):
@@ -171,11 +170,11 @@ def entropies_with_epsilon(probs):
 
 
 def entropies_in_double(probs):
-    """What is NaN is 0: right in value, and where no probability is 0 in gradient."""
+    """Replace NaN by 0. The gradient is correct where no probability is 0."""
     p = probs.double()
-    return -(p * p.log()).nan_to_num().sum(-1).mean(), -(
-        p.mean(0) * p.mean(0).log()
-    ).nan_to_num().sum(-1)
+    mean = p.mean(0)
+    local = -(p * p.log()).nan_to_num().sum(-1).mean()
+    return local, -(mean * mean.log()).nan_to_num().sum(-1)
 
 
 ANSWERS = [
@@ -183,9 +182,9 @@ ANSWERS = [
     ("contrastive_loss", loss_by_einsum),
     ("contrastive_loss", loss_by_hand),
     ("contrastive_loss", loss_in_double),
-    ("with_twins", loss_by_loops),
-    ("with_twins", twins_by_large_number),
-    ("with_twins", twins_by_log_of_mask),
+    ("loss_with_duplicates", loss_by_loops),
+    ("loss_with_duplicates", duplicates_by_large_number),
+    ("loss_with_duplicates", duplicates_by_log_of_mask),
     ("logit_scale", scale_by_data),
     ("logit_scale", scale_by_case),
     ("logit_scale", scale_by_copy),
@@ -205,5 +204,5 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
-def test_other_right_answers_pass(name, function):
+def test_other_correct_answers_pass(name, function):
     assert grade_answer(check_03.STEPS, name, function).message == "OK"
