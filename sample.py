@@ -222,7 +222,7 @@ def held_out_galleries(config: Config, tokenizer) -> dict[str, Gallery]:
     items = data.gallery(min(GALLERY, len(data.held_out)))
     read = model_inputs(items, config, tokenizer)
     return {
-        name: Gallery(x, getattr(items, MODALITIES[name].reads), items.captions, items.waves)
+        name: Gallery(x, getattr(items, MODALITIES[name].input_field), items.captions, items.waves)
         for name, x in read.items()
     }
 

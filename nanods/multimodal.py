@@ -122,7 +122,7 @@ def grid_rope(sides: Sequence[int], D: int) -> tuple[Tensor, Tensor]:
 class Modality(nn.Module):
     """Places for tokens, and the adapter. What inherits from it makes tokens of its input: `tokens`."""
 
-    reads: str  # the field of a data set's items that holds its input
+    input_field: str  # the field of a data set's items that holds its input
     optimizers: ClassVar = {"position_embedding": "adamw"}
 
     def __init__(self, trunk: GPTConfig, width: int, *sides: int) -> None:
@@ -168,7 +168,7 @@ class Modality(nn.Module):
 
 
 class Text(Modality):
-    reads = "captions"
+    input_field = "captions"
 
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
         super().__init__(trunk, config.width, trunk.context_length)
@@ -183,7 +183,7 @@ class Image(Modality):
     """A patch is read with what surrounds it, half a patch on every side: an outline that is cut shows how it goes on (the idea
     of early convolutions, Xiao et al. 2021, arXiv:2106.14881). Recall after 200 steps is 0.89, without it 0.78 (LOG.md)."""
 
-    reads = "images"
+    input_field = "images"
 
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
         self.side = config.patch_size
@@ -203,12 +203,12 @@ class Image(Modality):
 
 
 class Audio(Modality):
-    reads = "mels"
+    input_field = "mels"
 
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
         self.frames = config.patch_frames
         super().__init__(trunk, config.width, config.frames // self.frames)
-        self.patch = nn.Linear(BANDS * self.frames, trunk.n_embd, bias=False)
+        self.patch = nn.Linear(N_MELS * self.frames, trunk.n_embd, bias=False)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
         """Log-mels (B, S, F), of mean 0 and standard deviation 1 or so."""
@@ -221,7 +221,7 @@ class Audio(Modality):
         return self.patch(parts), None
 
 
-BANDS = 32  # of the mel scale, as nanods/data/sound.py makes them
+N_MELS = 32  # of the mel scale, as nanods/data/sound.py makes them
 MODALITIES = {"text": Text, "image": Image, "audio": Audio}
 
 

@@ -217,7 +217,7 @@ def cost_of_experts(table: dict) -> Figure:
     return figure
 
 
-def dots(rows: dict[str, Sequence[float]], bars: dict[str, float], xlabel: str) -> Figure:
+def dot_plot(rows: dict[str, Sequence[float]], bars: dict[str, float], xlabel: str) -> Figure:
     """A row for each name: a dot for each value, their mean written beside them, and a tick at the bar to reach."""
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1))
     axes = figure.subplots()

@@ -57,7 +57,7 @@ def similarities(matrices: dict[str, np.ndarray], scale: float | None = None) ->
     return figure
 
 
-def apart(heights: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
+def spread_labels(heights: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
     """Where to write labels that belong at these heights: in the same order, between low and high, `gap` apart at least."""
     heights = np.asarray(heights, float)
     order, steps = heights.argsort(kind="stable"), gap * np.arange(len(heights))
@@ -86,7 +86,7 @@ def recall_over_time(
         lines.append((name.replace("->", " \u2192 "), values[-1], colour, style))
     axes.axhline(chance, color=GREY, linestyle=":", linewidth=1.5)
     lines.append(("chance", chance, GREY_TEXT, ":"))
-    places = apart([value for _, value, _, _ in lines], 0.058, 0, 1)
+    places = spread_labels([value for _, value, _, _ in lines], 0.058, 0, 1)
     for (name, value, colour, style), place in zip(lines, places, strict=True):
         axes.annotate(
             f"{value:.3f}  {name}",
@@ -215,7 +215,7 @@ SIDE, GAP, LINE = 1.5, 0.22, 0.145  # inches: a cell, the room between two, a li
 LETTERS = 25  # of a caption, to a line
 
 
-def balanced(text: str, width: int) -> str:
+def balanced_lines(text: str, width: int) -> str:
     """In as few lines as this width allows, of about the same length: no last line of one word."""
     count = len(textwrap.wrap(text, width))
     return next(
@@ -234,7 +234,7 @@ def draw_item(axes: Axes, item: Item, limits: tuple[float, float] = (None, None)
     axes.grid(False)
     if isinstance(item, str):
         axes.set_facecolor(PAPER)
-        words = balanced(textwrap.shorten(item, 150, placeholder=" \u2026"), 20)
+        words = balanced_lines(textwrap.shorten(item, 150, placeholder=" \u2026"), 20)
         axes.text(
             0.5,
             0.5,
@@ -264,10 +264,12 @@ def draw_cell(axes: Axes, cell: Cell, limits: tuple[float, float]) -> None:
     draw_item(axes, item, limits)
     axes.spines[:].set(visible=true, color=ORANGE, linewidth=3)
     axes.set_title(heading, fontsize=9, color="#b0540c" if true else INK, pad=5)
-    axes.set_xlabel(balanced(caption, LETTERS), fontsize=8, color=INK, labelpad=5, parse_math=False)
+    axes.set_xlabel(
+        balanced_lines(caption, LETTERS), fontsize=8, color=INK, labelpad=5, parse_math=False
+    )
 
 
-def sheet(rows: list[list[Cell]], title: str) -> Figure:
+def contact_sheet(rows: list[list[Cell]], title: str) -> Figure:
     """Cells in rows, the first column (the queries) set apart; a row is as high as its longest caption asks."""
     lines = [max(len(textwrap.wrap(cell[1], LETTERS)) for cell in row) for row in rows]
     heights = [SIDE + LINE * n + 2 * GAP for n in lines]
@@ -313,7 +315,7 @@ def neighbours(
     rows: Sequence[tuple[Item, str, Sequence[Result], int | None]], title: str = ""
 ) -> Figure:
     """A contact sheet of several queries: in each row a query, its caption, its nearest, and which of them is the true one."""
-    return sheet(
+    return contact_sheet(
         [
             [(query, caption, "query", False), *cells_of(found, true)]
             for query, caption, found, true in rows

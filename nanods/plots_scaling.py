@@ -20,23 +20,27 @@ SPLIT = {"computing": BLUE, "waiting": "#e3c26b", "communication": ORANGE, "opti
 
 
 def stacked(
-    axes: Axes, rows: Rows, colours: dict[str, str], most: float, written: dict[str, str]
+    axes: Axes, rows: Rows, colours: dict[str, str], max_shown: float, written: dict[str, str]
 ) -> None:
-    """A horizontal bar for each row, part after part, cut off at `most` with an arrow; what is `written` stands at its end."""
+    """A horizontal bar for each row, part after part, cut off at `max_shown` with an arrow; what is `written` stands at its end."""
     for y, (name, parts) in enumerate(rows.items()):
         left = 0.0
         for part, size in parts.items():
-            if size > 0 and left < most:
-                axes.barh(y, min(size, most - left), left=left, height=0.62, color=colours[part])
+            if size > 0 and left < max_shown:
+                axes.barh(
+                    y, min(size, max_shown - left), left=left, height=0.62, color=colours[part]
+                )
             left += size
-        cut = left > most * (1 + 1e-9)
+        cut = left > max_shown * (1 + 1e-9)
         label = ("\u2192 " if cut else "") + written[name]
         box = {
             "facecolor": "white",
             "edgecolor": "none",
             "pad": 1.5,
         }  # over the line that may pass behind it
-        axes.text(min(left, most) + 0.012 * most, y, label, va="center", fontsize=9, bbox=box)
+        axes.text(
+            min(left, max_shown) + 0.012 * max_shown, y, label, va="center", fontsize=9, bbox=box
+        )
     names = [part for part in colours if any(parts.get(part, 0) > 0 for parts in rows.values())]
     handles = [Rectangle((0, 0), 1, 1, color=colours[part]) for part in names]
     axes.figure.legend(
@@ -46,19 +50,21 @@ def stacked(
     axes.grid(axis="y", visible=False)
 
 
-def memory_bars(rows: Rows, room: float, most: float | None = None) -> Figure:
-    """GB on each device by mesh and kind, and what a device has room for; longer bars than `most` are cut off."""
+def memory_bars(rows: Rows, capacity: float, max_shown: float | None = None) -> Figure:
+    """GB on each device by mesh and kind, and what a device has capacity for; longer bars than `max_shown` are cut off."""
     figure = Figure(figsize=(10, 0.5 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
     kinds = list(dict.fromkeys(kind for parts in rows.values() for kind in parts))
     colours = dict(zip(kinds, COLOURS, strict=False))
     totals = {name: sum(parts.values()) for name, parts in rows.items()}
-    most = most or max([room, *totals.values()])
-    stacked(axes, rows, colours, most, {name: f"{total:,.4g} GB" for name, total in totals.items()})
-    axes.axvline(room, color="black", linestyle="--", linewidth=1)
+    max_shown = max_shown or max([capacity, *totals.values()])
+    stacked(
+        axes, rows, colours, max_shown, {name: f"{total:,.4g} GB" for name, total in totals.items()}
+    )
+    axes.axvline(capacity, color="black", linestyle="--", linewidth=1)
     axes.set(
-        xlabel=f"GB on each device; dashed: the room that it has, {room:,.3g}",
-        xlim=(0, 1.16 * most),
+        xlabel=f"GB on each device; dashed: capacity, {capacity:,.3g}",
+        xlim=(0, 1.16 * max_shown),
     )
     return figure
 
@@ -72,8 +78,8 @@ def step_bars(rows: Rows, hidden: dict[str, float] | None = None, unit: str = "s
         name: f"{total:.3g} {unit}, {parts['computing'] / total:.0%} computing"
         for (name, parts), total in zip(rows.items(), totals.values(), strict=True)
     }
-    most = max(totals.values())
-    stacked(axes, rows, SPLIT, most, written)
+    max_shown = max(totals.values())
+    stacked(axes, rows, SPLIT, max_shown, written)
     for y, name in enumerate(rows):
         if hidden.get(name, 0) > 0:
             axes.plot(
@@ -84,17 +90,17 @@ def step_bars(rows: Rows, hidden: dict[str, float] | None = None, unit: str = "s
         if any(hidden.values())
         else ""
     )
-    axes.set(xlabel=f"a step, {unit}{note}", xlim=(0, 1.3 * most))
+    axes.set(xlabel=f"a step, {unit}{note}", xlim=(0, 1.3 * max_shown))
     return figure
 
 
 # ---- against the number of GPUs ----------------------------------------------------------------------------------------------
 
 
-def against_gpus(
-    lines: dict[str, list[tuple[int, float, float, bool]]], room: float, what: str
+def gpu_scaling(
+    lines: dict[str, list[tuple[int, float, float, bool]]], capacity: float, workload: str
 ) -> Figure:
-    """Named lines of (GPUs, hours, GB on each, whether it fits), hollow where it does not; `what` takes so many hours."""
+    """Named lines of (GPUs, hours, GB on each, whether it fits), hollow where it does not; `workload` takes so many hours."""
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     panels = figure.subplots(1, 3)
     for (name, points), colour in zip(
@@ -115,10 +121,10 @@ def against_gpus(
         markersize=5,
         label="hollow: does not fit",
     )
-    panels[2].axhline(room, color="black", linestyle="--", linewidth=1)
+    panels[2].axhline(capacity, color="black", linestyle="--", linewidth=1)
     panels[2].annotate(
-        f"room: {room:.3g} GB",
-        (1, room),
+        f"capacity: {capacity:.3g} GB",
+        (1, capacity),
         xycoords=("axes fraction", "data"),
         ha="right",
         va="bottom",
@@ -126,7 +132,9 @@ def against_gpus(
     )
     every = sorted({n for points in lines.values() for n, *_ in points})
     for axes, title in zip(
-        panels, (f"hours for {what}", "GPU-hours: level is perfect", "GB on each GPU"), strict=True
+        panels,
+        (f"hours for {workload}", "GPU-hours: level is perfect", "GB on each GPU"),
+        strict=True,
     ):
         axes.set(xscale="log", yscale="log", xlabel="GPUs", title=title)
         axes.set_xticks(every, [f"{n:,}" for n in every], rotation=45, fontsize=8)
@@ -185,7 +193,7 @@ def ring_steps(held: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
 # ---- who waits for whom ------------------------------------------------------------------------------------------------------
 
 
-def busy(shares: dict[str, np.ndarray]) -> Figure:
+def busy_heatmap(shares: dict[str, np.ndarray]) -> Figure:
     """For each device of R groups of G, (R, G), its busy time as a share of the step's: the darkest are waited for."""
     figure = Figure(figsize=(5.4 * len(shares) + 0.8, 5.2), layout="constrained")
     panels = figure.subplots(1, len(shares), squeeze=False)[0]

@@ -83,9 +83,9 @@ def test_labels_of_lines_that_end_together_do_not_overlap(last):
 
 
 def test_apart_moves_only_what_is_too_close():
-    assert mm.apart([0.9, 0.1, 0.5], 0.05, 0, 1) == pytest.approx([0.9, 0.1, 0.5])
-    assert mm.apart([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.45, 0.55])
-    assert mm.apart([1, 1, 0.99], 0.1, 0, 1) == pytest.approx([0.9, 1, 0.8])
+    assert mm.spread_labels([0.9, 0.1, 0.5], 0.05, 0, 1) == pytest.approx([0.9, 0.1, 0.5])
+    assert mm.spread_labels([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.45, 0.55])
+    assert mm.spread_labels([1, 1, 0.99], 0.1, 0, 1) == pytest.approx([0.9, 1, 0.8])
 
 
 def test_flattening_keeps_the_distances_of_a_plane_between_modalities_too():
@@ -188,20 +188,21 @@ def test_neighbours_are_a_row_for_each_query():
 
 def test_lines_are_balanced_and_lose_no_word():
     assert (
-        mm.balanced("a little green hoop is on the left of a large green box", 25).count("\n") == 2
+        mm.balanced_lines("a little green hoop is on the left of a large green box", 25).count("\n")
+        == 2
     )
     assert (
         min(
             map(
                 len,
-                mm.balanced("a little green hoop is on the left of a large green box", 25).split(
-                    "\n"
-                ),
+                mm.balanced_lines(
+                    "a little green hoop is on the left of a large green box", 25
+                ).split("\n"),
             )
         )
         > 14
     )
     assert (
-        mm.balanced("", 25) == ""
-        and mm.balanced("one line of just this much", 26) == "one line of just this much"
+        mm.balanced_lines("", 25) == ""
+        and mm.balanced_lines("one line of just this much", 26) == "one line of just this much"
     )

@@ -31,21 +31,17 @@ def legend(figure):
 
 
 def test_memory_bars_are_as_long_as_their_parts_and_tell_the_whole():
-    figure = ps.memory_bars(MEMORY, room=40)
+    figure = ps.memory_bars(MEMORY, capacity=40)
     assert lengths(figure.axes[0]) == {0: [30, 20], 1: [3, 2, 5]}
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["dp", "fsdp"]
-    assert (
-        "50 GB" in words(figure)
-        and "10 GB" in words(figure)
-        and "room that it has, 40" in words(figure)
-    )
+    assert "50 GB" in words(figure) and "10 GB" in words(figure) and "capacity, 40" in words(figure)
     assert legend(figure) == ["weights", "gradients", "muon"]
     assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [40]
     assert not overlaps(figure)
 
 
 def test_a_bar_beyond_the_picture_is_cut_and_says_so():
-    figure = ps.memory_bars(MEMORY, room=20, most=35)
+    figure = ps.memory_bars(MEMORY, capacity=20, max_shown=35)
     assert lengths(figure.axes[0])[0] == [30, 5]
     assert "\u2192 50 GB" in words(figure) and "\u2192 10 GB" not in words(figure)
     assert figure.axes[0].get_xlim()[1] > 35
@@ -53,7 +49,7 @@ def test_a_bar_beyond_the_picture_is_cut_and_says_so():
 
 def test_a_kind_that_nobody_has_is_not_in_the_legend():
     rows = {name: parts | {"muon": 0.0} for name, parts in MEMORY.items()}
-    assert legend(ps.memory_bars(rows, room=40)) == ["weights", "gradients"]
+    assert legend(ps.memory_bars(rows, capacity=40)) == ["weights", "gradients"]
 
 
 def test_step_bars_split_a_step_and_show_what_hides():
@@ -79,7 +75,7 @@ def test_lines_against_gpus_are_the_data_and_hollow_where_it_does_not_fit():
         "dp": [(8, 100.0, 90.0, False), (16, 50.0, 90.0, False)],
         "fsdp": [(8, 110.0, 80.0, False), (16, 60.0, 40.0, True)],
     }
-    figure = ps.against_gpus(lines, room=72, what="1B tokens")
+    figure = ps.gpu_scaling(lines, capacity=72, workload="1B tokens")
     hours, gpu_hours, memory = figure.axes
     assert [
         list(line.get_ydata())
@@ -129,7 +125,7 @@ def test_ring_steps_show_each_state_and_frame_what_arrived(steps):
 
 def test_busy_shows_each_device_and_the_mean():
     shares = {"even": np.full((4, 8), 0.9), "uneven": np.tile(np.linspace(0.1, 1, 8), (4, 1))}
-    figure = ps.busy(shares)
+    figure = ps.busy_heatmap(shares)
     panels = [axes for axes in figure.axes if axes.images]
     for axes, (name, share) in zip(panels, shares.items(), strict=True):
         assert (axes.images[0].get_array() == share).all() and axes.images[0].get_clim() == (0, 1)

@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from nanods import plots
-from nanods.bench.runs import as_words, machine, trained, write_json
+from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 from nanods.data.download import write_atomic
 from nanods.data.text import load_text
 from nanods.gpt import GPT
@@ -140,7 +140,9 @@ def train(args: Args, data: Path, variant: str, seed: int) -> dict:
         | flags
         | {"data": data, "steps": args.steps, "eval-every": args.steps, "save-every": args.steps}
     )
-    command, rows = trained(out, [preset, *as_words(flags | {"seed": seed, "out-dir": out})])
+    command, rows = run_training(
+        out, [preset, *flags_from_dict(flags | {"seed": seed, "out-dir": out})]
+    )
     model = checkpoint.load_model(checkpoint.load(out))
     scores = {kind: score(model, exam(kind, args.held_out), args.units_first) for kind in DIGITS}
     scores["both"] = statistics.mean(scores.values())
@@ -208,7 +210,7 @@ def main() -> None:
     }
     summary = summarise(runs)
     table = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "task": task | {"held_out": args.held_out, "steps": args.steps},
         **summary,
         "runs": runs,
@@ -226,7 +228,7 @@ def main() -> None:
         if {"v1", "v2"} <= summary["variants"].keys():
             bars[f"v2, {kind}"] = min(1.0, CLAIM * summary["variants"]["v1"][kind]["mean"])
     plots.save(
-        plots.dots(rows, bars, "share of held-out problems whose answer is right"),
+        plots.dot_plot(rows, bars, "share of held-out problems whose answer is right"),
         args.results / "arithmetic.png",
     )
     for pair, by_kind in summary["verdict"].items():

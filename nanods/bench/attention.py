@@ -33,7 +33,13 @@ from nanods.attention import (
     tile_attention,
     visible_mask,
 )
-from nanods.bench.runs import machine, medians, rise_of_peak, with_exponents, write_json
+from nanods.bench.runs import (
+    add_exponents,
+    describe_machine,
+    median_seconds,
+    peak_memory_increase,
+    write_json,
+)
 from nanods.gpt import GPT, Attention, GPTConfig, rope_cos_sin
 
 HEADS, D, SIZE, CHOSEN = 4, 64, 64, 8
@@ -101,14 +107,14 @@ def part_time() -> dict:
             name: lambda a=BASELINES[name], x=qkv, g=gradient: forward_backward(a, x, g)
             for name in names
         }
-        for name, seconds in medians(calls, turns).items():
+        for name, seconds in median_seconds(calls, turns).items():
             table[name][str(T)] = seconds
         print(T, {name: f"{1e3 * table[name][str(T)]:.1f} ms" for name in names}, flush=True)
     ratio = {
         n: {T: table["dense"][T] / table[n][T] for T in table["dense"]} for n in ("tile", "flat")
     }
     longer = {name: table[name]["65536"] / table["dense"]["16384"] for name in ("tile", "flat")}
-    return with_exponents(table, beyond=4096) | {
+    return add_exponents(table, beyond=4096) | {
         "times_faster": ratio,
         "sparse_65536_over_dense_16384": longer,
     }
@@ -135,7 +141,7 @@ def part_routes() -> dict:
             "by tile": lambda q, k, v, b=choices["tile"], s=size: tile_attention(q, k, v, b, s),
         }
         gradient = torch.randn(B, HEADS, T, width)
-        seconds = medians(
+        seconds = median_seconds(
             {n: lambda a=a, x=qkv, g=gradient: forward_backward(a, x, g) for n, a in calls.items()},
             11,
         )
@@ -190,7 +196,7 @@ def measure_memory(name: str, T: int, heads: int) -> None:
     """In a process of its own: print how far one forward and backward pass raises its peak memory, in bytes."""
     forward_backward(BASELINES[name], *inputs(256, heads))  # what is made once
     qkv, gradient = inputs(T, heads)
-    print(rise_of_peak(lambda: forward_backward(BASELINES[name], qkv, gradient)))
+    print(peak_memory_increase(lambda: forward_backward(BASELINES[name], qkv, gradient)))
 
 
 @torch.no_grad()
@@ -211,7 +217,7 @@ def part_decode(S: int = 65536, run: int = 10) -> dict:
             blocks = select_blocks(q, k, SIZE, CHOSEN, positions=at, summaries=summaries)
             gathered_block_attention(q, k, v, blocks, SIZE, positions=at)
 
-    attention = medians({"dense": dense_steps, "sparse": sparse_steps}, 15)
+    attention = median_seconds({"dense": dense_steps, "sparse": sparse_steps}, 15)
     steps = {}
     for name, kind in (
         ("V0", AttentionConfig()),
@@ -231,7 +237,7 @@ def part_decode(S: int = 65536, run: int = 10) -> dict:
                 model(torch.tensor([[token]]), cache)
 
         steps[name] = model_steps
-    whole = medians(steps, 7)
+    whole = median_seconds(steps, 7)
     return {
         "context": S,
         "attention_ms": {name: 1e3 * value / run for name, value in attention.items()},
@@ -249,11 +255,11 @@ def part_tree() -> dict:
         calls = {
             name: lambda m=name, q=q, k=k: select_blocks(q, k, SIZE, CHOSEN, m) for name in table
         }
-        for name, seconds in medians(calls, turns).items():
+        for name, seconds in median_seconds(calls, turns).items():
             table[name][str(T)] = seconds
         print(T, {name: f"{row[str(T)]:.3f} s" for name, row in table.items()}, flush=True)
     ratio = {T: table["flat"][T] / table["tree"][T] for T in table["flat"]}
-    return with_exponents(table) | {"compiled": False, "tree_times_faster": ratio}
+    return add_exponents(table) | {"compiled": False, "tree_times_faster": ratio}
 
 
 def keys_in_topics(T: int, segment: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -329,7 +335,7 @@ def part_peer() -> dict:
             "native-sparse-attention-pytorch": lambda x=x: peer(x).sum().backward(),
             "ours, shared": lambda x=x, p=positions, r=rope: ours(x, p, r)[0].sum().backward(),
         }
-        for name, seconds in medians(calls, 3).items():
+        for name, seconds in median_seconds(calls, 3).items():
             table[name][str(T)] = seconds
     print(table)
     return {
@@ -366,7 +372,7 @@ def main() -> None:
         torch.manual_seed(0)
         table[part] = PARTS[part]()
     shapes = {"B": 1, "heads": HEADS, "D": D, "block_size": SIZE, "top_blocks": CHOSEN}
-    table = {"machine": {**machine("fp32"), "shapes": shapes}, **table}
+    table = {"machine": {**describe_machine("fp32"), "shapes": shapes}, **table}
     write_json(path, table)
     if {"time", "memory"} <= table.keys():
         plots.save(plots.cost_against_tokens(table), args.results / "attention.png")

@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from nanods import plots
-from nanods.bench.runs import as_words, machine, trained, write_json
+from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 from nanods.config import PRESETS
 from nanods.data.text import load_text
 from nanods.training import checkpoint
@@ -80,7 +80,9 @@ def run(args: Args, name: str, preset: str, flags: dict, seed: int) -> dict:
     out = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
     if "data" in flags:  # a preset as it is
         out = Path("runs/ladder") / f"{preset}-pydocs-{seed}"
-    command, rows = trained(out, [preset, *as_words(flags | {"seed": seed, "out-dir": out})])
+    command, rows = run_training(
+        out, [preset, *flags_from_dict(flags | {"seed": seed, "out-dir": out})]
+    )
     print(
         f"{out.name}: {rows[-1]['cpu_seconds']:.0f} s, {rows[-1]['val_bpb']:.4f} bits per byte",
         flush=True,
@@ -240,7 +242,7 @@ def main() -> None:
         "upcycled minus continued V1, equal time": gap(runs, "upcycled", "continued, equal time"),
     }
     table = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "data": {"name": "pydocs", "sha256": sha256},
         "steps": {"full": FULL, "short": STEPS},
     }
@@ -252,7 +254,7 @@ def main() -> None:
     write_json(args.results / "experts.json", table)
     shown = {name: [row["val_bpb"] for row in of] for name, of in runs.items()}
     plots.save(
-        plots.dots(shown, {}, "bits per byte on validation, one dot a seed"),
+        plots.dot_plot(shown, {}, "bits per byte on validation, one dot a seed"),
         args.results / "experts.png",
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanods.bench.runs import medians, write_json
+from nanods.bench.runs import median_seconds, write_json
 from nanods.config import PRESETS
 from nanods.gpt import GPT
 
@@ -29,8 +29,8 @@ def measure(preset: str, context: int = 1024) -> dict[str, float]:
         cache.lengths, cache.max_length = lengths, max_length  # write the same last place again
         model(tokens[:, -1:], cache)
 
-    with_cache = 1e3 * medians({"cached": cached}, 50)["cached"]
-    without = 1e3 * medians({"recomputed": lambda: model(tokens)}, 20)["recomputed"]
+    with_cache = 1e3 * median_seconds({"cached": cached}, 50)["cached"]
+    without = 1e3 * median_seconds({"recomputed": lambda: model(tokens)}, 20)["recomputed"]
     return {"cached_ms": with_cache, "recomputed_ms": without, "ratio": without / with_cache}
 
 

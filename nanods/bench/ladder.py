@@ -13,7 +13,13 @@ from pathlib import Path
 
 import tyro
 
-from nanods.bench.runs import as_words, expect, machine, trained, write_json
+from nanods.bench.runs import (
+    describe_machine,
+    flags_from_dict,
+    run_training,
+    update_expected,
+    write_json,
+)
 from nanods.data.text import load_text
 
 RUNS = (
@@ -37,7 +43,9 @@ class Args:
 def train(args: Args, preset: str, data: str, seed: int) -> dict:
     """One run in a process of its own -> its last validation."""
     out = args.runs / f"{preset}-{data}-{seed}"
-    command, rows = trained(out, [preset, *as_words({"data": data, "seed": seed, "out-dir": out})])
+    command, rows = run_training(
+        out, [preset, *flags_from_dict({"data": data, "seed": seed, "out-dir": out})]
+    )
     last = rows[-1]
     print(
         f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, {last['seconds']:.0f} s",
@@ -58,7 +66,7 @@ def main() -> None:
     jobs = [(p, d, seed) for p, d in RUNS for seed in range(args.seeds if d == "pydocs" else 1)]
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda job: train(args, *job), jobs))
-    ladder, expected = {"machine": machine()}, {}
+    ladder, expected = {"machine": describe_machine()}, {}
     for preset, data in RUNS:
         of = [row for job, row in zip(jobs, rows, strict=True) if job[:2] == (preset, data)]
         values = [row["val_bpb"] for row in of]
@@ -71,7 +79,7 @@ def main() -> None:
             "tolerance": round(tolerance, 4),
         }
     write_json(args.results / "ladder.json", ladder)
-    expect(args.results / "expected.json", expected)
+    update_expected(args.results / "expected.json", expected)
 
 
 if __name__ == "__main__":

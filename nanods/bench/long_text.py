@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from nanods import plots
-from nanods.bench.runs import as_words, machine, trained, write_json
+from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 from nanods.data.text import load_text
 
 SIZE = {"context-length": 4096, "batch-size": 2, "device": "cpu", "dtype": "auto", "seed": 0}
@@ -42,7 +42,7 @@ def train(args: Args, preset: str, flags: dict, steps: int) -> dict:
         | flags
         | {"steps": steps, "eval-every": -(-steps // 4), "save-every": steps, "out-dir": out}
     )
-    command, rows = trained(out, [preset, *as_words(flags)])
+    command, rows = run_training(out, [preset, *flags_from_dict(flags)])
     curve = [[row["step"], row["seconds"], row["val_bpb"]] for row in rows if "val_bpb" in row]
     print(f"{out.name}: {curve[-1][1]:.0f} s, {curve[-1][2]:.4f} bits per byte", flush=True)
     spent = {
@@ -74,7 +74,11 @@ def main() -> None:
             f"{method}: {', '.join(f'{name} {value:+.4f}' for name, value in differences[method].items())}",
             flush=True,
         )
-        table = {"machine": machine(), "data": {"name": "pydocs", "sha256": sha256}, "seeds": 1}
+        table = {
+            "machine": describe_machine(),
+            "data": {"name": "pydocs", "sha256": sha256},
+            "seeds": 1,
+        }
         table |= {"differences": differences, "runs": runs}
         write_json(args.results / "long_text.json", table)
     lines = {

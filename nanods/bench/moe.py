@@ -29,7 +29,13 @@ import tyro
 from torch import Tensor, nn
 
 from nanods import plots
-from nanods.bench.runs import machine, medians, rise_of_peak, with_exponents, write_json
+from nanods.bench.runs import (
+    add_exponents,
+    describe_machine,
+    median_seconds,
+    peak_memory_increase,
+    write_json,
+)
 from nanods.moe import (
     MLP,
     MoE,
@@ -184,7 +190,7 @@ def time_alternating(
         name: lambda layer=layer: forward_backward(layer, x, gradient)
         for name, layer in layers.items()
     }
-    seconds = medians(calls, turns)
+    seconds = median_seconds(calls, turns)
     print(x.size(1), {name: f"{1e3 * value:.0f} ms" for name, value in seconds.items()}, flush=True)
     return seconds
 
@@ -275,7 +281,7 @@ def measure_memory(name: str, tokens: int) -> None:
     """In a process of its own: print how far one forward and backward pass raises its peak memory, in bytes."""
     forward_backward(built(lambda: BASELINES[name](32)), *inputs(64))  # what is made once
     layer, (x, gradient) = built(BASELINES[name]), inputs(tokens)
-    print(rise_of_peak(lambda: forward_backward(layer, x, gradient)))
+    print(peak_memory_increase(lambda: forward_backward(layer, x, gradient)))
 
 
 def part_growth() -> dict:
@@ -296,8 +302,7 @@ def part_growth() -> dict:
             table[name][str(tokens)] = value
     slow = {name: row for name, row in table.items() if name.startswith("one_hot")}
     exponents = (
-        with_exponents(table, beyond=N)["exponents"]
-        | with_exponents(slow, beyond=2048)["exponents"]
+        add_exponents(table, beyond=N)["exponents"] | add_exponents(slow, beyond=2048)["exponents"]
     )
     return {"by_tokens": table, "exponents": exponents}
 
@@ -327,7 +332,7 @@ def part_router() -> dict:
         "top_2": lambda: probs.topk(K, dim=-1),
         "top_3": lambda: probs.topk(K + 1, dim=-1),
     }
-    ms = {name: 1e3 * value for name, value in medians(calls, 15).items()}
+    ms = {name: 1e3 * value for name, value in median_seconds(calls, 15).items()}
     print({name: f"{value:.2f} ms" for name, value in ms.items()}, flush=True)
     share = (ms["routing_with_losses"] + ms["sorting"]) / ms["layer"]
     return {
@@ -478,7 +483,7 @@ def main() -> None:
         table[part] = PARTS[part]() or table.get(
             part, {}
         )  # what was measured stays where no peer is installed
-        table |= {"machine": {**machine("fp32"), "shapes": shapes}, "aims": judged(table)}
+        table |= {"machine": {**describe_machine("fp32"), "shapes": shapes}, "aims": judged(table)}
         write_json(
             path, {name: table[name] for name in ("machine", "aims", *PARTS) if name in table}
         )

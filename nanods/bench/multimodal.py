@@ -32,7 +32,14 @@ import tyro
 from torch import Tensor
 
 from nanods import plots
-from nanods.bench.runs import as_words, expect, machine, medians, trained, write_json
+from nanods.bench.runs import (
+    describe_machine,
+    flags_from_dict,
+    median_seconds,
+    run_training,
+    update_expected,
+    write_json,
+)
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.data.random_bits import random_bits
@@ -68,16 +75,18 @@ class Args:
 
 
 def flags(settings: dict) -> list[str]:
-    """{"a": (1, 2), "no-b": ()} -> ["--a", "1", "2", "--no-b"]; other settings as `as_words`."""
+    """{"a": (1, 2), "no-b": ()} -> ["--a", "1", "2", "--no-b"]; other settings as `flags_from_dict`."""
     many = {name: value for name, value in settings.items() if isinstance(value, tuple)}
     words = [word for name, values in many.items() for word in (f"--{name}", *map(str, values))]
-    return words + as_words({name: value for name, value in settings.items() if name not in many})
+    return words + flags_from_dict(
+        {name: value for name, value in settings.items() if name not in many}
+    )
 
 
 def run(args: Args, name: str, seed: int) -> dict:
     """One run in a process of its own -> its command and its figures."""
     out = args.runs / f"{name.replace(' ', '-')}-{seed}"
-    command, rows = trained(
+    command, rows = run_training(
         out, ["v3-tiny", *flags(VARIANTS[name] | {"seed": seed, "out-dir": out})]
     )
     last, first = rows[-1], rows[0]
@@ -96,10 +105,10 @@ def run(args: Args, name: str, seed: int) -> dict:
         if "recall" in key or key in ("val_loss", "temperature")
     }
     told |= {key: value for key, value in last.items() if key.startswith("val_load_")}
-    task, model = opened(out)
+    task, model = load_run(out)
     told["parameters"], told["parameters_active"] = model.count_parameters()
     told["items_per_second"] = median(row["items_per_second"] for row in rows)
-    told["facts"] = facts(task, model)
+    told["facts"] = fact_accuracy(task, model)
     told["curve"] = {
         "steps": [r["step"] for r in rows if "val_loss" in r],
         "recall1": [r["val_recall1"] for r in rows if "val_loss" in r],
@@ -107,7 +116,7 @@ def run(args: Args, name: str, seed: int) -> dict:
     return told
 
 
-def opened(out: Path) -> tuple[ContrastiveTask, torch.nn.Module]:
+def load_run(out: Path) -> tuple[ContrastiveTask, torch.nn.Module]:
     """A finished run's task and model."""
     saved = checkpoint.load(out)
     task = ContrastiveTask(from_dict(saved.state["config"]), torch.device("cpu"), nullcontext())
@@ -117,20 +126,20 @@ def opened(out: Path) -> tuple[ContrastiveTask, torch.nn.Module]:
 # ---- one fact at a time ------------------------------------------------------------------------------------------------------
 
 
-def replaced(told: list[int], column: int) -> list[list[int]]:
+def replace_fact(told: list[int], column: int) -> list[list[int]]:
     """A scene's facts (7,) with each value that one of them can have; not where the two objects would be alike."""
     counts = (len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES), len(scenes.RELATIONS))
     all_of_them = [[*told[:column], value, *told[column + 1 :]] for value in range(counts[column])]
     return [each for each in all_of_them if each[:3] != each[4:]]
 
 
-def facts(task: ContrastiveTask, model: torch.nn.Module) -> dict[str, dict[str, float]]:
+def fact_accuracy(task: ContrastiveTask, model: torch.nn.Module) -> dict[str, dict[str, float]]:
     """How often an item is nearest to the true one of the captions that differ in one fact: by fact, by modality."""
     told = scenes.facts_of(task.gallery.ids).tolist()
     embeddings, _ = task.embed(model, task.inputs(task.gallery))
     right = {}
     for fact, column in FACTS.items():
-        choices = [replaced(scene, column) for scene in told]
+        choices = [replace_fact(scene, column) for scene in told]
         words = random_bits(
             11, 0, scenes.CAPTION, task.gallery.ids, 1
         )  # a wording that no item of the gallery has
@@ -165,7 +174,9 @@ def accuracy(items: Tensor, prompts: tuple[Tensor, ...], choices: list, told: li
 def scenes_per_second(size: int = 128, turns: int = 20) -> float:
     """What one core makes of them, all three ways: the median of some batches."""
     steps = count()
-    return size / medians({"scenes": lambda: scenes.batch(next(steps), size)}, turns)["scenes"]
+    return (
+        size / median_seconds({"scenes": lambda: scenes.batch(next(steps), size)}, turns)["scenes"]
+    )
 
 
 def spread(values: list[float]) -> dict:
@@ -205,7 +216,7 @@ def main() -> None:
         median(one["items_per_second"] for of in runs.values() for one in of),
     )
     table = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "data": {"name": "scenes", "sha256": scenes.SceneData().sha256},
         "steps": PRESETS["v3-tiny"].steps,
     }
@@ -233,7 +244,7 @@ def main() -> None:
             "val_recall1": round(mean(recalls), 4),
             "tolerance": round(tolerance, 4),
         }
-        expect(args.results / "expected.json", {"v3-tiny/scenes": known})
+        update_expected(args.results / "expected.json", {"v3-tiny/scenes": known})
     curves = {
         name: (of[0]["curve"]["steps"], np.mean([one["curve"]["recall1"] for one in of], axis=0))
         for name, of in runs.items()

@@ -292,7 +292,7 @@ def main() -> None:
     }
     bars = {variant: bar for variant, (_, bar) in BARS.items()}
     plots.save(
-        plots.dots(rows, bars, "share of right answers on held-out sequences"),
+        plots.dot_plot(rows, bars, "share of right answers on held-out sequences"),
         args.results / "recall.png",
     )
     for variant, row in summarise(runs).items():

@@ -20,7 +20,7 @@ from nanods.errors import UserError
 from nanods.training.muon import fast_bf16
 
 
-def trained(
+def run_training(
     out: Path, words: Sequence[str], fresh: bool = False, launch: Sequence[str] = ()
 ) -> tuple[str, list[dict]]:
     """`train.py WORDS`, which write to `out`, on one thread -> the command and the rows of its metrics.
@@ -48,7 +48,7 @@ def trained(
     ]
 
 
-def as_words(flags: dict[str, object]) -> list[str]:
+def flags_from_dict(flags: dict[str, object]) -> list[str]:
     """{"lr": 0.02} -> ["--lr", "0.02"]."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
@@ -58,13 +58,13 @@ def write_json(path: Path, table: dict) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def expect(path: Path, entries: dict[str, dict]) -> None:
+def update_expected(path: Path, entries: dict[str, dict]) -> None:
     """Write into expected.json what train.py shall compare these runs with; the other entries stay."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(path, known | entries)
 
 
-def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+def median_seconds(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
     """Seconds of each call, the rivals taking turns; one turn before the clock starts."""
     seconds = {name: [] for name in calls}
     for turn in range(turns + 1):
@@ -76,7 +76,7 @@ def medians(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, flo
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak() -> int:
+def peak_memory() -> int:
     """Bytes that this process held at most. Linux counts in ru_maxrss what the process that started it held, too."""
     status = Path("/proc/self/status")
     if status.exists():
@@ -86,15 +86,15 @@ def peak() -> int:
     )
 
 
-def rise_of_peak(call: Callable[[], object]) -> int:
+def peak_memory_increase(call: Callable[[], object]) -> int:
     """Bytes by which a call raises the peak of this process's memory: wants a fresh process, whose peak is what it holds."""
     gc.collect()
-    before = peak()
+    before = peak_memory()
     call()
-    return peak() - before
+    return peak_memory() - before
 
 
-def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
+def add_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
     """{name: {T: value}} -> the same and the exponent of each, over lengths of at least `beyond`."""
     slopes = {}
     for name, row in table.items():
@@ -104,7 +104,7 @@ def with_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
     return {"by_tokens": table, "exponents": slopes}
 
 
-def machine(dtype: str = "auto") -> dict[str, object]:
+def describe_machine(dtype: str = "auto") -> dict[str, object]:
     """What figures of speed depend on; "auto" is train.py's choice of precision."""
     if dtype == "auto":
         dtype = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"

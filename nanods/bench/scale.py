@@ -14,7 +14,7 @@ from statistics import median
 
 import tyro
 
-from nanods.bench.runs import machine, trained, write_json
+from nanods.bench.runs import describe_machine, run_training, write_json
 
 STEPS = 60
 MESHES = {"one process": None, "dp=2": "dp=2", "ep=2": "ep=2", "fsdp=2": "fsdp=2"}
@@ -45,7 +45,7 @@ def run(args: Args, name: str, mesh: str | None) -> dict:
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if mesh else []
     )
-    command, rows = trained(out, [*words, *(["--mesh", mesh] if mesh else [])], True, launch)
+    command, rows = run_training(out, [*words, *(["--mesh", mesh] if mesh else [])], True, launch)
     rows = rows[5:]
     told = {"tokens_per_second": median(row["tokens_per_second"] for row in rows)}
     for part in ("optimizer_seconds", "communication_seconds"):
@@ -65,7 +65,7 @@ def main() -> None:
     times = {name: one_of["tokens_per_second"] / one for name, one_of in told.items()}
     write_json(
         args.results / "scale.json",
-        {"machine": machine(), "steps": STEPS, "times": times, "runs": told},
+        {"machine": describe_machine(), "steps": STEPS, "times": times, "runs": told},
     )
 
 

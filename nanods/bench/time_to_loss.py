@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from nanods import plots
-from nanods.bench.runs import as_words, machine, trained, write_json
+from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 
 SIZE = {"n-layer": 4, "n-head": 4, "n-embd": 128, "context-length": 64, "batch-size": 12}
 SIZE |= {"weight-decay": 0.1}  # half of the preset's: a smaller model learns less by heart (LOG.md)
@@ -39,8 +39,8 @@ def main() -> None:
             "out-dir": out,
             "device": "cpu",
         }
-        command, rows = trained(
-            out, ["v0-tiny", "--data", "shakespeare", *as_words(flags)], fresh=True
+        command, rows = run_training(
+            out, ["v0-tiny", "--data", "shakespeare", *flags_from_dict(flags)], fresh=True
         )
         curve = [
             [row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row
@@ -50,7 +50,7 @@ def main() -> None:
             f"{steps} steps: {curve[-1][1]:.0f} CPU-seconds, validation loss {curve[-1][2]:.4f}",
             flush=True,
         )
-    table = {"machine": machine(), "runs": runs}
+    table = {"machine": describe_machine(), "runs": runs}
     write_json(args.results / "time_to_loss.json", table)
     lines = {
         name: tuple(zip(*[row[1:] for row in run["step_cpu_seconds_val_loss"]], strict=True))

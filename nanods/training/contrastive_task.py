@@ -228,7 +228,9 @@ def load_dataset(config: Config):
 
 def model_inputs(items, config: Config, tokenizer) -> dict[str, Tensor]:
     """What a model reads of items, by modality; on the CPU."""
-    read = {name: getattr(items, MODALITIES[name].reads) for name in config.multimodal.modalities}
+    read = {
+        name: getattr(items, MODALITIES[name].input_field) for name in config.multimodal.modalities
+    }
     most = config.model.context_length
     return {
         name: encode(x, tokenizer, most) if isinstance(x, list) else torch.from_numpy(x)

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from nanods.bench.attention import BASELINES, inputs, keys_in_topics
-from nanods.bench.runs import with_exponents
+from nanods.bench.runs import add_exponents
 from nanods.plots import fitted_exponent
 
 
 def test_the_exponent_of_a_square_is_two():
     assert fitted_exponent([10, 20, 40], [100.0, 400.0, 1600.0]) == pytest.approx(2)
-    table = with_exponents({"a": {"1": 9.0, "10": 10.0, "100": 1000.0}}, beyond=10)
+    table = add_exponents({"a": {"1": 9.0, "10": 10.0, "100": 1000.0}}, beyond=10)
     assert table["exponents"]["a"] == pytest.approx(2)
 
 

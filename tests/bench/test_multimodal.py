@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanods.bench.multimodal import VARIANTS, accuracy, facts, flags, replaced, summary
+from nanods.bench.multimodal import VARIANTS, accuracy, fact_accuracy, flags, replace_fact, summary
 from nanods.config import PRESETS, from_command_line
 from nanods.data import scenes
 from nanods.training.contrastive_task import ContrastiveTask
@@ -15,17 +15,17 @@ from tests.data.decoders import read_caption
 
 def test_one_fact_is_replaced_by_each_of_its_values():
     told = [0, 3, 1, 0, 2, 3, 1]  # a large green circle left of a large green triangle
-    assert [scene[0] for scene in replaced(told, 0)] == [
+    assert [scene[0] for scene in replace_fact(told, 0)] == [
         0,
         1,
         3,
         4,
         5,
     ]  # not by a triangle: the two would be alike
-    assert [scene[1] for scene in replaced(told, 1)] == list(range(8))
-    assert [scene[3] for scene in replaced(told, 3)] == [0, 1, 2, 3]
+    assert [scene[1] for scene in replace_fact(told, 1)] == list(range(8))
+    assert [scene[3] for scene in replace_fact(told, 3)] == [0, 1, 2, 3]
     for column in (0, 1, 2, 3):
-        for scene in replaced(told, column):
+        for scene in replace_fact(told, column):
             assert [a == b for a, b in zip(scene, told, strict=True)].count(False) <= 1
 
 
@@ -71,7 +71,7 @@ class Reader(torch.nn.Module):
 def test_who_sees_a_fact_is_right_and_who_does_not_guesses(blind):
     task = ContrastiveTask(PRESETS["v3-tiny"], torch.device("cpu"), nullcontext())
     task.gallery = scenes.gallery(64)
-    right = facts(task, Reader(blind))
+    right = fact_accuracy(task, Reader(blind))
     assert right.keys() == {"shape", "colour", "size", "relation"} and right["shape"].keys() == {
         "image",
         "audio",

@@ -9,7 +9,7 @@ import torch
 
 from nanods.bench import runs
 
-MEASURE = "import torch; from nanods.bench.runs import rise_of_peak; print(rise_of_peak(lambda: torch.ones(1 << 25)))"
+MEASURE = "import torch; from nanods.bench.runs import peak_memory_increase; print(peak_memory_increase(lambda: torch.ones(1 << 25)))"
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -22,14 +22,14 @@ def test_a_stopped_run_is_refused(tmp_path, monkeypatch, fresh):
 
     monkeypatch.setattr(runs.subprocess, "run", stopped)
     with pytest.raises(runs.UserError, match="stopped before its last step"):
-        runs.trained(out, ["v0-tiny"], fresh)
+        runs.run_training(out, ["v0-tiny"], fresh)
 
 
 def test_a_finished_run_is_taken_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "loss.png").touch()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("it was run again"))
-    assert runs.trained(tmp_path, ["v0-tiny"])[1] == [{"step": 1}, {"step": 2}]
+    assert runs.run_training(tmp_path, ["v0-tiny"])[1] == [{"step": 1}, {"step": 2}]
 
 
 def test_a_peak_is_not_that_of_the_process_that_started_it():
@@ -46,8 +46,10 @@ def test_a_peak_is_not_that_of_the_process_that_started_it():
 
 def test_what_one_bench_expects_does_not_forget_anothers(tmp_path):
     path = tmp_path / "expected.json"
-    runs.expect(path, {"v0-tiny/pydocs": {"val_bpb": 2.0}, "v3-tiny/scenes": {"val_recall1": 0.9}})
-    runs.expect(path, {"v3-tiny/scenes": {"val_recall1": 0.99}})
+    runs.update_expected(
+        path, {"v0-tiny/pydocs": {"val_bpb": 2.0}, "v3-tiny/scenes": {"val_recall1": 0.9}}
+    )
+    runs.update_expected(path, {"v3-tiny/scenes": {"val_recall1": 0.99}})
     assert json.loads(path.read_text()) == {
         "v0-tiny/pydocs": {"val_bpb": 2.0},
         "v3-tiny/scenes": {"val_recall1": 0.99},

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanods.bench.runs import as_words
+from nanods.bench.runs import flags_from_dict
 from nanods.distributed.fsdp import split_heads
 from nanods.distributed.mesh import Mesh
 from nanods.distributed.process_groups import BUCKET, ProcessGroups, buckets
@@ -25,7 +25,7 @@ SIZE = {
     "context-length": 32,
     "batch-size": 8,
 }
-SIZE = as_words(SIZE | {"micro-batch": 2})
+SIZE = flags_from_dict(SIZE | {"micro-batch": 2})
 STEPS = ["--steps", "5", "--eval-every", "5"]
 EXPERTS = ["--moe.n-expert", "4", "--moe.bias-rate", "0.01"]
 FLAGS = {

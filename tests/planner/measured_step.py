@@ -55,8 +55,8 @@ def steps(config):
 if __name__ == "__main__":
     import torch._dynamo  # which the first optimizer imports
 
-    from nanods.bench.runs import rise_of_peak
+    from nanods.bench.runs import peak_memory_increase
 
     torch.set_num_threads(1)
     config = ladder.from_command_line("", sys.argv[1:])
-    print(json.dumps(rise_of_peak(lambda: steps(config))))
+    print(json.dumps(peak_memory_increase(lambda: steps(config))))

@@ -274,11 +274,11 @@ def test_a_mesh_that_cannot_be_is_refused_and_idle_gpus_are_counted():
 
 WEIGH = """
 import sys, time
-from nanods.bench.runs import peak
+from nanods.bench.runs import peak_memory
 from nanods.planner import cli as plan
 sys.argv = ["plan", "v2-full", "--gpus", "512", "--gpu", "a100-80gb"]
 plan.main()
-print(time.process_time(), peak(), file=sys.stderr)
+print(time.process_time(), peak_memory(), file=sys.stderr)
 """
 
 
