@@ -1,6 +1,6 @@
 """Grade the exercises of lesson 01: python lessons/exercises/check_01.py [FILE]
 
-Mistakes are found by experiments on the functions (see probe.py), never by reading their source.
+The checks find mistakes by experiments on the functions (see probe.py). They never read the source.
 """
 
 import sys
@@ -19,316 +19,370 @@ from grade import (
     first_index,
     main,
 )
-from probe import BLOCK, B, D, H, N, T, examine, expect_separate, qkv, span, through_identity
+from probe import (
+    BLOCK,
+    B,
+    D,
+    H,
+    N,
+    T,
+    expect_attention,
+    expect_independent_heads,
+    key_range,
+    linear_map_matrix,
+    random_qkv,
+)
 from torch import Tensor
 
 from nanods.attention import block_mask, masked_attention, select_blocks, summarise, visible_mask
 
-# ---- steps 1, 2 and 5: read ----------------------------------------------------------------------------------------------
+# ---- steps 1, 2 and 5: attention -----------------------------------------------------------------
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors agree within TOLERANCE. False if one of them has a NaN."""
+    return bool((a - b).abs().max() < TOLERANCE)
 
 
 def check_dense(answer: Answer) -> None:
-    q, k, v = qkv()
-    examine(
-        answer, visible_mask(q, k, True, None).expand(B, H, T, T), [q, k, v], lambda W, right: None
-    )
-    q, k, v = qkv(T=1)
-    out = answer(q, k, v, when="for T = 1")
-    expect_shape(out, v.shape, ", for T = 1")
-    if not (out - v).abs().max() < TOLERANCE:
+    """Check step 1."""
+    q, k, v = random_qkv()
+    mask = visible_mask(q, k, True, None).expand(B, H, T, T)
+    expect_attention(answer, mask, [q, k, v], lambda W, expected: None)
+    q, k, v = random_qkv(T=1)
+    output = answer(q, k, v, when="for T = 1")
+    expect_shape(output, v.shape, ", for T = 1")
+    if not close(output, v):
         raise Mistake("with one token (T = 1) the output is not v")
 
 
 def check_topk(answer: Answer) -> None:
-    top_k, (q, k, v) = 3, qkv()
+    """Check step 2."""
+    top_k = 3
+    q, k, v = random_qkv()
     try:
         answer(q, k, v, top_k)
     except Crash as crash:
         try:
-            answer(*qkv(T=6), 6)
+            answer(*random_qkv(T=6), 6)
         except Mistake:
             raise crash from None
         raise Mistake(
-            f"runs only where T = top_k: the article's gather takes top_k numbers of v for each query, where it needs "
-            f"top_k rows of D; otherwise it {crash}"
+            "works only for T = top_k: the article's gather takes top_k numbers of v for each "
+            f"query, but attention needs top_k rows of width D; otherwise it {crash}"
         ) from None
 
     past = visible_mask(q, k, True, None)
-    dots, none = q @ k.mT, torch.zeros(B, H, T, T, dtype=torch.bool)
-    wanted = none.scatter(-1, dots.masked_fill(~past, -torch.inf).topk(top_k).indices, True) & past
-    masked_late = none.scatter(-1, dots.topk(top_k).indices, True) & past
+    dots = q @ k.mT
+    nothing = torch.zeros(B, H, T, T, dtype=torch.bool)
+    best_in_past = dots.masked_fill(~past, -torch.inf).topk(top_k).indices
+    expected_mask = nothing.scatter(-1, best_in_past, True) & past
+    late_mask = nothing.scatter(-1, dots.topk(top_k).indices, True) & past
 
-    def explain(W: Tensor, right: Tensor) -> None:
+    def explain(W: Tensor, _expected: Tensor) -> None:
         reads, sums = W > 0, W.sum(-1)
-        if reads.equal(wanted):
+        if reads.equal(expected_mask):
             if (short := sums < 1 - TOLERANCE).any():
                 b, h, t = first_index(short)
                 raise Mistake(
-                    f"weights sum to {sums[b, h, t]:.2f} at query {t}: choose first, then softmax over the chosen"
+                    f"weights sum to {sums[b, h, t]:.2f} at query {t}: "
+                    "select the keys first, then take the softmax over them"
                 )
             return
-        if reads.equal(masked_late):
-            t = first_index(reads != wanted)[2]
+        if reads.equal(late_mask):
+            t = first_index(reads != expected_mask)[2]
             raise Mistake(
-                f"keys of the future take some of the top_k places of query {t}: mask the scores before topk"
+                f"future keys are among the top_k of query {t}: mask the scores before topk"
             )
         if W.triu(1).any() or not reads[:, :, 1, 1].any() or not reads.any(-1).all():
-            return  # a wrong causal mask or NaN, which `examine` knows how to explain
-        number, should = reads.sum(-1), wanted.sum(-1)
-        if (number != should).any():
-            b, h, t = first_index(number != should)
+            return  # a wrong causal mask or NaN: expect_attention explains these
+        count, expected_count = reads.sum(-1), expected_mask.sum(-1)
+        if (count != expected_count).any():
+            b, h, t = first_index(count != expected_count)
             raise Mistake(
-                f"query {t} reads {number[b, h, t]} keys where it should read {should[b, h, t]} (top_k = {top_k})"
+                f"query {t} attends to {count[b, h, t]} keys instead of "
+                f"{expected_count[b, h, t]} (top_k = {top_k})"
             )
-        b, h, t = first_index((reads != wanted).any(-1))
-        got, best = (x[b, h, t].nonzero().flatten().tolist() for x in (reads, wanted))
-        raise Mistake(f"query {t} reads the keys {got}, but its highest scores are at {best}")
+        b, h, t = first_index((reads != expected_mask).any(-1))
+        keys = reads[b, h, t].nonzero().flatten().tolist()
+        best = expected_mask[b, h, t].nonzero().flatten().tolist()
+        raise Mistake(f"query {t} attends to the keys {keys}, but its highest scores are at {best}")
 
-    examine(lambda q, k, v: answer(q, k, v, top_k), wanted, [q, k, v], explain)
+    expect_attention(lambda q, k, v: answer(q, k, v, top_k), expected_mask, [q, k, v], explain)
     for length, n in ((T, T), (T, 32), (1, 3)):
-        q, k, v = qkv(T=length)
+        q, k, v = random_qkv(T=length)
         try:
-            out = answer(q, k, v, n)
+            output = answer(q, k, v, n)
         except Crash as crash:
             raise Mistake(
-                f"top_k larger than T fails (T = {length}, top_k = {n}; take the smaller): it {crash}"
+                f"top_k larger than T fails (T = {length}, top_k = {n}; use the smaller one): "
+                f"it {crash}"
             ) from None
-        expect_shape(out, v.shape, f", for T = {length} and top_k = {n}")
-        if (
-            not (out - masked_attention(q, k, v, visible_mask(q, k, True, None))).abs().max()
-            < TOLERANCE
-        ):
+        expect_shape(output, v.shape, f", for T = {length} and top_k = {n}")
+        if not close(output, masked_attention(q, k, v, visible_mask(q, k, True, None))):
             raise Mistake(
-                f"with top_k = {n} and T = {length} every key is chosen, yet the result is not that of step 1"
+                f"with top_k = {n} and T = {length} every key is selected, "
+                "but the result is not that of step 1"
             )
 
 
 def check_block_attention(answer: Answer) -> None:
-    q, k, v = qkv()
+    """Check step 5."""
+    q, k, v = random_qkv()
     blocks = select_blocks(q, k, BLOCK, 2)
-    blocks[0, :, 10] = torch.tensor(
-        [1, -1]
-    )  # fewer than there are: shows whether -1 is taken for block 0, or for the last
+    # Select fewer blocks than exist, so that a -1 used as block 0 or as the last block shows.
+    blocks[0, :, 10] = torch.tensor([1, -1])
     blocks[1, :, 11] = torch.tensor([-1, -1])
-    own, each = torch.arange(T) // BLOCK, torch.arange(N)
-    here = own[:, None] == each  # (T, N)
-    listed = (blocks[..., None] == each).any(-2)  # (B, H, T, N)
-    full = (blocks >= 0).all(-1, keepdim=True)  # (B, H, T, 1)
+    current_block = torch.arange(T) // BLOCK
+    current = current_block[:, None] == torch.arange(N)  # (T, N)
+    listed = (blocks[..., None] == torch.arange(N)).any(-2)  # (B, H, T, N)
+    without_fill = (blocks >= 0).all(-1, keepdim=True)  # (B, H, T, 1): rows without a -1
     mask = block_mask(q, k, blocks, BLOCK, True)
 
-    def explain(W: Tensor, right: Tensor) -> None:
-        mass = W @ here.to(
-            W
-        )  # (B, H, T, N): how much of its attention each query gives to each block
-        if not mass[:, :, here].any():
+    def explain(W: Tensor, expected: Tensor) -> None:
+        mass = W @ current.to(W)  # (B, H, T, N): the weight that each query gives to each block
+        if not mass[:, :, current].any():
             raise Mistake(
-                f"query 9 does not read its own block (keys {span(2)}, up to 9): it is always read, never listed"
+                f"query 9 does not attend to its current block (keys {key_range(2)}, up to 9): "
+                "every query attends to it, although `blocks` never lists it"
             )
-        if (stray := (mass > 0) & ~listed & ~here).any():
+        if (stray := (mass > 0) & ~listed & ~current).any():
             b, h, t, n = first_index(stray)
-            what = f"(keys {span(n)}); its row of `blocks` is {blocks[b, h, t].tolist()}"
-            if not (stray & full).any():
-                raise Mistake(f"-1 was read as a block: query {t} reads block {n} {what}")
+            where = f"(keys {key_range(n)}); its row of `blocks` is {blocks[b, h, t].tolist()}"
+            if not (stray & without_fill).any():
+                raise Mistake(
+                    f"-1 was used as a block index: query {t} attends to block {n} {where}"
+                )
             if not W.triu(1).any():
-                raise Mistake(f"query {t} reads block {n}, which was not chosen {what}")
+                raise Mistake(f"query {t} attends to block {n}, which was not selected {where}")
             return
         if W.triu(1).any():
             t, s = first_index(W.triu(1))[2:]
             raise Mistake(
-                f"position {t} sees position {s} of its own block, its future: the causal mask holds there too"
+                f"position {t} attends to position {s} in its future, in the current block: "
+                "the causal mask applies there too"
             )
         if (unread := listed & (mass == 0)).any():
             t, n = first_index(unread)[2:]
             raise Mistake(
-                f"query {t} does not read block {n} (keys {span(n)}), which was chosen for it"
+                f"query {t} does not attend to block {n} (keys {key_range(n)}), "
+                "which was selected for it"
             )
-        uneven = (mass - (mass * here).sum(-1, keepdim=True)).abs()
-        if uneven[(listed | here) & full].max() < TOLERANCE:
+        unevenness = (mass - (mass * current).sum(-1, keepdim=True)).abs()
+        if unevenness[(listed | current) & without_fill].max() < TOLERANCE:
             raise Mistake(
-                "each block has a softmax of its own, and they are averaged: one softmax, over all keys read"
+                "each block has its own softmax, and the results are averaged: "
+                "use one softmax over all keys"
             )
-        times = (W / right).where(
-            mask, torch.inf
-        )  # how often each key was counted, up to a factor of its row
+        # How often each key was counted, up to a factor that is the same for all keys of a query.
+        times = (W / expected).where(mask, torch.inf)
         times = (times / times.amin(-1, keepdim=True)).where(mask, 1)
         if times.max() > 1.5 and (times - times.round()).abs().max() < 1e-6:
             b, h, t, s = first_index(times > 1.5)
             raise Mistake(
-                f"the keys of block {own[s]} are counted {times[b, h, t, s]:.0f} times at query {t}"
+                f"the keys of block {current_block[s]} are counted {times[b, h, t, s]:.0f} times "
+                f"at query {t}"
             )
 
-    examine(lambda q, k, v: answer(q, k, v, blocks, BLOCK), mask, [q, k, v], explain)
-    cases = {
+    expect_attention(lambda q, k, v: answer(q, k, v, blocks, BLOCK), mask, [q, k, v], explain)
+    cases = {  # description: (length, top_blocks)
         "T = 1": (1, 1),
         "T smaller than block_size": (3, 2),
         "T a multiple of block_size": (12, 2),
         "an empty `blocks` (K = 0)": (T, 0),
-        "every past block chosen": (T, N),
+        "every past block selected": (T, N),
     }
-    for when, (length, K) in cases.items():
-        q, k, v = qkv(T=length)
-        chosen = select_blocks(q, k, BLOCK, K)
-        out = answer(q, k, v, chosen, BLOCK, when=f"for {when}")
-        expect_shape(out, v.shape, f", for {when}")
-        if (
-            not (out - masked_attention(q, k, v, block_mask(q, k, chosen, BLOCK, True))).abs().max()
-            < TOLERANCE
-        ):
+    for when, (length, top_blocks) in cases.items():
+        q, k, v = random_qkv(T=length)
+        blocks = select_blocks(q, k, BLOCK, top_blocks)
+        output = answer(q, k, v, blocks, BLOCK, when=f"for {when}")
+        expect_shape(output, v.shape, f", for {when}")
+        if not close(output, masked_attention(q, k, v, block_mask(q, k, blocks, BLOCK, True))):
             raise Mistake(f"right in general, but wrong for {when}")
 
 
-# ---- steps 3 and 4, and the bonus: summarise and choose ---------------------------------------------------------------------
+# ---- steps 3 and 4, and the bonus: summarise blocks and select them ------------------------------
 
 
 def check_pool(answer: Answer) -> None:
-    _, k, _ = qkv()
+    """Check step 3."""
+    _, k, _ = random_qkv()
     try:
-        out = answer(k, BLOCK)
+        output = answer(k, BLOCK)
     except Crash as crash:
-        answer(k[:, :, :12], BLOCK)  # if this fails too, what it says is nearer to the cause
+        # If a multiple of block_size fails too, that message is nearer to the cause.
+        answer(k[:, :, :12], BLOCK)
         raise Mistake(
-            f"fails where T is no multiple of block_size (T = {T}, block_size = {BLOCK}): it {crash}"
+            f"fails if T is not a multiple of block_size (T = {T}, block_size = {BLOCK}): "
+            f"it {crash}"
         ) from None
-    if out.shape == (B, H, N - 1, D):
+    if output.shape == (B, H, N - 1, D):
         raise Mistake(
-            f"the last, short block is left out: {T} keys in blocks of {BLOCK} make {N} blocks, not {N - 1}"
+            f"the last, shorter block is missing: {T} keys in blocks of {BLOCK} make {N} blocks, "
+            f"not {N - 1}"
         )
-    expect_shape(out, (B, H, N, D))
-    expect_dtype(out, k)
-    expect_separate(lambda k: answer(k, BLOCK), [k])
-    if (out[:, :, 0] - k[:, :, :BLOCK].amax(2)).abs().max() < TOLERANCE:
-        raise Mistake("the summary is the largest value of each channel, not the mean")
-    M = through_identity(lambda k: answer(k, BLOCK))[
-        0, 0
-    ]  # (N, T): the weight of each key in each mean
-    member = torch.arange(T) // BLOCK == torch.arange(N)[:, None]  # (N, T)
-    for n in range(N):
-        size, keys = member[n].sum().item(), M[n].nonzero().flatten().tolist()
-        if not (M[n] != 0).equal(member[n]):
-            strided = len(keys) > 1 and keys[-1] - keys[0] >= len(keys)
-            hint = ": the reshape should be to (N, block_size)" if strided else ""
-            raise Mistake(f"the mean of block {n} is made of the keys {keys}, not {span(n)}{hint}")
-        if (M[n, keys] - 1).abs().max() < TOLERANCE:
-            raise Mistake(f"the keys of block {n} are summed: divide by their number")
-        if size < BLOCK and (M[n, keys] - 1 / BLOCK).abs().max() < TOLERANCE:
-            raise Mistake(
-                f"the last, short block's mean counts the padding: it has {size} keys, and is divided by {BLOCK}"
-            )
-        if (M[n, keys] - 1 / size).abs().max() > TOLERANCE:
-            raise Mistake(
-                f"the mean of block {n} gives key {keys[0]} the weight {M[n, keys[0]]:.3f}, not 1/{size}"
-            )
-    if not (out - summarise(k, BLOCK, "mean")).abs().max() < TOLERANCE:
+    expect_shape(output, (B, H, N, D))
+    expect_dtype(output, k)
+    expect_independent_heads(lambda k: answer(k, BLOCK), [k])
+    if (output[:, :, 0] - k[:, :, :BLOCK].amax(2)).abs().max() < TOLERANCE:
+        raise Mistake("the result is the maximum of each channel, not the mean")
+    expect_means(linear_map_matrix(lambda k: answer(k, BLOCK))[0, 0])
+    if not close(output, summarise(k, BLOCK, "mean")):
         raise Mistake("the means are right for ones and zeros, but not for other numbers")
     when = "for T smaller than block_size"
     expect_shape(answer(k[:, :, :3], BLOCK, when=when), (B, H, 1, D), f", {when}")
 
 
-def check_choice(answer: Answer, method: str, at: Tensor) -> None:
-    """Step 4 with a row for each query; the bonus with one for each tile. `at` (R,): the position that a row chooses for."""
-    q, k, _ = qkv()
-    R = at.numel()
+def expect_means(M: Tensor) -> None:
+    """Raise Mistake unless M (N, T), the weight of each key in each block's mean, is right."""
+    in_block = torch.arange(T) // BLOCK == torch.arange(N)[:, None]  # (N, T)
+    for n in range(N):
+        size = in_block[n].sum().item()
+        keys = M[n].nonzero().flatten().tolist()
+        if not (M[n] != 0).equal(in_block[n]):
+            strided = len(keys) > 1 and keys[-1] - keys[0] >= len(keys)
+            hint = ": the reshape should be to (N, block_size)" if strided else ""
+            raise Mistake(
+                f"the mean of block {n} is computed from the keys {keys}, not {key_range(n)}{hint}"
+            )
+        if (M[n, keys] - 1).abs().max() < TOLERANCE:
+            raise Mistake(f"the keys of block {n} are summed: divide by their number")
+        if size < BLOCK and (M[n, keys] - 1 / BLOCK).abs().max() < TOLERANCE:
+            raise Mistake(
+                f"the mean of the last, shorter block counts the padding: it has {size} keys, "
+                f"but the sum is divided by {BLOCK}"
+            )
+        if (M[n, keys] - 1 / size).abs().max() > TOLERANCE:
+            raise Mistake(
+                f"the mean of block {n} gives key {keys[0]} the weight {M[n, keys[0]]:.3f}, "
+                f"not 1/{size}"
+            )
+
+
+def check_selection(answer: Answer, method: str, positions: Tensor) -> None:
+    """Check step 4, which returns a row for each query, or the bonus, with one for each tile.
+
+    positions (R,): the position of the query that each row is selected for.
+    """
+    q, k, _ = random_qkv()
+    R = positions.numel()
     blocks = answer(q, k, BLOCK, N)
     if blocks.shape == (B, H, T, N) and R != T:
         raise Mistake(
-            f"returns a row for each of the {T} queries, where one for each of the {R} tiles is asked"
+            f"returns a row for each of the {T} queries, but should return one for each of the "
+            f"{R} tiles"
         )
     expect_shape(blocks, (B, H, R, N))
-    expect_integers(blocks, "block numbers")
+    expect_integers(blocks, "block indices")
     if (outside := (blocks < -1) | (blocks >= N)).any():
         raise Mistake(
-            f"there is no block {blocks[outside][0]}: they go from 0 to {N - 1}, and -1 is none"
+            f"there is no block {blocks[outside][0]}: block indices are 0 to {N - 1}, "
+            "and -1 for no block"
         )
-    expect_separate(lambda q, k: answer(q, k, BLOCK, N), [q, k])
-    expect_candidates(blocks, at)
-
-    before = answer(q, k, BLOCK, 1)
-    expect_shape(before, (B, H, R, 1), ", for top_blocks = 1")
-    for s in range(1, T):
-        q2, k2 = q.clone(), k.clone()
-        q2[:, :, s] *= -9
-        k2[:, :, s] *= -9
-        for what, after in (("query", answer(q2, k, BLOCK, 1)), ("key", answer(q, k2, BLOCK, 1))):
-            if (leak := (after != before)[:, :, at < s]).any():
-                raise Mistake(
-                    f"the choice made for query {at[first_index(leak)[2]]} changes with {what} {s}: the future leaks"
-                )
+    expect_independent_heads(lambda q, k: answer(q, k, BLOCK, N), [q, k])
+    expect_candidates(blocks, positions)
+    expect_no_leak(answer, positions)
     for top_blocks in (1, 2, N):
-        blocks, right = (
-            answer(q, k, BLOCK, top_blocks).long(),
-            select_blocks(q, k, BLOCK, top_blocks, method),
-        )
-        expect_shape(blocks, right.shape, f", for top_blocks = {top_blocks}")
-        if not blocks.equal(right):
-            b, h, r, _ = first_index(blocks != right)
-            t, got, best = at[r], blocks[b, h, r].tolist(), right[b, h, r].tolist()
-            if sorted(got) == sorted(best):
-                raise Mistake(f"the order is wrong: query {t} lists {got}, best first is {best}")
+        blocks = answer(q, k, BLOCK, top_blocks).long()
+        expected = select_blocks(q, k, BLOCK, top_blocks, method)
+        expect_shape(blocks, expected.shape, f", for top_blocks = {top_blocks}")
+        if not blocks.equal(expected):
+            b, h, r, _ = first_index(blocks != expected)
+            t, row, best = positions[r], blocks[b, h, r].tolist(), expected[b, h, r].tolist()
+            if sorted(row) == sorted(best):
+                raise Mistake(f"the order is wrong: query {t} lists {row}, best first is {best}")
             raise Mistake(
-                f"the choice is not the best: query {t} chose {got}, the largest q . mean are at {best}"
+                f"the selection is not the best: query {t} selects {row}, "
+                f"the largest q . mean are at {best}"
             )
-    cases = {
+    cases = {  # description: (length, top_blocks)
         "top_blocks larger than the number of blocks": (T, N + 2),
         "T smaller than block_size": (3, 2),
     }
     for when, (length, top_blocks) in cases.items():
-        q, k, _ = qkv(T=length)
+        q, k, _ = random_qkv(T=length)
         try:
             blocks = answer(q, k, BLOCK, top_blocks).long()
         except Crash as crash:
             raise Mistake(f"fails for {when}: it {crash}") from None
-        right = select_blocks(q, k, BLOCK, top_blocks, method)
-        expect_shape(blocks, right.shape, f", for {when}: fill up with -1")
-        if not blocks.equal(right):
+        expected = select_blocks(q, k, BLOCK, top_blocks, method)
+        expect_shape(blocks, expected.shape, f", for {when}: fill up with -1")
+        if not blocks.equal(expected):
             raise Mistake(f"right in general, but wrong for {when}")
 
 
-def expect_candidates(blocks: Tensor, at: Tensor) -> None:
-    """Where all N blocks are asked for, a row (B, H, R, N) must list its whole past, in whatever order, and then nothing."""
-    rows = [
-        (t, t // BLOCK, row)
-        for head in blocks.flatten(0, 1).tolist()
-        for t, row in zip(at.tolist(), head, strict=True)
-    ]
-    if (blocks >= 0).all() and all(sorted(row[:own]) == list(range(own)) for _, own, row in rows):
-        t, own, row = rows[0]
+def expect_no_leak(answer: Answer, positions: Tensor) -> None:
+    """Raise Mistake if changing token s changes the selection of a query before s."""
+    q, k, _ = random_qkv()
+    before = answer(q, k, BLOCK, 1)
+    expect_shape(before, (B, H, positions.numel(), 1), ", for top_blocks = 1")
+    for s in range(1, T):
+        q2, k2 = q.clone(), k.clone()
+        q2[:, :, s] *= -9
+        k2[:, :, s] *= -9
+        for name, after in (("query", answer(q2, k, BLOCK, 1)), ("key", answer(q, k2, BLOCK, 1))):
+            if (leak := (after != before)[:, :, positions < s]).any():
+                t = positions[first_index(leak)[2]]
+                raise Mistake(
+                    f"the selection for query {t} changes with {name} {s}: the future leaks"
+                )
+
+
+def expect_candidates(blocks: Tensor, positions: Tensor) -> None:
+    """Raise Mistake unless each row of blocks (B, H, R, N) lists its past blocks, then -1.
+
+    All N blocks were requested, so each row must list its whole past, in any order.
+    """
+    rows = []  # (position, current block, selected blocks)
+    for head in blocks.flatten(0, 1).tolist():
+        for t, row in zip(positions.tolist(), head, strict=True):
+            rows.append((t, t // BLOCK, row))
+    all_past_listed = all(sorted(row[:current]) == list(range(current)) for _, current, row in rows)
+    if (blocks >= 0).all() and all_past_listed:
+        t, current, row = rows[0]
         raise Mistake(
-            f"no -1 where fewer past blocks than top_blocks exist: query {t} has {own} of them, yet lists {row}"
+            f"no -1 where a query has fewer past blocks than top_blocks: query {t} has {current}, "
+            f"but lists {row}"
         )
-    for t, own, row in rows:
-        if max(row) > own:
+    for t, current, row in rows:
+        if max(row) > current:
             raise Mistake(
-                f"a block wholly in the future was chosen: query {t} chose block {max(row)} (keys {span(max(row))})"
+                f"a block entirely in the future was selected: query {t} selects block {max(row)} "
+                f"(keys {key_range(max(row))})"
             )
-        if own in row and t < own * BLOCK + BLOCK - 1:
+        if current in row and t < current * BLOCK + BLOCK - 1:
             raise Mistake(
-                f"a block partly in the future was chosen: query {t} chose block {own} (keys {span(own)}), its own"
+                f"a block partly in the future was selected: query {t} selects block {current} "
+                f"(keys {key_range(current)}), its current block"
             )
-        if own in row:
+        if current in row:
             raise Mistake(
-                f"the own block is listed at query {t}, the last of it: step 5 reads it anyway, so never list it"
+                f"the current block is listed for query {t}, the last query in it: "
+                "step 5 always attends to it, so never list it"
             )
-        if missing := set(range(own)) - set(row):
+        if missing := set(range(current)) - set(row):
             raise Mistake(
-                f"query {t} leaves out block {min(missing)} (keys {span(min(missing))}), though all of it is past"
+                f"query {t} leaves out block {min(missing)} (keys {key_range(min(missing))}), "
+                "although it lies entirely in the past"
             )
-        if -1 in row[:own]:
+        if -1 in row[:current]:
             raise Mistake(
-                f"-1 comes before a block at query {t}: {row}; the blocks first, best first, then the -1s"
+                f"-1 comes before a block for query {t}: {row}; "
+                "list the blocks first, best first, then the -1s"
             )
-        if any(n >= 0 for n in row[own:]):
-            raise Mistake(f"a block is listed twice at query {t}: {row}; fill up with -1")
+        if any(n >= 0 for n in row[current:]):
+            raise Mistake(f"a block is listed twice for query {t}: {row}; fill up with -1")
 
 
 STEPS = [
     Step("dense_attention", check_dense),
     Step("topk_attention", check_topk),
     Step("pool_blocks", check_pool),
-    Step("select_blocks", lambda answer: check_choice(answer, "flat", torch.arange(T))),
+    Step("select_blocks", lambda answer: check_selection(answer, "flat", torch.arange(T))),
     Step("block_attention", check_block_attention),
     Step(
         "select_for_tile",
-        lambda answer: check_choice(answer, "tile", torch.arange(N) * BLOCK),
+        lambda answer: check_selection(answer, "tile", torch.arange(N) * BLOCK),
         optional=True,
     ),
 ]

@@ -1,7 +1,8 @@
-"""What the graders of all lessons share: load a learner's file, try its functions, say what is wrong in one line a step.
+"""Grade the exercises of a lesson: load a learner's file, test its functions, print one line each.
 
-A grader is a list of `Step`s. Each has a check, which experiments on the learner's function and raises `Mistake` with the
-reason. Exit status: 0 all steps pass, 1 some do not, 2 the file cannot be read or run at all.
+All lessons share this module. A grader is a list of `Step`s. Each step has a check: it runs
+experiments on the learner's function and raises `Mistake` with the reason. Exit status: 0 if all
+steps pass, 1 if some do not, 2 if the file cannot be loaded.
 """
 
 import argparse
@@ -19,31 +20,36 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-TOLERANCE = 1e-9  # what two ways to compute the same may differ by, in fp64
-TIME_LIMIT = 10.0  # seconds for one call: each takes milliseconds
+TOLERANCE = 1e-9  # the largest allowed difference between two correct computations in fp64
+TIME_LIMIT = 10.0  # seconds for one call; each call takes milliseconds
 
 
-class Mistake(Exception):  # noqa: N818 - it is the learner's, not an error of the program
-    """What is wrong, and where it shows: one sentence for the learner."""
+class Mistake(Exception):  # noqa: N818 - the mistake is the learner's, not an error of the program
+    """A mistake in the learner's function: what is wrong and where it shows, in one sentence."""
 
 
 class NotDone(Exception):  # noqa: N818
-    """The function still raises the stub's bare NotImplementedError."""
+    """The function still raises the bare NotImplementedError of the stub."""
 
 
 class Unusable(Exception):  # noqa: N818
-    """The file cannot be graded at all."""
+    """The file cannot be loaded, so nothing in it can be graded."""
 
 
 class TimeLimitExceeded(BaseException):
-    """A call has taken longer than TIME_LIMIT. Not an Exception, which the learner's own `except` might stop."""
+    """A call took longer than TIME_LIMIT.
+
+    This is not an Exception, because an `except Exception` in the learner's code must not catch it.
+    """
 
 
 @dataclass(frozen=True)
 class Step:
-    """One function to write. `check(answer)` raises Mistake; an optional step may stay undone.
+    """One function of an exercise. `check(answer)` raises Mistake.
 
-    `returns` names what it returns, where that is several tensors; `mask`: that is booleans, elsewhere a mistake.
+    optional: the step may stay undone.
+    returns: the names of the returned tensors, if the function returns several.
+    mask: the function returns booleans. For other steps booleans are a mistake.
     """
 
     name: str
@@ -55,17 +61,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
+    """The grade of one step."""
+
     step: Step
     verdict: str  # "ok", "not done" or "wrong"
     message: str
 
     @property
     def passed(self) -> bool:
+        """Return whether the exercise can still pass with this result."""
         return self.verdict == "ok" or (self.verdict == "not done" and self.step.optional)
 
 
 class Crash(Mistake):
-    """The learner's function raised an exception: which, and in which of its lines."""
+    """The learner's function raised an exception. `reason` names it and the line that raised it."""
 
     def __init__(self, error: BaseException, path: Path, when: str):
         text = (str(error).splitlines() or [""])[0]
@@ -74,147 +83,191 @@ class Crash(Mistake):
 
 
 def line_of(error: BaseException, path: Path) -> str:
-    """The last line of the learner's file that the error passed through, as " at line 12"; "" if none."""
-    lines = [
-        f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path
-    ]
+    """Return the last line of the learner's file in the traceback, as " at line 12".
+
+    Returns "" if the traceback does not pass through that file.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
     return f" at line {lines[-1]}" if lines else ""
 
 
 @contextmanager
 def time_limit() -> Iterator[None]:
-    """Raise TimeLimitExceeded in what takes too long; where there is no such signal (Windows, other threads), wait for it."""
-    if (
-        not hasattr(signal, "setitimer")
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    """Raise TimeLimitExceeded if the body runs longer than TIME_LIMIT.
+
+    Timer signals exist on Unix only, and only the main thread receives them. Elsewhere there is no
+    limit.
+    """
+    has_timer = hasattr(signal, "setitimer")
+    if not has_timer or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_) -> None:
-        if sys.gettrace() is None:  # else a debugger waits for its user
+        if sys.gettrace() is None:  # no limit under a debugger, which waits for its user
             raise TimeLimitExceeded
 
-    before = signal.signal(signal.SIGALRM, stop)
+    previous_handler = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 class Answer:
-    """A learner's function: called like it, on copies of the tensors, it raises Mistake for whatever it should not do.
+    """Wrap a learner's function, and turn its faults into `Mistake`s.
 
-    A Parameter is handed over itself, since it may be the learner's task to change it.
+    Call it like the function. The function receives copies of the tensors, so that a change in
+    place can be detected. A Parameter is passed itself, since changing it may be the task.
     """
 
     def __init__(
         self, function: Callable, path: Path, returns: tuple[str, ...] = (), mask: bool = False
     ):
-        self.function, self.path, self.returns, self.mask = function, path, returns, mask
+        self.function = function
+        self.path = path
+        self.returns = returns
+        self.mask = mask
 
     def __call__(self, *arguments, when: str = "") -> Tensor | tuple[Tensor, ...]:
-        given = [
-            a.clone() if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) else a
-            for a in arguments
-        ]
-        try:
-            with time_limit():
-                out = self.function(*given)
-        except TimeLimitExceeded as error:
-            raise Mistake(
-                f"is not done after {TIME_LIMIT:g} seconds{line_of(error, self.path)}: an endless loop?"
-            ) from None
-        except (Exception, SystemExit) as error:
-            if (
-                isinstance(error, NotImplementedError) and not error.args
-            ):  # torch's own always says what is missing
-                raise NotDone(traceback.extract_tb(error.__traceback__)[-1].name) from None
-            raise Crash(error, self.path, when) from None
-        if not self.returns:
-            expect_tensor(out, mask=self.mask)
-        elif isinstance(out, tuple | list) and len(out) == len(self.returns):
-            for part, name in zip(out, self.returns, strict=True):
-                expect_tensor(part, f" as its {name}")
-        else:
-            number = f" of {len(out)}" if isinstance(out, tuple | list) else ""
-            raise Mistake(
-                f"returns {type_name(out)}{number}, not the {len(self.returns)} tensors {', '.join(self.returns)}"
-            )
-        for i, (before, after) in enumerate(zip(arguments, given, strict=True)):
+        """Return the function's output. `when` names the case in messages, as in "for T = 1".
+
+        Raises Mistake if the function raises, does not return in time, returns the wrong type or
+        changes its arguments; raises NotDone if it is still a stub.
+        """
+        copies = [copy_argument(argument) for argument in arguments]
+        output = self.run(copies, when)
+        self.expect_type(output)
+        for number, (before, after) in enumerate(zip(arguments, copies, strict=True), 1):
             if isinstance(before, Tensor) and not equal_with_nan(before, after):
                 raise Mistake(
-                    f"changes its argument number {i + 1} in place: masked_fill, not masked_fill_, and the like"
+                    f"changes its argument number {number} in place: "
+                    "use masked_fill, not masked_fill_, and so on"
                 )
-        return out
+        return output
+
+    def run(self, arguments: list, when: str) -> object:
+        """Call the function, and turn whatever it raises into Mistake or NotDone."""
+        try:
+            with time_limit():
+                return self.function(*arguments)
+        except TimeLimitExceeded as error:
+            raise Mistake(
+                f"does not return within {TIME_LIMIT:g} seconds{line_of(error, self.path)}: "
+                "is there an endless loop?"
+            ) from None
+        except (Exception, SystemExit) as error:
+            # A stub raises NotImplementedError without arguments; torch's own has a message.
+            if isinstance(error, NotImplementedError) and not error.args:
+                raise NotDone(traceback.extract_tb(error.__traceback__)[-1].name) from None
+            raise Crash(error, self.path, when) from None
+
+    def expect_type(self, output: object) -> None:
+        """Raise Mistake unless the output is a tensor, or as many tensors as `returns` names."""
+        if not self.returns:
+            expect_tensor(output, mask=self.mask)
+            return
+        is_sequence = isinstance(output, tuple | list)
+        if not is_sequence or len(output) != len(self.returns):
+            count = f" of {len(output)}" if is_sequence else ""
+            raise Mistake(
+                f"returns {type_name(output)}{count}, "
+                f"not the {len(self.returns)} tensors {', '.join(self.returns)}"
+            )
+        for tensor, name in zip(output, self.returns, strict=True):
+            expect_tensor(tensor, f" as its {name}")
+
+
+def copy_argument(argument: object) -> object:
+    """Return a copy of a tensor, and anything else (Parameters too) unchanged."""
+    if isinstance(argument, Tensor) and not isinstance(argument, nn.Parameter):
+        return argument.clone()
+    return argument
 
 
 def equal_with_nan(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit but for NaN, which equals NaN here."""
+    """Return whether two tensors have the same shape and values. NaN equals NaN here."""
     return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
 
 
-def type_name(out: object) -> str:
-    return "nothing" if out is None else f"a {type(out).__name__}"
+def type_name(output: object) -> str:
+    """Return the output's type for a message: "a list", or "nothing" for None."""
+    return "nothing" if output is None else f"a {type(output).__name__}"
 
 
-def expect_tensor(out: object, name: str = "", mask: bool = False) -> None:
-    if not isinstance(out, Tensor):
-        raise Mistake(f"returns {type_name(out)}{name}, not a tensor")
-    if out.dtype == torch.bool and not mask:
-        raise Mistake(f"returns booleans{name}, of shape {tuple(out.shape)}, not numbers")
+def expect_tensor(output: object, name: str = "", mask: bool = False) -> None:
+    """Raise Mistake unless the output is a tensor, of numbers unless it is a mask."""
+    if not isinstance(output, Tensor):
+        raise Mistake(f"returns {type_name(output)}{name}, not a tensor")
+    if output.dtype == torch.bool and not mask:
+        raise Mistake(f"returns booleans{name}, of shape {tuple(output.shape)}, not numbers")
 
 
-def expect_shape(out: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
-    if tuple(out.shape) != tuple(shape):
-        raise Mistake(f"returns the wrong shape: {tuple(out.shape)}, not {tuple(shape)}{hint}")
+def expect_shape(output: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
+    """Raise Mistake unless the output has this shape."""
+    if tuple(output.shape) != tuple(shape):
+        raise Mistake(f"returns the wrong shape: {tuple(output.shape)}, not {tuple(shape)}{hint}")
 
 
-def expect_dtype(out: Tensor, like: Tensor) -> None:
-    if out.dtype != like.dtype:
+def expect_dtype(output: Tensor, like: Tensor) -> None:
+    """Raise Mistake unless the output has the dtype of the input `like`."""
+    if output.dtype != like.dtype:
         raise Mistake(
-            f"turns {str(like.dtype)[6:]} into {str(out.dtype)[6:]}: new tensors need the dtype of the old ones"
+            f"turns {str(like.dtype)[6:]} into {str(output.dtype)[6:]}: "
+            "new tensors need the dtype of the old ones"
         )
 
 
-def expect_integers(out: Tensor, what: str) -> None:
-    if out.dtype.is_floating_point or out.dtype == torch.bool:
-        raise Mistake(f"{what} must be integers, and these are {str(out.dtype)[6:]}")
+def expect_integers(output: Tensor, what: str) -> None:
+    """Raise Mistake unless the output holds integers. `what` names them in the message."""
+    if output.dtype.is_floating_point or output.dtype == torch.bool:
+        raise Mistake(f"{what} must be integers, and these are {str(output.dtype)[6:]}")
 
 
-def expect_gradients(function: Callable, right: Callable, tensors: dict[str, Tensor]) -> None:
-    """`function` returns what `right` returns; to each of the tensors must flow the same gradient, too."""
-    grads = []
-    for f in (function, right):
-        leaves = [x.clone().requires_grad_() for x in tensors.values()]
-        out = f(*leaves)
-        if not out.requires_grad:
+def expect_gradients(function: Callable, reference: Callable, tensors: dict[str, Tensor]) -> None:
+    """Raise Mistake unless `function` has the same gradients as `reference`.
+
+    Both return the same output for `tensors`. The gradient of each tensor is compared for one
+    random gradient of the output.
+    """
+    gradients = []
+    for f in (function, reference):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors.values()]
+        output = f(*leaves)
+        if not output.requires_grad:
             raise Mistake("no gradient flows at all: something is under no_grad(), or detached")
-        asked = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
+        generator = torch.Generator().manual_seed(3)
+        output_grad = torch.randn(output.shape, generator=generator, dtype=output.dtype)
         try:
-            grads.append(torch.autograd.grad((out * asked).sum(), leaves, allow_unused=True))
+            loss = (output * output_grad).sum()
+            gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True))
         except RuntimeError as error:
             raise Mistake(f"the backward pass fails: {str(error).splitlines()[0][:110]}") from None
-    for name, grad, wanted in zip(tensors, *grads, strict=True):
-        if grad is None:
+    for name, gradient, expected in zip(tensors, *gradients, strict=True):
+        if gradient is None:
             raise Mistake(f"no gradient reaches {name}: it is detached, or used under no_grad()")
-        if not grad.isfinite().all():
+        if not gradient.isfinite().all():
             raise Mistake(f"the output is right, but the gradient of {name} is NaN or infinite")
-        if (grad - wanted).abs().max() > TOLERANCE:
+        if (gradient - expected).abs().max() > TOLERANCE:
             raise Mistake(
-                f"the output is right, but the gradient of {name} is not: a part of its way is detached"
+                f"the output is right, but the gradient of {name} is not: "
+                "one of the paths to it is detached"
             )
 
 
-def first_index(wrong: Tensor) -> list[int]:
-    """Where the first True stands."""
-    return wrong.nonzero()[0].tolist()
+def first_index(condition: Tensor) -> list[int]:
+    """Return the index of the first True in a boolean tensor."""
+    return condition.nonzero()[0].tolist()
 
 
 def load_file(path: Path) -> ModuleType:
-    """Run the learner's file as a module, whatever its name."""
+    """Return the learner's file as a module. Its name need not be a Python name.
+
+    Raises Unusable if the file does not exist or raises an exception while it is loaded.
+    """
     spec = importlib.util.spec_from_file_location("exercise", path)
     if spec is None or not path.is_file():
         raise Unusable(f"{path}: there is no such Python file")
@@ -225,19 +278,22 @@ def load_file(path: Path) -> ModuleType:
         raise Unusable(f"{path}, line {error.lineno}: Python cannot read it: {error.msg}") from None
     except (Exception, SystemExit) as error:
         raise Unusable(
-            f"{path} stops while it is loaded: {type(error).__name__}{line_of(error, path)}: {error}"
+            f"{path} stops while it is loaded: "
+            f"{type(error).__name__}{line_of(error, path)}: {error}"
         ) from None
     return module
 
 
 def grade_step(step: Step, function: Callable | None, path: Path) -> Result:
+    """Grade one function, defined in the file `path`. None: the file has no such function."""
     if not callable(function):
         return Result(step, "not done", "is not in the file: was it renamed or deleted?")
     try:
         step.check(Answer(function, path, step.returns, step.mask))
-    except NotDone as waits:
-        if str(waits) not in (step.name, getattr(function, "__name__", step.name)):
-            return Result(step, "not done", f"not done yet: it calls {waits}, which is not written")
+    except NotDone as not_done:
+        stub = str(not_done)
+        if stub not in (step.name, getattr(function, "__name__", step.name)):
+            return Result(step, "not done", f"not done yet: it calls {stub}, which is not written")
         goal = (function.__doc__ or "").strip().split("\n")[0]
         return Result(step, "not done", f"not done yet: {goal}")
     except Mistake as mistake:
@@ -246,6 +302,7 @@ def grade_step(step: Step, function: Callable | None, path: Path) -> Result:
 
 
 def grade_file(path: Path, steps: list[Step]) -> list[Result]:
+    """Grade all steps of a learner's file. Raises Unusable if it cannot be loaded."""
     path = Path(path).resolve()
     module = load_file(path)
     torch.manual_seed(0)
@@ -253,6 +310,7 @@ def grade_file(path: Path, steps: list[Step]) -> list[Result]:
 
 
 def main(steps: list[Step], default: Path, arguments: list[str] | None = None) -> int:
+    """Grade the file named on the command line, print one line a step, return the exit status."""
     parser = argparse.ArgumentParser(description="Grade an exercise, step by step.")
     parser.add_argument(
         "file",

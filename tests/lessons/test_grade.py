@@ -1,4 +1,4 @@
-"""Grading as a learner meets it: the stubs, the solutions, files half done, files that are broken."""
+"""Grade as a learner does: the stubs, the solutions, incomplete files and broken files."""
 
 import ast
 import math
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 FOLDER = Path(grade.__file__).parent
-ONE = "dense_attention"
+STEP_1 = "dense_attention"  # the first step of lesson 01
 
 
 class Lesson(NamedTuple):
@@ -29,81 +29,84 @@ class Lesson(NamedTuple):
     stubs: Path
     solutions: Path
     names: list[str]
-    needed: list[str]
+    required: list[str]  # the names of the steps that are not a bonus
 
 
-def lesson(grader, title):
-    number, names = title[:2], [step.name for step in grader.STEPS]
-    needed = [step.name for step in grader.STEPS if not step.optional]
-    return Lesson(grader, FOLDER / f"{title}.py", FOLDER / f"{number}_solutions.py", names, needed)
+def make_lesson(grader, title):
+    return Lesson(
+        grader=grader,
+        stubs=FOLDER / f"{title}.py",
+        solutions=FOLDER / f"{title[:2]}_solutions.py",
+        names=[step.name for step in grader.STEPS],
+        required=[step.name for step in grader.STEPS if not step.optional],
+    )
 
 
-FIRST = lesson(check_01, "01_sparse_attention")
+LESSON_01 = make_lesson(check_01, "01_sparse_attention")
 LESSONS = [
-    FIRST,
-    lesson(check_02, "02_mixture_of_experts"),
-    lesson(check_03, "03_multimodal"),
-    lesson(check_04, "04_scaling"),
+    LESSON_01,
+    make_lesson(check_02, "02_mixture_of_experts"),
+    make_lesson(check_03, "03_multimodal"),
+    make_lesson(check_04, "04_scaling"),
 ]
-NAMES, SOLUTIONS = FIRST.names, FIRST.solutions
-each = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stubs.stem)
+NAMES, SOLUTIONS = LESSON_01.names, LESSON_01.solutions
+each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stubs.stem)
 
 
 @pytest.fixture
-def attempt(tmp_path, capsys):
-    """Grade a text, or a path: (exit status, lines printed)."""
+def run_grader(tmp_path, capsys):
+    """Return a function that grades a text or a file: (exit status, printed lines)."""
 
-    def call(text_or_path, lesson=FIRST):
+    def run(text_or_path, lesson=LESSON_01):
         path = text_or_path
         if isinstance(path, str):
-            path = tmp_path / "mine.py"
+            path = tmp_path / "my_answers.py"
             path.write_text(text_or_path)
         status = grade.main(lesson.grader.STEPS, lesson.stubs, [str(path)])
         return status, capsys.readouterr().out.splitlines()
 
-    return call
+    return run
 
 
-def replaced(source, name, body):
-    """The source with another body for one of its functions."""
+def functions_of(tree):
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+def replace_body(source, name, body):
+    """Return the source with another body for the function of that name."""
     tree = ast.parse(source)
-    function = next(
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
-    )
+    function = next(function for function in functions_of(tree) if function.name == name)
     function.body = ast.parse(body).body
     return ast.unparse(tree)
 
 
-@each
-def test_the_solutions_pass(attempt, lesson):
-    status, lines = attempt(lesson.solutions, lesson)
+@each_lesson
+def test_the_solutions_pass(run_grader, lesson):
+    status, lines = run_grader(lesson.solutions, lesson)
     assert status == 0
     assert [line.split()[1:3] for line in lines] == [[name, "OK"] for name in lesson.names]
 
 
-@each
-def test_the_stubs_fail_each_step_by_its_first_line(attempt, lesson):
-    changed = subprocess.run(
+@each_lesson
+def test_the_stubs_fail_and_print_the_first_line_of_each_docstring(run_grader, lesson):
+    diff = subprocess.run(
         ["git", "diff", "--quiet", "HEAD", "--", lesson.stubs], cwd=FOLDER, capture_output=True
     )
-    if changed.returncode == 1:
-        pytest.skip("you have begun to fill them in")
-    status, lines = attempt(lesson.stubs, lesson)
+    if diff.returncode == 1:
+        pytest.skip("the stubs have been edited")
+    status, lines = run_grader(lesson.stubs, lesson)
     stubs = grade.load_file(lesson.stubs)
     assert status == 1
     for line, name in zip(lines, lesson.names, strict=True):
         assert "not done yet: " + getattr(stubs, name).__doc__.splitlines()[0] in line
 
 
-@each
+@each_lesson
 def test_stubs_and_solutions_have_the_same_signatures(lesson):
     def signatures(path):
-        functions = [
-            node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
-        ]
         return {
             f.name: (ast.unparse(f.args), ast.unparse(f.returns))
-            for f in functions
+            for f in functions_of(ast.parse(path.read_text()))
             if f.name in lesson.names
         }
 
@@ -111,56 +114,57 @@ def test_stubs_and_solutions_have_the_same_signatures(lesson):
     assert signatures(lesson.stubs) == signatures(lesson.solutions)
 
 
-@each
-def test_a_bonus_may_stay_undone_but_not_be_wrong(attempt, lesson):
+@each_lesson
+def test_a_bonus_may_be_undone_but_not_wrong(run_grader, lesson):
     source = lesson.solutions.read_text()
-    for name in set(lesson.names) - set(lesson.needed):
-        assert attempt(replaced(source, name, "raise NotImplementedError"), lesson)[0] == 0
-        assert attempt(replaced(source, name, "return 1"), lesson)[0] == 1
+    for name in set(lesson.names) - set(lesson.required):
+        undone = replace_body(source, name, "raise NotImplementedError")
+        assert run_grader(undone, lesson)[0] == 0
+        assert run_grader(replace_body(source, name, "return 1"), lesson)[0] == 1
 
 
 @pytest.mark.parametrize(
-    ("lesson", "name"), [(lesson, name) for lesson in LESSONS for name in lesson.needed]
+    ("lesson", "name"), [(lesson, name) for lesson in LESSONS for name in lesson.required]
 )
-def test_each_other_step_is_needed(attempt, lesson, name):
-    status, lines = attempt(
-        replaced(lesson.solutions.read_text(), name, "raise NotImplementedError"), lesson
-    )
+def test_each_required_step_must_be_done(run_grader, lesson, name):
+    undone = replace_body(lesson.solutions.read_text(), name, "raise NotImplementedError")
+    status, lines = run_grader(undone, lesson)
     assert status == 1
     assert "not done yet" in lines[lesson.names.index(name)]
 
 
-def test_a_wrong_step_does_not_stop_the_others(attempt):
-    status, lines = attempt(replaced(SOLUTIONS.read_text(), ONE, "return q"))
+def test_a_wrong_step_does_not_stop_the_others(run_grader):
+    status, lines = run_grader(replace_body(SOLUTIONS.read_text(), STEP_1, "return q"))
     assert status == 1
-    assert [line.endswith("OK") or line.endswith("OK (bonus)") for line in lines] == [False] + [
-        True
-    ] * 5
+    passed = [line.endswith("OK") or line.endswith("OK (bonus)") for line in lines]
+    assert passed == [False] + [True] * 5
 
 
-def test_a_step_that_waits_for_another_says_for_which(attempt):
-    _, lines = attempt(replaced(SOLUTIONS.read_text(), "pool_blocks", "raise NotImplementedError"))
+def test_a_step_that_calls_a_stub_names_it(run_grader):
+    undone = replace_body(SOLUTIONS.read_text(), "pool_blocks", "raise NotImplementedError")
+    _, lines = run_grader(undone)
     assert "not done yet: it calls pool_blocks" in lines[NAMES.index("select_blocks")]
 
 
-def test_an_exception_is_named_with_its_line(attempt):
-    source = replaced(SOLUTIONS.read_text(), ONE, "return q @ k")
-    number = next(
-        i for i, line in enumerate(source.splitlines(), 1) if line.strip() == "return q @ k"
-    )
-    assert f"raises RuntimeError at line {number}: " in attempt(source)[1][0]
+def test_an_exception_is_reported_with_its_line(run_grader):
+    source = replace_body(SOLUTIONS.read_text(), STEP_1, "return q @ k")
+    stripped_lines = [line.strip() for line in source.splitlines()]
+    number = stripped_lines.index("return q @ k") + 1
+    assert f"raises RuntimeError at line {number}: " in run_grader(source)[1][0]
 
 
-def test_an_operation_that_torch_lacks_is_not_a_stub(attempt):
-    source = replaced(SOLUTIONS.read_text(), ONE, "raise NotImplementedError('not for Half')")
-    assert "raises NotImplementedError at line" in attempt(source)[1][0]
+def test_a_not_implemented_error_of_torch_is_not_a_stub(run_grader):
+    body = "raise NotImplementedError('not for Half')"
+    source = replace_body(SOLUTIONS.read_text(), STEP_1, body)
+    assert "raises NotImplementedError at line" in run_grader(source)[1][0]
 
 
-def test_a_missing_function_is_missed(attempt):
-    status, lines = attempt(SOLUTIONS.read_text().replace("def dense_attention", "def dense"))
+def test_a_missing_function_is_reported(run_grader):
+    source = SOLUTIONS.read_text()
+    status, lines = run_grader(source.replace("def dense_attention", "def dense"))
     assert status == 1
     assert "dense_attention  is not in the file" in lines[0]
-    assert attempt(SOLUTIONS.read_text().replace("def select_for_tile", "def bonus"))[0] == 0
+    assert run_grader(source.replace("def select_for_tile", "def bonus"))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -177,26 +181,28 @@ def test_a_missing_function_is_missed(attempt):
         (Path("notes.txt"), "there is no such Python file"),
     ],
 )
-def test_a_broken_file_gives_status_2_and_one_line(attempt, text, message):
-    status, lines = attempt(text)
+def test_a_file_that_cannot_be_loaded_gives_status_2_and_one_line(run_grader, text, message):
+    status, lines = run_grader(text)
     assert status == 2
     assert len(lines) == 1
     assert message in lines[0]
 
 
-@each
+@each_lesson
 def test_the_command_grades_the_stubs_by_default(lesson):
-    done = subprocess.run([sys.executable, lesson.grader.__file__], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert [line.split()[1] for line in done.stdout.splitlines()] == lesson.names
-    assert not done.stderr
+    process = subprocess.run(
+        [sys.executable, lesson.grader.__file__], capture_output=True, text=True
+    )
+    assert process.returncode == 1
+    assert [line.split()[1] for line in process.stdout.splitlines()] == lesson.names
+    assert not process.stderr
 
 
-PAIR = grade.Step("pair", lambda answer: answer(), returns=("weights", "experts"))
+TWO_TENSORS = grade.Step("pair", lambda answer: answer(), returns=("weights", "experts"))
 
 
 @pytest.mark.parametrize(
-    ("out", "message"),
+    ("output", "message"),
     [
         ([torch.ones(1)] * 2, "OK"),
         (torch.ones(2), "returns a Tensor, not the 2 tensors weights, experts"),
@@ -205,17 +211,17 @@ PAIR = grade.Step("pair", lambda answer: answer(), returns=("weights", "experts"
         (None, "returns nothing, not the 2 tensors weights, experts"),
     ],
 )
-def test_a_step_may_return_several_tensors(out, message):
-    assert grade.grade_step(PAIR, lambda: out, Path(__file__)).message == message
+def test_a_step_may_return_several_tensors(output, message):
+    assert grade.grade_step(TWO_TENSORS, lambda: output, Path(__file__)).message == message
 
 
-def judged(function, *arguments):
-    return grade.grade_step(
-        grade.Step("one", lambda answer: answer(*arguments)), function, Path(__file__)
-    ).message
+def message_for(function, *arguments):
+    """Return the grader's message for a function that is called once, with these arguments."""
+    step = grade.Step("one", lambda answer: answer(*arguments))
+    return grade.grade_step(step, function, Path(__file__)).message
 
 
-def endless():
+def loop_forever():
     while True:
         try:
             sum(range(1000))
@@ -223,39 +229,40 @@ def endless():
             continue
 
 
-def test_a_call_without_end_is_a_mistake(monkeypatch):
+def test_a_call_that_does_not_return_is_a_mistake(monkeypatch):
     monkeypatch.setattr(grade, "TIME_LIMIT", 0.05)
-    number = endless.__code__.co_firstlineno
+    number = loop_forever.__code__.co_firstlineno
+    lines = rf"({number}|{number + 1}|{number + 3})"
+    message = message_for(loop_forever)
     assert re.search(
-        rf"is not done after 0.05 seconds at line ({number}|{number + 1}|{number + 3}): an endless",
-        judged(endless),
+        rf"does not return within 0.05 seconds at line {lines}: is there an endless loop", message
     )
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def test_where_there_is_no_signal_it_grades_without_one():
+def test_without_timer_signals_the_grader_works_without_a_time_limit():
     with ThreadPoolExecutor() as pool:
-        assert pool.submit(judged, lambda: torch.ones(1)).result() == "OK"
+        assert pool.submit(message_for, lambda: torch.ones(1)).result() == "OK"
 
 
-def test_an_answer_that_leaves_the_program_does_not_end_the_grader():
-    assert "raises SystemExit at line" in judged(lambda: sys.exit(3))
+def test_an_answer_that_exits_does_not_end_the_grader():
+    assert "raises SystemExit at line" in message_for(lambda: sys.exit(3))
 
 
-def test_nan_in_an_argument_is_no_change():
+def test_nan_in_an_argument_does_not_count_as_a_change():
     x = torch.tensor([1, math.nan])
-    assert judged(lambda x: x + 1, x) == "OK"
-    assert "in place" in judged(lambda x: x.fill_(math.nan), x)
-    assert "in place" in judged(lambda x: x.unsqueeze_(0), x)
+    assert message_for(lambda x: x + 1, x) == "OK"
+    assert "in place" in message_for(lambda x: x.fill_(math.nan), x)
+    assert "in place" in message_for(lambda x: x.unsqueeze_(0), x)
 
 
-def test_a_parameter_may_be_changed():
+def test_an_answer_may_change_a_parameter():
     parameter = nn.Parameter(torch.ones(()))
-    assert judged(lambda x: x.data.add_(1), parameter) == "OK"
+    assert message_for(lambda x: x.data.add_(1), parameter) == "OK"
     assert parameter == 2
 
 
-def test_a_gradient_of_nan_is_not_right():
+def test_a_nan_gradient_is_wrong():
     x = {"x": torch.zeros(2, dtype=torch.float64)}
     with pytest.raises(grade.Mistake, match="gradient of x is NaN"):
         grade.expect_gradients(lambda x: x.square().sum().sqrt() * 0, lambda x: x.sum() * 0, x)

@@ -1,4 +1,4 @@
-"""Whatever an answer returns, and whenever, is a mistake of the learner: no grader stumbles over shapes, types or NaN."""
+"""No grader crashes on a wrong shape, a wrong type or NaN: each is a mistake of the learner."""
 
 import math
 from pathlib import Path
@@ -13,31 +13,43 @@ import torch
 from tests.lessons.wrong_answers import spoil_output
 
 CHECKS = {"02": check_02, "03": check_03, "04": check_04}
-RIGHT = {
+SOLUTIONS = {
     number: grade.load_file(Path(check.__file__).with_name(f"{number}_solutions.py"))
     for number, check in CHECKS.items()
 }
-PLACES = [
-    pytest.param(number, step, place, id=f"{number}-{step.name}-{place}")
-    for number, check in CHECKS.items()
-    for step in check.STEPS
-    for place in (range(len(step.returns)) if step.returns else [None])
-]
 
 
-def late(number, step, place, when, spoil):
-    """The verdict on an answer that is right, but spoilt from its `when`-th call on; and how often it was called."""
-    calls = []
+def outputs_of_all_steps():
+    """Return a test case (lesson, step, index) for each tensor that a step returns."""
+    cases = []
+    for number, check in CHECKS.items():
+        for step in check.STEPS:
+            for index in range(len(step.returns)) if step.returns else [None]:
+                cases.append(pytest.param(number, step, index, id=f"{number}-{step.name}-{index}"))
+    return cases
+
+
+each_output = pytest.mark.parametrize(("number", "step", "index"), outputs_of_all_steps())
+
+
+def grade_spoilt(number, step, index, first_call, spoil):
+    """Grade the solution, with its output spoilt from call number `first_call` on.
+
+    Returns the result and the number of calls.
+    """
+    calls = 0
 
     def answer(*arguments):
-        calls.append(None)
-        out = getattr(RIGHT[number], step.name)(*arguments)
-        return spoil_output(place, spoil, out) if len(calls) >= when else out
+        nonlocal calls
+        calls += 1
+        output = getattr(SOLUTIONS[number], step.name)(*arguments)
+        return spoil_output(index, spoil, output) if calls >= first_call else output
 
-    return grade.grade_step(step, answer, Path(__file__)), len(calls)
+    result = grade.grade_step(step, answer, Path(__file__))
+    return result, calls
 
 
-@pytest.mark.parametrize(("number", "step", "place"), PLACES)
+@each_output
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -48,24 +60,26 @@ def late(number, step, place, when, spoil):
         lambda x: x.flatten()[:1].expand(7),
     ],
 )
-def test_another_shape_is_called_one(number, step, place, spoil):
-    result, _ = late(number, step, place, 1, spoil)
+def test_a_wrong_shape_or_type_is_reported(number, step, index, spoil):
+    result, _ = grade_spoilt(number, step, index, 1, spoil)
     assert result.verdict == "wrong"
     assert "shape" in result.message or "not a tensor" in result.message
 
 
-@pytest.mark.parametrize(("number", "step", "place"), PLACES)
-@pytest.mark.parametrize("when", [1, 2, 3, 5, 8])
+@each_output
+@pytest.mark.parametrize("first_call", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("spoil", [lambda x: x[None], torch.Tensor.tolist, lambda x: x * math.nan])
-def test_and_so_is_one_that_comes_late(number, step, place, when, spoil):
-    result, calls = late(number, step, place, when, spoil)
-    assert result.verdict == "wrong" or calls < when
+def test_an_output_that_is_wrong_from_a_later_call_on_is_reported(
+    number, step, index, first_call, spoil
+):
+    result, calls = grade_spoilt(number, step, index, first_call, spoil)
+    assert result.verdict == "wrong" or calls < first_call
 
 
-@pytest.mark.parametrize(("number", "step", "place"), PLACES)
-@pytest.mark.parametrize("when", [1, 2, 3, 5, 8, 12])
+@each_output
+@pytest.mark.parametrize("first_call", [1, 2, 3, 5, 8, 12])
 @pytest.mark.parametrize(
     "spoil", [torch.Tensor.detach, torch.Tensor.long, torch.Tensor.bfloat16, torch.Tensor.bool]
 )
-def test_what_may_still_be_right_is_survived(number, step, place, when, spoil):
-    late(number, step, place, when, spoil)
+def test_the_grader_does_not_crash_on_a_converted_output(number, step, index, first_call, spoil):
+    grade_spoilt(number, step, index, first_call, spoil)

@@ -1,4 +1,4 @@
-"""A list of wrong answers to the steps of one exercise, each with the message that belongs to its mistake alone."""
+"""Collect wrong answers to the steps of an exercise, each with the message for its mistake."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,14 @@ import pytest
 
 
 def grade_answer(steps, name, function):
-    """What the grader says of an answer to the step of that name, written in the file where it stands."""
-    return grade.grade_step(
-        next(step for step in steps if step.name == name),
-        function,
-        Path(function.__code__.co_filename),
-    )
+    """Grade a function as the answer to the step of that name."""
+    step = next(step for step in steps if step.name == name)
+    return grade.grade_step(step, function, Path(function.__code__.co_filename))
 
 
 class WrongAnswers:
+    """Test cases (step, message, function): a wrong answer and a pattern for its message."""
+
     def __init__(self):
         self.cases = []
 
@@ -24,7 +23,7 @@ class WrongAnswers:
         self.cases.append(pytest.param(step, message, function, id=f"{step}-{name}"))
 
     def register(self, step, message):
-        """A decorator: this function is a wrong answer to the step, and `message` a pattern for what it is told."""
+        """Return a decorator that adds its function as a wrong answer to the step."""
 
         def add(function):
             self.add(step, message, function, function.__name__)
@@ -33,22 +32,22 @@ class WrongAnswers:
         return add
 
     def register_all(self, step, **answers):
-        """The same for lambdas: name = (pattern, function)."""
+        """Add several wrong answers to one step, as name=(message, function)."""
         for name, (message, function) in answers.items():
             self.add(step, message, function, name)
 
     def assert_diagnosis(self, steps, step, message, function):
+        """Assert that the message matches this pattern and no other pattern of the step."""
         result = grade_answer(steps, step, function)
         assert result.verdict == "wrong"
         assert re.search(message, result.message), result.message
-        others = {p.values[1] for p in self.cases if p.values[0] == step} - {message}
-        assert not [other for other in others if re.search(other, result.message)]
+        others = {case.values[1] for case in self.cases if case.values[0] == step} - {message}
+        matching = [other for other in others if re.search(other, result.message)]
+        assert not matching
 
 
-def spoil_output(place, spoil, out):
-    """Several tensors with one of them spoilt, or the only one."""
-    return (
-        spoil(out)
-        if place is None
-        else [spoil(part) if i == place else part for i, part in enumerate(out)]
-    )
+def spoil_output(index, spoil, output):
+    """Apply `spoil` to the output, or to its tensor number `index` if there are several."""
+    if index is None:
+        return spoil(output)
+    return [spoil(tensor) if i == index else tensor for i, tensor in enumerate(output)]
