@@ -1,10 +1,10 @@
 """Grade the exercises of lesson 04: python lessons/exercises/check_04.py [FILE]
 
-Mistakes are found by experiments on the functions (see probe_sharing.py for steps 1 and 2), never by reading their source.
+The grader finds mistakes by experiments on the functions, never by reading their source. The
+experiments of steps 1 and 2 are in probe_scaling.py.
 """
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,435 +19,422 @@ from grade import (
     first_index,
     main,
 )
-from probe_sharing import examine_parts, examine_ring
+from probe_scaling import examine_ring, examine_tensor_parallel_mlp
 from torch import Tensor
 
-Known = dict[str, Callable[[], Tensor]]
+KnownMistakes = dict[str, Tensor]  # what a mistake returns, by message
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a - b).abs() < TOLERANCE).all())  # never where one is NaN
+def is_close(a: Tensor, b: Tensor) -> bool:
+    """Return whether a and b have the same shape and are close. False if one contains NaN."""
+    return a.shape == b.shape and bool(((a - b).abs() < TOLERANCE).all())
 
 
-def explain(got: Tensor, known: Known, name: str = "") -> None:
-    for why, make in known.items():
-        if same(got, make()):
-            raise Mistake(f"{name} {why}".lstrip())
+def raise_known_mistake(result: Tensor, known_mistakes: KnownMistakes, name: str) -> None:
+    """Raise the Mistake whose value is `result`, if there is one. `name` precedes its message."""
+    for message, value in known_mistakes.items():
+        if is_close(result, value):
+            raise Mistake(f"{name} {message}")
 
 
-# ---- step 3: rows for their owners -------------------------------------------------------------------------------------------
+# ---- step 3: rows sorted for the owners of their experts -----------------------------------------
 
 N, K, E, P = 12, 2, 8, 4  # tokens, choices, experts, processes
+OUTPUTS = ("order", "send_counts")
 
 
-def chosen(N: int = N, K: int = K, below: int = E, seed: int = 6) -> Tensor:
-    """(N, K), of experts under `below`; no token chooses one twice."""
-    return random(N, below, seed=seed).argsort(dim=-1)[:, :K]
+def random_choices(N: int = N, K: int = K, n_expert: int = E, seed: int = 6) -> Tensor:
+    """Return experts (N, K) below `n_expert`. No token chooses one twice."""
+    return random(N, n_expert, seed=seed).argsort(dim=-1)[:, :K]
 
 
-def right_order(experts: Tensor) -> Tensor:
+def reference_order(experts: Tensor) -> Tensor:
     return experts.flatten().argsort(stable=True)
 
 
-def right_sent(experts: Tensor, n_expert: int, n: int) -> Tensor:
+def reference_send_counts(experts: Tensor, n_expert: int, n: int) -> Tensor:
     return experts.flatten().bincount(minlength=n_expert).view(n, -1).sum(-1)
 
 
-def check_pack(answer: Answer) -> None:
-    def asked(experts: Tensor, n_expert: int, n: int, when: str = "") -> tuple[Tensor, Tensor]:
-        order, sent = answer(experts, n_expert, n, when=when)
-        told, count = f", {when}" if when else "", experts.numel()
-        flat = (
-            ": one list of all assignments, flatten()"
-            if tuple(order.shape) == tuple(experts.shape)
-            else ""
-        )
-        expect_shape(order, (count,), f" (order){told or flat}")
-        few = (
-            ": an entry for each process, 0 where nothing goes there"
-            if sent.ndim == 1 and len(sent) < n
-            else ""
-        )
-        each = (
-            ": sum over the experts of each process"
-            if tuple(sent.shape) == (n_expert,) and n != n_expert
-            else ""
-        )
-        expect_shape(sent, (n,), f" (sent){told}{few or each}")
+def check_dispatch(answer: Answer) -> None:
+    def dispatch(experts: Tensor, n_expert: int, n: int, when: str = "") -> tuple[Tensor, Tensor]:
+        """Call the answer, check the shapes and dtypes of its results and return them."""
+        order, send_counts = answer(experts, n_expert, n, when=when)
+        expect_dispatch_shapes(order, send_counts, experts, n_expert, n, when)
         expect_integers(order, "order")
-        expect_integers(sent, "sent")
-        return order, sent
+        expect_integers(send_counts, "send_counts")
+        return order, send_counts
 
-    experts = chosen()
-    order, sent = asked(experts, E, P)
+    experts = random_choices()
+    order, send_counts = dispatch(experts, E, P)
     expect_order(order, experts)
-    expect_sent(sent, experts)
+    expect_send_counts(send_counts, experts)
     cases = {
-        "where nothing goes to the last process": (chosen(below=E - 2), E, P),
-        "where all goes to process 0": (chosen(below=2), E, P),
-        "for one choice a token": (chosen(K=1), E, P),
+        "where nothing goes to the last process": (random_choices(n_expert=E - 2), E, P),
+        "where all rows go to process 0": (random_choices(n_expert=2), E, P),
+        "for one choice per token": (random_choices(K=1), E, P),
         "for one process": (experts, E, 1),
-        "for a process for each expert": (experts, E, E),
-        "for one token": (chosen(N=1), E, P),
-        "without tokens": (chosen(N=0), E, P),
-        "for 200 tokens": (
-            chosen(N=200),
-            E,
-            P,
-        ),  # a sort that is not stable may keep the order of a few
+        "for one process per expert": (experts, E, E),
+        "for one token": (random_choices(N=1), E, P),
+        "without tokens": (random_choices(N=0), E, P),
+        # A sort that is not stable may keep the order of a few tokens.
+        "for 200 tokens": (random_choices(N=200), E, P),
     }
     for when, (experts, n_expert, n) in cases.items():
-        order, sent = asked(experts, n_expert, n, when=when)
-        if not order.equal(right_order(experts)):
+        order, send_counts = dispatch(experts, n_expert, n, when=when)
+        if not order.equal(reference_order(experts)):
             if experts.flatten()[order].equal(experts.flatten().sort().values):
                 raise Mistake(
-                    f"order: the rows of an expert are not in the order of their tokens {when}: sort stable=True"
+                    "order: the rows of an expert are not in the order of their tokens "
+                    f"{when}: sort with stable=True"
                 )
             raise Mistake(f"order: right in general, but wrong {when}")
-        if not sent.equal(right_sent(experts, n_expert, n)):
-            raise Mistake(f"sent: right in general, but {sent.tolist()[:8]} {when}")
+        if not send_counts.equal(reference_send_counts(experts, n_expert, n)):
+            raise Mistake(f"send_counts: right in general, but {send_counts.tolist()[:8]} {when}")
+
+
+def expect_dispatch_shapes(
+    order: Tensor, send_counts: Tensor, experts: Tensor, n_expert: int, n: int, when: str
+) -> None:
+    hint = ""
+    if tuple(order.shape) == tuple(experts.shape):
+        hint = ": return one list of all assignments, flatten()"
+    expect_shape(order, (experts.numel(),), f" (order){f', {when}' if when else hint}")
+    hint = f", {when}" if when else ""
+    if send_counts.ndim == 1 and len(send_counts) < n:
+        hint += ": one number for each process, 0 for one that receives nothing"
+    elif tuple(send_counts.shape) == (n_expert,) and n != n_expert:
+        hint += ": sum over the experts of each process"
+    expect_shape(send_counts, (n,), f" (send_counts){hint}")
+
+
+def known_orders(experts: Tensor) -> KnownMistakes:
+    flat, per_process = experts.flatten(), E // P
+    expected = reference_order(experts)
+    token, slot = torch.arange(N * K) // K, torch.arange(N * K) % K
+    return {
+        "holds the numbers of tokens: assignment t K + k is choice k of token t, so that "
+        "x[order // K] finds its row": expected // K,
+        "holds the sorted experts: return which assignment stands at each position, argsort()": (
+            flat[expected]
+        ),
+        "holds the position of each assignment: return the inverse, the assignment at each "
+        "position": expected.argsort(),
+        "is the order of the tokens: sort by expert": torch.arange(N * K),
+        "begins with the last expert": flat.argsort(stable=True, descending=True),
+        "takes assignment k N + t for choice k of token t, which is t K + k: flatten (N, K), not "
+        "its transpose": experts.T.flatten().argsort(stable=True),
+        "sorts only by owner: sort the rows of each owner by expert": (
+            (flat // per_process).argsort(stable=True)
+        ),
+        "distributes the experts round-robin, e % n: process r owns n_expert / n consecutive "
+        "experts": (flat % P * E + flat).argsort(stable=True),
+        "sorts the rows of an expert by choice, then by token: sort them only by token": (
+            (flat * K * N + slot * N + token).argsort()
+        ),
+    }
 
 
 def expect_order(order: Tensor, experts: Tensor) -> None:
-    flat, here = experts.flatten(), E // P
-    right = right_order(experts)
-    if order.equal(right):
+    flat, expected = experts.flatten(), reference_order(experts)
+    if order.equal(expected):
         return
-    by_slot = experts.T.flatten().argsort(stable=True)
-    token, slot = torch.arange(N * K) // K, torch.arange(N * K) % K
-    explain(
-        order,
-        {
-            "holds the numbers of tokens: an assignment's is t K + k, so that x[order // K] finds its row": lambda: (
-                right // K
-            ),
-            "holds the experts, sorted: what is asked for is which assignment stands where, argsort()": lambda: (
-                flat[right]
-            ),
-            "says where each assignment goes: its inverse says which assignment stands where": lambda: (
-                right.argsort()
-            ),
-            "is the order of the tokens, as they are: sort by expert": lambda: torch.arange(N * K),
-            "begins with the last expert": lambda: flat.argsort(stable=True, descending=True),
-            "takes assignment k N + t for the k-th choice of token t, which is t K + k: flatten (N, K), not its transpose": (
-                lambda: by_slot
-            ),
-            "sorts by owner alone: within a box, rows stand by expert": lambda: (
-                flat // here
-            ).argsort(stable=True),
-            "deals experts out in turn, e % n: process r owns n_expert / n that follow each other": lambda: (
-                (flat % P * E + flat).argsort(stable=True)
-            ),
-            "has the rows of an expert by choice, and then by token: by token alone": lambda: (
-                flat * K * N + slot * N + token
-            ).argsort(),
-        },
-        "order",
-    )
+    raise_known_mistake(order, known_orders(experts), "order")
     if not order.sort().values.equal(torch.arange(N * K)):
         missing = sorted(set(range(N * K)) - set(order.tolist()))
         raise Mistake(
-            f"order: each of the {N * K} assignments stands in it once, and number {missing[0]} does not"
+            f"order: it must contain each of the {N * K} assignments once, and number {missing[0]} "
+            "is missing"
         )
-    if flat[order].equal(flat[right]):
+    if flat[order].equal(flat[expected]):
         raise Mistake(
-            "order: the rows of an expert are not in the order of their tokens: sort stable=True"
+            "order: the rows of an expert are not in the order of their tokens: sort with "
+            "stable=True"
         )
-    i = first_index(order != right)[0]
-    what = (
-        f"assignment {order[i]} (expert {flat[order[i]]}), not {right[i]} (expert {flat[right[i]]})"
+    i = first_index(order != expected)[0]
+    raise Mistake(
+        f"order: at position {i} is assignment {order[i]} (expert {flat[order[i]]}), "
+        f"not {expected[i]} (expert {flat[expected[i]]})"
     )
-    raise Mistake(f"order: at place {i} stands {what}")
 
 
-def expect_sent(sent: Tensor, experts: Tensor) -> None:
-    flat, right = experts.flatten(), right_sent(experts, E, P)
-    if sent.equal(right):
+def known_send_counts(experts: Tensor) -> KnownMistakes:
+    flat, expected = experts.flatten(), reference_send_counts(experts, E, P)
+    owners = experts // (E // P)  # (N, K)
+    return {
+        "counts experts e % n: process r owns n_expert / n consecutive experts, e // (n_expert / "
+        "n)": (flat % P).bincount(minlength=P),
+        "counts a token once per process: two choices owned by one process are two rows": (
+            torch.stack([(owners == r).any(-1).sum() for r in range(P)])
+        ),
+        "counts only first choices: each token has K rows": owners[:, 0].bincount(minlength=P),
+        "is a cumulative sum: return how many rows each process gets, not where they end": (
+            expected.cumsum(0)
+        ),
+        "is a cumulative sum: return how many rows each process gets, not where they begin": (
+            expected.cumsum(0) - expected
+        ),
+        "counts the experts that get rows: count the rows": (
+            (flat.bincount(minlength=E).view(P, -1) > 0).sum(-1)
+        ),
+        "is in reverse order: the first number belongs to process 0": expected.flip(0),
+    }
+
+
+def expect_send_counts(send_counts: Tensor, experts: Tensor) -> None:
+    expected = reference_send_counts(experts, E, P)
+    if send_counts.equal(expected):
         return
-    owners = experts // (E // P)
-    explain(
-        sent,
-        {
-            "counts experts e % n: process r owns n_expert / n that follow each other, e // (n_expert / n)": lambda: (
-                (flat % P).bincount(minlength=P)
-            ),
-            "counts tokens, each once for a process: two of its experts there are two rows": lambda: (
-                torch.stack([(owners == r).any(-1).sum() for r in range(P)])
-            ),
-            "counts first choices alone: each token has K rows": lambda: owners[:, 0].bincount(
-                minlength=P
-            ),
-            "is a running sum: how many rows each gets, not where they end": lambda: right.cumsum(
-                0
-            ),
-            "is a running sum: how many rows each gets, not where they begin": lambda: (
-                right.cumsum(0) - right
-            ),
-            "counts how many of its experts get rows: how many rows they get": lambda: (
-                flat.bincount(minlength=E).view(P, -1) > 0
-            ).sum(-1),
-            "is turned round: the first is process 0's": lambda: right.flip(0),
-        },
-        "sent",
-    )
-    raise Mistake(f"sent is {sent.tolist()}, and should be {right.tolist()}")
+    raise_known_mistake(send_counts, known_send_counts(experts), "send_counts")
+    raise Mistake(f"send_counts is {send_counts.tolist()}, but {expected.tolist()} is correct")
 
 
-# ---- step 4: one gradient of many --------------------------------------------------------------------------------------------
+# ---- step 4: gradients of the whole batch --------------------------------------------------------
 
-W, G, S, X = (
-    6,
-    2,
-    5,
-    7,
-)  # processes, of a group, numbers that all have, numbers of the experts of one
+W, G = 6, 2  # processes, processes of a group
+S, X = 5, 7  # shared weights, weights of the experts of one process
 
 
-def right_sums(shared: Tensor, experts: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    W = len(shared)
-    return shared.mean(0).expand_as(shared), by_twins(experts, group) / W
+def reference_gradients(shared: Tensor, experts: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    return shared.mean(0).expand_as(shared), sum_over_replicas(experts, group_size) / len(shared)
 
 
-def by_twins(x: Tensor, group: int) -> Tensor:
-    """Summed over those with the same place in their groups: for each process."""
+def sum_over_replicas(x: Tensor, group_size: int) -> Tensor:
+    """Sum over the processes with the same position in their groups. Return (W, X)."""
     W = len(x)
-    return x.view(W // group, group, -1).sum(0).repeat(W // group, 1)
+    return x.view(W // group_size, group_size, -1).sum(0).repeat(W // group_size, 1)
 
 
-def by_group(x: Tensor, group: int) -> Tensor:
+def sum_over_group(x: Tensor, group_size: int) -> Tensor:
+    """Sum over the processes of each group. Return (W, X)."""
     W = len(x)
-    return x.view(W // group, group, -1).sum(1).repeat_interleave(group, 0)
+    return x.view(W // group_size, group_size, -1).sum(1).repeat_interleave(group_size, 0)
 
 
-def check_add_up(answer: Answer) -> None:
-    def asked(shared: Tensor, experts: Tensor, group: int, when: str = "") -> tuple[Tensor, Tensor]:
-        made = answer(shared, experts, group, when=when)
-        for got, given, name in zip(made, (shared, experts), ("shared", "experts"), strict=True):
-            one = ": each process needs its own row, the same as others have or not"
-            row = (
-                tuple(got.shape)
-                in (tuple(given.shape[1:]), (1, given.shape[1]), (group, given.shape[1]))
-                and len(given) > group
-            )
-            expect_shape(
-                got,
-                tuple(given.shape),
-                f" ({name})" + (f", {when}" if when else one if row else ""),
-            )
-            expect_dtype(got, given)
-        return made
+def check_gradients(answer: Answer) -> None:
+    def gradients(
+        shared: Tensor, experts: Tensor, group_size: int, when: str = ""
+    ) -> tuple[Tensor, Tensor]:
+        """Call the answer, check the shapes and dtypes of its results and return them."""
+        results = answer(shared, experts, group_size, when=when)
+        for result, x, name in zip(results, (shared, experts), ("shared", "experts"), strict=True):
+            hint = f", {when}" if when else ""
+            one_row_for_many = (tuple(x.shape[1:]), (1, x.shape[1]), (group_size, x.shape[1]))
+            if not when and tuple(result.shape) in one_row_for_many and len(x) > group_size:
+                hint = ": return a row for each process, even if rows are equal"
+            expect_shape(result, tuple(x.shape), f" ({name}){hint}")
+            expect_dtype(result, x)
+        return results
 
     shared, experts = random(W, S), random(W, X, seed=2)
-    got = asked(shared, experts, G)
-    right = right_sums(shared, experts, G)
-    if not same(got[0], right[0]):
-        total = shared.sum(0).expand_as(shared)
-        explain(got[0], known_sums(shared, total), "shared")
+    results = gradients(shared, experts, G)
+    expected = reference_gradients(shared, experts, G)
+    if not is_close(results[0], expected[0]):
+        raise_known_mistake(results[0], known_shared_gradients(shared), "shared")
         raise Mistake(
-            f"shared gives {got[0][0, 0]:.4f} where the mean over all {W} is {right[0][0, 0]:.4f}"
+            f"shared gives {results[0][0, 0]:.4f}, but the mean over all {W} is "
+            f"{expected[0][0, 0]:.4f}"
         )
-    if not same(got[1], right[1]):
-        twins = by_twins(experts, G)
-        explain(got[1], known_experts(experts, twins), "experts")
+    if not is_close(results[1], expected[1]):
+        raise_known_mistake(results[1], known_expert_gradients(experts), "experts")
         raise Mistake(
-            f"experts gives {got[1][0, 0]:.4f}, and should give {right[1][0, 0]:.4f} for process 0"
+            f"experts gives {results[1][0, 0]:.4f} for process 0, but {expected[1][0, 0]:.4f} is "
+            "correct"
         )
     cases = {
-        "for groups of one, which are copies of everything": (shared, experts, 1),
-        "for one group, without copies of experts": (shared, experts, W),
+        "for groups of one, which replicate everything": (shared, experts, 1),
+        "for one group, which does not replicate experts": (shared, experts, W),
         "for two groups of three": (shared, experts, 3),
         "for one process": (shared[:1], experts[:1], 1),
     }
-    for when, given in cases.items():
-        got = asked(*given, when=when)
-        for made, wanted, name in zip(got, right_sums(*given), ("shared", "experts"), strict=True):
-            if not same(made, wanted):
+    for when, case in cases.items():
+        results, expected = gradients(*case, when=when), reference_gradients(*case)
+        for result, value, name in zip(results, expected, ("shared", "experts"), strict=True):
+            if not is_close(result, value):
                 raise Mistake(f"{name}: right for {W} processes in groups of {G}, but wrong {when}")
-    single = shared.float(), experts.float()
-    for made, wanted in zip(asked(*single, G, when="in fp32"), right_sums(*single, G), strict=True):
-        if not (made - wanted).abs().max() < 1e-5:
+    case = shared.float(), experts.float(), G
+    results, expected = gradients(*case, when="in fp32"), reference_gradients(*case)
+    for result, value in zip(results, expected, strict=True):
+        if not (result - value).abs().max() < 1e-5:
             raise Mistake("right in fp64, but wrong in fp32")
 
 
-def known_sums(x: Tensor, total: Tensor) -> Known:
+def known_shared_gradients(x: Tensor) -> KnownMistakes:
+    """Return wrong gradients of the shared weights, by message."""
+    total = x.sum(0).expand_as(x)
     return {
-        "is as it was: each process would take another step, and the copies would part": lambda: x,
-        "is the sum: the loss of the batch is the *mean* of W losses": lambda: total,
-        "is added up in each group alone: all processes have these weights": lambda: (
-            by_group(x, G) / G
+        "is unchanged: each process would take a different step, and the replicas would diverge": x,
+        "is the sum: the loss of the batch is the *mean* of W losses": total,
+        "is averaged within each group only: all processes have these weights": (
+            sum_over_group(x, G) / G
         ),
-        "is added up in each group alone, and divided by W: all processes have these weights": lambda: (
-            by_group(x, G) / W
+        "is summed within each group only, and divided by W: all processes have these weights": (
+            sum_over_group(x, G) / W
         ),
-        "is added up over the copies of the experts alone: all processes have these weights": lambda: (
-            by_twins(x, G) / (W // G)
+        "is averaged over the replicas of the experts only: all processes have these weights": (
+            sum_over_replicas(x, G) / (W // G)
         ),
-        "is added up as the experts are: all processes have these weights, not only every group-th": lambda: (
-            by_twins(x, G) / W
-        ),
-        "is divided by the size of a group: the loss is a mean over all W": lambda: total / G,
-        "is divided by the number of groups: the loss is a mean over all W": lambda: (
-            total / (W // G)
-        ),
-        "is divided by W, and not added up": lambda: x / W,
+        "is summed as the experts are: all processes have these weights, not only every "
+        "group_size-th": sum_over_replicas(x, G) / W,
+        "is divided by the size of a group: the loss is a mean over all W": total / G,
+        "is divided by the number of groups: the loss is a mean over all W": total / (W // G),
+        "is divided by W but not summed": x / W,
     }
 
 
-def known_experts(x: Tensor, twins: Tensor) -> Known:
-    over_all = x.sum(0).expand_as(x)
+def known_expert_gradients(x: Tensor) -> KnownMistakes:
+    """Return wrong gradients of the experts, by message."""
+    replicas, total = sum_over_replicas(x, G), x.sum(0).expand_as(x)
     return {
-        "are divided by the number of copies, the classic mistake: what an owner has is of the sum of its group's losses, and "
-        "the loss is the mean of all W. They come out `group` times too large": lambda: (
-            twins / (W // G)
+        "are divided by the number of replicas, the classic mistake: an owner's gradient is that "
+        "of the sum of its group's losses, and the loss is the mean of all W. They become "
+        "`group_size` times too large": replicas / (W // G),
+        "are divided by the size of a group: the loss is a mean over all W": replicas / G,
+        "are summed over their replicas, and not divided: the loss is the mean of W losses": (
+            replicas
         ),
-        "are divided by the size of a group: the loss is a mean over all W": lambda: twins / G,
-        "are added up over their copies, and not divided: the loss is the mean of W losses": lambda: (
-            twins
-        ),
-        "are averaged over all, as what is shared: but the processes of a group own *different* experts": lambda: (
-            over_all / W
-        ),
-        "are added up over all: but the processes of a group own *different* experts": lambda: (
-            over_all
-        ),
-        "are added up in each group, whose processes own *different* experts: add up w, w + group, w + 2 group, ...": lambda: (
-            by_group(x, G) / W
-        ),
-        "are averaged in each group, whose processes own *different* experts: add up w, w + group, ...": lambda: (
-            by_group(x, G) / G
-        ),
-        "are as they were: copies in other groups saw other tokens, so add them up; and divide by W": lambda: (
-            x
-        ),
-        "are divided by W, but not added up over the copies in other groups, which saw other tokens": lambda: (
-            x / W
-        ),
-        "are divided by the size of a group, and not added up over their copies": lambda: x / G,
-        "are taken from the wrong copies: w and w + group own the same, not neighbours in blocks of W / group": lambda: (
-            by_group(x, W // G) / W
-        ),
+        "are averaged over all, as shared weights are: but the processes of a group own "
+        "*different* experts": total / W,
+        "are summed over all: but the processes of a group own *different* experts": total,
+        "are summed within each group, whose processes own *different* experts: sum over w, "
+        "w + group_size, w + 2 group_size, ...": sum_over_group(x, G) / W,
+        "are averaged within each group, whose processes own *different* experts: sum over w, "
+        "w + group_size, ...": sum_over_group(x, G) / G,
+        "are unchanged: replicas in other groups processed other tokens, so sum over them and "
+        "divide by W": x,
+        "are divided by W, but not summed over the replicas in other groups, which processed other "
+        "tokens": x / W,
+        "are divided by the size of a group, and not summed over their replicas": x / G,
+        "are summed over the wrong replicas: w and w + group_size own the same experts, not "
+        "neighbours in blocks of W / group_size": sum_over_group(x, W // G) / W,
     }
 
 
-# ---- step 5: what 512 devices use --------------------------------------------------------------------------------------------
+# ---- step 5: how much of a step 512 devices use --------------------------------------------------
 
-ROUGH = 1e-6  # a division of integers is made in fp32
+TOLERANCE_FP32 = 1e-6  # a division of integers returns fp32
 
 
-def loads(R: int = 3, L: int = 4, E: int = 8, seed: int = 3) -> Tensor:
+def random_loads(R: int = 3, L: int = 4, E: int = 8, seed: int = 3) -> Tensor:
     return torch.randint(1, 60, (R, L, E), generator=torch.Generator().manual_seed(seed))
 
 
-def right_share(load: Tensor, devices: int) -> Tensor:
-    return share(load.double().unflatten(2, (devices, -1)).sum(-1))
+def reference_utilization(load: Tensor, devices: int) -> Tensor:
+    return utilization_of_rows(load.double().unflatten(2, (devices, -1)).sum(-1))
 
 
-def share(rows: Tensor, step: Tensor | None = None) -> Tensor:
-    """rows (R, L, G) of each device -> what of the step is used, where that takes as long as the slowest group."""
-    step = rows.amax(2).sum(1).max() if step is None else step
+def utilization_of_rows(rows: Tensor, step: Tensor | None = None) -> Tensor:
+    """Return the share of a step in which devices with rows (R, L, G) compute.
+
+    `step` is the duration of the step, by default that of the slowest group.
+    """
+    if step is None:
+        step = rows.amax(2).sum(1).max()
     return rows.sum() / (rows.size(0) * rows.size(2) * step)
 
 
-def check_used(answer: Answer) -> None:
-    def asked(load: Tensor, devices: int, when: str = "") -> Tensor:
-        out = answer(load, devices, when=when)
+def check_utilization(answer: Answer) -> None:
+    def utilization(load: Tensor, devices: int, when: str = "") -> Tensor:
+        """Call the answer, check the shape and dtype of its result and return it."""
+        result = answer(load, devices, when=when)
         R, L, _ = load.shape
-        each = {
-            (R,): ": one for each group, of all together",
-            (L,): ": one for each layer",
-            (R, L): ": one for each group and layer",
+        hints = {
+            (R,): ": one number for each group; return one for all together",
+            (L,): ": one number for each layer; return one for all together",
+            (R, L): ": one number for each group and layer; return one for all together",
         }
-        expect_shape(out, (), f", {when}" if when else each.get(tuple(out.shape), ""))
-        if not out.is_floating_point():
-            raise Mistake(f"must be a share, a floating-point number, and is {str(out.dtype)[6:]}")
-        return out
+        expect_shape(result, (), f", {when}" if when else hints.get(tuple(result.shape), ""))
+        if not result.is_floating_point():
+            raise Mistake(
+                f"must be a share, a floating-point number, but is {str(result.dtype)[6:]}"
+            )
+        return result
 
-    load, G = loads(), 4
-    got, right = asked(load, G).double(), right_share(load, G)
-    if not (got - right).abs() < ROUGH:
-        for why, hypothesis in known_shares(load.double(), G).items():
-            if (got - hypothesis).abs() < ROUGH:
-                raise Mistake(why)
-        raise Mistake(f"gives {got:.4f} where the devices use {right:.4f} of the step")
-    one = torch.zeros(3, 4, 8, dtype=torch.long)
-    one[..., 5] = 40
+    load, G = random_loads(), 4
+    result, expected = utilization(load, G).double(), reference_utilization(load, G)
+    if not (result - expected).abs() < TOLERANCE_FP32:
+        for message, value in known_utilizations(load.double(), G).items():
+            if (result - value).abs() < TOLERANCE_FP32:
+                raise Mistake(message)
+        raise Mistake(f"gives {result:.4f}, but the devices compute in {expected:.4f} of the step")
+    one_expert = torch.zeros(3, 4, 8, dtype=torch.long)
+    one_expert[..., 5] = 40
     cases = {
         "where all loads are equal": (torch.full((3, 4, 8), 7), 4),
-        "where one expert gets everything": (one, 4),
-        "for a device for each expert": (load, 8),
-        "for one device a group": (load, 1),
+        "where one expert gets every row": (one_expert, 4),
+        "for one device per expert": (load, 8),
+        "for one device per group": (load, 1),
         "for one group": (load[:1], G),
         "for one layer": (load[:, :1], G),
-        "for 32 groups of 16": (loads(32, 3, 16), 16),
+        "for 32 groups of 16": (random_loads(32, 3, 16), 16),
     }
-    for when, given in cases.items():
-        got, right = asked(*given, when=when).double(), right_share(*given)
-        if not (got - right).abs() < ROUGH:
+    for when, case in cases.items():
+        result, expected = utilization(*case, when=when).double(), reference_utilization(*case)
+        if not (result - expected).abs() < TOLERANCE_FP32:
             raise Mistake(
-                f"right in general, but gives {got:.4f} {when}, and should give {right:.4f}"
+                f"right in general, but gives {result:.4f} {when}, and {expected:.4f} is correct"
             )
 
 
-def known_shares(load: Tensor, G: int) -> dict[str, Tensor]:
+def known_utilizations(load: Tensor, G: int) -> KnownMistakes:
+    """Return wrong utilizations, by message."""
     R, L, _ = load.shape
     rows = load.unflatten(2, (G, -1)).sum(-1)  # (R, L, G)
-    in_turn = load.unflatten(2, (-1, G)).sum(2)
-    groups = rows.amax(2).sum(1)  # seconds of each, if it waited for no other
-    right = share(rows)
-    by_layer = rows.mean(2) / rows.amax(2)
+    round_robin_rows = load.unflatten(2, (-1, G)).sum(2)
+    group_times = rows.amax(2).sum(1)  # (R,), if no group waited for another
+    group_shares = rows.sum((1, 2)) / (G * group_times)
+    expected = utilization_of_rows(rows)
     return {
-        "is turned round: the time of the step over that of computing": 1 / right,
-        "the share that is *not* used": 1 - right,
-        "experts are taken for devices: add up the rows of the experts that a device owns": share(
-            load
+        "is inverted: the time of the step over the time of computing": 1 / expected,
+        "the share of time that is *not* used": 1 - expected,
+        "experts are used as devices: sum the rows of the experts that a device owns": (
+            utilization_of_rows(load)
         ),
-        "counts the busiest expert, not the busiest device: add up the rows of the experts that a device owns": share(
-            rows, load.amax(2).sum(1).max()
+        "uses the busiest expert, not the busiest device: sum the rows of the experts that a "
+        "device owns": utilization_of_rows(rows, load.amax(2).sum(1).max()),
+        "experts are distributed round-robin: a device owns E / devices consecutive experts": (
+            utilization_of_rows(round_robin_rows)
         ),
-        "experts are dealt out in turn: a device owns E / devices experts that follow each other": share(
-            in_turn
+        "the groups do not wait for each other: the step takes as long as the slowest group": (
+            utilization_of_rows(rows, group_times.mean())
         ),
-        "the groups do not wait for each other: the step takes as long as the slowest of them": share(
-            rows, groups.mean()
+        "a mean of the groups' shares: groups wait for each other, and the step takes as long as "
+        "the slowest": group_shares.mean(),
+        "the share of the slowest group only: the other groups compute less in the same time": (
+            group_shares[group_times.argmax()]
         ),
-        "a mean of the groups' shares: they wait for each other, and the step takes as long as the slowest": (
-            rows.sum((1, 2)) / (G * groups)
-        ).mean(),
-        "the share of the slowest group alone: the other groups compute less in the same time": (
-            rows.sum((1, 2)) / (G * groups)
-        )[groups.argmax()],
-        "a mean of the layers' shares, group by group: add up their *times* first, and let the groups wait": by_layer.mean(),
-        "the worst layer stands for all: add up the layers of a group": share(
-            rows, L * rows.amax()
+        "a mean of the shares of layers and groups: sum the *times* of the layers first, then let "
+        "the groups wait": (rows.mean(2) / rows.amax(2)).mean(),
+        "every layer takes as long as the slowest one: sum the times of a group's layers": (
+            utilization_of_rows(rows, L * rows.amax())
         ),
-        "the groups meet at each layer: they wait for each other at the end of the step alone": share(
-            rows, rows.amax((0, 2)).sum()
+        "the groups wait for each other in each layer: they wait only at the end of the step": (
+            utilization_of_rows(rows, rows.amax((0, 2)).sum())
         ),
-        "devices wait at the end of the step alone: those of a group wait for the busiest in *each* layer": share(
-            rows, rows.sum(1).max()
+        "devices wait only at the end of the step: the devices of a group wait for the busiest in "
+        "*each* layer": utilization_of_rows(rows, rows.sum(1).max()),
+        "devices are compared over all groups at once, and over the whole step": (
+            utilization_of_rows(rows, rows.sum((0, 1)).max() / R)
         ),
-        "devices are compared over all groups at once, and over the whole step": share(
-            rows, rows.sum((0, 1)).max() / R
-        ),
-        "the time of the slowest group counts once: each of its devices is there all the time": right
-        * G,
-        "all groups have devices: divide by the number of all": right * R,
-        "divided by the number of all devices, and those of a group computed together: the fewest rows count": share(
-            rows, rows.amin(2).sum(1).max()
+        "the time of the slowest group is counted once: each of its devices is occupied for that "
+        "time": expected * G,
+        "the devices of one group are counted: divide by the number of all devices": expected * R,
+        "each layer takes as long as its least busy device: the fewest rows count": (
+            utilization_of_rows(rows, rows.amin(2).sum(1).max())
         ),
     }
 
 
 STEPS = [
-    Step("ring", examine_ring),
-    Step("in_parts", examine_parts),
-    Step("pack", check_pack, returns=("order", "sent")),
-    Step("add_up", check_add_up, returns=("shared", "experts")),
-    Step("used", check_used),
+    Step("ring_schedule", examine_ring),
+    Step("tensor_parallel_mlp", examine_tensor_parallel_mlp),
+    Step("dispatch_order", check_dispatch, returns=OUTPUTS),
+    Step("average_gradients", check_gradients, returns=("shared", "experts")),
+    Step("utilization", check_utilization),
 ]
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The grader of lesson 04 finds in each wrong answer the mistake that is in it."""
+"""The grader of lesson 04 diagnoses each wrong answer to steps 1 to 3.
+
+Steps 4 and 5 are in test_exercise_04_gradients.py.
+"""
 
 from pathlib import Path
 
@@ -9,103 +12,121 @@ import torch
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-right = grade.load_file(Path(check_04.__file__).with_name("04_solutions.py"))
+solutions = grade.load_file(Path(check_04.__file__).with_name("04_solutions.py"))
 WRONG = WrongAnswers()
-wrongs = WRONG.register_all
+register_all = WRONG.register_all
 
-# ---- step 1 ------------------------------------------------------------------------------------------------------------------
+# ---- step 1: ring_schedule -----------------------------------------------------------------------
 
 
-def steps(n, chunk, count=None):
-    """chunk(r, s) for all of a timetable."""
+def schedule(n, chunk, count=None):
+    """Return the schedule in which process r sends chunk(r, s) in step s."""
     s = torch.arange(2 * (n - 1) if count is None else count)[:, None]
     return chunk(torch.arange(n), s) % n + 0 * s + torch.zeros(n, dtype=torch.long)
 
 
-def twice(n, chunk):
-    """The same for adding and for copying."""
-    return torch.cat([steps(n, chunk, n - 1)] * 2)
+def repeated_schedule(n, chunk):
+    """Return the same schedule for adding and for copying."""
+    return torch.cat([schedule(n, chunk, n - 1)] * 2)
 
 
-wrongs(
-    "ring",
-    half=("after adding, what is done has to be copied on", lambda n: right.ring(n)[: n - 1]),
+register_all(
+    "ring_schedule",
+    half=("after adding, the sums must be copied", lambda n: solutions.ring_schedule(n)[: n - 1]),
     too_long=(
         "n parts are together after n - 1 steps",
-        lambda n: steps(n, lambda r, s: r - s, 2 * n),
+        lambda n: schedule(n, lambda r, s: r - s, 2 * n),
     ),
-    to_itself_too=("not to itself too", lambda n: steps(n, lambda r, s: r - s, n)),
-    transposed=("a row for each step, a column for each process", lambda n: right.ring(n).T),
-    from_one=("they are 0 to 3: take the number modulo n", lambda n: right.ring(n) + 1),
+    to_itself_too=("not to itself too", lambda n: schedule(n, lambda r, s: r - s, n)),
+    transposed=(
+        "one row for each step, one column for each process",
+        lambda n: solutions.ring_schedule(n).T,
+    ),
+    from_one=(
+        "chunks are numbered 0 to 3: take the number modulo n",
+        lambda n: solutions.ring_schedule(n) + 1,
+    ),
     not_modulo=(
-        "they are 0 to 3: take the number modulo n",
+        "chunks are numbered 0 to 3: take the number modulo n",
         lambda n: torch.arange(n) - torch.arange(2 * n - 2)[:, None],
     ),
-    floats=("numbers of chunks must be integers", lambda n: right.ring(n).float()),
+    floats=("numbers of chunks must be integers", lambda n: solutions.ring_schedule(n).float()),
     same_chunk=(
-        "in step 0 all send chunk 0: then nobody collects",
-        lambda n: steps(n, lambda r, s: s),
+        "in step 0 all processes send chunk 0, so the other chunks are never collected",
+        lambda n: schedule(n, lambda r, s: s),
     ),
-    pairs=("in step 0 several processes send chunk 0", lambda n: steps(n, lambda r, s: r // 2 - s)),
-    forward=(
-        "process 0 sends chunk 1, and chunk 3 has just come to it",
-        lambda n: steps(n, lambda r, s: r + s),
+    same_chunk_in_pairs=(
+        "in step 0 several processes send chunk 0",
+        lambda n: schedule(n, lambda r, s: r // 2 - s),
     ),
-    rests=(
-        "process 0 sends chunk 0, and chunk 3 has just come to it",
-        lambda n: steps(n, lambda r, s: r),
+    opposite_order=(
+        "process 0 sends chunk 1, but it has just received chunk 3",
+        lambda n: schedule(n, lambda r, s: r + s),
     ),
-    starts_again=(
-        "in step 3, a step of copying, process 0 sends chunk 0, in which 1 of 4",
-        lambda n: twice(n, lambda r, s: r - s),
+    never_moves=(
+        "process 0 sends chunk 0, but it has just received chunk 3",
+        lambda n: schedule(n, lambda r, s: r),
+    ),
+    starts_over=(
+        "in step 3, a copying step, process 0 sends chunk 0, which contains 1 of 4",
+        lambda n: repeated_schedule(n, lambda r, s: r - s),
     ),
     one_behind=(
-        "in step 3, a step of copying, process 0 sends chunk 2, in which 3 of 4",
-        lambda n: torch.cat([right.ring(n)[: n - 1], right.ring(n)[n - 2 : -1]]),
+        "in step 3, a copying step, process 0 sends chunk 2, which contains 3 of 4",
+        lambda n: torch.cat(
+            [solutions.ring_schedule(n)[: n - 1], solutions.ring_schedule(n)[n - 2 : -1]]
+        ),
     ),
-    own_again=(
-        "in step 4 process 0 sends chunk 1 to process 1, which has the whole",
-        lambda n: torch.cat([right.ring(n)[:n], right.ring(n)[n - 1 : n].repeat(max(0, n - 2), 1)])[
-            : 2 * n - 2
-        ],
+    repeats_a_chunk=(
+        "in step 4 process 0 sends chunk 1 to process 1, which has the complete",
+        lambda n: torch.cat(
+            [
+                solutions.ring_schedule(n)[:n],
+                solutions.ring_schedule(n)[n - 1 : n].repeat(max(0, n - 2), 1),
+            ]
+        )[: 2 * n - 2],
     ),
-    four_alone=("raises RuntimeError.*for n = 2", lambda n: right.ring(n).view(6, 4)),
+    only_four=("raises RuntimeError.*for n = 2", lambda n: solutions.ring_schedule(n).view(6, 4)),
     powers_of_two=(
-        "has just come to it.*for n = 8",
-        lambda n: steps(n, (lambda r, s: r - s) if n < 5 else (lambda r, s: r + 2 * s)),
+        "it has just received.*for n = 8",
+        lambda n: schedule(n, (lambda r, s: r - s) if n < 5 else (lambda r, s: r + 2 * s)),
     ),
-    a_list=("returns a list, not a tensor", lambda n: right.ring(n).tolist()),
+    returns_a_list=("returns a list, not a tensor", lambda n: solutions.ring_schedule(n).tolist()),
 )
 
-# ---- step 2 ------------------------------------------------------------------------------------------------------------------
+# ---- step 2: tensor_parallel_mlp -----------------------------------------------------------------
 
 
 def mlp(x, up, out):
     return (x @ up.T).relu().square() @ out.T
 
 
-def pairs(x, ups, outs, act=lambda h: h.relu().square()):
+def squared_relu(h):
+    return h.relu().square()
+
+
+def partial_outputs(x, ups, outs, act=squared_relu):
     return torch.stack([act(x @ u.T) @ o.T for u, o in zip(ups, outs, strict=True)])
 
 
-def cut(up, out, n, act=None):
+def split_matrices(up, out, n):
     return up.chunk(n), out.chunk(n, 1)
 
 
-def masked(x, up, out, n):
-    """Everything, of which all but an own part is set to 0."""
+def masked_hidden_units(x, up, out, n):
+    """Compute all hidden units, and set those of other processes to 0."""
     h, owner = (x @ up.T).relu().square(), torch.arange(len(up)) // (len(up) // n)
     return torch.stack([(h * (owner == r)) @ out.T for r in range(n)])
 
 
 def without_last(x, up, out, n):
-    y = right.in_parts(x, up, out, n)
+    y = solutions.tensor_parallel_mlp(x, up, out, n)
     return torch.cat([y[:-1], 0 * y[-1:]])
 
 
 def shifted(x, up, out, n):
-    """The right sum of other terms."""
-    y = right.in_parts(x, up, out, n)
+    """Return other terms with the correct sum."""
+    y = solutions.tensor_parallel_mlp(x, up, out, n)
     return torch.cat([y[:1] + 1, y[1:2] - 1, y[2:]]) if n > 1 else y
 
 
@@ -115,102 +136,138 @@ def along_width(x, up, out, n):
     )
 
 
-wrongs(
-    "in_parts",
-    each_whole=("their sum is n times y", lambda x, u, o, n: mlp(x, u, o).expand(n, -1, -1)),
-    each_share=(
-        "divides it by n: nothing is shared out",
+register_all(
+    "tensor_parallel_mlp",
+    each_computes_all=("their sum is n times y", lambda x, u, o, n: mlp(x, u, o).expand(n, -1, -1)),
+    each_divides_by_n=(
+        "divides it by n: the work is not divided",
         lambda x, u, o, n: mlp(x, u, o).expand(n, -1, -1) / n,
     ),
-    first_alone=(
+    only_process_0=(
         "process 0 computes everything",
         lambda x, u, o, n: torch.cat([(y := mlp(x, u, o))[None], 0 * y.expand(n - 1, -1, -1)]),
     ),
     along_width=(r"split along C.*relu\(a\) \+ relu\(b\)", along_width),
     every_nth=(
-        "takes every n-th hidden number: process r",
-        lambda x, u, o, n: pairs(x, [u[r::n] for r in range(n)], [o[:, r::n] for r in range(n)]),
+        "takes every n-th hidden unit: process r",
+        lambda x, u, o, n: partial_outputs(
+            x, [u[r::n] for r in range(n)], [o[:, r::n] for r in range(n)]
+        ),
     ),
     mixed=(
-        "in blocks and columns of `out` at every",
-        lambda x, u, o, n: pairs(x, u.chunk(n), [o[:, r::n] for r in range(n)]),
+        "consecutive rows of `up` but every n-th column",
+        lambda x, u, o, n: partial_outputs(x, u.chunk(n), [o[:, r::n] for r in range(n)]),
     ),
-    wrong_partner=(
-        "goes with the wrong columns",
-        lambda x, u, o, n: pairs(x, u.chunk(n), o.chunk(n, 1)[::-1]),
+    wrong_columns=(
+        "multiplies by the wrong columns",
+        lambda x, u, o, n: partial_outputs(x, u.chunk(n), o.chunk(n, 1)[::-1]),
     ),
-    turned=(
-        "the parts are in the wrong order",
-        lambda x, u, o, n: right.in_parts(x, u, o, n).flip(0),
+    reversed=(
+        "the parts are in reverse order",
+        lambda x, u, o, n: solutions.tensor_parallel_mlp(x, u, o, n).flip(0),
     ),
-    not_squared=("the ReLU is not squared", lambda x, u, o, n: pairs(x, *cut(u, o, n), torch.relu)),
+    not_squared=(
+        "the ReLU is not squared",
+        lambda x, u, o, n: partial_outputs(x, *split_matrices(u, o, n), torch.relu),
+    ),
     no_relu=(
         "squared, but there is no ReLU",
-        lambda x, u, o, n: pairs(x, *cut(u, o, n), torch.square),
+        lambda x, u, o, n: partial_outputs(x, *split_matrices(u, o, n), torch.square),
     ),
-    linear=("no ReLU, and no square", lambda x, u, o, n: pairs(x, *cut(u, o, n), lambda h: h)),
-    mean=("each part is divided by n", lambda *a: right.in_parts(*a) / a[3]),
+    linear=(
+        "no ReLU and no square",
+        lambda x, u, o, n: partial_outputs(x, *split_matrices(u, o, n), lambda h: h),
+    ),
+    mean=("each part is divided by n", lambda *a: solutions.tensor_parallel_mlp(*a) / a[3]),
     summed_for_all=(
         "their sum is n times y",
-        lambda *a: right.in_parts(*a).sum(0).expand(a[3], -1, -1),
+        lambda *a: solutions.tensor_parallel_mlp(*a).sum(0).expand(a[3], -1, -1),
     ),
-    summed=("that is their sum; return the n terms", lambda *a: right.in_parts(*a).sum(0)),
-    concatenated=("stack, where you concatenate", lambda *a: right.in_parts(*a).flatten(0, 1)),
+    summed=(
+        "that is their sum; return its n terms",
+        lambda *a: solutions.tensor_parallel_mlp(*a).sum(0),
+    ),
+    concatenated=("use stack, not cat", lambda *a: solutions.tensor_parallel_mlp(*a).flatten(0, 1)),
     side_by_side=(
-        "stack, where you concatenate",
-        lambda *a: right.in_parts(*a).transpose(0, 1).flatten(1),
+        "use stack, not cat",
+        lambda *a: solutions.tensor_parallel_mlp(*a).transpose(0, 1).flatten(1),
     ),
-    last=("the processes come first", lambda *a: right.in_parts(*a).transpose(0, 1)),
+    processes_not_first=(
+        "the processes must be the first dimension",
+        lambda *a: solutions.tensor_parallel_mlp(*a).transpose(0, 1),
+    ),
     hidden=(
-        "have still to be multiplied by the columns",
+        "multiply the hidden units by the columns",
         lambda x, u, o, n: torch.stack([(x @ p.T).relu().square() for p in u.chunk(n)]),
     ),
     rows_of_out=(
-        r"raises RuntimeError.*Hidden numbers are the rows of `up` \(H, C\), and the columns",
+        r"raises RuntimeError.*Hidden units are the rows of `up` \(H, C\) and the columns",
         lambda x, u, o, n: torch.stack(
             [mlp(x, p, q) for p, q in zip(u.chunk(n), o.chunk(n), strict=False)]
         ),
     ),
     columns_of_up=(
-        r"raises RuntimeError.*Hidden numbers are the rows of `up` \(H, C\), and the columns",
+        r"raises RuntimeError.*Hidden units are the rows of `up` \(H, C\) and the columns",
         lambda x, u, o, n: torch.stack([mlp(x, p, o) for p in u.chunk(n, 1)]),
     ),
     other_terms=("the sum is y, but its terms are not", shifted),
-    masked=("right, but 2.5 times the work of one process", masked),
+    masked=("right, but it does 2.5 times the work of one process", masked_hidden_units),
     without_last=("differs from y by up to", without_last),
-    four_alone=("wrong for n = 1", lambda x, u, o, n: right.in_parts(x, u, o, n) * (n > 1)),
-    for_h=("wrong for n = H", lambda x, u, o, n: right.in_parts(x, u, o, n) * (n < 12)),
-    one_token=("wrong for one token", lambda x, u, o, n: right.in_parts(x, u, o, n) * (len(x) > 1)),
-    detached=("no gradient reaches up", lambda x, u, o, n: right.in_parts(x, u.detach(), o, n)),
-    always_float=("turns float64 into float32", lambda *a: right.in_parts(*a).float()),
-    a_list=("returns a list, not a tensor", lambda *a: list(right.in_parts(*a))),
-    in_place=("argument number 2 in place", lambda x, u, o, n: right.in_parts(x, u.mul_(2), o, n)),
+    wrong_for_n_1=(
+        "wrong for n = 1",
+        lambda x, u, o, n: solutions.tensor_parallel_mlp(x, u, o, n) * (n > 1),
+    ),
+    wrong_for_n_h=(
+        "wrong for n = H",
+        lambda x, u, o, n: solutions.tensor_parallel_mlp(x, u, o, n) * (n < 12),
+    ),
+    wrong_for_one_token=(
+        "wrong for one token",
+        lambda x, u, o, n: solutions.tensor_parallel_mlp(x, u, o, n) * (len(x) > 1),
+    ),
+    detached=(
+        "no gradient reaches up",
+        lambda x, u, o, n: solutions.tensor_parallel_mlp(x, u.detach(), o, n),
+    ),
+    returns_float32=(
+        "turns float64 into float32",
+        lambda *a: solutions.tensor_parallel_mlp(*a).float(),
+    ),
+    returns_a_list=(
+        "returns a list, not a tensor",
+        lambda *a: list(solutions.tensor_parallel_mlp(*a)),
+    ),
+    in_place=(
+        "argument number 2 in place",
+        lambda x, u, o, n: solutions.tensor_parallel_mlp(x, u.mul_(2), o, n),
+    ),
 )
 
-# ---- step 3 ------------------------------------------------------------------------------------------------------------------
+# ---- step 3: dispatch_order ----------------------------------------------------------------------
 
 
-def packed(experts, E, n, order=None, sent=None):
-    """The right answer with one of its parts replaced, or both."""
-    first, second = right.pack(experts, E, n)
-    flat = experts.flatten()
-    return first if order is None else order(flat, experts), second if sent is None else sent(
-        flat, E // n
-    )
+def replace_order(make):
+    """Return the correct answer with another order, make(flat experts, experts, E, n)."""
+
+    def answer(experts, E, n):
+        _, send_counts = solutions.dispatch_order(experts, E, n)
+        return make(experts.flatten(), experts, E, n), send_counts
+
+    return answer
 
 
-def order(make):
-    return lambda experts, E, n: packed(experts, E, n, order=lambda flat, e: make(flat, e, E, n))
+def replace_counts(make):
+    """Return the correct answer with other counts, make(flat experts, E / n, experts, n)."""
 
+    def answer(experts, E, n):
+        order, _ = solutions.dispatch_order(experts, E, n)
+        return order, make(experts.flatten(), E // n, experts, n)
 
-def sent(make):
-    return lambda experts, E, n: packed(
-        experts, E, n, sent=lambda flat, here: make(flat, here, experts, n)
-    )
+    return answer
 
 
 def unstable(flat, *_):
-    """Experts in order, and the tokens of each backwards."""
+    """Sort by expert, and the tokens of each expert in reverse order."""
     return (flat * len(flat) + torch.arange(len(flat)).flip(0)).argsort()
 
 
@@ -218,7 +275,7 @@ def unstable_if_many(flat, *_):
     return unstable(flat) if len(flat) > 100 else flat.argsort(stable=True)
 
 
-def lost_one(flat, *_):
+def missing_assignment(flat, *_):
     order = flat.argsort(stable=True)
     return torch.cat([order[:1], order[:-1]])
 
@@ -240,103 +297,126 @@ def choice_first(flat, experts, *_):
 
 
 TOKENS = "order holds the numbers of tokens"
-wrongs(
-    "pack",
-    tokens=(TOKENS, order(lambda flat, e, E, n: flat.argsort(stable=True) // e.size(1))),
-    values=("order holds the experts, sorted", order(lambda flat, *_: flat.sort().values)),
+register_all(
+    "dispatch_order",
+    tokens=(TOKENS, replace_order(lambda flat, e, E, n: flat.argsort(stable=True) // e.size(1))),
+    values=("order holds the sorted experts", replace_order(lambda flat, *_: flat.sort().values)),
     inverse=(
-        "says where each assignment goes",
-        order(lambda flat, *_: flat.argsort(stable=True).argsort()),
+        "order holds the position of each assignment",
+        replace_order(lambda flat, *_: flat.argsort(stable=True).argsort()),
     ),
     unsorted=(
-        "is the order of the tokens, as they are",
-        order(lambda flat, *_: torch.arange(len(flat))),
+        "is the order of the tokens: sort by expert",
+        replace_order(lambda flat, *_: torch.arange(len(flat))),
     ),
     descending=(
         "begins with the last expert",
-        order(lambda flat, *_: flat.argsort(descending=True, stable=True)),
+        replace_order(lambda flat, *_: flat.argsort(descending=True, stable=True)),
     ),
-    by_slot=("takes assignment k N", order(by_slot)),
+    by_slot=("takes assignment k N", replace_order(by_slot)),
     by_owner=(
-        "sorts by owner alone",
-        order(lambda flat, e, E, n: (flat // (E // n)).argsort(stable=True)),
+        "sorts only by owner",
+        replace_order(lambda flat, e, E, n: (flat // (E // n)).argsort(stable=True)),
     ),
-    in_turn=(
-        "order deals experts out in turn",
-        order(lambda flat, e, E, n: (flat % n * E + flat).argsort(stable=True)),
+    round_robin=(
+        "order distributes the experts round-robin",
+        replace_order(lambda flat, e, E, n: (flat % n * E + flat).argsort(stable=True)),
     ),
-    choice_first=("by choice, and then by token", order(choice_first)),
-    unstable=("in the order of their tokens: sort stable=True$", order(unstable)),
+    choice_first=("by choice, then by token", replace_order(choice_first)),
+    unstable=("in the order of their tokens: sort with stable=True$", replace_order(unstable)),
     unstable_if_many=(
-        "in the order of their tokens for 200 tokens: sort stable",
-        order(unstable_if_many),
+        "in the order of their tokens for 200 tokens: sort with stable",
+        replace_order(unstable_if_many),
     ),
-    lost_one=(r"stands in it once, and number \d+ does not", order(lost_one)),
-    swapped=("order: at place 0 stands assignment", order(swapped_ends)),
-    not_flat=("one list of all assignments", order(lambda flat, e, *_: e.argsort(0))),
+    missing_assignment=(
+        r"assignments once, and number \d+ is missing",
+        replace_order(missing_assignment),
+    ),
+    ends_swapped=("order: at position 0 is assignment", replace_order(swapped_ends)),
+    not_flat=(
+        "return one list of all assignments",
+        replace_order(lambda flat, e, *_: e.argsort(0)),
+    ),
     float_order=(
         "order must be integers",
-        order(lambda flat, *_: flat.argsort(stable=True).double()),
+        replace_order(lambda flat, *_: flat.argsort(stable=True).double()),
     ),
-    sort_by_expert=(
+    counts_by_expert=(
         "sum over the experts of each process",
-        sent(lambda flat, here, *_: flat.bincount(minlength=8)),
+        replace_counts(lambda flat, per_owner, *_: flat.bincount(minlength=8)),
     ),
-    dealt=(
-        "sent counts experts e % n",
-        sent(lambda flat, here, e, n: (flat % n).bincount(minlength=n)),
+    counts_round_robin=(
+        "send_counts counts experts e % n",
+        replace_counts(lambda flat, per_owner, e, n: (flat % n).bincount(minlength=n)),
     ),
-    once=(
-        "counts tokens, each once for a process",
-        sent(
-            lambda flat, here, e, n: torch.stack([(e // here == r).any(-1).sum() for r in range(n)])
+    tokens_once=(
+        "counts a token once per process",
+        replace_counts(
+            lambda flat, per_owner, e, n: torch.stack(
+                [(e // per_owner == r).any(-1).sum() for r in range(n)]
+            )
         ),
     ),
     first_choice=(
-        "counts first choices alone",
-        sent(lambda flat, here, e, n: (e[:, 0] // here).bincount(minlength=n)),
+        "counts only first choices",
+        replace_counts(lambda flat, per_owner, e, n: (e[:, 0] // per_owner).bincount(minlength=n)),
     ),
     ends=(
         "not where they end",
-        sent(lambda flat, here, e, n: (flat // here).bincount(minlength=n).cumsum(0)),
+        replace_counts(
+            lambda flat, per_owner, e, n: (flat // per_owner).bincount(minlength=n).cumsum(0)
+        ),
     ),
     begins=(
         "not where they begin",
-        sent(lambda f, h, e, n: (c := (f // h).bincount(minlength=n)).cumsum(0) - c),
+        replace_counts(lambda f, h, e, n: (c := (f // h).bincount(minlength=n)).cumsum(0) - c),
     ),
     experts_in_use=(
-        "counts how many of its experts get rows",
-        sent(lambda f, here, e, n: (f.bincount(minlength=n * here).view(n, -1) > 0).sum(-1)),
+        "counts the experts that get rows",
+        replace_counts(
+            lambda f, per_owner, e, n: (f.bincount(minlength=n * per_owner).view(n, -1) > 0).sum(-1)
+        ),
     ),
-    backwards=(
-        "sent is turned round",
-        sent(lambda f, here, e, n: (f // here).bincount(minlength=n).flip(0)),
+    counts_reversed=(
+        "send_counts is in reverse order",
+        replace_counts(lambda f, per_owner, e, n: (f // per_owner).bincount(minlength=n).flip(0)),
     ),
-    half=(r"sent is \[\d", sent(lambda f, here, e, n: (f // here).bincount(minlength=n) // 2)),
+    half_the_counts=(
+        r"send_counts is \[\d",
+        replace_counts(lambda f, per_owner, e, n: (f // per_owner).bincount(minlength=n) // 2),
+    ),
     no_minlength=(
-        "an entry for each process, 0 where nothing",
-        sent(lambda f, here, e, n: (f // here).bincount()),
+        "one number for each process, 0 for one that receives nothing",
+        replace_counts(lambda f, per_owner, e, n: (f // per_owner).bincount()),
     ),
     float_sent=(
-        "sent must be integers",
-        sent(lambda f, here, e, n: (f // here).bincount(minlength=n).double()),
+        "send_counts must be integers",
+        replace_counts(lambda f, per_owner, e, n: (f // per_owner).bincount(minlength=n).double()),
     ),
-    one_choice=(
-        r"sent: right in general, but \[.*for one choice",
-        sent(lambda f, here, e, n: (f // here).bincount(minlength=n) * (e.size(1) > 1)),
+    wrong_for_one_choice=(
+        r"send_counts: right in general, but \[.*for one choice",
+        replace_counts(
+            lambda f, per_owner, e, n: (f // per_owner).bincount(minlength=n) * (e.size(1) > 1)
+        ),
     ),
-    fixed_experts=(
+    fixed_number_of_processes=(
         "raises RuntimeError.*for one process",
-        lambda e, E, n: (right.pack(e, E, 4)[0], right.pack(e, E, 4)[1].view(n)),
+        lambda e, E, n: (
+            solutions.dispatch_order(e, E, 4)[0],
+            solutions.dispatch_order(e, E, 4)[1].view(n),
+        ),
     ),
-    one_alone=("returns a Tensor, not the 2 tensors order, sent", lambda *a: right.pack(*a)[0]),
-    a_list=(
-        "returns a list as its sent, not a tensor",
-        sent(lambda f, here, e, n: (f // here).bincount(minlength=n).tolist()),
+    returns_one_tensor=(
+        "returns a Tensor, not the 2 tensors order, send_counts",
+        lambda *a: solutions.dispatch_order(*a)[0],
+    ),
+    returns_a_list=(
+        "returns a list as its send_counts, not a tensor",
+        replace_counts(lambda f, per_owner, e, n: (f // per_owner).bincount(minlength=n).tolist()),
     ),
 )
 
 
 @pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
-def test_each_mistake_gets_the_message_meant_for_it(step, message, function):
+def test_grader_names_each_mistake(step, message, function):
     WRONG.assert_diagnosis(check_04.STEPS, step, message, function)
