@@ -83,6 +83,31 @@ class AttentionConfig:
             return sum(min(t // size, self.top_blocks) * size + t % size + 1 for t in range(T))
         return T * (T + 1) // 2
 
+    def activation_bytes(
+        self, T: int, C: float, H: float, device: str, itemsize: int, masked: bool
+    ) -> list[float]:
+        """Return the bytes per token that the attention kernel keeps for backward, tensor by tensor.
+
+        H heads of total width C read sequences of T tokens on a "cpu" or "cuda" device. Matrix
+        products use numbers of `itemsize` bytes. `masked` says whether dense attention has a mask.
+        """
+        autocast = itemsize < 4
+        if device == "cuda" and autocast:
+            return [*[itemsize * C] * 4, 4 * H]  # q, k, v and output, and log-sum-exp in fp32
+        kept = [4 * C, 4 * C, 4 * H]  # v, output and log-sum-exp, in fp32
+        if device == "cuda":
+            return kept
+        kept.append(itemsize * C if autocast else 0)  # the output, cast for the projection after it
+        if self.kind == "topk":
+            return [*kept, 4 * H * T, 4 * H * T, H * T]  # scores, weights and mask
+        tile = self.method == "tile"
+        if self.kind == "block" and (tile or T * self.block_size >= 1 << 14):  # see choose_route
+            sorted_pairs = 0 if tile else 8 * H * self.top_blocks
+            return [*kept, 0 if autocast else 4 * C, sorted_pairs]
+        if self.kind == "block":
+            return [*kept, 4 * H * T]  # the mask, in fp32
+        return [*kept, 4 * T if masked else 0]
+
 
 def visible_mask(q: Tensor, k: Tensor, causal: bool, positions: Tensor | None) -> Tensor:
     """Which keys a query may read at all: bool (B or 1, 1, T, S)."""

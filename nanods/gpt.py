@@ -20,7 +20,7 @@ in other rows of the batch, changes nothing.
 Shapes: B batch, T tokens, C width (`n_embd`), H heads, D = C / H width of a head, F hidden width, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -37,7 +37,7 @@ from nanods.attention import (
     topk_attention,
 )
 from nanods.cache import Cache
-from nanods.moe import MLP, MoE, MoEConfig
+from nanods.moe import MoEConfig, feed_forward
 
 
 @dataclass(frozen=True)
@@ -228,19 +228,50 @@ class Attention(nn.Module):
         )
         return y, stats | {"blocks": blocks}
 
+    # ---- cost ------------------------------------------------------------------------------------
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters, in all and used by one token."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total
+
+    def flops_per_token(self, T: int) -> float:
+        """Return the operations to train on one token of a sequence of T tokens.
+
+        Each weight takes 2 operations forward (multiply, add) and 4 backward. So does each of the
+        2 C numbers of a pair of query and key that is read (q . k, then weight . v). The selection
+        of blocks is left out: T x T / block_size products, forward only.
+        """
+        pairs = self.config.pairs(T) if self.causal else T * T
+        return 6 * self.count_parameters()[1] + 12 * self.query.out_features * pairs / T
+
+    def activation_bytes(
+        self, T: int, device: str, itemsize: int, tp: int = 1, masked: bool = False
+    ) -> list[float]:
+        """Return the bytes per token kept for backward, tensor by tensor, in sequences of T tokens.
+
+        `device` is "cpu" or "cuda", `itemsize` the bytes of a number in matrix products, `tp` the
+        number of tensor-parallel devices. `masked` says whether keys of padding are masked.
+        """
+        C, cast = self.query.in_features, itemsize if itemsize < 4 else 0
+        C_tp, H_tp = C / tp, self.n_head / tp
+        kept = [4 * C, *[cast * C] * 3]  # normalised x, its casts for query, key and value
+        kept += [4 * C_tp, 4 * C_tp, 12 * H_tp]  # normalised q and k, their norms
+        return kept + self.config.activation_bytes(T, C_tp, H_tp, device, itemsize, masked)
+
+    def tensor_parallel_parameters(self) -> int:
+        """Return the number of parameters that tensor parallelism splits: all of them."""
+        return self.count_parameters()[0]
+
 
 class Block(nn.Module):
     """Tokens talk (attention), then each thinks for itself (MLP, or its experts); both add to the residual stream."""
 
     def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
-        C, F, moe = config.n_embd, config.hidden_ratio * config.n_embd, config.moe
+        C, F = config.n_embd, config.hidden_ratio * config.n_embd
         self.attention = Attention(config, causal)
-        if moe.n_expert == 1:
-            self.mlp = MLP(C, F)
-        else:
-            limit = (moe.capacity_factor, moe.priority)
-            self.mlp = MoE(C, moe.n_expert, moe.top_k, F, *limit, moe.normalise, moe.bias_rate)
+        self.mlp = feed_forward(C, F, config.moe)
 
     def forward(
         self,
@@ -258,6 +289,42 @@ class Block(nn.Module):
         x = x + y
         y, mlp_stats = self.mlp(rms_norm(x), valid, inspect)
         return x + y, attention_stats | mlp_stats
+
+    # ---- cost ------------------------------------------------------------------------------------
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters, in all and used by one token."""
+        attention, attention_active = self.attention.count_parameters()
+        mlp, mlp_active = self.mlp.count_parameters()
+        return attention + mlp, attention_active + mlp_active
+
+    def flops_per_token(self, T: int) -> float:
+        """Return the operations to train on one token of a sequence of T tokens."""
+        return self.attention.flops_per_token(T) + self.mlp.flops_per_token()
+
+    def activation_bytes(
+        self,
+        T: int,
+        device: str,
+        itemsize: int,
+        tp: int = 1,
+        imbalance: float = 1.0,
+        masked: bool = False,
+    ) -> list[float]:
+        """Return the bytes per token kept for backward, tensor by tensor, in sequences of T tokens.
+
+        The arguments are those of Attention.activation_bytes and MoE.activation_bytes.
+        """
+        attention = self.attention.activation_bytes(T, device, itemsize, tp, masked)
+        return attention + self.mlp.activation_bytes(device, itemsize, tp, imbalance)
+
+    def backward_bytes(self, itemsize: int, tp: int = 1, imbalance: float = 1.0) -> list[float]:
+        """Return the bytes per token of the gradients held during backward, where they are most."""
+        return self.mlp.backward_bytes(itemsize, tp, imbalance)
+
+    def tensor_parallel_parameters(self) -> list[int]:
+        """Return the parameters that tensor parallelism splits, of attention and of the MLP."""
+        return [layer.tensor_parallel_parameters() for layer in (self.attention, self.mlp)]
 
 
 class GPT(nn.Module):
@@ -327,39 +394,50 @@ class GPT(nn.Module):
             weight.dtype,
         )
 
-    # ---- what it costs ---------------------------------------------------------------------------------------------------
+    # ---- cost ------------------------------------------------------------------------------------
+
+    def tokens_per_example(self) -> dict[str, int]:
+        """Return the tokens of one example: a sequence of `context_length`."""
+        return {"tokens": self.config.context_length}
+
+    def trunk_blocks(self, name: str) -> Iterable[Block]:
+        """Return the blocks that read the input `name` of `tokens_per_example`."""
+        return self.blocks
+
+    def masked_inputs(self) -> tuple[str, ...]:
+        """Return the inputs whose padding attention masks: none, as causal attention ignores it."""
+        return ()
 
     def count_parameters(self) -> tuple[int, int]:
-        """Parameters in all, and those that each token uses: not the other tokens' rows of the embedding, nor other experts."""
-        total = sum(p.numel() for p in self.parameters())
-        return (
-            total,
-            total - self.embedding.weight.numel() + self.config.n_embd - self.idle_parameters(),
-        )
+        """Return the number of parameters, in all and used by one token.
+
+        A token uses one row of the embedding, and the experts that are chosen for it.
+        """
+        total = self.embedding.weight.numel() + self.head.weight.numel()
+        active = self.config.n_embd + self.head.weight.numel()
+        for block in self.blocks:
+            block_total, block_active = block.count_parameters()
+            total, active = total + block_total, active + block_active
+        return total, active
 
     def idle_parameters(self) -> int:
-        """Parameters of the E - K experts that a token does not use, over all layers."""
-        c = self.config
-        idle = (
-            max(0, c.moe.n_expert - c.moe.top_k) * 2 * c.hidden_ratio * c.n_embd**2
-        )  # E = 1 is an MLP: K does not count
-        return c.n_layer * idle
+        """Return the number of parameters in the experts that a token does not use."""
+        counts = [block.count_parameters() for block in self.blocks]
+        return sum(total - active for total, active in counts)
 
     def flops_per_token(self, T: int | None = None) -> float:
-        """Floating-point operations to train on one token of a sequence of T (default: context_length): forward + backward.
+        """Return the operations to train on one token, forward and backward.
 
-        Each weight of a matrix product costs a multiplication and an addition forward and twice that backward: 6. So does
-        each of the 2 C numbers of every pair of query and key that is read (q . k, then weight . v): 12 C a layer.
-        Choosing blocks is left out: T x T / block_size products, forward only.
+        The token is one of a sequence of T, by default of `context_length`. The embedding is read
+        and not multiplied, so it takes none.
         """
         T = T or self.config.context_length
-        weights = (
-            sum(p.numel() for p in self.parameters())
-            - self.embedding.weight.numel()
-            - self.idle_parameters()
-        )
-        pairs = self.config.attention.pairs(T) / T
-        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * pairs
+        blocks = sum(block.flops_per_token(T) for block in self.blocks)
+        return 6 * self.head.weight.numel() + blocks
+
+    def flops_per_example(self) -> float:
+        """Return the operations to train on one sequence of `context_length` tokens."""
+        return self.config.context_length * self.flops_per_token()
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:

@@ -111,6 +111,37 @@ class MLP(nn.Module):
         """
         return self.out(squared_relu(self.up(x))), {}  # (B, T, C) -> (B, T, F) -> (B, T, C)
 
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters, in all and used by one token."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total
+
+    def flops_per_token(self) -> int:
+        """Return the operations to train on one token: 2 per weight forward and 4 backward."""
+        return 6 * self.count_parameters()[1]
+
+    def activation_bytes(
+        self, device: str, itemsize: int, tp: int = 1, imbalance: float = 1.0
+    ) -> list[float]:
+        """Return the bytes per token kept for backward, tensor by tensor.
+
+        `device` is "cpu" or "cuda", `itemsize` the bytes of a number in matrix products, `tp` the
+        number of tensor-parallel devices. `imbalance` is for MoE.
+        """
+        F, C = self.up.weight.shape
+        cast = itemsize if itemsize < 4 else 0
+        hidden = itemsize * F / tp
+        return [4 * C, cast * C, hidden, hidden]  # normalised x, its cast, relu and its square
+
+    def backward_bytes(self, itemsize: int, tp: int = 1, imbalance: float = 1.0) -> list[float]:
+        """Return the bytes per token of the gradients that the layer holds during its backward."""
+        F, C = self.up.weight.shape
+        return [4 * C, itemsize * F / tp, itemsize * F / tp]
+
+    def tensor_parallel_parameters(self) -> int:
+        """Return the number of parameters that tensor parallelism splits: all of them."""
+        return self.count_parameters()[0]
+
 
 # ---- the router ----------------------------------------------------------------------------------
 
@@ -263,6 +294,7 @@ class MoE(nn.Module):
     """
 
     optimizers: ClassVar = {"gate.weight": "adamw", "up": "experts", "out": "experts"}
+    fp32_parameters: ClassVar = ("gate.weight",)  # autocast does not cast them: see router_logits
 
     def __init__(
         self,
@@ -349,6 +381,57 @@ class MoE(nn.Module):
         """
         load = load.to(self.bias)
         self.bias += self.bias_rate * (load.mean() - load).sign()
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters, in all and used by one token: without E - K experts."""
+        total = sum(p.numel() for p in self.parameters())
+        expert = self.up[0].numel() + self.out[0].numel()
+        return total, total - (len(self.up) - self.top_k) * expert
+
+    def flops_per_token(self) -> int:
+        """Return the operations to train on one token: 2 per weight forward and 4 backward."""
+        return 6 * self.count_parameters()[1]
+
+    def activation_bytes(
+        self, device: str, itemsize: int, tp: int = 1, imbalance: float = 1.0
+    ) -> list[float]:
+        """Return the bytes per token kept for backward, tensor by tensor: as MLP.activation_bytes.
+
+        `imbalance` is the load of this device's experts over the mean of all devices. Tensor
+        parallelism does not split experts.
+        """
+        E, F, C = self.up.shape
+        K = self.top_k * imbalance
+        router = [4 * C, 8 * E, 32 * self.top_k]  # normalised x, probabilities, choices and weights
+        if device == "cuda":  # experts_grouped
+            return [*router, itemsize * K * C, itemsize * K * F, itemsize * K * F, 4 * K * C]
+        return [*router, itemsize * K * F]  # experts_sorted
+
+    def backward_bytes(self, itemsize: int, tp: int = 1, imbalance: float = 1.0) -> list[float]:
+        """Return the bytes per token of the gradients that the layer holds during its backward."""
+        _, F, C = self.up.shape
+        K = self.top_k * imbalance
+        return [4 * C, itemsize * K * F, itemsize * K * F]
+
+    def tensor_parallel_parameters(self) -> int:
+        """Return the number of parameters that tensor parallelism splits: none."""
+        return 0
+
+
+def feed_forward(n_embd: int, hidden: int, config: MoEConfig) -> MLP | MoE:
+    """Return the layer after attention in a block: one MLP, or several experts and a router."""
+    if config.n_expert == 1:
+        return MLP(n_embd, hidden)
+    return MoE(
+        n_embd,
+        config.n_expert,
+        config.top_k,
+        hidden,
+        config.capacity_factor,
+        config.priority,
+        config.normalise,
+        config.bias_rate,
+    )
 
 
 def upcycle(

@@ -22,7 +22,7 @@ from every other.
 Shapes: B items, T tokens of one item, C width of the trunk, M width of the common space, D width of a head, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -124,6 +124,7 @@ class Modality(nn.Module):
 
     input_field: str  # the field of a data set's items that holds its input
     optimizers: ClassVar = {"position_embedding": "adamw"}
+    padded: ClassVar = False  # whether `tokens` returns a mask of padding
 
     def __init__(self, trunk: GPTConfig, width: int, *sides: int) -> None:
         """`sides` of the grid on which the tokens stand, the width of a head being a multiple of twice their number."""
@@ -163,12 +164,30 @@ class Modality(nn.Module):
         e = self.adapter(rms_norm(x.sum(dim=1) / count))
         return F.normalize(e if e.dtype == torch.float64 else e.float(), dim=-1)
 
+    def count_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters, in all and used by one example."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total
+
+    def flops_per_example(self) -> int:
+        """Return the operations to train on one example, outside the trunk.
+
+        The adapter runs once per example. Every other linear layer of the modality runs once per
+        token. Tables (embeddings) are read and not multiplied.
+        """
+        T = len(self.position_embedding)
+        linears = [layer for layer in self.modules() if isinstance(layer, nn.Linear)]
+        adapter = sum(p.numel() for p in self.adapter.parameters())
+        per_token = sum(layer.weight.numel() for layer in linears) - adapter
+        return 6 * (T * per_token + adapter)
+
 
 # ---- the modalities ----------------------------------------------------------------------------------------------------------
 
 
 class Text(Modality):
     input_field = "captions"
+    padded = True
 
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
         super().__init__(trunk, config.width, trunk.context_length)
@@ -293,8 +312,6 @@ class Multimodal(nn.Module):
             name: stats for name, (_, stats) in made.items()
         }
 
-    # ---- what it costs -------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
         """As GPT's, from the load (L, E) of the shared trunk, or of each trunk after the other."""
@@ -304,30 +321,36 @@ class Multimodal(nn.Module):
             ):
                 block.mlp.update_bias(row)
 
+    # ---- cost ------------------------------------------------------------------------------------
+
     def tokens_per_example(self) -> dict[str, int]:
+        """Return the tokens of one example by modality; of a text, the most it may have."""
         return tokens_per_example(self.trunk, self.config)
 
+    def trunk_blocks(self, name: str) -> Iterable[Block]:
+        """Return the blocks that read the modality `name`."""
+        return self.trunks["shared" if self.config.shared else name]
+
+    def masked_inputs(self) -> tuple[str, ...]:
+        """Return the modalities whose padding attention masks."""
+        return tuple(name for name, modality in self.modalities.items() if modality.padded)
+
     def count_parameters(self) -> tuple[int, int]:
-        """Parameters in all, and those that an item in all its modalities uses: not the experts that a token leaves out."""
-        total, moe = sum(p.numel() for p in self.parameters()), self.trunk.moe
-        idle = max(0, moe.n_expert - moe.top_k) * 2 * self.trunk.hidden_ratio * self.trunk.n_embd**2
-        return total, total - idle * self.trunk.n_layer * len(self.trunks)
+        """Return the number of parameters, in all and used by one example in all its modalities.
+
+        Left out of the second are the experts that a token does not use.
+        """
+        total = active = sum(p.numel() for p in self.temperature.parameters())
+        blocks = [block for trunk in self.trunks.values() for block in trunk]
+        for layer in (*self.modalities.values(), *blocks):
+            layer_total, layer_active = layer.count_parameters()
+            total, active = total + layer_total, active + layer_active
+        return total, active
 
     def flops_per_example(self) -> float:
-        """Floating-point operations to train on one item in all its modalities, as GPT.flops_per_token counts them."""
-        C, L, moe = self.trunk.n_embd, self.trunk.n_layer, self.trunk.moe
-        mlps = moe.top_k if moe.n_expert > 1 else 1
-        block = (
-            4 * C**2
-            + 2 * mlps * self.trunk.hidden_ratio * C**2
-            + (moe.n_expert * C if moe.n_expert > 1 else 0)
-        )
+        """Return the operations to train on one example in all its modalities."""
         flops = 0
         for name, T in self.tokens_per_example().items():
-            modality = self.modalities[name]
-            patch = (
-                modality.patch.weight.numel() if hasattr(modality, "patch") else 0
-            )  # a table is read, not multiplied
-            adapter = sum(p.numel() for p in modality.adapter.parameters())
-            flops += 6 * (T * (L * block + patch) + adapter) + 12 * L * C * T**2
+            trunk = sum(block.flops_per_token(T) for block in self.trunk_blocks(name))
+            flops += T * trunk + self.modalities[name].flops_per_example()
         return flops

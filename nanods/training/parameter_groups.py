@@ -33,3 +33,15 @@ def optimizer_of(model: nn.Module) -> dict[str, str]:
         name: declared.get(name, "muon" if parameter.ndim == 2 else "adamw")
         for name, parameter in model.named_parameters()
     }
+
+
+def fp32_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that layers declare to use in fp32, even under autocast.
+
+    A layer declares them in the class attribute `fp32_parameters`: a router's gate.
+    """
+    names = []
+    for path, layer in model.named_modules():
+        for name in getattr(layer, "fp32_parameters", ()):
+            names.append(f"{path}.{name}" if path else name)
+    return names
