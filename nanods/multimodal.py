@@ -1,25 +1,31 @@
-"""V3's model: text, image and audio in one space, by one trunk.
+"""V3's model: text, images and audio in one embedding space, through one transformer.
 
-What V3 adds to V2: a token may be something else than text. A modality is a small class, which says how its input is cut into
-tokens, where they stand, and, by an adapter of its own, how what the trunk makes of them enters the common space:
+What V3 adds to V2: a token may stand for something other than text. A modality is a small class. It
+cuts its input into tokens, gives them positions on a grid, and has an adapter of its own that maps
+the trunk's output into the common space:
 
-    Text    (B, T)         ids of bytes or BPE, -1 at the end     a token each                  places on a line
-    Image   (B, 3, Y, X)   in 0 .. 1                              a token for each patch        places on a plane
-    Audio   (B, S, F)      log-mel: bands, frames                 a token for a few frames      places in time
+    class   input                               a token is            positions
+    Text    (B, T) ids, -1 as padding           a byte or BPE token   on a line
+    Image   (B, 3, Y, X) in 0 .. 1              a patch               on a plane
+    Audio   (B, S, F) log-mel bands, frames     a few frames          in time
 
-    tokens -> trunk: V2's blocks, in which each token reads all the others -> mean -> adapter -> length 1
+    tokens -> trunk: V2's blocks without a causal mask -> mean over tokens -> adapter -> unit length
 
-Between these ends everything is shared, the experts too. `shared=False` gives each modality a trunk of its own, as CLIP
-(Radford et al. 2021, arXiv:2103.00020) has two towers; that is the article's "specialised model" (its claim V3.2). A fourth
-modality is one more class and one more line in `MODALITIES` (lessons/03_multimodal.ipynb adds point clouds).
+The trunk between tokens and adapters is shared by all modalities, its experts included.
+`shared=False` gives each modality a trunk of its own, as CLIP (Radford et al. 2021,
+arXiv:2103.00020) has two towers; this is the article's "specialised model" (its claim V3.2).
 
-Left out on purpose: the loss (nanods/contrastive.py); sparse attention, since items are short (80 tokens at tiny size, 576 at
-base); a class token or attention instead of the mean.
+To add a modality, write a class that inherits from `Modality` and enter it in `MODALITIES`
+(lessons/03_multimodal.ipynb adds point clouds). The model needs no other change.
 
-Pinned by tests/test_multimodal.py: neither padding nor the rest of the batch changes an embedding, and each place can be told
-from every other.
+Left out on purpose: the loss (nanods/contrastive.py); sparse attention, since examples are short
+(80 tokens at tiny size, 576 at base); a class token or attention pooling instead of the mean.
 
-Shapes: B items, T tokens of one item, C width of the trunk, M width of the common space, D width of a head, E experts.
+Pinned by tests/test_multimodal.py: neither padding nor the rest of the batch changes an embedding,
+and the model distinguishes all positions.
+
+Shapes: B examples, T tokens of one example, C width of the trunk, M width of the common space,
+D width of a head, E experts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,35 +41,39 @@ from torch import Tensor, nn
 from nanods.contrastive import Temperature
 from nanods.gpt import Block, GPTConfig, rms_norm, rope_cos_sin
 
-GRID_BASE = 100.0  # RoPE's base for places: the slowest of 8 pairs turns once in about 350 of them
+GRID_BASE = 100.0  # RoPE's base on grids: the slowest of 8 pairs turns once in about 350 positions
+N_MELS = 32  # mel bands, as in nanods/data/sound.py
 
 
 @dataclass(frozen=True)
 class MultimodalConfig:
     modalities: tuple[str, ...] = ()
-    """What is brought into one space, of text, image and audio; none: a language model (V0 to V2)."""
+    """Modalities to embed in one space: text, image, audio. None: a language model (V0 to V2)."""
     pairs: tuple[str, ...] = ()
-    """Which of them are pair_weights in training, such as text-image text-audio; none named: all pairs."""
+    """Pairs that the loss compares, such as text-image text-audio. None: all pairs."""
     shared: bool = True
-    """One trunk for all modalities; if not, each has its own."""
+    """Share one trunk among all modalities; otherwise each has its own."""
     width: int = 128
     """Width of the common space (M)."""
     temperature: float = 0.1
-    """The contrastive loss' temperature at the start: it is learnt, and never below 0.01."""
+    """Initial temperature of the contrastive loss. It is learnt, and never falls below 0.01."""
     image_size: int = 32
     """Height and width of an image, in pixels."""
     patch_size: int = 4
-    """Height and width of an image's patch, which is a token; must divide image-size."""
+    """Height and width of a patch, which becomes one token; must divide image-size."""
     frames: int = 32
-    """Frames of a sound, 32 ms each."""
+    """Frames of a spectrogram, 32 ms each."""
     patch_frames: int = 2
     """Frames in a token; must divide frames."""
     hard_batches: bool = True
-    """Whether scenes that are alike stand in one batch: a mirror image, another shape. Otherwise a batch is drawn at random."""
+    """Put similar scenes (a mirror image, another shape) into one batch; otherwise draw batches at
+    random."""
     entropy_coefficient: float = 0.0
-    """Weight of the experts' entropy losses for each modality (LIMoE), beside the balance of all tokens together. 0: off."""
+    """Weight of the experts' entropy losses for each modality (LIMoE), beside the balance loss over
+    all tokens. 0: off."""
     min_experts: float = 4.0
-    """How many experts a modality must use before the entropy loss lets it be."""
+    """Number of experts that a modality must use before the entropy loss stops pushing it to use
+    more."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.modalities if name not in MODALITIES]:
@@ -74,65 +84,91 @@ class MultimodalConfig:
             raise ValueError(
                 f"multimodal.modalities {' '.join(self.modalities)}: at least two, each once"
             )
-        known = {f"{a}-{b}" for a in self.modalities for b in self.modalities if a != b}
-        if unknown := [pair for pair in self.pairs if pair not in known]:
+        known_pairs = sorted(f"{a}-{b}" for a in self.modalities for b in self.modalities if a != b)
+        if unknown := [pair for pair in self.pairs if pair not in known_pairs]:
             raise ValueError(
-                f"multimodal.pairs: no {', '.join(unknown)}; there are {', '.join(sorted(known)) or 'none'}"
+                f"multimodal.pairs: no {', '.join(unknown)}; "
+                f"there are {', '.join(known_pairs) or 'none'}"
             )
-        for whole, part in (("image_size", "patch_size"), ("frames", "patch_frames")):
-            a, b = getattr(self, whole), getattr(self, part)
-            if a < 1 or b < 1 or a % b:
-                raise ValueError(
-                    f"multimodal.{part} = {b} does not divide {whole} = {a}: choose a divisor"
-                )
-        if (
-            self.width < 1
-            or not self.temperature >= 0.01
-            or not self.entropy_coefficient >= 0
-            or not self.min_experts >= 1
-        ):
+        self._check_divisor("image_size", "patch_size")
+        self._check_divisor("frames", "patch_frames")
+        if self.width < 1 or not self.min_experts >= 1:
             raise ValueError(
-                f"multimodal.width = {self.width} and min_experts = {self.min_experts} must be at least 1, "
-                f"temperature = {self.temperature} at least 0.01, entropy_coefficient = {self.entropy_coefficient} at least 0"
+                f"multimodal.width = {self.width} and min_experts = {self.min_experts}: "
+                "both must be at least 1"
+            )
+        if not self.temperature >= 0.01:
+            raise ValueError(f"multimodal.temperature = {self.temperature} must be at least 0.01")
+        if not self.entropy_coefficient >= 0:
+            raise ValueError(
+                f"multimodal.entropy_coefficient = {self.entropy_coefficient} must be at least 0"
+            )
+
+    def _check_divisor(self, size_name: str, part_name: str) -> None:
+        """Raise ValueError unless the field `part_name` divides the field `size_name`."""
+        size, part = getattr(self, size_name), getattr(self, part_name)
+        if size < 1 or part < 1 or size % part:
+            raise ValueError(
+                f"multimodal.{part_name} = {part} does not divide {size_name} = {size}: "
+                "choose a divisor"
             )
 
     def pair_weights(self) -> dict[tuple[str, str], float]:
-        """The pairs of modalities that the loss compares, with their weights: all alike."""
-        pairs = [tuple(pair.split("-")) for pair in self.pairs] or combinations(self.modalities, 2)
-        return dict.fromkeys(pairs, 1.0)
+        """Return the pairs of modalities that the loss compares, each with weight 1."""
+        if self.pairs:
+            return {tuple(pair.split("-")): 1.0 for pair in self.pairs}
+        return dict.fromkeys(combinations(self.modalities, 2), 1.0)
 
 
-# ---- what is common to modalities --------------------------------------------------------------------------------------------
+# ---- what all modalities share -------------------------------------------------------------------
 
 
 def grid_rope(sides: Sequence[int], D: int) -> tuple[Tensor, Tensor]:
-    """RoPE for tokens on a grid, listed row by row: each axis turns its share of the D/2 pairs (Heo et al. 2024,
-    arXiv:2403.13298, its axial form; with one axis RoPE itself). -> cosines and sines, each (1, 1, T, D/2)."""
-    places = torch.cartesian_prod(*(torch.arange(side) for side in sides)).view(
-        -1, len(sides)
-    )  # (T, axes)
-    turned = [
-        rope_cos_sin(place[None], D // len(sides), torch.float32, GRID_BASE)
-        for place in places.unbind(dim=1)
-    ]
-    cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*turned, strict=True))
-    return cos, sin
+    """Compute RoPE's cosines and sines for tokens on a grid, listed row by row.
+
+    `sides` are the lengths of the grid's axes. Each axis rotates its share of the D/2 pairs of
+    channels (axial RoPE: Heo et al. 2024, arXiv:2403.13298); on one axis this is RoPE itself.
+    Returns cosines and sines, each (1, 1, T, D/2), where T is the product of `sides`. Raises
+    ValueError unless D is a multiple of 2 * number of axes, so that each axis gets whole pairs.
+    """
+    axes = len(sides)
+    if D % (2 * axes):
+        grid = " x ".join(map(str, sides))
+        raise ValueError(
+            f"heads of width {D}: tokens on a grid of {grid} need a multiple of {2 * axes}, "
+            "two channels for each axis; choose another n-head or n-embd"
+        )
+    positions = torch.cartesian_prod(*(torch.arange(side) for side in sides))
+    positions = positions.view(-1, axes)  # (T, axes)
+    cosines, sines = [], []
+    for position in positions.unbind(dim=1):
+        cos, sin = rope_cos_sin(position[None], D // axes, torch.float32, GRID_BASE)
+        cosines.append(cos)
+        sines.append(sin)
+    return torch.cat(cosines, dim=-1), torch.cat(sines, dim=-1)
 
 
 class Modality(nn.Module):
-    """Places for tokens, and the adapter. What inherits from it makes tokens of its input: `tokens`."""
+    """Base class of a modality: position embeddings, and the adapter into the common space.
 
-    input_field: str  # the field of a data set's items that holds its input
+    A subclass sets `input_field`, calls `super().__init__` with the sides of its grid, and
+    implements `tokens`. It is constructed as `Class(trunk, config)`; settings of its own, such as
+    image_size, are fields of MultimodalConfig.
+    """
+
+    input_field: str  # the field of nanods.data.examples.Examples that holds its input
     optimizers: ClassVar = {"position_embedding": "adamw"}
     padded: ClassVar = False  # whether `tokens` returns a mask of padding
 
     def __init__(self, trunk: GPTConfig, width: int, *sides: int) -> None:
-        """`sides` of the grid on which the tokens stand, the width of a head being a multiple of twice their number."""
+        """Create embeddings for the positions of a grid with these `sides`.
+
+        Raises ValueError unless the width of a head is a multiple of 2 * number of sides.
+        """
         super().__init__()
         C = trunk.n_embd
-        self.position_embedding = nn.Parameter(
-            torch.randn(*sides, C).flatten(0, -2) * C**-0.5
-        )  # (T, C)
+        position_embedding = torch.randn(*sides, C).flatten(0, -2) * C**-0.5
+        self.position_embedding = nn.Parameter(position_embedding)  # (T, C)
         cos, sin = grid_rope(sides, C // trunk.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -141,23 +177,29 @@ class Modality(nn.Module):
         )
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Input -> tokens (B, T, C), and which of them are there, (B, T), or None for all."""
+        """Cut the input into tokens: x (B, ...) -> tokens (B, T, C), valid (B, T).
+
+        `valid` is False at padding; None means that there is none.
+        """
         raise NotImplementedError
 
     def prepare(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """Input -> what the trunk reads: tokens with their places (B, T, C), their rope_cos_sin, and which are there."""
+        """Prepare the trunk's input: x (B, ...) -> tokens (B, T, C), their RoPE tables, valid.
+
+        Raises ValueError for more tokens than there are positions.
+        """
         tokens, valid = self.tokens(x)
-        T, room = tokens.size(1), len(self.position_embedding)
-        if room < T:
-            raise ValueError(f"{T} tokens, where there is room for {room}")
-        return (
-            rms_norm(tokens + self.position_embedding[:T]),
-            (self.cos[:, :, :T], self.sin[:, :, :T]),
-            valid,
-        )
+        T, max_tokens = tokens.size(1), len(self.position_embedding)
+        if max_tokens < T:
+            raise ValueError(f"{T} tokens: this model has positions for {max_tokens}")
+        tokens = rms_norm(tokens + self.position_embedding[:T])
+        return tokens, (self.cos[:, :, :T], self.sin[:, :, :T]), valid
 
     def project(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """What the trunk made, (B, T, C) -> embeddings (B, M) of length 1, in at least fp32."""
+        """Pool and project the trunk's output: x (B, T, C) -> unit-length embeddings (B, M).
+
+        The result is in at least fp32.
+        """
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)
         count = x.size(1) if valid is None else valid.sum(dim=1, keepdim=True)
@@ -182,10 +224,12 @@ class Modality(nn.Module):
         return 6 * (T * per_token + adapter)
 
 
-# ---- the modalities ----------------------------------------------------------------------------------------------------------
+# ---- the modalities ------------------------------------------------------------------------------
 
 
 class Text(Modality):
+    """Text as ids of bytes or BPE tokens, one token each."""
+
     input_field = "captions"
     padded = True
 
@@ -194,123 +238,138 @@ class Text(Modality):
         self.embedding = nn.Embedding(trunk.vocab_size, trunk.n_embd)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, T), -1 where a text has ended; each has at least one."""
+        """Embed ids x (B, T), padded with -1; each text has at least one token."""
         return self.embedding(x.clamp(min=0)), x >= 0
 
 
 class Image(Modality):
-    """A patch is read with what surrounds it, half a patch on every side: an outline that is cut shows how it goes on (the idea
-    of early convolutions, Xiao et al. 2021, arXiv:2106.14881). Recall after 200 steps is 0.89, without it 0.78 (LOG.md)."""
+    """Images as overlapping patches, one token for each patch_size x patch_size square.
+
+    Patches overlap by half: each token sees half a patch of context on every side, so edges cut by
+    the grid stay visible (the idea of early convolutions, Xiao et al. 2021, arXiv:2106.14881).
+    Recall after 200 steps is 0.89 with the overlap, 0.78 without (LOG.md).
+    """
 
     input_field = "images"
 
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
-        self.side = config.patch_size
-        rows = config.image_size // self.side
-        super().__init__(trunk, config.width, rows, rows)
-        self.patch = nn.Linear(3 * (2 * self.side) ** 2, trunk.n_embd, bias=False)
+        self.patch_size = config.patch_size
+        side = config.image_size // self.patch_size
+        super().__init__(trunk, config.width, side, side)
+        self.patch = nn.Linear(3 * (2 * self.patch_size) ** 2, trunk.n_embd, bias=False)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
-        """Images (B, 3, Y, X) in 0 .. 1."""
-        half, rest = self.side // 2, self.side - self.side // 2
-        x = F.pad(
-            x.to(self.position_embedding.dtype) - 0.5, (half, rest, half, rest)
-        )  # grey around it
-        return self.patch(
-            F.unfold(x, 2 * self.side, stride=self.side).mT
-        ), None  # (B, 3 (2 side)^2, T) -> (B, T, C)
+        """Cut images x (B, 3, Y, X) in 0 .. 1 into patches and embed them."""
+        before = self.patch_size // 2
+        after = self.patch_size - before
+        x = x.to(self.position_embedding.dtype) - 0.5
+        x = F.pad(x, (before, after, before, after))  # 0 is grey
+        patches = F.unfold(x, 2 * self.patch_size, stride=self.patch_size)
+        return self.patch(patches.mT), None  # (B, T, 3 (2 patch_size)^2) -> (B, T, C)
 
 
 class Audio(Modality):
+    """Audio as a log-mel spectrogram, one token for patch_frames frames."""
+
     input_field = "mels"
 
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
-        self.frames = config.patch_frames
-        super().__init__(trunk, config.width, config.frames // self.frames)
-        self.patch = nn.Linear(N_MELS * self.frames, trunk.n_embd, bias=False)
+        self.patch_frames = config.patch_frames
+        super().__init__(trunk, config.width, config.frames // self.patch_frames)
+        self.patch = nn.Linear(N_MELS * self.patch_frames, trunk.n_embd, bias=False)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, None]:
-        """Log-mels (B, S, F), of mean 0 and standard deviation 1 or so."""
-        parts = (
-            x.to(self.position_embedding.dtype)
-            .unflatten(2, (-1, self.frames))
-            .transpose(1, 2)
-            .flatten(2)
-        )  # (B, T, S frames)
-        return self.patch(parts), None
+        """Embed spectrograms x (B, S, F) of about mean 0 and standard deviation 1."""
+        x = x.to(self.position_embedding.dtype)
+        patches = x.unflatten(2, (-1, self.patch_frames))  # (B, S, T, patch_frames)
+        patches = patches.transpose(1, 2).flatten(2)  # (B, T, S patch_frames)
+        return self.patch(patches), None
 
 
-N_MELS = 32  # of the mel scale, as nanods/data/sound.py makes them
 MODALITIES = {"text": Text, "image": Image, "audio": Audio}
 
 
 @cache
 def tokens_per_example(trunk: GPTConfig, config: MultimodalConfig) -> dict[str, int]:
-    """The tokens of an item by modality, of a text the most it may have; without a model of any size."""
+    """Return the number of tokens of an example by modality, for text the maximum.
+
+    Builds the modalities on the meta device, so it takes no memory at any size.
+    """
     with torch.device("meta"):
-        return {
-            name: len(MODALITIES[name](trunk, config).position_embedding)
-            for name in config.modalities
-        }
+        modalities = {name: MODALITIES[name](trunk, config) for name in config.modalities}
+    return {name: len(modality.position_embedding) for name, modality in modalities.items()}
 
 
-# ---- the model ---------------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 class Multimodal(nn.Module):
+    """Embed several modalities in one space: tokens -> trunk -> mean -> adapter."""
+
     def __init__(self, trunk: GPTConfig, config: MultimodalConfig) -> None:
-        """A trunk of `trunk`'s blocks, and the ends that `config` names. ValueError if they cannot be joined."""
+        """Build the modalities that `config` names around a trunk of `trunk`'s blocks.
+
+        Raises ValueError if the trunk's attention is sparse, or if the width of its heads does not
+        suit a modality.
+        """
         super().__init__()
         if trunk.attention.kind != "dense":
             raise ValueError(
-                f"attention.kind = {trunk.attention.kind}: V3 reads whole items, which are short; take dense"
-            )
-        if trunk.n_embd // trunk.n_head % 4:
-            raise ValueError(
-                f"heads of width {trunk.n_embd // trunk.n_head}: images need a multiple of 4, half for each axis"
+                f"attention.kind = {trunk.attention.kind}: "
+                "V3 attends to whole examples, which are short; take dense"
             )
         self.trunk, self.config = trunk, config
         self.modalities = nn.ModuleDict(
             {name: MODALITIES[name](trunk, config) for name in config.modalities}
         )
-        trunks = ("shared",) if config.shared else config.modalities
-        blocks = {
-            name: [Block(trunk, causal=False) for _ in range(trunk.n_layer)] for name in trunks
-        }
-        self.trunks = nn.ModuleDict({name: nn.ModuleList(some) for name, some in blocks.items()})
+        self.trunks = nn.ModuleDict()
+        for name in ("shared",) if config.shared else config.modalities:
+            blocks = [Block(trunk, causal=False) for _ in range(trunk.n_layer)]
+            self.trunks[name] = nn.ModuleList(blocks)
         self.temperature = Temperature(config.temperature)
         self.initialise()
 
     def initialise(self) -> None:
-        """As GPT's: matrices at 1/sqrt(width of the input), what writes to the residual stream at zero."""
+        """Initialise matrices as GPT does: normal with standard deviation 1/sqrt(input width).
+
+        The trunk's output projections, which write to the residual stream, start at zero.
+        """
         for name, parameter in self.named_parameters():
-            if name.endswith(("out.weight", "mlp.out")):
-                nn.init.zeros_(parameter)
-            elif name.startswith("trunks"):
-                nn.init.normal_(parameter, std=self.trunk.n_embd**-0.5)
+            if name.startswith("trunks"):
+                if name.endswith(("out.weight", "mlp.out")):
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=self.trunk.n_embd**-0.5)
             elif parameter.ndim == 2 and name.endswith("weight"):
                 nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
 
     def embed(
         self, name: str, x: Tensor, inspect: bool = False
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The input of one modality -> embeddings (B, M) of length 1, and the stats of each layer (more with `inspect`)."""
-        modality, stats = self.modalities[name], []
+        """Embed the input x (B, ...) of modality `name` -> unit-length embeddings (B, M).
+
+        Also returns the stats of each layer, more of them with `inspect`.
+        """
+        modality = self.modalities[name]
         tokens, rope, valid = modality.prepare(x)
         rope = tuple(table.to(tokens.dtype) for table in rope)
+        stats = []
         for block in self.trunks["shared" if self.config.shared else name]:
-            tokens, told = block(tokens, None, rope, inspect=inspect, valid=valid)
-            stats.append(told)
+            tokens, layer_stats = block(tokens, None, rope, inspect=inspect, valid=valid)
+            stats.append(layer_stats)
         return modality.project(rms_norm(tokens), valid), stats
 
     def forward(
         self, inputs: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, list[dict[str, Tensor]]]]:
-        """Inputs by modality, equally many -> embeddings (B, M) by modality, and the stats of each one's layers."""
-        made = {name: self.embed(name, x) for name, x in inputs.items()}
-        return {name: e for name, (e, _) in made.items()}, {
-            name: stats for name, (_, stats) in made.items()
-        }
+        """Embed B examples: inputs by modality -> embeddings (B, M) by modality.
+
+        Also returns the stats of each layer by modality.
+        """
+        embeddings, stats = {}, {}
+        for name, x in inputs.items():
+            embeddings[name], stats[name] = self.embed(name, x)
+        return embeddings, stats
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:

@@ -6,7 +6,7 @@ A data set for V3 is any object with the members of `ExampleDataset`; it need no
 To add a modality's data:
 1. Add a field to `Examples` for what the modality reads, such as `videos: np.ndarray | None = None`.
 2. Let `batch` and `gallery` of the data set fill this field, and name the modality in `modalities`.
-The field of a modality's input is the attribute `reads` of its class in nanods/multimodal.py.
+The field of a modality's input is the attribute `input_field` of its class in nanods/multimodal.py.
 
 Shapes: B examples, S samples of a waveform, M mel bands, T frames of a spectrogram.
 """
