@@ -1,7 +1,7 @@
-"""The user's mistakes, told apart from ours.
+"""Mistakes of the user, kept apart from bugs of nanods.
 
-A `UserError` is a mistake that the person at the keyboard can mend: it ends the program with exit code 2 and its message
-alone. Every other exception is a bug of nanods and keeps its traceback.
+A `UserError` is a mistake that the user can fix: `run` prints its message alone and ends the
+program with exit code 2. Every other exception is a bug of nanods and keeps its traceback.
 """
 
 import errno
@@ -10,35 +10,45 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """What is wrong, and how to mend it, in words for the person at the keyboard."""
+    """A mistake that the user can fix. The message says what is wrong and how to fix it."""
 
 
-# The operating system's refusals that a person can mend.
-MENDS = {
+# Errors of the operating system that the user can fix: errno -> what is wrong, and how to fix it.
+OS_ERROR_FIXES = {
     errno.ENOSPC: "the disk is full: free some space, or choose another disk with --out-dir",
-    errno.EDQUOT: "your disk quota is used up: free some space, or choose another disk with --out-dir",
-    errno.EFBIG: "the file system or `ulimit -f` refuses a file of this size: choose another disk with --out-dir",
-    errno.EACCES: "permission denied: choose a folder that you may write to with --out-dir",
+    errno.EDQUOT: (
+        "your disk quota is used up: free some space, or choose another disk with --out-dir"
+    ),
+    errno.EFBIG: (
+        "the file system or `ulimit -f` refuses a file of this size: "
+        "choose another disk with --out-dir"
+    ),
+    errno.EACCES: ("permission denied: choose a folder that you may write to with --out-dir"),
     errno.EPERM: "permission denied: choose a folder that you may write to with --out-dir",
-    errno.EROFS: "the file system is read-only: choose another place with --out-dir",
-    errno.ENOTDIR: "a file stands where a folder should be: move it, or choose another place with --out-dir",
-    errno.EEXIST: "a file stands where a folder should be: move it, or choose another place with --out-dir",
+    errno.EROFS: "the file system is read-only: choose another folder with --out-dir",
+    errno.ENOTDIR: (
+        "a file exists where a folder is needed: move it, or choose another folder with --out-dir"
+    ),
+    errno.EEXIST: (
+        "a file exists where a folder is needed: move it, or choose another folder with --out-dir"
+    ),
 }
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`; a mistake of the user becomes one message and exit code 2."""
+    """Run a program's `main`. Turn a mistake of the user into one message and exit code 2."""
     try:
         main()
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in MENDS:
+        if error.errno not in OS_ERROR_FIXES:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{MENDS[error.errno]}")
+        path = f"{error.filename}: " if error.filename else ""
+        fail(f"{path}{OS_ERROR_FIXES[error.errno]}")
 
 
 def fail(message: str) -> None:
+    """Print an error message to stderr and end the program with exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

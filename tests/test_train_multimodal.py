@@ -236,7 +236,7 @@ def test_questions_that_cannot_be_answered_end_with_the_mend(trained, program, w
         (("--query", " "), "0 tokens"),
         (("--query", "the " * 30), "reads 1 to 80"),
         (("--query", "a circle", "--image", "text.png"), "ask this model one thing"),
-        (("--image", "text.png"), "not a whole JPEG or PNG image"),
+        (("--image", "text.png"), "not a complete JPEG or PNG image"),
         (("--image", "nowhere.png"), "nowhere.png: cannot be read"),
         (("--audio", "cut.wav"), "cut.wav"),
         (("--gallery", "empty"), "--gallery empty is empty"),

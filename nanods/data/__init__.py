@@ -1,1 +1,10 @@
-"""Data: corpora to token files (text, pydocs, tokenizer) and the downloads they need (download)."""
+"""Data: corpora as token files, and data sets of examples for contrastive learning.
+
+Text:     text.py loads a corpus as token ids. It uses tokenizer.py, download.py, pydocs.py
+          (a corpus that needs no network) and, for a corpus larger than memory, sources.py and
+          shards.py.
+Examples: examples.py describes a data set of text, images and sounds. scenes.py generates one.
+          caption_dataset.py reads one from a folder, whose captions captions.py finds.
+          sound.py has waveforms and spectrograms.
+Both:     random_bits.py has random numbers that depend on their key alone.
+"""

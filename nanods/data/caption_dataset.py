@@ -1,16 +1,21 @@
-"""CaptionDataset: captions and the images or sounds they describe, from a folder: `load_caption_dataset(folder, 64, 32).batch(0, 128)`.
+"""CaptionDataset: images or sounds with captions, from a folder.
 
-A thing is an image or a sound; it may have several captions. nanods/data/captions.py says which folders are read.
+    load_caption_dataset(folder, image_size=64, frames=32).batch(step=0, size=128)
 
-A batch is fixed by (seed, step, size), whatever was drawn before. An epoch puts the things in an order and goes round it, each
-time with another of a thing's captions, until every caption was there once; what its last batch lacks are its first again. So
-where things have equally many captions, no batch holds a thing twice. A file that cannot be decoded is skipped, and named
-once on stderr: the next of the order takes its place. Threads decode the next step's batch while this one is learnt from.
+nanods/data/captions.py says which folders are read. A file, an image or a sound, may have several
+captions; its number is the id of its examples.
 
-Left out on purpose: augmentation (of every image its middle, of every sound its start), formats but JPEG, PNG and WAV, the same
-image under two names.
+A batch depends on (seed, step, size) alone, not on earlier calls. An epoch holds each training
+caption once. It goes through all files in a random order, with one caption of each, then again in
+the same order with another caption, until every caption was used. The last batch of an epoch is
+filled up with the epoch's first captions. So if all files have equally many captions, no batch
+holds a file twice. A file that cannot be decoded is skipped, with one warning on stderr, and the
+next caption in the order takes its place. Threads decode the next step's batch in the background.
 
-Shapes: B items, S samples, T frames. Images are [channel, y, x], y downwards.
+Left out on purpose: augmentation (images are cropped to their middle, sounds to their start),
+formats other than JPEG, PNG and WAV, and finding copies of one image under two names.
+
+Shapes: B examples, S samples, T frames. Images are [channel, y, x], y downwards.
 """
 
 import hashlib
@@ -22,230 +27,231 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps  # Pillow, which matplotlib brings along
+from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is installed
 
 from nanods.data.captions import Rows, read_captions
 from nanods.data.examples import Examples
 from nanods.data.random_bits import random_bits
-from nanods.data.scenes import normalized_log_mel
-from nanods.data.sound import HOP, WINDOW, fit, read_wav
+from nanods.data.sound import HOP, WINDOW, crop_or_pad, normalized_log_mel, read_wav
 from nanods.errors import UserError
 
-# ---- one file ----------------------------------------------------------------------------------------------------------------
+# ---- decoding one file ---------------------------------------------------------------------------
 
 
-def read_image(path: str | Path, side: int) -> np.ndarray:
-    """A JPEG or PNG of any mode and size -> (3, side, side) float32 in 0 .. 1: its middle square, alpha over black.
+def read_image(path: str | Path, size: int) -> np.ndarray:
+    """Return the middle square of a JPEG or PNG as (3, size, size) float32 in 0 .. 1.
 
-    UserError, with a mend, for what is missing, cut off, no such image, or a bomb (more pixels than Pillow finds safe).
+    It reads images of any mode and size. Transparent pixels are blended with black.
+
+    Raises UserError if the file is missing, truncated, of another kind, or a decompression bomb
+    (more pixels than Pillow's limit).
     """
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            if (
-                Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS
-            ):  # Pillow warns; twice it raises
-                raise Image.DecompressionBombError(f"{image.width:,} x {image.height:,} pixels")
-            image.draft(
-                None, (side, side)
-            )  # a JPEG: decoded at 1/2, 1/4 or 1/8, where that is large enough
-            image.load()
-            with suppress(
-                Exception
-            ):  # what is said about an image may be damaged where the image is whole
-                image = ImageOps.exif_transpose(image)  # upright, however the camera was held
-            if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            (width, height), short = image.size, min(image.size)
-            middle = (
-                (width - short) / 2,
-                (height - short) / 2,
-                (width + short) / 2,
-                (height + short) / 2,
-            )
-            image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=middle)
-    except Exception as error:  # damage makes Pillow's decoders raise almost anything
+            image = decode_image(image, size)
+    except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
         if isinstance(error, OSError) and error.strerror:
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}); give a JPEG or PNG image"
             ) from error
         raise UserError(
-            f"{path}: not a whole JPEG or PNG image ({error}); fetch it again, or convert it"
+            f"{path}: not a complete JPEG or PNG image ({error}); fetch it again, or convert it"
         ) from error
     return np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1)) / np.float32(255)
 
 
+def decode_image(image: Image.Image, size: int) -> Image.Image:
+    """Return the middle square of an opened image, upright, in RGB, resized to `size`."""
+    # Pillow only warns above its limit; it raises above twice the limit.
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width:,} x {image.height:,} pixels")
+    # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still large enough.
+    image.draft(None, (size, size))
+    image.load()
+    with suppress(Exception):  # the EXIF data may be damaged although the pixels are good
+        image = ImageOps.exif_transpose(image)  # upright
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    right, bottom = (width + side) / 2, (height + side) / 2
+    square = (left, top, right, bottom)
+    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=square)
+
+
 def read_sound(path: str | Path, frames: int) -> np.ndarray:
-    """A WAV file -> (S,) float32 in -1 .. 1, 8,000 Hz, cut or filled up with silence to the S that `frames` need.
+    """Return a WAV file as (S,) float32 in -1 .. 1, 8,000 Hz.
 
-    UserError, with a mend, for what is missing, damaged or of another kind.
+    It is cropped, or padded with silence, to the S samples that `frames` frames need.
+
+    Raises UserError if the file is missing, damaged or of another kind.
     """
-    return fit(read_wav(path), WINDOW + (frames - 1) * HOP)
+    return crop_or_pad(read_wav(path), WINDOW + (frames - 1) * HOP)
 
 
-# ---- a data set --------------------------------------------------------------------------------------------------------------
+# ---- the data set --------------------------------------------------------------------------------
 
-ORDER, GALLERY = range(2)  # what a random number is for
+ORDER, GALLERY = range(2)  # what a random number is used for: a part of its key
 
 
 class CaptionDataset:
-    """A caption data set, as `load_caption_dataset` makes it."""
+    """An `ExampleDataset` of captions and images, or captions and sounds, read from files."""
 
     def __init__(
         self, name: str, modality: str, train: Rows, held_out: Rows, image_size: int, frames: int
     ):
-        self.name, self.modalities, self.image_size, self.frames = (
-            name,
-            ("text", modality),
-            image_size,
-            frames,
-        )
-        lines = [*(f"{path.name}\t{caption}\n" for path, caption in train), "\n"]
+        """Store the rows (path, caption) of a folder. `load_caption_dataset` calls this."""
+        self.name, self.modalities = name, ("text", modality)
+        self.image_size, self.frames = image_size, frames
+        lines = [f"{path.name}\t{caption}\n" for path, caption in train]
+        lines.append("\n")
         lines += [f"{path.name}\t{caption}\n" for path, caption in held_out]
         self.sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
-        self.paths = list(
-            dict.fromkeys(path for path, _ in train + held_out)
-        )  # of the things, by number
-        number = {path: i for i, path in enumerate(self.paths)}
-        self.train = [
-            (number[path], caption) for path, caption in train
-        ]  # a thing and one of its captions
-        self.held_out: dict[int, list[str]] = {}  # a thing and its captions
+        self.paths = list(dict.fromkeys(path for path, _ in train + held_out))  # by file id
+        file_id = {path: i for i, path in enumerate(self.paths)}
+        self.train = [(file_id[path], caption) for path, caption in train]
+        self.held_out: dict[int, list[str]] = {}  # file id -> its captions
         for path, caption in held_out:
-            self.held_out.setdefault(number[path], []).append(caption)
+            self.held_out.setdefault(file_id[path], []).append(caption)
 
-        self._thing = np.array(
-            [thing for thing, _ in self.train], np.int64
-        )  # of each training caption
-        count = np.bincount(self._thing)
-        self._count = count[self._thing]  # of captions that its thing has
-        self._which = np.empty_like(self._thing)  # of those it is, from 0 up
-        self._which[self._thing.argsort(kind="stable")] = np.concatenate(
-            [np.arange(n) for n in count] or [[]]
+        # For each training caption: its file's id, the number of captions of that file, and which
+        # of them it is, from 0 up.
+        self._file_ids = np.array([i for i, _ in self.train], np.int64)
+        n_captions = np.bincount(self._file_ids)
+        self._n_captions = n_captions[self._file_ids]
+        self._caption_index = np.empty_like(self._file_ids)
+        self._caption_index[self._file_ids.argsort(kind="stable")] = np.concatenate(
+            [np.arange(n) for n in n_captions] or [[]]
         )
 
-        self._epoch, self._shuffled = (
-            None,
-            self._thing,
-        )  # (seed, epoch) and its order, kept from batch to batch
-        self._faults: dict[int, str] = {}  # a thing and why it cannot be decoded
+        self._epoch = None  # (seed, epoch) of the cached order
+        self._epoch_order = self._file_ids  # the cached order of the training captions
+        self._errors: dict[int, str] = {}  # file id -> why the file cannot be decoded
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        self._ahead: dict[
-            tuple, Iterator
-        ] = {}  # (step, size, seed) and what the threads make of it
+        self._prefetched: dict[tuple, Iterator] = {}  # (step, size, seed) -> decoded arrays
 
     @property
     def skipped(self) -> int:
-        """How many corrupt files the batches and galleries met so far."""
-        return len(self._faults)
+        """The number of corrupt files found so far in batches and galleries."""
+        return len(self._errors)
 
     def text(self) -> str:
-        """The training captions, for a tokenizer to learn from."""
+        """Return the training captions, one on each line, for a tokenizer to learn from."""
         return "\n".join(caption for _, caption in self.train)
 
     def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Examples:
-        """The training items of a step, or these rows of them: decoded all, so that processes agree on what is skipped.
+        """Return the `size` training examples of a step, or only these rows of them.
 
-        UserError if there are fewer than `size`, or fewer that can be decoded.
+        All examples of the step are decoded, so that all processes skip the same files.
+
+        Raises UserError if there are fewer than `size`, or fewer that can be decoded.
         """
         if not 1 <= size <= len(self.train):
             raise UserError(
-                f"--data {self.name}: {len(self.train):,} training captions do not make a batch of {size:,}; "
-                "choose another --batch-size, or add some"
+                f"--data {self.name}: a batch of {size:,} cannot be taken from "
+                f"{len(self.train):,} training captions; choose another --batch-size, or add some"
             )
         order = self._order(step, size, seed)
-        ahead = self._ahead.pop((step, size, seed), None) or self._start(order[:size])
-        items = self._collect((self.train[row] for row in order), ahead, size)
-        self._ahead = {
-            (step + 1, size, seed): self._start(self._order(step + 1, size, seed)[:size])
-        }
-        return Examples(
-            **{name: value if value is None else value[rows] for name, value in vars(items).items()}
-        )
+        decoded = self._prefetched.pop((step, size, seed), None) or self._prefetch(order[:size])
+        examples = self._collect((self.train[i] for i in order), decoded, size)
+        next_order = self._order(step + 1, size, seed)
+        self._prefetched = {(step + 1, size, seed): self._prefetch(next_order[:size])}
+        fields = {}
+        for name, value in vars(examples).items():
+            fields[name] = None if value is None else value[rows]
+        return Examples(**fields)
 
     def _order(self, step: int, size: int, seed: int) -> np.ndarray:
-        """All training captions in the order of this step's epoch, which is a circle, from the step's first on."""
-        epoch, place = divmod(step, -(-len(self.train) // size))
+        """Return all training captions in the order of the step's epoch, from the step's first on.
+
+        The order is circular: after its end it starts again.
+        """
+        epoch, step_in_epoch = divmod(step, -(-len(self.train) // size))
         if self._epoch != (seed, epoch):
-            chance = (random_bits(len(self.paths), seed, ORDER, epoch)[0] >> 1).astype(np.int64)[
-                self._thing
-            ]
-            rounds = (self._which + chance) % self._count
-            self._epoch, self._shuffled = (
-                (seed, epoch),
-                np.lexsort((chance, rounds)),
-            )  # by round, then by chance
-        return np.roll(self._shuffled, -place * size)
+            file_keys = random_bits(len(self.paths), seed, ORDER, epoch)[0]
+            key = (file_keys >> 1).astype(np.int64)[self._file_ids]
+            # In each pass over the files, the key of a file also decides its first caption.
+            file_pass = (self._caption_index + key) % self._n_captions
+            self._epoch = (seed, epoch)
+            self._epoch_order = np.lexsort((key, file_pass))  # by pass, then by key
+        return np.roll(self._epoch_order, -step_in_epoch * size)
 
     def gallery(self, size: int, seed: int = 0) -> Examples:
-        """Held-out things, all different, each with one of its captions; the same at every call.
+        """Return `size` held-out examples of different files, the same at every call.
 
-        UserError if there are fewer than `size`, or fewer that can be decoded.
+        Each comes with one of its captions. Raises UserError if there are fewer than `size`, or
+        fewer that can be decoded.
         """
         if not 1 <= size <= len(self.held_out):
             raise UserError(
-                f"--data {self.name}: {len(self.held_out):,} things are held out, which do not make a gallery of {size:,}; "
-                "ask for another size, or add some"
+                f"--data {self.name}: a gallery of {size:,} cannot be taken from "
+                f"{len(self.held_out):,} held-out examples; choose another size, or add some"
             )
-        chance, things = (
-            random_bits(len(self.held_out), seed, GALLERY)[0],
-            list(self.held_out.items()),
-        )
-        rows = [
-            (things[i][0], things[i][1][chance[i] % len(things[i][1])])
-            for i in chance.argsort(kind="stable")
-        ]
-        return self._collect(
-            rows, self._pool.map(self._decode, [thing for thing, _ in rows[:size]]), size
-        )
+        keys = random_bits(len(self.held_out), seed, GALLERY)[0]
+        files = list(self.held_out.items())
+        rows = []
+        for i in keys.argsort(kind="stable"):
+            file_id, captions = files[i]
+            rows.append((file_id, captions[keys[i] % len(captions)]))
+        decoded = self._pool.map(self._decode, [file_id for file_id, _ in rows[:size]])
+        return self._collect(rows, decoded, size)
 
-    def _start(self, order: np.ndarray) -> Iterator:
-        """Let the threads decode these training items."""
-        return self._pool.map(self._decode, self._thing[order].tolist())
+    def _prefetch(self, order: np.ndarray) -> Iterator:
+        """Start to decode these training captions' files in the threads. Return the results."""
+        return self._pool.map(self._decode, self._file_ids[order].tolist())
 
-    def _decode(self, thing: int) -> tuple[np.ndarray, ...] | str:
-        """A thing's arrays, or why there are none."""
+    def _decode(self, file_id: int) -> tuple[np.ndarray, ...] | str:
+        """Return the arrays of a file, or the reason why it cannot be decoded."""
         try:
-            if thing in self._faults:
-                return self._faults[thing]
+            if file_id in self._errors:
+                return self._errors[file_id]
             if self.modalities[1] == "image":
-                return (read_image(self.paths[thing], self.image_size),)
-            wave = read_sound(self.paths[thing], self.frames)
+                return (read_image(self.paths[file_id], self.image_size),)
+            wave = read_sound(self.paths[file_id], self.frames)
             return wave, normalized_log_mel(wave)
         except UserError as error:
             return str(error)
 
-    def _collect(self, rows: Iterable[tuple[int, str]], ahead: Iterator, size: int) -> Examples:
-        """The first `size` of rows (thing, caption) that can be decoded, of which `ahead` decodes the first already."""
-        found = []
-        for thing, caption in rows:
-            arrays = next(ahead, None) or self._decode(thing)
+    def _collect(self, rows: Iterable[tuple[int, str]], decoded: Iterator, size: int) -> Examples:
+        """Return the first `size` of the rows (file id, caption) whose file can be decoded.
+
+        `decoded` yields the arrays of the first rows. Raises UserError if too few can be decoded.
+        """
+        collected = []
+        for file_id, caption in rows:
+            arrays = next(decoded, None) or self._decode(file_id)
             if not isinstance(arrays, str):
-                found.append((thing, caption, arrays))
-            elif thing not in self._faults:
-                self._faults[thing] = arrays
+                collected.append((file_id, caption, arrays))
+            elif file_id not in self._errors:
+                self._errors[file_id] = arrays
                 print(f"warning: skipped {arrays}", file=sys.stderr)
-            if len(found) == size:
+            if len(collected) == size:
                 break
         else:
             raise UserError(
-                f"--data {self.name}: {size:,} items are asked for at a time, and only {len(found):,} can be decoded "
-                f"({self.skipped:,} corrupt files, the first: {next(iter(self._faults.values()))})"
+                f"--data {self.name}: {size:,} examples are needed at a time, and only "
+                f"{len(collected):,} can be decoded ({self.skipped:,} corrupt files, the first: "
+                f"{next(iter(self._errors.values()))})"
             )
-        ids, captions, arrays = zip(*found, strict=True)
-        arrays = [np.stack(each) for each in zip(*arrays, strict=True)]
-        kinds = ("images",) if self.modalities[1] == "image" else ("waves", "mels")
-        return Examples(
-            np.array(ids, np.int64), list(captions), **dict(zip(kinds, arrays, strict=True))
-        )
+        ids, captions, arrays = zip(*collected, strict=True)
+        batched = [np.stack(column) for column in zip(*arrays, strict=True)]
+        names = ("images",) if self.modalities[1] == "image" else ("waves", "mels")
+        fields = dict(zip(names, batched, strict=True))
+        return Examples(np.array(ids, np.int64), list(captions), **fields)
 
 
 def load_caption_dataset(folder: Path, image_size: int, frames: int) -> CaptionDataset:
-    """Read a folder's captions and find its files; a batch decodes them, to images of `image_size` or sounds of `frames`.
+    """Return the data set of a folder, whose captions are read and whose files exist.
 
-    UserError, with a mend, for a folder that is no data set, for a mistake in its captions, and for files that are missing.
+    A batch decodes the files, to images of `image_size` x `image_size` pixels or to sounds of
+    `frames` spectrogram frames.
+
+    Raises UserError for a folder without captions, for a mistake in the captions, and for missing
+    files.
     """
     return CaptionDataset(str(folder), *read_captions(Path(folder)), image_size, frames)

@@ -1,7 +1,8 @@
-"""Files that arrive whole or not at all: the data folder, atomic writes, and resumable, verified downloads.
+"""The data folder, atomic writes, and resumable, verified downloads.
 
-Needs only the standard library's urllib. Leaves out on purpose: parallel connections, archives, authentication.
-The tests run it against a server on loopback that stalls, cuts off, corrupts and ignores Range.
+It needs only the standard library's urllib. Left out on purpose: parallel connections, archives,
+authentication. The tests run it against a server on loopback that stalls, cuts off, corrupts and
+ignores Range.
 """
 
 import hashlib
@@ -16,26 +17,29 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from nanods.errors import MENDS, UserError
+from nanods.errors import OS_ERROR_FIXES, UserError
 
 try:
     import fcntl
-except (
-    ImportError
-):  # Windows: no lock; two downloads at once can spoil the .part, which the hash then shows
+except ImportError:
+    # Windows has no fcntl, so no lock. Two downloads at once can spoil the .part file; its hash
+    # then shows it.
     fcntl = None
 
 
 def data_dir() -> Path:
-    """The folder of corpora and caches: the environment variable NANODS_DATA, or `data` in the current directory."""
+    """Return the folder of corpora and caches: $NANODS_DATA, or `data` in the current folder."""
     return Path(os.environ.get("NANODS_DATA") or "data")
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it and rename it to `path`: readers never see half a file.
+    """Write a file so that readers never see half of it.
 
-    Each writer has a temporary name of its own, so of several at once the last rename wins and none is mixed.
-    Raises UserError where the folder cannot be written.
+    `write` fills a temporary file in the same folder, which is then synced to disk and renamed to
+    `path`. Each writer has a temporary file with a unique name: of several writers the last rename
+    wins, and their contents never mix.
+
+    Raises UserError if the folder cannot be written.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -46,116 +50,132 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
     finally:
         if temporary.is_file():
             temporary.unlink()
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> UserError:
+    """Return the UserError for a path in the data folder that cannot be written."""
     return UserError(
-        f"{path} cannot be written ({error.strerror}): free some space there, or choose another data folder with "
-        "the environment variable NANODS_DATA=FOLDER"
+        f"{path} cannot be written ({error.strerror}): free some space there, or choose another "
+        "data folder with the environment variable NANODS_DATA=FOLDER"
     )
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(urls: Sequence[str], path: Path, sha256: str, timeout: float = 30.0) -> Path:
-    """Fetch a file from the first of `urls` (mirrors of each other) that gives the bytes of hash `sha256`, to `path`.
+    """Download the file with hash `sha256` from the first mirror that has it. Return `path`.
 
-    A right file already at `path` is taken without network. What an interrupted download left in `path`.part is
-    continued by HTTP Range, from any mirror. `timeout`: seconds without a byte before a server counts as stalled.
-    Raises UserError if another file is in the place, if every mirror fails, or if the folder cannot be written.
+    `urls`: the mirrors, in the order in which they are tried.
+    A correct file that exists already needs no network. An interrupted download leaves `path`.part,
+    which the next one continues by HTTP Range, from any mirror. `timeout`: seconds without a byte
+    after which a server counts as stalled.
+
+    Raises UserError if another file exists at `path`, if every mirror fails, or if the folder
+    cannot be written.
     """
     if path.exists():
-        return verified(path, sha256)
+        return verify_file(path, sha256)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
             if fcntl:
-                fcntl.flock(
-                    file, fcntl.LOCK_EX
-                )  # a second process waits here, and then finds the first one's file
+                # A second process waits here, and then finds the finished file of the first one.
+                fcntl.flock(file, fcntl.LOCK_EX)
             if path.exists():
-                return verified(path, sha256)
-            reasons = try_mirrors(urls, file, part, sha256, timeout)
+                return verify_file(path, sha256)
+            failures = download_from_mirrors(urls, file, part, sha256, timeout)
             os.fsync(file.fileno())
-            if not reasons and fcntl:
-                part.replace(
-                    path
-                )  # before the lock goes, so that nobody appends to a finished file
-        if not reasons and not fcntl:
+            if not failures and fcntl:
+                # Rename before the lock is released: nobody may append to a finished file.
+                part.replace(path)
+        if not failures and not fcntl:
             part.replace(path)  # Windows renames only closed files
     except OSError as error:
-        raise unwritable(part, error) from error
-    if reasons:
-        tried = "\n".join(f"  {reason}" for reason in reasons)
+        raise write_error(part, error) from error
+    if failures:
+        listed = "\n".join(f"  {failure}" for failure in failures)
         raise UserError(
-            f"{path.name} could not be downloaded:\n{tried}\n"
-            f"Check the network and run the same command again (it continues where this one stopped), "
-            f"or put the file at {path} yourself (sha256 {sha256})."
+            f"{path.name} could not be downloaded:\n{listed}\n"
+            "Check the network and run the same command again (it continues where this one "
+            f"stopped), or put the file at {path} yourself (sha256 {sha256})."
         )
     return path
 
 
-def verified(path: Path, sha256: str) -> Path:
-    found = file_sha256(path) if path.is_file() else "none: it is not a file"
-    if found == sha256:
+def verify_file(path: Path, sha256: str) -> Path:
+    """Return `path` if it is a file with this hash. Raises UserError if not."""
+    actual = file_sha256(path) if path.is_file() else "none: it is not a file"
+    if actual == sha256:
         return path
     raise UserError(
-        f"{path} is not the expected file (its sha256 is {found}, expected {sha256}): "
+        f"{path} is not the expected file (its sha256 is {actual}, expected {sha256}): "
         "move it away and run again to download the right one, or put the right one in its place"
     )
 
 
-def try_mirrors(
+def download_from_mirrors(
     urls: Sequence[str], file: BinaryIO, part: Path, sha256: str, timeout: float
 ) -> list[str]:
-    """Fill `file` (open for appending at `part`) until its hash is right: [] then, else each mirror's failure."""
-    reasons = []
+    """Fill `file`, which is open for appending at `part`, until its hash is right.
+
+    Return [] on success, else the reason why each mirror failed.
+    """
+    failures = []
     for url in urls:
-        reason = try_mirror(url, file, part, sha256, timeout)
-        if reason is None:
+        failure = download_from_mirror(url, file, part, sha256, timeout)
+        if failure is None:
             return []
-        reasons.append(f"{url}: {reason}")
-    return reasons
+        failures.append(f"{url}: {failure}")
+    return failures
 
 
-def try_mirror(url: str, file: BinaryIO, part: Path, sha256: str, timeout: float) -> str | None:
+def download_from_mirror(
+    url: str, file: BinaryIO, part: Path, sha256: str, timeout: float
+) -> str | None:
+    """Fill `file` from one mirror. Return None on success, else the reason why it failed."""
     while file_sha256(part) != sha256:
-        before = part.stat().st_size
+        size_before = part.stat().st_size
         try:
             fetch(url, file, part.stem, timeout)
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in MENDS:
-                raise  # the disk's fault, not the server's
-            if part.stat().st_size <= before:
+            if isinstance(error, OSError) and error.errno in OS_ERROR_FIXES:
+                raise  # the disk failed, not the server
+            if part.stat().st_size <= size_before:
                 return str(error) or type(error).__name__
-            continue  # cut off, but further on than the last time
+            continue  # the connection was cut off, but it made progress: try again
         if file_sha256(part) != sha256:
             file.truncate(0)
-            if before == 0:
+            if size_before == 0:
                 return "sent other bytes than expected (the sha256 differs)"
-            # else what lay in the .part may be to blame: once more from the start
+            # Otherwise the old .part file may be wrong, not the server: try once more from the
+            # start.
     return None
 
 
 def fetch(url: str, file: BinaryIO, name: str, timeout: float) -> None:
-    """Append to `file` what it lacks of `url`. OSError or HTTPException if the connection fails or ends early."""
+    """Append to `file` the rest of `url`, with a progress bar called `name`.
+
+    Raises OSError or HTTPException if the connection fails or ends early.
+    """
     start = file.seek(0, os.SEEK_END)
-    headers = {"User-Agent": "nanods"} | ({"Range": f"bytes={start}-"} if start else {})
+    headers = {"User-Agent": "nanods"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
     try:
         response = urllib.request.urlopen(
             urllib.request.Request(url, headers=headers), timeout=timeout
         )
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # Range Not Satisfiable: nothing lies beyond what is here
+        if error.code == 416:  # Range Not Satisfiable: the server has no bytes after these
             return
         raise
     with response:
@@ -167,11 +187,10 @@ def fetch(url: str, file: BinaryIO, name: str, timeout: float) -> None:
         with tqdm(
             total=total, initial=start, desc=name, unit="B", unit_scale=True, disable=None
         ) as bar:
-            while chunk := response.read1(
-                1 << 16
-            ):  # read1 hands on what has arrived, read would lose it in a stall
+            # read1 returns what has arrived so far; read would lose it when the server stalls.
+            while chunk := response.read1(1 << 16):
                 file.write(chunk)
                 file.flush()
                 bar.update(len(chunk))
-    if total is not None and (got := file.seek(0, os.SEEK_END)) < total:
-        raise ConnectionError(f"cut off after {got:,} of {total:,} bytes")
+    if total is not None and (size := file.seek(0, os.SEEK_END)) < total:
+        raise ConnectionError(f"cut off after {size:,} of {total:,} bytes")

@@ -1,12 +1,13 @@
-"""What a contrastive data set offers: `Examples`, one batch of them, and `ExampleDataset`, the protocol.
+"""Data sets for contrastive learning: `ExampleDataset`, the protocol, and `Examples`, a batch.
 
-A data set for V3 is any object with the members of `ExampleDataset`; it need not inherit from it. Two exist:
-`SceneData` (scenes.py, made by a program) and `CaptionDataset` (caption_dataset.py, a folder of files).
+V3 trains on any object with the members of `ExampleDataset`; it need not inherit from it. Two such
+classes exist: `SceneData` (scenes.py, generated) and `CaptionDataset` (caption_dataset.py, files).
 
 To add a modality's data:
-1. Add a field to `Examples` for what the modality reads, such as `videos: np.ndarray | None = None`.
-2. Let `batch` and `gallery` of the data set fill this field, and name the modality in `modalities`.
-The field of a modality's input is the attribute `input_field` of its class in nanods/multimodal.py.
+1. Add a field to `Examples` for the modality's input: `videos: np.ndarray | None = None`.
+2. Fill this field in the data set's `batch` and `gallery`, and add the modality's name to its
+   `modalities`.
+The attribute `input_field` of the modality's class in nanods/multimodal.py names its field.
 
 Shapes: B examples, S samples of a waveform, M mel bands, T frames of a spectrogram.
 """
@@ -22,7 +23,8 @@ import numpy as np
 class Examples:
     """A batch of B examples: one field for each modality's input.
 
-    A field is None if the data set has no data for that modality. Row i of every field belongs to example i.
+    A field is None if the data set has no data for that modality. Row i of every field belongs to
+    example i.
     """
 
     ids: np.ndarray  # (B,) int64; examples with equal ids are duplicates, never negatives
@@ -48,8 +50,8 @@ class ExampleDataset(Protocol):
     def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Examples:
         """Return the `size` training examples of a step, or only these rows of them.
 
-        The examples depend on (seed, step, size) alone, not on earlier calls: so a resumed run sees the same
-        batches, and each process can load its own rows of one global batch.
+        The examples depend on (seed, step, size) alone, not on earlier calls: so a resumed run sees
+        the same batches, and each process can load its own rows of one global batch.
         """
         ...
 

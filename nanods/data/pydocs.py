@@ -1,8 +1,9 @@
-"""pydocs, the corpus that needs no network: Python's own documentation, read from the interpreter that runs.
+"""pydocs, a corpus that needs no network: the documentation of the running Python.
 
-First the language reference as `help()` knows it (`pydoc_data.topics`), then every docstring of the standard library,
-read from the sources with `ast`: nothing is imported, so nothing runs and the order is the same in every process.
-About two million characters; the exact text, and with it the hash, belongs to one version of Python.
+It holds first the language reference of `help()` (`pydoc_data.topics`), then every docstring of the
+standard library. The docstrings are parsed from the sources with `ast`: no module is imported, so
+no code runs and the order is the same in every process. The corpus has about two million
+characters. Its exact text, and so its hash, depends on the version of Python.
 """
 
 import ast
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from nanods.data.download import data_dir, write_atomic
 from nanods.errors import UserError
 
-# Tests, other people's packages, copies of other programs, and what the build generates for one platform.
+# Tests, third-party packages, whole programs, and files that the build generates for one platform.
 SKIPPED_FOLDERS = {
     "test", "tests", "idle_test", "site-packages", "dist-packages",
     "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__",
@@ -28,40 +29,46 @@ SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize
 
 
 def pydocs_text() -> str:
-    """The corpus, from the cache if it is there whole (a few seconds of reading the first time).
+    """Return the corpus, from the cache if a good copy is there.
+
+    Collecting it takes a few seconds the first time.
 
     Raises UserError if this interpreter comes without its documentation or sources.
     """
-    stdlib = Path(
-        sysconfig.get_path("stdlib")
-    )  # in a virtual environment too, the base interpreter's
+    stdlib = Path(sysconfig.get_path("stdlib"))  # of the base interpreter, in a venv too
     interpreter = hashlib.sha256(f"{sys.version} {stdlib}".encode()).hexdigest()[:8]
     cache = data_dir() / "cache" / f"pydocs-{platform.python_version()}-{interpreter}.txt"
-    if (text := read_sealed(cache)) is None:
+    text = read_with_checksum(cache)
+    if text is None:
         text = collect(stdlib)
-        write_atomic(cache, lambda file: file.write(seal(text)))
+        write_atomic(cache, lambda file: file.write(add_checksum(text)))
     return text
 
 
-def seal(text: str) -> bytes:
-    """The text in UTF-8 after a first line with its sha256, so that a damaged copy is known."""
+def add_checksum(text: str) -> bytes:
+    """Return the text in UTF-8 after a first line with its sha256, which reveals damage."""
     data = text.encode()
     return hashlib.sha256(data).hexdigest().encode() + b"\n" + data
 
 
-def read_sealed(path: Path) -> str | None:
+def read_with_checksum(path: Path) -> str | None:
+    """Return the text that `add_checksum` wrote; None if the file is missing or damaged."""
     if not path.is_file():
         return None
-    digest, _, data = path.read_bytes().partition(b"\n")
-    return data.decode() if hashlib.sha256(data).hexdigest().encode() == digest else None
+    checksum, _, data = path.read_bytes().partition(b"\n")
+    return data.decode() if hashlib.sha256(data).hexdigest().encode() == checksum else None
 
 
 def collect(stdlib: Path) -> str:
-    """Topics in order of name, then docstrings in order of module and line; each text once, blank lines between."""
+    """Return the topics sorted by name, then the docstrings sorted by module and line.
+
+    Each text appears once; blank lines separate them. Raises UserError if topics or docstrings are
+    missing.
+    """
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise without_docs("its module pydoc_data.topics is missing") from None
+        raise missing_documentation("its module pydoc_data.topics is missing") from None
     texts = [topics[name].strip() for name in sorted(topics)]
     docstrings: list[str] = []
     for path in tqdm(
@@ -73,41 +80,41 @@ def collect(stdlib: Path) -> str:
     ):
         docstrings += docstrings_of(path.read_bytes())
     if not docstrings:
-        raise without_docs(f"no sources in {stdlib}")
+        raise missing_documentation(f"no sources in {stdlib}")
     return "\n\n".join(dict.fromkeys(texts + docstrings)) + "\n"
 
 
-def without_docs(what: str) -> UserError:
+def missing_documentation(reason: str) -> UserError:
+    """Return the UserError for an interpreter without its documentation or sources."""
     return UserError(
-        f"this Python ({sys.executable}) comes without its documentation, which is the data set pydocs: {what}. "
-        "Use a full Python (from python.org, uv or conda, or your distribution's complete package), "
-        "or other data: --data shakespeare, --data path/to/text.txt"
+        f"this Python ({sys.executable}) comes without its documentation, which is the data set "
+        f"pydocs: {reason}. Use a full Python (from python.org, uv or conda, or your "
+        "distribution's complete package), or other data: --data shakespeare, "
+        "--data path/to/text.txt"
     )
 
 
 def modules(stdlib: Path) -> list[Path]:
-    """The sources of the standard library, sorted by their path in it."""
+    """Return the source files of the standard library, sorted by their path in it."""
 
-    def wanted(path: Path) -> bool:
+    def is_wanted(path: Path) -> bool:
         parts = path.relative_to(stdlib).parts
-        return SKIPPED_FOLDERS.isdisjoint(parts) and not any(
-            part.startswith(SKIPPED_PREFIXES) for part in parts
-        )
+        if not SKIPPED_FOLDERS.isdisjoint(parts):
+            return False
+        return not any(part.startswith(SKIPPED_PREFIXES) for part in parts)
 
-    return sorted(
-        filter(wanted, stdlib.rglob("*.py")), key=lambda path: path.relative_to(stdlib).as_posix()
-    )
+    paths = filter(is_wanted, stdlib.rglob("*.py"))
+    return sorted(paths, key=lambda path: path.relative_to(stdlib).as_posix())
 
 
 def docstrings_of(source: bytes) -> list[str]:
-    """The docstrings of a module, its classes and functions, indentation removed, in order of line."""
+    """Return the docstrings of a module, its classes and functions, dedented, in order of line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer Pythons warn of escapes in older sources
         tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    nodes.sort(
-        key=lambda node: getattr(node, "lineno", 0)
-    )  # ast.walk goes level by level; a Module has no line
-    found = (ast.get_docstring(node) for node in nodes)
-    return [text.strip() for text in found if text and text.strip()]
+    # ast.walk goes level by level, so sort by line. A Module has no line number: it comes first.
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    docstrings = (ast.get_docstring(node) for node in nodes)
+    return [text.strip() for text in docstrings if text and text.strip()]

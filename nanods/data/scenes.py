@@ -1,28 +1,38 @@
-"""Scenes: an endless data set that needs no network, in which image, caption and sound say the same thing.
+"""Scenes: a generated, endless data set, whose images, captions and sounds show the same scenes.
 
-A scene is two objects and how one lies to the other. What it *means*, whichever way it is put, is one number:
+It needs no network. A scene is two objects and the relation between them. Its *scene id* is one
+number for what it shows. These captions describe the same scene:
 
-    "a small red circle left of a big blue square"   =   "a big blue square to the right of a tiny red disc"
+    "a small red circle left of a big blue square"
+    "a big blue square to the right of a tiny red disc"
 
-    fact        image                    caption                  sound
-    shape       outline                  "circle", "disc"         timbre: which overtones are there
-    colour      colour                   "red"                    pitch, three semitones apart from C4 up
-    size        radius                   "small", "tiny"          small: short and soft; large: long and loud
-    relation    place                    "left of", "above"       order, and what sounds between the two: a level tone, then the
-                                                                  next lies right of it; a falling one, below; a rising, above
+    fact      image     caption              sound
+    shape     outline   "circle", "disc"     timbre: which overtones are present
+    colour    colour    "red"                pitch: three semitones apart, from C4 up
+    size      radius    "small", "tiny"      small: short and soft; large: long and loud
+    relation  position  "left of", "above"   order of the two tones, and the glide between them:
+                                             level if the second object is to the right,
+                                             falling if it is below, rising if it is above
 
-Everything else is chance: place, wording, radius, tint, loudness, tempo, noise. And chance is a function: an item is fixed by
-(seed, meaning, variant), a training batch by (seed, step, size), with no state, whatever was drawn before, in any process; to
-the last bit on one kind of processor, since sines and Fourier transforms may round otherwise on another.
+Everything else is random: position, wording, radius, tint, loudness, tempo, noise. The random
+numbers are counter-based (nanods/data/random_bits.py): an example depends on (seed, scene id,
+variant) alone, and a training batch on (seed, step, size) alone, in any process and order. Bitwise
+equality holds on one kind of processor, since sines and Fourier transforms may round differently on
+another.
 
-A tenth of all meanings is held out: no training batch draws them, under any seed. `gallery` shows 512 of them. And a batch is
-hard: who sees only strangers in it never needs to tell left from right (lessons/03_multimodal.ipynb has the figures).
+A tenth of all scenes is held out: no training batch has them, under any seed. `gallery` shows 512
+of them. Batches are hard by default: they put scenes together that differ only in shapes or in
+order. If all negatives were unrelated scenes, a model would never need to tell left from right
+(lessons/03_multimodal.ipynb has the figures).
 
-    python -m timeit -p -s 'from nanods.data.scenes import batch' 'batch(0, 128)'      23 ms of one core: 5,500 items a second
+    python -m timeit -p -s 'from nanods.data.scenes import batch' 'batch(0, 128)'
+    23 ms of one core: 5,500 examples a second
 
-Left out on purpose: three objects, overlap, negation, words that mean two things. Every caption is true, no sound is missing.
+Left out on purpose: three objects, overlap, negation, words with two meanings. Every caption is
+true, and no example lacks a modality.
 
-Shapes: B items, S samples, M mel bands, T frames. Images are [channel, y, x], y downwards, pixels as units of length.
+Shapes: B examples, S samples, M mel bands, T frames. Images are [channel, y, x], y downwards; the
+unit of length is a pixel.
 """
 
 import hashlib
@@ -31,147 +41,148 @@ from functools import cache, lru_cache
 import numpy as np
 
 from nanods.data.examples import Examples
-from nanods.data.random_bits import between, noise, random_bits, uniform
-from nanods.data.sound import HOP, RATE, WINDOW, log_mel
+from nanods.data.random_bits import interpolate, noise, random_bits, uniform
+from nanods.data.sound import HOP, RATE, WINDOW, normalized_log_mel
 
-# ---- meanings ----------------------------------------------------------------------------------------------------------------
+# ---- scene ids and facts -------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "pink", "white")
 SIZES = ("small", "large")
-RELATIONS = (
-    "left of",
-    "above",
-    "right of",
-    "below",
-)  # the last two are the first two, told from the other side
+# The last two are the first two, seen from the other object.
+RELATIONS = ("left of", "above", "right of", "below")
 
-OBJECTS = len(SHAPES) * len(COLOURS) * len(SIZES)  # 96
-SCENE_COUNT = (
-    2 * OBJECTS * (OBJECTS - 1)
-)  # 18,240: two relations, ordered pairs of objects that differ
+OBJECT_COUNT = len(SHAPES) * len(COLOURS) * len(SIZES)  # 96
+# 18,240 scenes: two relations, ordered pairs of different objects.
+SCENE_COUNT = 2 * OBJECT_COUNT * (OBJECT_COUNT - 1)
 FACTS = ("shape", "colour", "size", "relation", "other shape", "other colour", "other size")
+SWAPPED = [4, 5, 6, 3, 0, 1, 2]  # columns of the facts after the two objects change places
 
 
-def facts_of(meanings: np.ndarray) -> np.ndarray:
-    """(B,) in 0 .. SCENE_COUNT - 1 -> (B, 7) indices in the order of FACTS; the relation is "left of" or "above".
+def facts_of(scene_ids: np.ndarray) -> np.ndarray:
+    """Return the facts of scenes: (B,) ids -> (B, 7) indices in the order of FACTS.
 
-    ValueError for a number that is no meaning.
+    The relation is always "left of" or "above". Raises ValueError for a number that is no scene id.
     """
-    meanings = np.asarray(meanings, np.int64)
-    if not ((meanings >= 0) & (meanings < SCENE_COUNT)).all():
-        raise ValueError(f"meanings are numbers from 0 to {SCENE_COUNT - 1:,}")
-    rest, b = np.divmod(meanings, OBJECTS - 1)
-    relation, a = np.divmod(rest, OBJECTS)
-    b = b + (b >= a)  # the other object is any but the first
+    scene_ids = np.asarray(scene_ids, np.int64)
+    if not ((scene_ids >= 0) & (scene_ids < SCENE_COUNT)).all():
+        raise ValueError(f"scene ids are numbers from 0 to {SCENE_COUNT - 1:,}")
+    rest, b = np.divmod(scene_ids, OBJECT_COUNT - 1)
+    relation, a = np.divmod(rest, OBJECT_COUNT)
+    b = b + (b >= a)  # b counts the objects other than a
     return np.stack([*object_facts(a), relation, *object_facts(b)], axis=-1)
 
 
-def object_facts(thing: np.ndarray) -> tuple[np.ndarray, ...]:
-    """0 .. OBJECTS - 1 -> shape, colour, size."""
-    return np.unravel_index(thing, (len(SHAPES), len(COLOURS), len(SIZES)))
+def object_facts(object_ids: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the shape, colour and size of objects, given as numbers in 0 .. OBJECT_COUNT - 1."""
+    return np.unravel_index(object_ids, (len(SHAPES), len(COLOURS), len(SIZES)))
 
 
 def scene_ids_of(facts: np.ndarray) -> np.ndarray:
-    """(B, 7), any of the four relations -> (B,): both ways to put a scene give one number.
+    """Return the scene ids of facts with any of the four relations: (B, 7) -> (B,).
 
-    ValueError for an index out of range, and where the two objects are alike: no relation could be decided.
+    Both descriptions of a scene, "a left of b" and "b right of a", give the same id.
+
+    Raises ValueError for an index out of range, and if the two objects are equal.
     """
     facts = np.asarray(facts, np.int64)
-    counts = (
-        len(SHAPES),
-        len(COLOURS),
-        len(SIZES),
-        len(RELATIONS),
-        len(SHAPES),
-        len(COLOURS),
-        len(SIZES),
-    )
+    object_counts = (len(SHAPES), len(COLOURS), len(SIZES))
+    counts = (*object_counts, len(RELATIONS), *object_counts)
     if not ((facts >= 0) & (facts < counts)).all():
         raise ValueError(f"facts are indices below {counts}")
-    turned = facts[:, 3] >= 2
-    facts = np.where(turned[:, None], facts[:, [4, 5, 6, 3, 0, 1, 2]], facts)
-    a = np.ravel_multi_index(tuple(facts[:, :3].T), counts[:3])
-    b = np.ravel_multi_index(tuple(facts[:, 4:].T), counts[:3])
+    is_reversed = facts[:, 3] >= 2
+    facts = np.where(is_reversed[:, None], facts[:, SWAPPED], facts)
+    a = np.ravel_multi_index(tuple(facts[:, :3].T), object_counts)
+    b = np.ravel_multi_index(tuple(facts[:, 4:].T), object_counts)
     if (a == b).any():
         raise ValueError("the two objects of a scene must differ in shape, colour or size")
-    return ((facts[:, 3] % 2) * OBJECTS + a) * (OBJECTS - 1) + b - (b > a)
+    return ((facts[:, 3] % 2) * OBJECT_COUNT + a) * (OBJECT_COUNT - 1) + b - (b > a)
 
 
-# ---- chance as a function (nanods/data/random_bits.py) ----------------------------------------------------------------------------
+# ---- random numbers (nanods/data/random_bits.py) -------------------------------------------------
 
-GROUPS = 16  # into which a hard epoch deals each family of meanings
-SPLIT, ORDER, IMAGE, CAPTION, SOUND = range(
-    5
-)  # what a random number is for: the first part of its key
+# What a random number is used for: the part of its key after the seed.
+SPLIT, ORDER, IMAGE, CAPTION, SOUND = range(5)
+GROUPS = 16  # groups into which a hard epoch divides each family of scenes
 
 
-# ---- images ------------------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------
 
-SIDE = 32  # pixels
-RADII = np.array([[3.2, 4.0], [5.5, 6.5]], np.float32)  # least and most, of small and of large
-# Okabe and Ito's palette (2008), told apart by all kinds of colour vision; white takes the place of black, on a dark ground.
+IMAGE_SIZE = 32  # pixels
+RADII = np.array([[3.2, 4.0], [5.5, 6.5]], np.float32)  # min and max, of small and of large
+# The palette of Okabe and Ito (2008), which all kinds of colour vision can tell apart; white
+# replaces black, since the background is dark.
 PALETTE = np.array([
-    (213, 94, 0), (230, 159, 0), (240, 228, 66), (0, 158, 115), (86, 180, 233), (0, 114, 178), (204, 121, 167), (255, 255, 255),
+    (213, 94, 0), (230, 159, 0), (240, 228, 66), (0, 158, 115),
+    (86, 180, 233), (0, 114, 178), (204, 121, 167), (255, 255, 255),
 ], np.float32) / np.float32(255)  # fmt: skip
 
-# How far a point at (x, y) lies outside of a shape of radius r about (0, 0); negative inside.
-OUTSIDE = {
-    "circle": lambda x, y, r: np.hypot(x, y) - r,
-    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.85 * r,
-    "triangle": lambda x, y, r: np.maximum(
-        0.866 * abs(x) - 0.5 * y - 0.47 * r, y - 0.7 * r
-    ),  # one corner upwards
-    "cross": lambda x, y, r: np.maximum(
-        np.minimum(abs(x), abs(y)) - 0.33 * r, np.maximum(abs(x), abs(y)) - r
-    ),
-    "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r,
-    "diamond": lambda x, y, r: (abs(x) + abs(y)) * 0.707 - 0.7 * r,
-}
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Return the distance of points (x, y) to a shape of radius r at (0, 0), negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.85 * r
+    if shape == "triangle":  # one corner at the top
+        return np.maximum(0.866 * abs(x) - 0.5 * y - 0.47 * r, y - 0.7 * r)
+    if shape == "cross":
+        return np.maximum(np.minimum(abs(x), abs(y)) - 0.33 * r, np.maximum(abs(x), abs(y)) - r)
+    if shape == "ring":
+        return abs(np.hypot(x, y) - 0.74 * r) - 0.26 * r
+    if shape == "diamond":
+        return (abs(x) + abs(y)) * 0.707 - 0.7 * r
+    raise ValueError(f"no shape {shape}: use one of {', '.join(SHAPES)}")
 
 
-def covered(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """How much of each pixel an object covers: its shape, centre and radius, (B,) each -> (B, SIDE, SIDE) in 0 .. 1."""
-    pixels = np.arange(SIDE, dtype=np.float32) + 0.5
-    cover = np.empty((len(shape), SIDE, SIDE), np.float32)
-    for s, name in enumerate(SHAPES):
-        mine = np.flatnonzero(shape == s)
-        across, down, radius = (
-            pixels - x[mine, None, None],
-            pixels[:, None] - y[mine, None, None],
-            r[mine, None, None],
-        )
-        cover[mine] = 0.5 - OUTSIDE[name](across, down, radius)
+def coverage(shape: np.ndarray, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Return how much of each pixel an object covers, (B, IMAGE_SIZE, IMAGE_SIZE) in 0 .. 1.
+
+    `shape` (an index of SHAPES), centre `x`, `y` and radius `r` are (B,) each.
+    """
+    pixels = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
+    cover = np.empty((len(shape), IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for i, name in enumerate(SHAPES):
+        rows = np.flatnonzero(shape == i)
+        across = pixels - x[rows, None, None]
+        down = pixels[:, None] - y[rows, None, None]
+        cover[rows] = 0.5 - signed_distance(name, across, down, r[rows, None, None])
     return np.clip(cover, 0, 1, out=cover)
 
 
-def draw(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> np.ndarray:
-    """meanings (B,), variants (B,) or one for all -> images (B, 3, SIDE, SIDE) float32 in 0 .. 1."""
-    facts, key = facts_of(meanings), (seed, IMAGE, meanings, variants)
-    chance = uniform(14, *key)
-    ra, rb = (between(*RADII[facts[:, size]].T, chance[:, i]) for i, size in enumerate((2, 6)))
-    gap = between(2, 4, chance[:, 2])
-    # Along the relation the two stand in line, at least 2 pixels apart; across it they are off by 3 at most.
-    first = between(1 + ra, SIDE - 1 - ra - gap - 2 * rb, chance[:, 3])
-    middle = between(2.5 + np.maximum(ra, rb), SIDE - 2.5 - np.maximum(ra, rb), chance[:, 4])
-    a = first, middle + between(-1.5, 1.5, chance[:, 5])  # (along, across)
-    b = first + ra + gap + rb, middle + between(-1.5, 1.5, chance[:, 6])
-    images = np.empty((len(facts), 3, SIDE, SIDE), np.float32)
-    images[:] = between(0.05, 0.2, chance[:, 7, None, None, None])  # the ground, a dark grey
-    beside = facts[:, 3] == 0
-    for i, (place, r) in enumerate(((a, ra), (b, rb))):
-        x, y = np.where(beside, place, place[::-1])
-        cover = covered(facts[:, 4 * i], x, y, r)[:, None]  # (B, 1, SIDE, SIDE)
-        tint = between(-0.06, 0.06, chance[:, 8 + 3 * i : 11 + 3 * i])
+def render_images(scene_ids: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> np.ndarray:
+    """Return an image of each scene, (B, 3, IMAGE_SIZE, IMAGE_SIZE) float32 in 0 .. 1.
+
+    `scene_ids` is (B,), `variants` (B,) or one number for all.
+    """
+    facts, key = facts_of(scene_ids), (seed, IMAGE, scene_ids, variants)
+    random = uniform(14, *key)
+    radius_a = interpolate(*RADII[facts[:, 2]].T, random[:, 0])
+    radius_b = interpolate(*RADII[facts[:, 6]].T, random[:, 1])
+    gap = interpolate(2, 4, random[:, 2])
+    # Along the relation's axis the objects are at least 2 pixels apart. Across it their centres
+    # differ by at most 3 pixels. Positions are (along, across).
+    along = interpolate(1 + radius_a, IMAGE_SIZE - 1 - radius_a - gap - 2 * radius_b, random[:, 3])
+    larger = np.maximum(radius_a, radius_b)
+    across = interpolate(2.5 + larger, IMAGE_SIZE - 2.5 - larger, random[:, 4])
+    position_a = along, across + interpolate(-1.5, 1.5, random[:, 5])
+    position_b = along + radius_a + gap + radius_b, across + interpolate(-1.5, 1.5, random[:, 6])
+    images = np.empty((len(facts), 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    images[:] = interpolate(0.05, 0.2, random[:, 7, None, None, None])  # a dark grey background
+    is_horizontal = facts[:, 3] == 0
+    for i, (position, radius) in enumerate(((position_a, radius_a), (position_b, radius_b))):
+        x, y = np.where(is_horizontal, position, position[::-1])
+        cover = coverage(facts[:, 4 * i], x, y, radius)[:, None]  # (B, 1, IMAGE_SIZE, IMAGE_SIZE)
+        tint = interpolate(-0.06, 0.06, random[:, 8 + 3 * i : 11 + 3 * i])
         colour = (PALETTE[facts[:, 4 * i + 1]] + tint)[:, :, None, None]
         images += cover * (colour - images)
-    images += 0.1 * noise(3 * SIDE * SIDE, *key, 1).reshape(images.shape)
+    images += 0.1 * noise(3 * IMAGE_SIZE * IMAGE_SIZE, *key, 1).reshape(images.shape)
     return np.clip(images, 0, 1, out=images)
 
 
-# ---- captions ----------------------------------------------------------------------------------------------------------------
+# ---- captions ------------------------------------------------------------------------------------
 
-SENTENCES = (  # {a} is {to} {b}
+SENTENCES = (  # {a} and {b} are objects; {to} is "left of", {to_it} is "to its left", and so on
     "{a} {to} {b}",
     "{a} is {to} {b}",
     "there is {a} {to} {b}",
@@ -180,149 +191,171 @@ SENTENCES = (  # {a} is {to} {b}
 )
 ARTICLES = ("a", "the", "one")
 WORDS = {
-    "circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle", "wedge"), "cross": ("cross", "plus"),
-    "ring": ("ring", "hoop"), "diamond": ("diamond", "rhombus"), "small": ("small", "little", "tiny"),
-    "large": ("large", "big", "huge"), "left of": ("left of", "to the left of", "on the left of"),
-    "right of": ("right of", "to the right of", "on the right of"), "above": ("above", "over", "higher than"),
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "triangle": ("triangle", "wedge"),
+    "cross": ("cross", "plus"),
+    "ring": ("ring", "hoop"),
+    "diamond": ("diamond", "rhombus"),
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over", "higher than"),
     "below": ("below", "under", "lower than"),
-}  # fmt: skip
+}
 WORDS_TO_IT = {
-    "left of": ("to its left", "on its left"), "right of": ("to its right", "on its right"),
-    "above": ("above it", "over it"), "below": ("below it", "under it"),
-}  # fmt: skip
+    "left of": ("to its left", "on its left"),
+    "right of": ("to its right", "on its right"),
+    "above": ("above it", "over it"),
+    "below": ("below it", "under it"),
+}
 
 
-def describe(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> list[str]:
-    """meanings (B,), variants (B,) or one for all -> captions, in lower case and ASCII."""
-    random = random_bits(11, seed, CAPTION, meanings, variants)
-    return [
-        caption(*scene) for scene in zip(facts_of(meanings).tolist(), random.tolist(), strict=True)
-    ]
+def render_captions(scene_ids: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> list[str]:
+    """Return a caption of each scene, in lower case and ASCII.
+
+    `scene_ids` is (B,), `variants` (B,) or one number for all.
+    """
+    random = random_bits(11, seed, CAPTION, scene_ids, variants).tolist()
+    facts = facts_of(scene_ids).tolist()
+    return [caption(*scene) for scene in zip(facts, random, strict=True)]
 
 
 def caption(facts: list[int], random: list[int]) -> str:
-    """One scene's facts (7,) in the words that 11 random numbers choose."""
+    """Return a caption of one scene's facts (7,), in words chosen by 11 random numbers."""
+    random = list(random)
 
-    def pick(choices: tuple[str, ...]) -> str:
+    def choose(choices: tuple[str, ...]) -> str:
         return choices[random.pop() % len(choices)]
 
-    def name(shape: int, colour: int, size: int) -> str:
-        return f"{pick(ARTICLES)} {pick(WORDS[SIZES[size]])} {COLOURS[colour]} {pick(WORDS[SHAPES[shape]])}"
+    def name_object(shape: int, colour: int, size: int) -> str:
+        article, size_word = choose(ARTICLES), choose(WORDS[SIZES[size]])
+        return f"{article} {size_word} {COLOURS[colour]} {choose(WORDS[SHAPES[shape]])}"
 
-    random = list(random)
     a, relation, b = facts[:3], facts[3], facts[4:]
     if random.pop() % 2:
         a, relation, b = b, relation + 2, a
-    sentence, to = pick(SENTENCES), RELATIONS[relation]
-    return sentence.format(a=name(*a), b=name(*b), to=pick(WORDS[to]), to_it=pick(WORDS_TO_IT[to]))
+    sentence = choose(SENTENCES)
+    to = RELATIONS[relation]
+    # The order of these calls decides which random number each gets.
+    return sentence.format(
+        a=name_object(*a), b=name_object(*b), to=choose(WORDS[to]), to_it=choose(WORDS_TO_IT[to])
+    )
 
 
 @cache
 def vocabulary() -> frozenset[str]:
-    """Every word that a caption may have."""
-    choices = [SENTENCES, ARTICLES, COLOURS, *WORDS.values(), *WORDS_TO_IT.values()]
-    return frozenset(
-        word for some in choices for text in some for word in text.split() if "{" not in word
-    )
+    """Return every word that a caption may contain."""
+    words = set()
+    for phrases in (SENTENCES, ARTICLES, COLOURS, *WORDS.values(), *WORDS_TO_IT.values()):
+        for phrase in phrases:
+            words.update(word for word in phrase.split() if "{" not in word)
+    return frozenset(words)
 
 
-# ---- sounds ------------------------------------------------------------------------------------------------------------------
+# ---- sounds --------------------------------------------------------------------------------------
 
 FRAMES = 32
-SAMPLES = WINDOW + (FRAMES - 1) * HOP  # 8,448: 1.056 s, which log_mel makes 32 frames of
-PITCHES = 440 * 2 ** (
-    (np.arange(8, dtype=np.float32) * 3 - 9) / 12
-)  # Hz, of COLOURS: C4 Eb4 Gb4 A4 C5 Eb5 Gb5 A5
-OVERTONES = np.array(  # of SHAPES: how strong 1, 2, 3 and 4 times the pitch are
-    [(1, 0, 0, 0), (1, 0, 0.7, 0), (1, 0.7, 0.7, 0.7), (1, 0.7, 0.7, 0), (1, 0.7, 0, 0), (1, 0, 0, 0.7)], np.float32
-)  # fmt: skip
-SECONDS, LOUDNESS = np.array([0.16, 0.3], np.float32), np.array([0.2, 0.4], np.float32)  # of SIZES
-LONGEST = 2640  # samples, 0.33 s: a large object at the slowest tempo
-GLIDES = np.array(
-    [(1400, 1400), (2000, 1000), (1000, 2000)], np.float32
-)  # Hz from, to: right of it, below it, above it
+SAMPLES = WINDOW + (FRAMES - 1) * HOP  # 8,448: 1.056 s, 32 frames of log_mel
+# Hz, of COLOURS: C4 Eb4 Gb4 A4 C5 Eb5 Gb5 A5
+PITCHES = 440 * 2 ** ((np.arange(8, dtype=np.float32) * 3 - 9) / 12)
+# Of SHAPES: the strengths of 1, 2, 3 and 4 times the pitch.
+OVERTONES = np.array([
+    (1, 0, 0, 0), (1, 0, 0.7, 0), (1, 0.7, 0.7, 0.7),
+    (1, 0.7, 0.7, 0), (1, 0.7, 0, 0), (1, 0, 0, 0.7),
+], np.float32)  # fmt: skip
+# Of SIZES.
+SECONDS, LOUDNESS = np.array([0.16, 0.3], np.float32), np.array([0.2, 0.4], np.float32)
+TONE_SAMPLES = 2640  # 0.33 s: the longest tone, a large object at the slowest tempo
+# Hz, from and to: the next object is to the right, below, above.
+GLIDES = np.array([(1400, 1400), (2000, 1000), (1000, 2000)], np.float32)
 
 
-def tone(
+def render_tones(
     hertz: np.ndarray, seconds: np.ndarray, loudness: np.ndarray, overtones: np.ndarray
 ) -> np.ndarray:
-    """A tone each, from silence to silence: hertz (B, 2) at its start and end, (B,), (B,), (B, 4) -> (B, LONGEST)."""
-    time = np.arange(LONGEST, dtype=np.float32) / np.float32(RATE)
+    """Return tones that start and end in silence, (B, TONE_SAMPLES).
+
+    `hertz` is (B, 2), the pitch at the start and at the end; `seconds` and `loudness` are (B,);
+    `overtones` is (B, 4).
+    """
+    time = np.arange(TONE_SAMPLES, dtype=np.float32) / np.float32(RATE)
     length = seconds[:, None]
     start, slope = hertz[:, :1], (hertz[:, 1:] - hertz[:, :1]) / (2 * length)
     cycles = (start + slope * time) * time  # the integral of the frequency
     angle = (cycles - np.floor(cycles)) * np.float32(2 * np.pi)
-    before, this, twice = 0, np.sin(angle), 2 * np.cos(angle)
-    total = overtones[:, :1] * this
+    # sin (k + 1) x = 2 cos x sin k x - sin (k - 1) x gives each overtone from the two before it.
+    previous, current, two_cos = 0, np.sin(angle), 2 * np.cos(angle)
+    total = overtones[:, :1] * current
     for k in range(1, overtones.shape[1]):
-        before, this = (
-            this,
-            twice * this - before,
-        )  # sin (k + 1) x = 2 cos x sin k x - sin (k - 1) x
-        total += overtones[:, k, None] * this
-    envelope = np.clip(
-        np.minimum(time, length - time) * 100, 0, 1
-    )  # 10 ms of swelling and of fading
+        previous, current = current, two_cos * current - previous
+        total += overtones[:, k, None] * current
+    envelope = np.clip(np.minimum(time, length - time) * 100, 0, 1)  # fades in and out over 10 ms
     level = loudness / np.sqrt(np.square(overtones).sum(axis=1))
     return total * envelope * level[:, None]
 
 
-def play(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> np.ndarray:
-    """meanings (B,), variants (B,) or one for all -> waves (B, SAMPLES) float32 in -1 .. 1, 8,000 Hz.
+def render_waves(scene_ids: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> np.ndarray:
+    """Return a sound of each scene, (B, SAMPLES) float32 in -1 .. 1, 8,000 Hz.
 
-    Object, glide, object. Time runs from left to right; of two above each other, either comes first.
+    A sound is the tone of an object, a glide, and the tone of the other object. Time runs from left
+    to right; of two objects above each other, either comes first. `scene_ids` is (B,), `variants`
+    (B,) or one number for all.
     """
-    facts, key = facts_of(meanings), (seed, SOUND, meanings, variants)
-    chance = uniform(11, *key)
-    turned = (facts[:, 3] == 1) & (chance[:, 0] < 0.5)
-    facts = np.where(turned[:, None], facts[:, [4, 5, 6, 3, 0, 1, 2]], facts)
-    glide, tempo = facts[:, 3] + turned, between(0.9, 1.1, chance[:, 1])
-    gap = between(0.04, 0.07, chance[:, 2])  # seconds
-    waves = between(0.01, 0.06, chance[:, 3, None]) * noise(SAMPLES, *key, 1)
-    start = between(0.01, 0.1, chance[:, 4])  # seconds
+    facts, key = facts_of(scene_ids), (seed, SOUND, scene_ids, variants)
+    random = uniform(11, *key)
+    lower_first = (facts[:, 3] == 1) & (random[:, 0] < 0.5)
+    facts = np.where(lower_first[:, None], facts[:, SWAPPED], facts)
+    glide = facts[:, 3] + lower_first  # an index of GLIDES
+    tempo = interpolate(0.9, 1.1, random[:, 1])
+    gap = interpolate(0.04, 0.07, random[:, 2])  # seconds
+    waves = interpolate(0.01, 0.06, random[:, 3, None]) * noise(SAMPLES, *key, 1)
+    start = interpolate(0.01, 0.1, random[:, 4])  # seconds
     for i, event in enumerate(("object", "glide", "object")):
-        loudness, detune = (
-            between(0.85, 1.15, chance[:, 5 + i]),
-            between(0.98, 1.02, chance[:, 8 + i, None]),
-        )
+        loudness = interpolate(0.85, 1.15, random[:, 5 + i])
+        detune = interpolate(0.98, 1.02, random[:, 8 + i, None])
         if event == "object":
             shape, colour, size = facts[:, 2 * i : 2 * i + 3].T
-            hertz, seconds, overtones = (
-                PITCHES[colour, None].repeat(2, axis=1),
-                SECONDS[size] * tempo,
-                OVERTONES[shape],
-            )
+            hertz = PITCHES[colour, None].repeat(2, axis=1)
+            seconds = SECONDS[size] * tempo
+            overtones = OVERTONES[shape]
             loudness = loudness * LOUDNESS[size]
         else:
-            hertz, seconds, overtones = GLIDES[glide], 0.14 * tempo, OVERTONES[np.zeros_like(glide)]
+            hertz = GLIDES[glide]
+            seconds = 0.14 * tempo
+            overtones = OVERTONES[np.zeros_like(glide)]
             loudness = loudness * 0.2
-        sound = tone(hertz * detune, seconds, loudness, overtones)
-        for wave, own, at in zip(waves, sound, (start * RATE).astype(int), strict=True):
-            wave[at : at + LONGEST] += own
+        tones = render_tones(hertz * detune, seconds, loudness, overtones)
+        start_samples = (start * RATE).astype(int)
+        for wave, tone, begin in zip(waves, tones, start_samples, strict=True):
+            wave[begin : begin + TONE_SAMPLES] += tone
         start = start + seconds + gap
     return np.clip(waves, -1, 1, out=waves)
 
 
-# ---- all three ---------------------------------------------------------------------------------------------------------------
+# ---- batches and the gallery ---------------------------------------------------------------------
 
 
 class Scenes(Examples):
-    """B scenes, each as image, caption and sound; `ids` are scene ids, which `facts_of` takes apart."""
+    """Examples in all three modalities whose ids are scene ids, so `facts_of(ids)` describes them.
+
+    Images are (B, 3, 32, 32), waves (B, 8448), mels (B, 32, 32).
+    """
 
 
-def normalized_log_mel(waves: np.ndarray) -> np.ndarray:
-    """waves (..., S) -> (..., M, T): log_mel, shifted and scaled to a mean near 0 and a standard deviation near 1."""
-    return (log_mel(waves) + 44) / 10
+def render(scene_ids: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> Scenes:
+    """Return the scenes (B,), rendered in all three modalities.
 
-
-def render(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> Scenes:
-    """The scenes of these meanings (B,); a variant (B,), from 0 up, is another place, wording and noise of the same."""
-    meanings = np.asarray(meanings, np.int64)
-    captions, waves = describe(meanings, variants, seed), play(meanings, variants, seed)
+    A variant, a number from 0 up, is another position, wording and noise of the same scene.
+    `variants` is (B,) or one number for all.
+    """
+    scene_ids = np.asarray(scene_ids, np.int64)
+    waves = render_waves(scene_ids, variants, seed)
     return Scenes(
-        ids=meanings,
-        captions=captions,
-        images=draw(meanings, variants, seed),
+        ids=scene_ids,
+        captions=render_captions(scene_ids, variants, seed),
+        images=render_images(scene_ids, variants, seed),
         waves=waves,
         mels=normalized_log_mel(waves),
     )
@@ -330,27 +363,35 @@ def render(meanings: np.ndarray, variants: np.ndarray | int, seed: int = 0) -> S
 
 @cache
 def split() -> tuple[np.ndarray, np.ndarray]:
-    """All meanings in two parts: 16,416 for training, 1,824 held out. The same for every seed."""
+    """Return the ids of the 16,416 training and 1,824 held-out scenes, the same for every seed."""
     shuffled = random_bits(SCENE_COUNT, SPLIT)[0].argsort(kind="stable")
     shuffled.flags.writeable = False
     return shuffled[SCENE_COUNT // 10 :], shuffled[: SCENE_COUNT // 10]
 
 
-def family_and_pair(meanings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """meanings (B,) -> the number of each one's family (B,), whose members differ in shapes and in who is first alone, and of
-    its two objects (B,), whoever is first."""
-    facts = facts_of(meanings)
-    looks = facts[:, [1, 5]] * len(SIZES) + facts[:, [2, 6]]  # (B, 2)
-    things = looks * len(SHAPES) + facts[:, [0, 4]]
-    family, pair = (
-        np.sort(which, axis=1) @ (OBJECTS, 1) * 2 + facts[:, 3] for which in (looks, things)
-    )
+def family_and_pair(scene_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of each scene's family (B,) and of its pair (B,).
+
+    The scenes of a family differ only in their shapes and in which object comes first: they share
+    the relation, the colours and the sizes. A pair is a scene and its mirror image: the same two
+    objects in the same relation, exchanged.
+    """
+    facts = facts_of(scene_ids)
+    relation = facts[:, 3]
+    looks = facts[:, [1, 5]] * len(SIZES) + facts[:, [2, 6]]  # (B, 2) colour and size
+    objects = looks * len(SHAPES) + facts[:, [0, 4]]  # (B, 2)
+    family = np.sort(looks, axis=1) @ (OBJECT_COUNT, 1) * 2 + relation
+    pair = np.sort(objects, axis=1) @ (OBJECT_COUNT, 1) * 2 + relation
     return family, pair
 
 
 @lru_cache(maxsize=2)
 def epoch_order(epoch: int, seed: int, hard: bool) -> np.ndarray:
-    """The training meanings in the order of an epoch. Hard: in groups of about four of a family, each with its mirror image."""
+    """Return the training scene ids in the order of an epoch.
+
+    If `hard`, scenes of one family stand together in groups of about four, each scene with its
+    mirror image.
+    """
     train, _ = split()
     keys = random_bits(len(train), seed, ORDER, epoch)[0]
     if hard:
@@ -361,49 +402,60 @@ def epoch_order(epoch: int, seed: int, hard: bool) -> np.ndarray:
 
 
 def training_scene_ids(step: int, size: int, seed: int = 0, hard: bool = True) -> np.ndarray:
-    """The meanings (size,) of a training step, all different: each occurs once before any comes again."""
+    """Return the scene ids (size,) of a training step, all different.
+
+    Each scene occurs once in an epoch. Raises ValueError for a size that is not 1 to 16,416.
+    """
     train, _ = split()
     if not 1 <= size <= len(train):
         raise ValueError(f"a batch has 1 to {len(train):,} scenes, not {size:,}")
-    epoch, place = divmod(step, len(train) // size)
-    return epoch_order(epoch, seed, hard)[place * size : (place + 1) * size]
+    epoch, step_in_epoch = divmod(step, len(train) // size)
+    return epoch_order(epoch, seed, hard)[step_in_epoch * size : (step_in_epoch + 1) * size]
 
 
 def batch(
     step: int, size: int, seed: int = 0, hard: bool = True, rows: slice = slice(None)
 ) -> Scenes:
-    """The training scenes of a step, or these rows of them; never a held-out meaning. ValueError for a size not 1 to 16,416."""
+    """Return the training scenes of a step, or only these rows of them; never a held-out scene.
+
+    Raises ValueError for a size that is not 1 to 16,416.
+    """
     return render(training_scene_ids(step, size, seed, hard)[rows], step, seed)
 
 
 def gallery(size: int = 512, seed: int = 0) -> Scenes:
-    """Held-out meanings, all different, the same at every call. ValueError for more than there are."""
+    """Return `size` different held-out scenes, the same at every call.
+
+    Raises ValueError if there are fewer.
+    """
     _, held_out = split()
     if not 1 <= size <= len(held_out):
         raise ValueError(
-            f"{len(held_out):,} meanings are held out: a gallery shows 1 to all of them, not {size:,}"
+            f"{len(held_out):,} scenes are held out: a gallery shows 1 to all of them, not {size:,}"
         )
     return render(held_out[:size], 0, seed)
 
 
 class SceneData:
-    """Scenes as nanods/training/contrastive_task.py wants a data set of items."""
+    """Scenes as an `ExampleDataset` (nanods/data/examples.py)."""
 
     name, modalities = "scenes", ("text", "image", "audio")
 
     def __init__(self, hard: bool = True) -> None:
-        self.hard, (self.train, self.held_out) = hard, split()
-        captions = "\n".join(describe(self.held_out, 0))
-        self.sha256 = hashlib.sha256(
-            captions.encode()
-        ).hexdigest()  # of words alone: pixels may round otherwise elsewhere
+        self.hard = hard
+        self.train, self.held_out = split()
+        # Hash the captions alone: pixels may round differently on another processor.
+        captions = "\n".join(render_captions(self.held_out, 0))
+        self.sha256 = hashlib.sha256(captions.encode()).hexdigest()
 
     def text(self) -> str:
-        """A caption of each training meaning, for a tokenizer to learn from."""
-        return "\n".join(describe(self.train, 0))
+        """Return a caption of each training scene, for a tokenizer to learn from."""
+        return "\n".join(render_captions(self.train, 0))
 
     def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Scenes:
+        """Return the `size` training scenes of a step, or only these rows of them."""
         return batch(step, size, seed, self.hard, rows)
 
     def gallery(self, size: int) -> Scenes:
+        """Return `size` different held-out scenes, the same at every call."""
         return gallery(size)

@@ -1,11 +1,13 @@
-"""Where the documents of a corpus too large for memory are, cut into parts that processes read apart.
+"""Documents of a corpus larger than memory, cut into parts that processes read separately.
 
-A folder of .txt, .jsonl (field "text") and .parquet files (column "text"; pyarrow comes with the extra `datasets`), those in
-its subfolders too, in the order of their paths; or FineWeb-Edu (Penedo et al. 2024, arXiv:2406.17557), streamed by `datasets`.
+A source is a folder of .txt, .jsonl (field "text") and .parquet files (column "text"; pyarrow comes
+with the extra `datasets`), subfolders included, in the order of their paths; or FineWeb-Edu
+(Penedo et al. 2024, arXiv:2406.17557), streamed by `datasets`.
 
-Every document ends in a newline, added where it has none: the prompt that sample.py starts from, and how nanods/data/text.py
-joins the rows of a data set. As no token crosses a line's end, documents and parts can be encoded apart, with the tokens of the
-whole text. Left out on purpose: a token of its own between documents, compressed files, finding duplicates.
+Every document ends in a newline, added where it is missing: sample.py's default prompt is a
+newline, and nanods/data/text.py joins the rows of a data set in the same way. No token crosses the
+end of a line, so documents and parts can be encoded separately and give the tokens of the whole
+text. Left out on purpose: a special token between documents, compressed files, deduplication.
 """
 
 import hashlib
@@ -17,21 +19,22 @@ from pathlib import Path
 from nanods.data.tokenizer import lines
 from nanods.errors import UserError
 
-KINDS = (".txt", ".jsonl", ".parquet")
-SAVED = (
-    "dataset_dict.json",
-    "state.json",
-)  # what datasets' save_to_disk leaves in a folder; nanods/data/text.py reads that
-INDEX = "shards.json"  # what nanods/data/shards.py leaves in a folder
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Files that datasets' save_to_disk writes into a folder; nanods/data/text.py reads such a folder.
+DATASETS_MARKERS = ("dataset_dict.json", "state.json")
+INDEX = "shards.json"  # the file that nanods/data/shards.py writes into a folder of shards
 FINEWEB = "fineweb-edu"
 FINEWEB_ADDRESS = ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 SLICE = 1 << 26  # bytes of source for one shard, about
-HELD_OUT = 1 << 20  # bytes of source for validation, about; a tenth of it where that is less
+HELD_OUT = 1 << 20  # bytes of source for validation, about; at most a tenth of each file
 
 
 @dataclass(frozen=True)
 class Part:
-    """What begins in [start, stop) of a file: rows of a .parquet; of others lines, counted by the byte they begin at."""
+    """A part of a file, [start, stop).
+
+    Of a .parquet file: these rows. Of another file: the lines that begin at these bytes.
+    """
 
     path: str
     start: int
@@ -40,7 +43,11 @@ class Part:
 
 @dataclass(frozen=True)
 class StreamPart:
-    """Of file `index` of FineWeb-Edu's `total` the first documents, `held_out` bytes or little more, or all after these."""
+    """A part of file `index` of FineWeb-Edu's `total` files.
+
+    With `validation`: its first documents, `held_out` bytes or a little more. Without: all
+    documents after these.
+    """
 
     index: int
     total: int
@@ -48,40 +55,51 @@ class StreamPart:
     validation: bool
 
 
-def is_source(name: str) -> bool:
-    """Whether a name or path is to be read in shards: FineWeb-Edu, a folder of text files, or one of shards."""
+def is_sharded_source(name: str) -> bool:
+    """Return whether a corpus is read in shards.
+
+    These are FineWeb-Edu, a folder of text files and a folder of shards."""
     if name == FINEWEB:
         return True
     try:
         folder = Path(name)
-        if not name or not folder.is_dir() or any((folder / mark).is_file() for mark in SAVED):
+        if not name or not folder.is_dir():
+            return False
+        if any((folder / marker).is_file() for marker in DATASETS_MARKERS):
             return False
         return (folder / INDEX).is_file() or any(text_files(folder))
-    except (OSError, ValueError):  # no name that a file could have
+    except (OSError, ValueError):  # a name that no file can have
         return False
 
 
 def text_files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix in KINDS and path.is_file())
+    """Yield the files of a source folder, subfolders included, in no particular order."""
+    return (path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
 
 
 def fingerprint(name: str) -> str:
-    """Changes with what `plan` would give: by the names, sizes and times of change of a folder's files, as make does."""
+    """Return a hash that changes when the output of `plan` may change.
+
+    For a folder it depends on the names, sizes and modification times of the files, as in `make`.
+    """
     if name == FINEWEB:
-        what = [*FINEWEB_ADDRESS, HELD_OUT]
+        inputs = [*FINEWEB_ADDRESS, HELD_OUT]
     else:
-        stats = [
-            (path.relative_to(name).as_posix(), path.stat())
-            for path in sorted(text_files(Path(name)))
-        ]
-        what = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats] + [SLICE, HELD_OUT]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        inputs = []
+        for path in sorted(text_files(Path(name))):
+            stat = path.stat()
+            inputs.append([path.relative_to(name).as_posix(), stat.st_size, stat.st_mtime_ns])
+        inputs += [SLICE, HELD_OUT]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def plan(name: str) -> dict[str, tuple[Part | StreamPart, ...]]:
-    """Shards in order -> what each holds; the last is the validation: the end of each file, or the start of each streamed one.
+    """Return the shards of a source in order: file name -> the parts that the shard holds.
 
-    Raises UserError for a .parquet that cannot be read and for a data set that cannot be fetched.
+    The last shard is the validation split. It holds the end of each file of a folder, or the start
+    of each streamed file.
+
+    Raises UserError for a .parquet file that cannot be read or a data set that cannot be fetched.
     """
     if name == FINEWEB:
         total = stream().num_shards
@@ -89,74 +107,87 @@ def plan(name: str) -> dict[str, tuple[Part | StreamPart, ...]]:
         train = [[StreamPart(i, total, HELD_OUT // total, False)] for i in range(total)]
     else:
         train, held_out = plan_folder(Path(name))
-    return {f"train-{i:05d}.bin": tuple(parts) for i, parts in enumerate(train)} | {
-        "validation.bin": tuple(held_out)
-    }
+    shards = {f"train-{i:05d}.bin": tuple(parts) for i, parts in enumerate(train)}
+    shards["validation.bin"] = tuple(held_out)
+    return shards
 
 
 def plan_folder(folder: Path) -> tuple[list[list[Part]], list[Part]]:
-    """-> of each training shard its parts, of SLICE to twice SLICE bytes together; the parts of the validation."""
+    """Return the parts of each training shard, and the parts of the validation shard.
+
+    The parts of a training shard have SLICE to 2 * SLICE bytes together.
+    """
     files = [(path, path.stat().st_size) for path in sorted(text_files(folder))]
     total = max(1, sum(size for _, size in files))
-    train, held_out, room = [], [], 0
+    train, held_out = [], []
+    bytes_left = 0  # of the current shard
     for path, size in files:
         length = row_count(path) if path.suffix == ".parquet" else size
         cut = length - min(length // 10, length * HELD_OUT // total)
         pieces = max(1, -(-size // SLICE))
         for i in range(pieces):
-            if room <= 0:
+            if bytes_left <= 0:
                 train.append([])
-                room = SLICE
+                bytes_left = SLICE
             train[-1].append(Part(str(path), cut * i // pieces, cut * (i + 1) // pieces))
-            room -= -(-size // pieces)
+            bytes_left -= -(-size // pieces)
         held_out.append(Part(str(path), cut, length))
     return train, held_out
 
 
-# ---- parts -> documents
+# ---- reading parts -------------------------------------------------------------------------------
 
 
 def documents(parts: Iterable[Part | StreamPart]) -> Iterator[str]:
-    """The documents of some parts, those of a .txt line by line, each with a newline at its end.
+    """Yield the documents of some parts, each with a newline at its end. A .txt yields its lines.
 
-    Raises UserError naming the file and the place of what cannot be read.
+    Raises UserError for data that cannot be read, with the file and the position.
     """
     for part in parts:
-        for text in read(part):
+        for text in read_part(part):
             yield text if text.endswith("\n") else text + "\n"
 
 
-def read(part: Part | StreamPart) -> Iterator[str]:
+def read_part(part: Part | StreamPart) -> Iterator[str]:
+    """Yield the documents of one part as they are stored."""
     if isinstance(part, StreamPart):
-        return streamed(part)
-    return {".txt": text_lines, ".jsonl": json_texts, ".parquet": column}[Path(part.path).suffix](
-        part
-    )
+        return read_stream(part)
+    readers = {".txt": read_text_lines, ".jsonl": read_jsonl, ".parquet": read_parquet}
+    return readers[Path(part.path).suffix](part)
 
 
-def begun_in(part: Part) -> tuple[int, bytes]:
-    """The lines that begin in a part, whole, and where the first does: each line of a file is in one part."""
+def read_lines_of_part(part: Part) -> tuple[int, bytes]:
+    """Return the byte at which the first line of a part begins, and the part's lines as bytes.
+
+    The lines are those that begin in the part, to their ends, so each line of a file is in exactly
+    one part.
+    """
     try:
         with Path(part.path).open("rb") as file:
             if part.start:
                 file.seek(part.start - 1)
-                file.readline()  # to the end of the line that began before
-            at = file.tell()
-            data = file.read(max(0, part.stop - at))
-            return at, data if not data or data.endswith(b"\n") else data + file.readline()
+                file.readline()  # skip the rest of a line that began in the part before
+            begin = file.tell()
+            data = file.read(max(0, part.stop - begin))
+            if data and not data.endswith(b"\n"):
+                data += file.readline()
+            return begin, data
     except OSError as error:
         raise UserError(
-            f"--data {part.path}: cannot be read ({error.strerror}); see to its permissions or its disk"
+            f"--data {part.path}: cannot be read ({error.strerror}); check its permissions and its "
+            "disk"
         ) from error
 
 
-def text_lines(part: Part) -> Iterator[str]:
-    at, data = begun_in(part)
-    yield from lines(decode_text(part.path, data, at) if data else "")
+def read_text_lines(part: Part) -> Iterator[str]:
+    """Yield the lines of a part of a .txt file."""
+    begin, data = read_lines_of_part(part)
+    yield from lines(decode_text(part.path, data, begin) if data else "")
 
 
-def json_texts(part: Part) -> Iterator[str]:
-    at, data = begun_in(part)
+def read_jsonl(part: Part) -> Iterator[str]:
+    """Yield the field "text" of each line of a part of a .jsonl file, without nulls."""
+    position, data = read_lines_of_part(part)
     for line in data.split(b"\n"):
         if line.strip():
             try:
@@ -165,55 +196,57 @@ def json_texts(part: Part) -> Iterator[str]:
                     raise TypeError(f"a {type(text).__name__}")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f'--data {part.path}: the line at byte {at:,} is no JSON object with a string "text" '
-                    f"({type(error).__name__}: {error}); mend or delete this line"
+                    f"--data {part.path}: the line at byte {position:,} is no JSON object with a "
+                    f'string "text" ({type(error).__name__}: {error}); fix or delete this line'
                 ) from None
             if text is not None:
-                yield text.encode(
-                    errors="replace"
-                ).decode()  # "\\ud800" is JSON, and not to be said in UTF-8
-        at += len(line) + 1
+                # JSON can hold lone surrogates ("\\ud800"), which UTF-8 cannot encode: they become
+                # "?".
+                yield text.encode(errors="replace").decode()
+        position += len(line) + 1
 
 
-def column(part: Part) -> Iterator[str]:
-    """The rows of column "text"; nulls are left out."""
-    file, begin = open_parquet(Path(part.path)), 0
+def read_parquet(part: Part) -> Iterator[str]:
+    """Yield the rows of column "text" of a part of a .parquet file, without nulls."""
+    file = open_parquet(Path(part.path))
+    next_group = 0  # the first row of the next row group
     for group in range(file.num_row_groups):
-        at = begin
-        begin += file.metadata.row_group(group).num_rows
-        if at >= part.stop or begin <= part.start:
+        row = next_group
+        next_group += file.metadata.row_group(group).num_rows
+        if row >= part.stop or next_group <= part.start:
             continue
         try:
             for batch in file.iter_batches(1000, row_groups=[group], columns=["text"]):
-                first, at = at, at + batch.num_rows
-                few = batch.slice(
-                    max(0, part.start - first), max(0, min(at, part.stop) - max(first, part.start))
-                )
-                yield from (text for text in few.column(0).to_pylist() if text is not None)
-        except (OSError, ValueError) as error:  # pyarrow's own are of these kinds
+                first, row = row, row + batch.num_rows
+                begin, end = max(first, part.start), min(row, part.stop)
+                rows = batch.slice(max(0, part.start - first), max(0, end - begin))
+                yield from (text for text in rows.column(0).to_pylist() if text is not None)
+        except (OSError, ValueError) as error:  # the classes from which pyarrow's errors inherit
             raise damaged_parquet(part.path, error) from error
 
 
 def row_count(path: Path) -> int:
+    """Return the number of rows of a .parquet file.
+
+    Raises UserError if the file has no column "text" of strings."""
     file = open_parquet(path)
     if "text" not in file.schema_arrow.names:
         raise UserError(
-            f"--data {path}: no column called text, only {', '.join(file.schema_arrow.names)}; rename one"
+            f"--data {path}: no column called text, only {', '.join(file.schema_arrow.names)}; "
+            "rename one"
         )
-    if (kind := str(file.schema_arrow.field("text").type)) not in (
-        "string",
-        "large_string",
-        "string_view",
-    ):
-        raise UserError(f"--data {path}: column text holds {kind}, not strings; convert it")
+    column_type = str(file.schema_arrow.field("text").type)
+    if column_type not in ("string", "large_string", "string_view"):
+        raise UserError(f"--data {path}: column text holds {column_type}, not strings; convert it")
     return file.metadata.num_rows
 
 
 def open_parquet(path: Path):
+    """Return a pyarrow ParquetFile. Raises UserError if it is damaged or pyarrow is missing."""
     try:
         from pyarrow import parquet
     except ImportError:
-        raise missing(str(path), "pyarrow") from None
+        raise missing_library(str(path), "pyarrow") from None
     try:
         return parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
@@ -221,62 +254,74 @@ def open_parquet(path: Path):
 
 
 def damaged_parquet(path: Path | str, error: Exception) -> UserError:
+    """Return the UserError for a .parquet file that cannot be read."""
     return UserError(
-        f"--data {path}: no Parquet that can be read ({error}); fetch this file again, or take it away"
+        f"--data {path}: not a readable Parquet file ({error}); fetch it again, or remove it"
     )
 
 
 def stream():
-    """FineWeb-Edu as an IterableDataset of `num_shards` files."""
+    """Return FineWeb-Edu as an IterableDataset of `num_shards` files."""
     try:
         import datasets
     except ImportError:
-        raise missing(FINEWEB, "datasets") from None
+        raise missing_library(FINEWEB, "datasets") from None
     try:
         return datasets.load_dataset(*FINEWEB_ADDRESS, split="train", streaming=True)
-    except Exception as error:  # whatever the library and its network raise
-        raise unreachable(error) from error
+    except Exception as error:  # the library and its network raise anything
+        raise stream_error(error) from error
 
 
-def streamed(part: StreamPart) -> Iterator[str]:
-    rows, size = stream().shard(num_shards=part.total, index=part.index), 0
+def read_stream(part: StreamPart) -> Iterator[str]:
+    """Yield the documents of a part of FineWeb-Edu."""
+    rows = stream().shard(num_shards=part.total, index=part.index)
+    size = 0  # bytes of text so far
     try:
         for row in rows:
-            held_out = size < part.held_out
+            is_held_out = size < part.held_out
             size += len(row["text"].encode())
-            if held_out == part.validation:
+            if is_held_out == part.validation:
                 yield row["text"]
             elif part.validation:
                 return
     except Exception as error:
-        raise unreachable(error) from error
+        raise stream_error(error) from error
 
 
-def unreachable(error: Exception) -> UserError:
+def stream_error(error: Exception) -> UserError:
+    """Return the UserError for FineWeb-Edu that cannot be streamed."""
     return UserError(
-        f"--data {FINEWEB}: the library datasets could not read it ({type(error).__name__}: {error}); check the network and "
-        "run the same command again (finished shards are kept), or give a folder of its .parquet files as --data"
+        f"--data {FINEWEB}: the library datasets could not read it ({type(error).__name__}: "
+        f"{error}); check the network and run the same command again (finished shards are kept), "
+        "or give a folder of its .parquet files as --data"
     )
 
 
-def missing(name: str, library: str) -> UserError:
+def missing_library(name: str, library: str) -> UserError:
+    """Return the UserError for a source that needs a library which is not installed."""
     return UserError(
-        f"--data {name} needs the library {library}: `make setup EXTRAS=datasets`, or pip install 'nanods[datasets]'"
+        f"--data {name} needs the library {library}: `make setup EXTRAS=datasets`, or "
+        "pip install 'nanods[datasets]'"
     )
 
 
-def decode_text(name: str, data: bytes, at: int = 0) -> str:
-    """The text that UTF-8 bytes say, those from byte `at` of a file. Raises UserError for none, a zero byte and no UTF-8."""
+def decode_text(name: str, data: bytes, offset: int = 0) -> str:
+    """Return the text of UTF-8 bytes that begin at byte `offset` of the file `name`.
+
+    Raises UserError for an empty file, a zero byte, and bytes that are not UTF-8.
+    """
     if not data:
         raise UserError(f"--data {name}: the file is empty; give a text to learn from")
     if (position := data.find(0)) >= 0:
         raise UserError(
-            f"--data {name}: a binary file (a zero byte at {at + position:,}); give a UTF-8 text file"
+            f"--data {name}: a binary file (a zero byte at {offset + position:,}); give a UTF-8 "
+            "text file"
         )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"--data {name}: not UTF-8 (byte 0x{data[error.start]:02x} at {at + error.start:,}); convert it, for example "
-            "from Latin-1: iconv -f latin1 -t utf-8 OLD > NEW"
+            f"--data {name}: not UTF-8 (byte 0x{data[error.start]:02x} at "
+            f"{offset + error.start:,}); convert it, for example from Latin-1: "
+            "iconv -f latin1 -t utf-8 OLD > NEW"
         ) from None

@@ -1,9 +1,10 @@
-"""Corpora to token files: `load_text("pydocs")` gives memory-mapped tokens for training and validation.
+"""Corpora as token ids: `load_text("pydocs")` memory-maps tokens for training and validation.
 
-Text -> split (first 90% of the characters train, last 10% validation) -> tokens -> `data/cache/HASH-TOKENIZER.npy`.
-A token file is named by the hashes of the text and of the tokenizer in it, so it can be missing or damaged, but never
-stale; its header holds the number of tokens, so a truncated one is seen and made again. What does not fit into memory goes
-another way, through nanods/data/shards.py.
+A corpus is split (the first 90% of the characters train, the last 10% validate), encoded, and
+cached in `data/cache/TEXT_HASH-TOKENIZER_HASH.npy`. The hashes in the name mean that a cached file
+can be missing or damaged, but never out of date. Its header holds the number of tokens: a truncated
+file is detected and written again. nanods/data/shards.py loads a corpus that does not fit into
+memory.
 """
 
 import difflib
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from nanods.data.download import data_dir, download, write_atomic
 from nanods.data.pydocs import pydocs_text
 from nanods.data.shards import Tokens, load_shards
-from nanods.data.sources import FINEWEB, SAVED, decode_text, is_source
+from nanods.data.sources import DATASETS_MARKERS, FINEWEB, decode_text, is_sharded_source
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, lines, tokenizer_from_json
 from nanods.errors import UserError
 
@@ -32,39 +33,45 @@ NAMES = ("pydocs", "shakespeare", *WIKITEXTS, FINEWEB)
 
 @dataclass(frozen=True)
 class TextData:
-    """A corpus as token ids."""
+    """A corpus as token ids.
 
-    name: str  # a name of NAMES, or the path that was given
-    sha256: str  # of the whole text in UTF-8; of shards, of their hashes
-    train: (
-        np.memmap | Tokens
-    )  # token ids, 1-D, uint16 (uint32 from 65,537 tokens of vocabulary), read-only; Tokens for shards
+    `train` and `val` are 1-D, read-only, of dtype uint16, or uint32 if the vocabulary has more than
+    65,536 tokens. `train` is a `Tokens` object if the corpus comes in shards.
+    """
+
+    name: str  # one of NAMES, or a path
+    sha256: str  # of the whole text in UTF-8; for shards, of their hashes
+    train: np.memmap | Tokens
     val: np.memmap
     tokenizer: ByteTokenizer | BPETokenizer
-    val_bytes: int  # length of the validation text in UTF-8: bits per byte = nats per token * tokens / ln 2 / bytes
+    val_bytes: int  # of the validation text: bits per byte = nats per token * tokens / ln 2 / bytes
 
     def require(self, context_length: int) -> None:
-        """Raises UserError unless each split has room for one context and its next token."""
-        for split, tokens in (("training", self.train), ("validation", self.val)):
+        """Check that each split holds at least one context and the token after it.
+
+        Raises UserError if not.
+        """
+        for split_name, tokens in (("training", self.train), ("validation", self.val)):
             if len(tokens) < context_length + 1:
                 raise UserError(
-                    f"--data {self.name}: its {split} part has {len(tokens):,} tokens, and one context needs "
-                    f"{context_length + 1:,} (--context-length {context_length} and the next token): "
-                    "take a longer text or a shorter --context-length"
+                    f"--data {self.name}: its {split_name} part has {len(tokens):,} tokens, and "
+                    f"one context needs {context_length + 1:,} (--context-length {context_length} "
+                    "and the next token): take a longer text or a shorter --context-length"
                 )
 
 
 def load_text(name_or_path: str, vocab_size: int = 256) -> TextData:
-    """Load a corpus by name (see NAMES), from a UTF-8 text file, from a folder of `datasets.save_to_disk`, or in shards
-    (`is_source`) from a folder of .txt, .jsonl and .parquet files.
+    """Load a corpus as token ids.
 
-    `vocab_size` 256 means bytes, more means a BPE trained on the training part. Raises UserError for every mistake in
-    `name_or_path` or `vocab_size`, for a failed download and for a missing extra.
+    `name_or_path`: one of NAMES, a UTF-8 text file, a folder written by `datasets.save_to_disk`, a
+    folder of .txt, .jsonl and .parquet files, or a folder of shards.
+    `vocab_size`: 256 for bytes; a larger one for a BPE trained on the training split.
+
+    Raises UserError for any mistake in the arguments, a failed download or a missing extra.
     """
-    if is_source(name_or_path):
-        return TextData(
-            name=name_or_path, **vars(load_shards(name_or_path, vocab_size, tokenizer_for))
-        )
+    if is_sharded_source(name_or_path):
+        shards = load_shards(name_or_path, vocab_size, tokenizer_for)
+        return TextData(name=name_or_path, **vars(shards))
     train, val = read_splits(name_or_path)
     if not train or not val:
         raise UserError(
@@ -74,21 +81,23 @@ def load_text(name_or_path: str, vocab_size: int = 256) -> TextData:
     return TextData(
         name=name_or_path,
         sha256=sha256(train + val),
-        train=token_file(train, tokenizer),
-        val=token_file(val, tokenizer),
+        train=encode_cached(train, tokenizer),
+        val=encode_cached(val, tokenizer),
         tokenizer=tokenizer,
         val_bytes=len(val.encode()),
     )
 
 
 def sha256(text: str) -> str:
+    """Return the sha256 of a text in UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---- corpora -> (train text, validation text)
+# ---- reading a corpus ----------------------------------------------------------------------------
 
 
 def read_splits(name: str) -> tuple[str, str]:
+    """Return the training text and the validation text of a corpus."""
     if name == "pydocs":
         return split(pydocs_text())
     if name == "shakespeare":
@@ -101,7 +110,7 @@ def read_splits(name: str) -> tuple[str, str]:
             return read_dataset(name)
         data = Path(name).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise unknown(name) from None
+        raise unknown_corpus(name) from None
     except OSError as error:
         raise UserError(
             f"--data {name}: cannot be read ({error.strerror}); give a UTF-8 text file"
@@ -110,59 +119,68 @@ def read_splits(name: str) -> tuple[str, str]:
 
 
 def split(text: str) -> tuple[str, str]:
-    """The first 90% and the last 10% of the characters, as nanoGPT splits."""
+    """Return the first 90% and the last 10% of the characters, as nanoGPT does."""
     cut = int(len(text) * 0.9)
     return text[:cut], text[cut:]
 
 
-def unknown(name: str) -> UserError:
+def unknown_corpus(name: str) -> UserError:
+    """Return the UserError for a name that is no data set or file. It suggests a close name."""
     folder = Path(name).parent
     siblings = [str(folder / path.name) for path in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(name, [*NAMES, *sorted(siblings)], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return UserError(
-        f"--data {name}: no such data set or file; {hint}Data sets: {', '.join(NAMES)}; or give the path of a UTF-8 text file "
-        "or of a folder"
+        f"--data {name}: no such data set or file; {hint}Data sets: {', '.join(NAMES)}; or give "
+        "the path of a UTF-8 text file or of a folder"
     )
 
 
 def read_dataset(name: str) -> tuple[str, str]:
-    """The text of WikiText (Merity et al. 2016, arXiv:1609.07843) or of a folder written by `save_to_disk`.
+    """Return the splits of WikiText or of a folder written by `datasets.save_to_disk`.
 
-    The set's own train and validation splits, else its rows split as any text; the rows of column "text" become lines.
+    WikiText: Merity et al. 2016, arXiv:1609.07843. If the data set has a validation split, its own
+    splits are used; if not, its text is split as any other. Each row of column "text" ends in a
+    newline.
+
+    Raises UserError if the data set cannot be loaded or lacks the split or the column.
     """
-    if name not in WIKITEXTS and not any((Path(name) / mark).is_file() for mark in SAVED):
+    is_saved_dataset = any((Path(name) / marker).is_file() for marker in DATASETS_MARKERS)
+    if name not in WIKITEXTS and not is_saved_dataset:
         raise UserError(
-            f"--data {name}: a directory, but not one written by datasets' save_to_disk, and no .txt, .jsonl or .parquet file "
-            "in it; give a UTF-8 text file or a folder of such files"
+            f"--data {name}: a directory, but not one written by datasets' save_to_disk, and no "
+            ".txt, .jsonl or .parquet file in it; give a UTF-8 text file or a folder of such files"
         )
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"--data {name} needs the library datasets: `make setup EXTRAS=datasets`, or pip install 'nanods[datasets]'"
+            f"--data {name} needs the library datasets: `make setup EXTRAS=datasets`, or "
+            "pip install 'nanods[datasets]'"
         ) from None
     try:
         if name in WIKITEXTS:
-            found = datasets.load_dataset("Salesforce/wikitext", WIKITEXTS[name])
+            dataset = datasets.load_dataset("Salesforce/wikitext", WIKITEXTS[name])
         else:
-            found = datasets.load_from_disk(name)
-    except Exception as error:  # whatever the library, its network and its file formats raise
+            dataset = datasets.load_from_disk(name)
+    except Exception as error:  # the library, its network and its file formats raise anything
         raise UserError(
-            f"--data {name}: the library datasets could not load it ({type(error).__name__}: {error}); check the "
-            "network or the folder, or fetch it elsewhere, save it with save_to_disk and give that folder as --data"
+            f"--data {name}: the library datasets could not load it ({type(error).__name__}: "
+            f"{error}); check the network or the folder, or fetch it elsewhere, save it with "
+            "save_to_disk and give that folder as --data"
         ) from error
-    parts = found if isinstance(found, dict) else {"train": found}
-    if "train" not in parts:
+    splits = dataset if isinstance(dataset, dict) else {"train": dataset}
+    if "train" not in splits:
         raise UserError(
-            f"--data {name}: no split called train, only {', '.join(parts)}; rename one"
+            f"--data {name}: no split called train, only {', '.join(splits)}; rename one"
         )
-    if "validation" in parts:
-        return joined(name, parts["train"]), joined(name, parts["validation"])
-    return split(joined(name, parts["train"]))
+    if "validation" in splits:
+        return join_rows(name, splits["train"]), join_rows(name, splits["validation"])
+    return split(join_rows(name, splits["train"]))
 
 
-def joined(name: str, rows) -> str:
+def join_rows(name: str, rows) -> str:
+    """Return the rows of column "text" as one text. A row without a newline at its end gets one."""
     if "text" not in rows.column_names:
         raise UserError(
             f"--data {name}: no column called text, only {', '.join(rows.column_names)}; rename one"
@@ -170,20 +188,24 @@ def joined(name: str, rows) -> str:
     return "".join(row if row.endswith("\n") else row + "\n" for row in rows["text"])
 
 
-# ---- text -> tokens on disk
+# ---- tokens on disk ------------------------------------------------------------------------------
 
 
 def tokenizer_for(train: str, vocab_size: int) -> ByteTokenizer | BPETokenizer:
-    """Bytes for a vocabulary of 256, a BPE of this training text for a larger one. Raises UserError for a smaller one."""
+    """Return a byte tokenizer for a vocabulary of 256, else a BPE trained on `train`.
+
+    Raises UserError if `vocab_size` is below 256.
+    """
     if vocab_size < 256:
         raise UserError(
-            f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes alone)"
+            f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes "
+            "alone)"
         )
-    return ByteTokenizer() if vocab_size == 256 else trained_bpe(train, vocab_size)
+    return ByteTokenizer() if vocab_size == 256 else load_or_train_bpe(train, vocab_size)
 
 
-def trained_bpe(train: str, vocab_size: int) -> BPETokenizer:
-    """The BPE of this training text, from the cache or newly trained."""
+def load_or_train_bpe(train: str, vocab_size: int) -> BPETokenizer:
+    """Return the BPE of this training text, from the cache or newly trained."""
     path = data_dir() / "cache" / f"{sha256(train)[:16]}-bpe{vocab_size}.json"
     if path.is_file():
         try:
@@ -191,16 +213,21 @@ def trained_bpe(train: str, vocab_size: int) -> BPETokenizer:
             if isinstance(cached, BPETokenizer) and cached.vocab_size == vocab_size:
                 return cached
         except (UserError, ValueError):
-            pass  # damaged: train it again; if the library is missing, that says so
+            # The file is damaged, so train again. If the library is missing, training says so.
+            pass
     tokenizer = BPETokenizer.train(train, vocab_size)
     write_atomic(path, lambda file: file.write(tokenizer.to_json().encode()))
     return tokenizer
 
 
-def token_file(text: str, tokenizer: ByteTokenizer | BPETokenizer) -> np.memmap:
-    """The tokens of a text, memory-mapped from the cache, encoded first where they are not there whole."""
+def encode_cached(text: str, tokenizer: ByteTokenizer | BPETokenizer) -> np.memmap:
+    """Return the tokens of a text, memory-mapped from the cache.
+
+    The text is encoded first if the cached file is missing or damaged.
+    """
     path = data_dir() / "cache" / f"{sha256(text)[:16]}-{sha256(tokenizer.to_json())[:8]}.npy"
-    if (tokens := open_tokens(path)) is None:
+    tokens = open_tokens(path)
+    if tokens is None:
         dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
         encoded = encode_corpus(text, tokenizer, dtype)
         write_atomic(path, lambda file: np.save(file, encoded))
@@ -209,22 +236,22 @@ def token_file(text: str, tokenizer: ByteTokenizer | BPETokenizer) -> np.memmap:
 
 
 def open_tokens(path: Path) -> np.memmap | None:
+    """Return the memory-mapped tokens of a cached file; None if it is missing or damaged."""
     try:
         tokens = np.load(path, mmap_mode="r")
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-    ):  # missing, damaged or shorter than its header says, empty
+    except (OSError, ValueError, EOFError):  # missing, damaged or truncated, empty
         return None
     return tokens if path.stat().st_size == tokens.offset + tokens.nbytes else None
 
 
 def encode_corpus(text: str, tokenizer: ByteTokenizer | BPETokenizer, dtype: type) -> np.ndarray:
-    """Encode in pieces of whole lines: int64 ids of the whole text at once would need 8 bytes each."""
-    rows, step = lines(text), 20_000
-    pieces = [
-        tokenizer.encode("".join(rows[start : start + step])).astype(dtype)
-        for start in tqdm(range(0, len(rows), step), desc="encoding", leave=False, disable=None)
-    ]
+    """Return the tokens of a text, encoded in pieces of 20,000 lines.
+
+    Encoding the whole text at once would need 8 bytes for each token (int64).
+    """
+    text_lines, step = lines(text), 20_000
+    pieces = []
+    for start in tqdm(range(0, len(text_lines), step), desc="encoding", leave=False, disable=None):
+        piece = "".join(text_lines[start : start + step])
+        pieces.append(tokenizer.encode(piece).astype(dtype))
     return np.concatenate(pieces)

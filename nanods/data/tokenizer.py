@@ -1,11 +1,13 @@
-"""Text to token ids and back: bytes, and byte-level BPE.
+"""Tokenizers: text to token ids and back, as bytes or with byte-level BPE.
 
-`ByteTokenizer`: the ids are the UTF-8 bytes, so nothing can be out of vocabulary. `BPETokenizer` adds one thing: pairs
-of neighbours that are frequent in a corpus become tokens of their own (Sennrich et al. 2016, arXiv:1508.07909). It
-starts from all 256 bytes, as GPT-2 did, so still nothing is out of vocabulary. The library `tokenizers` trains and
-merges; Karpathy's minbpe shows how that works. Left out on purpose: special tokens, normalisation.
+`ByteTokenizer`: the ids are the UTF-8 bytes, so no text is out of vocabulary. `BPETokenizer` adds
+one idea: frequent pairs of adjacent tokens are merged into new tokens (Sennrich et al. 2016,
+arXiv:1508.07909). It starts from all 256 bytes, as GPT-2 does, so again no text is out of
+vocabulary. The library `tokenizers` trains and merges; Karpathy's minbpe shows how that works.
+Left out on purpose: special tokens, normalisation.
 
-Both have `vocab_size`, `encode`, `decode`, `decode_bytes` and `to_json`; a checkpoint keeps the JSON.
+Both have `vocab_size`, `encode`, `decode`, `decode_bytes` and `to_json`; a checkpoint stores the
+JSON.
 """
 
 import json
@@ -17,37 +19,47 @@ from nanods.errors import UserError
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8."""
+    """One token for each byte of UTF-8."""
 
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int64 of shape (bytes,). What no UTF-8 can say (lone surrogates) becomes "?"."""
-        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(
-            np.int64
-        )
+        """Return the token ids, int64 (n_bytes,).
+
+        Characters that UTF-8 cannot encode (lone surrogates) become "?".
+        """
+        data = text.encode("utf-8", errors="replace")
+        return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes behind the tokens. They may end inside a character: stream them through
-        `codecs.getincrementaldecoder("utf-8")(errors="replace")`."""
+        """Return the bytes of the tokens.
+
+        They may end inside a character. To stream them, decode them with
+        `codecs.getincrementaldecoder("utf-8")(errors="replace")`.
+        """
         return bytes(int(i) for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of the tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
+        """Return JSON from which `tokenizer_from_json` restores this tokenizer."""
         return json.dumps({"type": "bytes"})
 
 
 class BPETokenizer:
-    """Byte-level BPE, from the JSON of the library `tokenizers` (extra `bpe`); `train` makes a new one.
+    """Byte-level BPE, restored from the JSON of the library `tokenizers` (extra `bpe`).
 
-    No token crosses a line's end: so a text can be encoded line by line, in parallel, with the same result.
+    `BPETokenizer.train` makes a new one. No token crosses the end of a line, so encoding a text
+    line by line, in parallel, gives the same tokens as encoding it at once.
     """
 
     def __init__(self, saved: str):
-        """`saved`: what `to_json` gave. Raises UserError if it is not that."""
+        """Restore a tokenizer from `saved`, the output of `to_json`.
+
+        Raises UserError if `saved` is damaged or the library is missing.
+        """
         try:
             self._tokenizer = import_tokenizers().Tokenizer.from_str(saved)
         except UserError:
@@ -63,13 +75,15 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
-        """Learn `vocab_size` tokens (256 bytes and the rest by merging) from `text`: the train part, never validation.
+        """Return a new tokenizer of `vocab_size` tokens: 256 bytes, then merges learned on `text`.
 
-        The same text gives the same tokenizer. Raises UserError if the text has not so many pairs to merge.
+        `text` is the training split, never the validation split. The same text gives the same
+        tokenizer. Raises UserError if the text has too few pairs to merge.
         """
         tokenizers = import_tokenizers()
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-        # GPT-2's pattern: merges stay within a word with its leading space, a number, or a run of punctuation.
+        # GPT-2's pattern: a merge stays within one word and the space before it, one number, or
+        # one run of punctuation.
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
             add_prefix_space=False, use_regex=True
         )
@@ -81,31 +95,36 @@ class BPETokenizer:
         trained = cls(tokenizer.to_str())
         if trained.vocab_size != vocab_size:
             raise UserError(
-                f"--vocab-size {vocab_size}: this text gives a BPE vocabulary of {trained.vocab_size} at most; "
-                f"take a larger text, or --vocab-size {trained.vocab_size} or less"
+                f"--vocab-size {vocab_size}: this text gives a BPE vocabulary of "
+                f"{trained.vocab_size} at most; take a larger text, or "
+                f"--vocab-size {trained.vocab_size} or less"
             )
         return trained
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int64 of shape (tokens,). What no UTF-8 can say (lone surrogates) becomes "?"."""
+        """Return the token ids, int64 (n_tokens,).
+
+        Characters that UTF-8 cannot encode (lone surrogates) become "?".
+        """
         clean = text.encode("utf-8", errors="replace").decode()
         encoded = self._tokenizer.encode_batch_fast(lines(clean))
         return np.array([i for line in encoded for i in line.ids], dtype=np.int64)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """As `ByteTokenizer.decode_bytes`."""
+        """Return the bytes of the tokens, as `ByteTokenizer.decode_bytes` does."""
         return b"".join(self._bytes[int(i)] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of the tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
+        """Return JSON from which `tokenizer_from_json` restores this tokenizer."""
         return self._tokenizer.to_str()
 
 
 def tokenizer_from_json(text: str) -> ByteTokenizer | BPETokenizer:
-    """The tokenizer that `to_json` saved. Raises UserError if the text is damaged."""
+    """Return the tokenizer that `to_json` saved. Raises UserError if the JSON is damaged."""
     try:
         saved = json.loads(text)
         is_bytes = saved.get("type") == "bytes"
@@ -117,26 +136,37 @@ def tokenizer_from_json(text: str) -> ByteTokenizer | BPETokenizer:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text with their ends; joined they are the text. (str.splitlines would also cut at U+2028.)"""
-    *whole, rest = text.split("\n")
-    return [line + "\n" for line in whole] + ([rest] if rest else [])
+    """Return the lines of a text, each with its "\\n"; joined, they give the text again.
+
+    str.splitlines would also split at other characters, such as U+2028.
+    """
+    *complete, rest = text.split("\n")
+    result = [line + "\n" for line in complete]
+    if rest:
+        result.append(rest)
+    return result
 
 
 def byte_of_symbol() -> dict[str, int]:
-    """GPT-2's alphabet: a printable byte of Latin-1 is written as itself, the others in order as U+0100, U+0101, ..."""
+    """Return GPT-2's alphabet, symbol -> byte.
+
+    A printable byte of Latin-1 is written as itself; the others, in order, as U+0100, U+0101, ...
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
+    alphabet = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(others):
+        alphabet[chr(256 + i)] = byte
+    return alphabet
 
 
 def import_tokenizers():
+    """Return the library `tokenizers`. Raises UserError if it is not installed."""
     try:
         import tokenizers
     except ImportError:
         raise UserError(
-            "a BPE vocabulary needs the library tokenizers: `make setup EXTRAS=bpe`, or pip install 'nanods[bpe]'; "
-            "--vocab-size 256 (bytes) needs nothing"
+            "a BPE vocabulary needs the library tokenizers: `make setup EXTRAS=bpe`, or "
+            "pip install 'nanods[bpe]'; --vocab-size 256 (bytes) needs nothing"
         ) from None
     return tokenizers

@@ -8,6 +8,6 @@ def folder(monkeypatch, tmp_path):
     """An empty current folder, in which small corpora make several shards, in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NANODS_DATA", raising=False)
-    monkeypatch.setattr(shards, "cores", lambda: 1)
+    monkeypatch.setattr(shards, "available_cores", lambda: 1)
     monkeypatch.setattr(sources, "SLICE", 1500)
     return tmp_path

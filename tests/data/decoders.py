@@ -18,7 +18,7 @@ from nanods.data.scenes import (
     RELATIONS,
     SHAPES,
     SIZES,
-    covered,
+    coverage,
 )
 from nanods.data.sound import RATE
 
@@ -68,7 +68,7 @@ def outlines():
     """(outline, CROP CROP): every shape, three radii of each size, centres half a pixel apart."""
     shape, size, radius, down, across = np.array(KINDS).T
     r = (RADII[size, 0] + (RADII[size, 1] - RADII[size, 0]) * radius / 2).astype(np.float32)
-    cover = covered(shape, CROP / 2 + (across - 2) / 2, CROP / 2 + (down - 2) / 2, r)
+    cover = coverage(shape, CROP / 2 + (across - 2) / 2, CROP / 2 + (down - 2) / 2, r)
     return cover[:, :CROP, :CROP].reshape(len(KINDS), -1)
 
 

@@ -17,8 +17,7 @@ from PIL import Image, ImageOps
 from nanods.data import caption_dataset as module
 from nanods.data.caption_dataset import load_caption_dataset, read_image, read_sound
 from nanods.data.examples import Examples
-from nanods.data.scenes import normalized_log_mel
-from nanods.data.sound import HOP, WINDOW, write_wav
+from nanods.data.sound import HOP, WINDOW, normalized_log_mel, write_wav
 from nanods.errors import UserError
 
 SIDE, FRAMES = 8, 4
@@ -195,7 +194,7 @@ class TestImage:
         (tmp_path / "x").write_bytes(data[: int(part * len(data))])
         with pytest.raises(
             UserError,
-            match=f"^{tmp_path}/x: not a whole JPEG or PNG image .*; fetch it again, or convert it",
+            match=f"^{tmp_path}/x: not a complete JPEG or PNG image .*; fetch it again, or convert it",
         ):
             read_image(tmp_path / "x", SIDE)
 
@@ -206,7 +205,7 @@ class TestImage:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         read_image(path, SIDE)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
-        with pytest.raises(UserError, match=r"not a whole JPEG or PNG image .*pixels"):
+        with pytest.raises(UserError, match=r"not a complete JPEG or PNG image .*pixels"):
             read_image(path, SIDE)
 
     def test_other_mistakes(self, tmp_path):
@@ -216,7 +215,7 @@ class TestImage:
             read_image(tmp_path / "none.jpg", SIDE)
         with pytest.raises(UserError, match=r"cannot be read .Is a directory"):
             read_image(tmp_path, SIDE)
-        with pytest.raises(UserError, match="not a whole JPEG or PNG"):
+        with pytest.raises(UserError, match="not a complete JPEG or PNG"):
             read_image(self.save(Image.new("L", (8, 8)), tmp_path, "x.gif"), SIDE)
 
 
@@ -339,7 +338,7 @@ class TestBatches:
             time.sleep(0.001)
         assert len(seen) == 12
         monkeypatch.setattr(module, "read_image", None)  # nothing is left to be decoded here
-        pairs._start = lambda order: iter(())
+        pairs._prefetch = lambda order: iter(())
         assert len(pairs.batch(1, 6, 0).captions) == 6
 
     def test_mistakes(self, photos):
@@ -347,7 +346,7 @@ class TestBatches:
         for size in (37, 0):
             with pytest.raises(
                 UserError,
-                match=f"36 training captions do not make a batch of {size}; choose another",
+                match=f"a batch of {size} cannot be taken from 36 training captions; choose another",
             ):
                 pairs.batch(0, size, 0)
 
@@ -399,7 +398,7 @@ class TestGallery:
     def test_mistakes(self, photos, size):
         with pytest.raises(
             UserError,
-            match=f"6 things are held out, which do not make a gallery of {size}; ask for",
+            match=f"a gallery of {size} cannot be taken from 6 held-out examples; choose another",
         ):
             load(photos).gallery(size)
 
@@ -420,7 +419,7 @@ class TestCorruptFiles:
         assert pairs.skipped == 1
         assert (
             capsys.readouterr().err.count(
-                f"warning: skipped {photos / bad}: not a whole JPEG or PNG image"
+                f"warning: skipped {photos / bad}: not a complete JPEG or PNG image"
             )
             == 1
         )
@@ -440,7 +439,7 @@ class TestCorruptFiles:
         assert pairs.skipped <= 2
         with pytest.raises(
             UserError,
-            match=r"5 items are asked for at a time, and only 4 .*2 corrupt files, the first: .*png: not",
+            match=r"5 examples are needed at a time, and only 4 .*2 corrupt files, the first: .*png: not",
         ):
             pairs.gallery(5)
         assert pairs.skipped == 2 and len(capsys.readouterr().err.splitlines()) == 2
@@ -469,7 +468,7 @@ class TestCorruptFiles:
         pairs = load(photos)
         with pytest.raises(
             UserError,
-            match=r"1 items are asked for at a time, and only 0 can be decoded .12 corrupt files",
+            match=r"1 examples are needed at a time, and only 0 can be decoded .12 corrupt files",
         ):
             pairs.batch(0, 1, 0)
         monkeypatch.setattr(module, "read_image", None)

@@ -203,33 +203,33 @@ class TestSplit:
 
 def mistakes():
     good = {"captions_train.json": coco(ROWS), **FILES}
-    wanted = r'wanted is \{"images"'
+    wanted = r'expected \{"images"'
     json_of = lambda **parts: json.dumps({**json.loads(coco(ROWS)), **parts})  # noqa: E731
     four = "".join(f"{name}.jpg#0\tx\n" for name in "pqrs")
     return {
-        "nothing": ({"readme.md": "x"}, "no captions are in it; wanted are annotations/captions_.*NAME.txt"),
+        "nothing": ({"readme.md": "x"}, "no captions are in it; expected annotations/captions_.*NAME.txt"),
         "cut off json": ({**good, "captions_train.json": coco(ROWS)[:-9]}, f"captions_train.json: not COCO.*{wanted}"),
         "a list": ({**good, "captions_train.json": "[]"}, f"not COCO's captions .TypeError.*{wanted}"),
         "deep": ({"captions_a.json": "[" * 100_000}, f"not COCO's captions .RecursionError.*{wanted}"),
         "no images": ({"captions_a.json": json_of(images=[])}, f"not COCO's captions .KeyError: 999.*{wanted}"),
         "no key": ({"captions_a.json": json_of(annotations=[{"caption": "x"}])}, "KeyError: 'image_id'"),
-        "a number": ({"captions_a.json": json_of(annotations=[{"image_id": 1000, "caption": 5}])}, "is no text"),
+        "a number": ({"captions_a.json": json_of(annotations=[{"image_id": 1000, "caption": 5}])}, "is not text"),
         "a null": ({"captions_a.json": json_of(images=[{"id": 1, "file_name": None}], annotations=[
-            {"image_id": 1, "caption": "x"}])}, "a file's name is no text"),
+            {"image_id": 1, "caption": "x"}])}, "a file's name is not text"),
         "no rows": ({"captions_a.json": json_of(annotations=[])}, "captions_a.json: no captions are in it; fetch it again"),
         "no words": ({"x.token": TOKENS + "a.jpg#4\t \nb.jpg#4\t\n", **FILES},
                      r"x.token: captions without a word: 2 \(a.jpg, b.jpg\); write or delete them"),
         "no words in csv": ({"captions.txt": CSV + "a.jpg\n", **FILES}, r"captions without a word: 1 \(a.jpg\)"),
         "missing": ({"x.token": TOKENS + four, **within("Images")},
-                    r"not there: 4 of 7 \(p.jpg, q.jpg, r.jpg, ...\); looked in .*Images and [^ ]*: put them there"),
-        "missing sound": ({"metadata.csv": "a|b\nc|d", "wavs/a.wav": ""}, r"not there: 1 of 2 \(c.wav\); looked in .*wavs and"),
-        "missing, named strangely": ({"captions_a.json": coco([("\0" * 9000, "x")])}, "not there: 1 of 1"),
-        "no tab": ({"x.token": "a.jpg#0\tx\n\na.jpg#1 y\n", **FILES}, "line 3: not IMAGE.jpg#0<TAB>CAPTION: 'a.jpg#1 y'; mend"),
-        "no bar": ({"metadata.csv": "a,b\n"}, "line 1: not ID.TEXT.NORMALISED TEXT: 'a,b'; mend"),
+                    r"do not exist: 4 of 7 \(p.jpg, q.jpg, r.jpg, ...\); looked in .*Images and [^ ]*: put them there"),
+        "missing sound": ({"metadata.csv": "a|b\nc|d", "wavs/a.wav": ""}, r"do not exist: 1 of 2 \(c.wav\); looked in .*wavs and"),
+        "missing, named strangely": ({"captions_a.json": coco([("\0" * 9000, "x")])}, "do not exist: 1 of 1"),
+        "no tab": ({"x.token": "a.jpg#0\tx\n\na.jpg#1 y\n", **FILES}, "line 3: not IMAGE.jpg#0<TAB>CAPTION: 'a.jpg#1 y'; fix or delete it"),
+        "no bar": ({"metadata.csv": "a,b\n"}, "line 1: not ID.TEXT.NORMALISED TEXT: 'a,b'; fix or delete it"),
         "blank": ({"metadata.csv": "\n\n"}, "metadata.csv: no captions are in it"),
         "empty": ({"captions.txt": ""}, "captions.txt: the file is empty"),
         "header alone": ({"captions.txt": "image,caption\n"}, "captions.txt: no captions are in it"),
-        "no header": ({"captions.txt": "a.jpg,x\n", **FILES}, "line 1: not CSV.*header image,caption is wanted.; mend it"),
+        "no header": ({"captions.txt": "a.jpg,x\n", **FILES}, "line 1: not CSV.*expected the header image,caption.; fix it"),
         "open quote": ({"captions.txt": CSV + 'a.jpg,"x\n' + "b.jpg,y\n" * 3, **FILES}, "line 9: not CSV .*end of data"),
         "not utf-8": ({"x.token": b"a.jpg#0\tcaf\xe9\n", **FILES}, "x.token: not UTF-8.*iconv"),
         "binary": ({"captions_a.json": b"\x1f\x8b\0\0"}, "captions_a.json: a binary file"),

@@ -13,7 +13,7 @@ import pytest
 
 from nanods.config import PRESETS
 from nanods.data import scenes as module
-from nanods.data.random_bits import GOLDEN, mix, noise, random_bits, uniform
+from nanods.data.random_bits import GOLDEN, mix_bits, noise, random_bits, uniform
 from nanods.data.scenes import (
     COLOURS,
     OVERTONES,
@@ -27,13 +27,13 @@ from nanods.data.scenes import (
     WORDS_TO_IT,
     batch,
     caption,
-    describe,
-    draw,
     facts_of,
     family_and_pair,
     gallery,
-    play,
     render,
+    render_captions,
+    render_images,
+    render_waves,
     scene_ids_of,
     split,
     training_scene_ids,
@@ -83,7 +83,12 @@ class TestMeanings:
 
     @pytest.mark.parametrize("wrong", [-1, SCENE_COUNT])
     def test_numbers_that_are_no_meaning(self, wrong):
-        for way in (facts_of, lambda m: draw(m, 0), lambda m: describe(m, 0), lambda m: play(m, 0)):
+        for way in (
+            facts_of,
+            lambda m: render_images(m, 0),
+            lambda m: render_captions(m, 0),
+            lambda m: render_waves(m, 0),
+        ):
             with pytest.raises(ValueError, match="from 0"):
                 way(np.array([0, wrong]))
 
@@ -171,7 +176,7 @@ class TestSplit:
 
     @pytest.mark.parametrize("size", [0, -1, 1_825])
     def test_galleries_of_impossible_sizes(self, size):
-        with pytest.raises(ValueError, match="1,824 meanings are held out"):
+        with pytest.raises(ValueError, match="1,824 scenes are held out"):
             gallery(size)
 
     @pytest.mark.parametrize("size", [0, -1, 16_417])
@@ -215,7 +220,7 @@ class TestChance:
 
     def test_a_known_number(self):
         """splitmix64's published sequence from seed 0."""
-        assert hex(int(mix(np.array([GOLDEN], np.uint64))[0])) == "0xe220a8397b1dcdaf"
+        assert hex(int(mix_bits(np.array([GOLDEN], np.uint64))[0])) == "0xe220a8397b1dcdaf"
 
     def test_bits_are_even(self):
         bits = random_bits(1000, 5, np.arange(20))
@@ -228,7 +233,8 @@ class TestChance:
         assert hiss.min() == -1 and hiss.max() == 1 and abs(hiss.mean()) < 0.02
 
     @pytest.mark.parametrize(
-        "call", [lambda: batch(-1, 4), lambda: batch(0, 4, -1), lambda: draw(SOME, -SOME - 1)]
+        "call",
+        [lambda: batch(-1, 4), lambda: batch(0, 4, -1), lambda: render_images(SOME, -SOME - 1)],
     )
     def test_numbers_below_zero(self, call):
         with pytest.raises(ValueError, match="from 0 up"):
@@ -242,25 +248,28 @@ class TestEveryWayCarriesEveryFact:
         return (scene_ids_of(np.array([read(item) for item in data])) == SOME).mean()
 
     def test_captions(self):
-        read = [read_caption(text) for text in describe(ALL, 2, seed=4)]
+        read = [read_caption(text) for text in render_captions(ALL, 2, seed=4)]
         np.testing.assert_array_equal(scene_ids_of(np.array(read)), ALL)
 
     def test_images(self):
         templates = outlines()
-        assert self.right(lambda image: read_image(image, templates), draw(SOME, 8, seed=4)) >= 0.99
+        assert (
+            self.right(lambda image: read_image(image, templates), render_images(SOME, 8, seed=4))
+            >= 0.99
+        )
 
     def test_sounds(self):
-        assert self.right(read_sound, play(SOME, 8, seed=4)) >= 0.99
+        assert self.right(read_sound, render_waves(SOME, 8, seed=4)) >= 0.99
 
     def test_both_orders_are_heard_of_what_lies_above(self):
         above = scene_ids_of(np.array([[0, 0, 0, 1, 1, 1, 1]]))
         relations = {
-            RELATIONS[read_sound(wave)[3]] for wave in play(above.repeat(20), np.arange(20))
+            RELATIONS[read_sound(wave)[3]] for wave in render_waves(above.repeat(20), np.arange(20))
         }
         assert relations == {"above", "below"}
 
     def test_all_words_and_sentences_occur(self):
-        text = "\n".join(describe(SOME, 1))
+        text = "\n".join(render_captions(SOME, 1))
         for word in (
             *COLOURS,
             *(w for both in (WORDS, WORDS_TO_IT) for forms in both.values() for w in forms),
@@ -297,7 +306,7 @@ class TestShapesAndRanges:
         monkeypatch.setattr(
             module, "noise", lambda count, *key: np.zeros((len(SOME), count), np.float32)
         )
-        images = draw(SOME, 3)
+        images = render_images(SOME, 3)
         spots = abs(images - images[:, :, :1, :1]).max(axis=1) > 0.15  # (B, 32, 32)
         assert not spots[:, [0, 31]].any()
         for spot, beside in zip(spots, facts_of(SOME)[:, 3] == 0, strict=True):
@@ -308,7 +317,7 @@ class TestShapesAndRanges:
         monkeypatch.setattr(
             module, "noise", lambda count, *key: np.zeros((len(SOME), count), np.float32)
         )
-        waves = play(SOME, 3)
+        waves = render_waves(SOME, 3)
         assert (
             abs(waves[:, :80]).max() == 0
             and abs(waves[:, -8:]).max() == 0
@@ -320,7 +329,7 @@ class TestShapesAndRanges:
         for shape in range(len(SHAPES)):
             hertz = np.full((1, 2), PITCHES[3], np.float32)
             seconds, loudness = np.array([0.3], np.float32), np.array([0.4], np.float32)
-            (wave,) = module.tone(hertz, seconds, loudness, OVERTONES[[shape]])
+            (wave,) = module.render_tones(hertz, seconds, loudness, OVERTONES[[shape]])
             middle, time = wave[200:2200], np.arange(200, 2200) / RATE  # 110 periods of 440 Hz
             for k, strength in enumerate(OVERTONES[shape], start=1):
                 found = 2 * abs((middle * np.exp(-2j * np.pi * 440 * k * time)).mean())
@@ -355,7 +364,7 @@ class TestBytes:
         assert max(self.longest()) <= 78 <= PRESETS["v3-tiny"].model.context_length
 
     def test_the_vocabulary_is_what_captions_say(self):
-        assert {word for text in describe(ALL, 0) for word in text.split()} == vocabulary()
+        assert {word for text in render_captions(ALL, 0) for word in text.split()} == vocabulary()
 
 
 def test_names_are_different_words():

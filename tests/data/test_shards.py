@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nanods import config as ladder
 from nanods.data import shards, sources
 from nanods.data.download import data_dir
-from nanods.data.shards import Tokens, permuted, window_starts
+from nanods.data.shards import Tokens, permute, window_starts
 from nanods.data.text import load_text, split
 from nanods.data.tokenizer import BPETokenizer
 from nanods.errors import UserError
@@ -89,7 +89,7 @@ def test_a_bpe_learns_from_a_sample_that_every_shard_gives(corpus, monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(shards, "SAMPLE", 3000)
     jobs = sources.plan(corpus[0])
-    sample = shards.sample(jobs)
+    sample = shards.sample_text(jobs)
     assert (
         3000 <= len(sample) < 5000
         and sample.startswith("Line 0:")
@@ -110,7 +110,7 @@ def test_a_large_corpus_holds_out_little(corpus, monkeypatch):
 def test_processes_make_what_one_makes(corpus, monkeypatch):
     monkeypatch.setattr(sources, "SLICE", 8000)
     alone = load_text(corpus[0]).sha256
-    monkeypatch.setattr(shards, "cores", lambda: 2)
+    monkeypatch.setattr(shards, "available_cores", lambda: 2)
     monkeypatch.setenv("NANODS_DATA", "elsewhere")
     assert load_text(corpus[0]).sha256 == alone
 
@@ -156,7 +156,7 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
     monkeypatch.setattr(sources, "SLICE", 100)
     script = (
         "import sys; from nanods.data import shards, sources; from nanods.data.text import load_text\n"
-        "if __name__ == '__main__': sources.SLICE = 100; shards.cores = lambda: 2; load_text('corpus')\n"
+        "if __name__ == '__main__': sources.SLICE = 100; shards.available_cores = lambda: 2; load_text('corpus')\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(shards.__file__).parents[2])}
     (folder / "script.py").write_text(script)
@@ -195,10 +195,10 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
 
 
 def test_a_process_that_is_killed_is_told(monkeypatch):
-    monkeypatch.setattr(shards, "cores", lambda: 2)
+    monkeypatch.setattr(shards, "available_cores", lambda: 2)
     monkeypatch.setattr(shards, "make_shard", os._exit)
     with pytest.raises(UserError, match=r"killed.*memory.*finished shards are kept"):
-        shards.in_processes({"a": (1,), "b": (1,)}, lambda shard, entry: None)
+        shards.make_in_processes({"a": (1,), "b": (1,)}, lambda shard, entry: None)
 
 
 def other_byte(path):
@@ -270,7 +270,7 @@ def test_a_changed_folder_is_never_served_from_old_shards(corpus):
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**32))
 def test_permuted_is_a_bijection(count, seed):
     keys = np.random.default_rng(seed).integers(0, 2**64, size=shards.ROUNDS, dtype=np.uint64)
-    assert sorted(permuted(np.arange(count), count, keys).tolist()) == list(range(count))
+    assert sorted(permute(np.arange(count), count, keys).tolist()) == list(range(count))
 
 
 @given(

@@ -17,12 +17,12 @@ from nanods.data.sound import (
     RATE,
     WINDOW,
     band_edges,
-    fit,
+    crop_or_pad,
+    decode_pcm,
     hertz,
     log_mel,
     mel,
     mel_filters,
-    pcm,
     read_wav,
     resample,
     write_wav,
@@ -131,8 +131,8 @@ class TestResample:
 
 
 def test_fit():
-    np.testing.assert_array_equal(fit(np.arange(3.0), 5), [0, 1, 2, 0, 0])
-    np.testing.assert_array_equal(fit(np.arange(3.0), 2), [0, 1])
+    np.testing.assert_array_equal(crop_or_pad(np.arange(3.0), 5), [0, 1, 2, 0, 0])
+    np.testing.assert_array_equal(crop_or_pad(np.arange(3.0), 2), [0, 1])
 
 
 class TestFiles:
@@ -156,7 +156,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("samples", [np.zeros((2, 3)), np.array([np.nan]), np.array([np.inf])])
     def test_what_is_not_one_wave(self, samples):
-        with pytest.raises(ValueError, match="one wave of finite numbers"):
+        with pytest.raises(ValueError, match="must be one wave of finite numbers"):
             write_wav(io.BytesIO(), samples)
 
     @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ class TestFiles:
         ],
     )
     def test_widths(self, width, data):
-        np.testing.assert_array_equal(pcm(data, width), np.array([-1, 0, 0.5], np.float32))
+        np.testing.assert_array_equal(decode_pcm(data, width), np.array([-1, 0, 0.5], np.float32))
         np.testing.assert_array_equal(
             read(wav(data, width=width)), np.array([-1, 0, 0.5], np.float32)
         )
@@ -196,7 +196,7 @@ class TestMistakes:
             (b"", "not a WAV file of plain PCM .it ends too early.; convert it.*ffmpeg"),
             (b"ID3\x04" * 20, "not a WAV file of plain PCM .*RIFF"),
             (GOOD[:30], "not a WAV file"),
-            (GOOD[:-10], "cut off, 90 bytes of sound where 100 are announced: fetch it again"),
+            (GOOD[:-10], "cut off, 90 bytes of sound where the header says 100: fetch it again"),
             (GOOD[:44], "cut off, 0 bytes"),
             (GOOD[:20] + b"\3\0" + GOOD[22:], "unknown format: 3.*ffmpeg"),  # floats
             (GOOD[:22] + b"\0\0" + GOOD[24:], "not a WAV file"),  # no channels

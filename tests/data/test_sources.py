@@ -111,12 +111,12 @@ def test_fineweb_is_streamed_once(monkeypatch):
         (
             "a.jsonl",
             b'{"text": "abc"}\n' * 200 + b"{\n",
-            r"a\.jsonl: the line at byte 3,200 is no JSON object.*mend or delete",
+            r"a\.jsonl: the line at byte 3,200 is no JSON object.*fix or delete",
         ),
         ("a.jsonl", b'{"body": "abc"}\n', r'no JSON object with a string "text" .KeyError'),
         ("a.jsonl", b'{"text": 7}\n', r'no JSON object with a string "text" .TypeError: a int'),
         ("a.jsonl", b'["text"]\n', r'no JSON object with a string "text"'),
-        ("a.parquet", b"PAR1 or not", r"a\.parquet: no Parquet that can be read"),
+        ("a.parquet", b"PAR1 or not", r"a\.parquet: not a readable Parquet file"),
     ],
 )
 def test_files_that_cannot_be_read(folder, file, content, message):

@@ -83,14 +83,14 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(folder):
     class Wide(text_module.ByteTokenizer):
         vocab_size = 65537
 
-    assert text_module.token_file("text", Wide()).dtype == np.uint32
+    assert text_module.encode_cached("text", Wide()).dtype == np.uint32
 
 
 def test_encoding_in_pieces_equals_encoding_at_once(folder):
     pytest.importorskip("tokenizers")
     bpe = BPETokenizer.train(SAMPLE, 300)
     long = "ab\n\ncd" * 25_000 + "end without a line's end"
-    np.testing.assert_array_equal(text_module.token_file(long, bpe), bpe.encode(long))
+    np.testing.assert_array_equal(text_module.encode_cached(long, bpe), bpe.encode(long))
 
 
 def test_the_cache_is_used_again(corpus, monkeypatch):
@@ -109,7 +109,7 @@ def test_the_cache_is_used_again(corpus, monkeypatch):
         lambda data: data[:20],
     ],
 )
-def test_damaged_token_files_are_made_again(corpus, damage):
+def test_damaged_token_files_are_written_again(corpus, damage):
     before = load_text(corpus)
     expected, files = np.array(before.train), cached("*.npy")
     sizes = [path.stat().st_size for path in files]
