@@ -179,7 +179,8 @@ class Modality(nn.Module):
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Cut the input into tokens: x (B, ...) -> tokens (B, T, C), valid (B, T).
 
-        `valid` is False at padding; None means that there is none.
+        `valid` is False at padding, None if there is none. A class that returns a mask sets
+        `padded = True`.
         """
         raise NotImplementedError
 
@@ -373,12 +374,14 @@ class Multimodal(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """As GPT's, from the load (L, E) of the shared trunk, or of each trunk after the other."""
+        """Update the routers' biases as GPT does.
+
+        load: (L, E) of the shared trunk; of separate trunks one after the other, (trunks * L, E).
+        """
         if self.trunk.moe.bias_rate:
-            for block, row in zip(
-                (block for blocks in self.trunks.values() for block in blocks), load, strict=True
-            ):
-                block.mlp.update_bias(row)
+            blocks = [block for trunk in self.trunks.values() for block in trunk]
+            for block, layer_load in zip(blocks, load, strict=True):
+                block.mlp.update_bias(layer_load)
 
     # ---- cost ------------------------------------------------------------------------------------
 

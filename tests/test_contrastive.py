@@ -1,4 +1,7 @@
-"""The contrastive loss: two routes to one value, many processes and pieces of a batch as one, and what finds nothing."""
+"""The contrastive loss equals its reference, also over several processes and micro-batches.
+
+Retrieval metrics equal a count by hand. Collapsed and NaN embeddings retrieve nothing.
+"""
 
 import math
 
@@ -18,102 +21,91 @@ from nanods.contrastive import (
     chance_loss,
     contrastive_loss,
     contrastive_loss_reference,
+    embedding_gradients,
     gather_with_gradient,
     local_rows,
     median_rank,
     ranks,
     recall_at_k,
+    surrogate_loss,
 )
 
 
 def random_pairs(B, M, seed=0, dtype=torch.float64):
-    """Two embeddings of length 1, and ids of which some occur twice."""
+    """Return two unit-length embeddings (B, M) that require gradients, and ids with duplicates."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (
         normalize(torch.randn(B, M, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
-        for _ in "ab"
+        for _ in range(2)
     )
-    return (
-        a.requires_grad_(),
-        b.requires_grad_(),
-        torch.randint(0, max(1, B // 2), (B,), generator=generator),
-    )
+    ids = torch.randint(0, max(1, B // 2), (B,), generator=generator)
+    return a.requires_grad_(), b.requires_grad_(), ids
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 6), st.floats(0.1, 100), st.booleans(), st.integers(0, 99))
-def test_the_loss_equals_the_two_loops(B, M, scale, twins, seed):
+def test_the_loss_and_its_gradients_equal_the_reference(B, M, scale, with_ids, seed):
     a, b, ids = random_pairs(B, M, seed)
-    scale, ids = (
-        torch.tensor(scale, dtype=torch.float64, requires_grad=True),
-        ids if twins else None,
-    )
-    ours, believed = (
-        loss(a, b, scale, ids) for loss in (contrastive_loss, contrastive_loss_reference)
-    )
-    assert (
-        ours.dtype == torch.float64
-        and ours.shape == ()
-        and (ours - believed).abs() <= 1e-12 * max(1, believed)
-    )
-    for mine, other in zip(
-        *(torch.autograd.grad(loss, (a, b, scale)) for loss in (ours, believed)), strict=True
-    ):
-        assert (mine - other).abs().max() <= 1e-12 * max(1, other.abs().max())
+    scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    ids = ids if with_ids else None
+    loss = contrastive_loss(a, b, scale, ids)
+    expected = contrastive_loss_reference(a, b, scale, ids)
+    assert loss.dtype == torch.float64 and loss.shape == ()
+    assert (loss - expected).abs() <= 1e-12 * max(1, expected)
+    gradients = torch.autograd.grad(loss, (a, b, scale))
+    expected_gradients = torch.autograd.grad(expected, (a, b, scale))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        tolerance = 1e-12 * max(1, expected_gradient.abs().max())
+        assert (gradient - expected_gradient).abs().max() <= tolerance
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 12), st.booleans(), st.data())
-def test_neither_the_order_of_a_and_b_nor_that_of_the_batch_matters(B, twins, data):
+def test_the_loss_is_symmetric_and_ignores_the_order_of_the_batch(B, with_ids, data):
     a, b, ids = random_pairs(B, 5)
     order = torch.tensor(data.draw(st.permutations(range(B))))
-    believed = contrastive_loss(a, b, 7.0, ids if twins else None)
-    assert (contrastive_loss(b, a, 7.0, ids if twins else None) - believed).abs() < 1e-12
-    assert (
-        contrastive_loss(a[order], b[order], 7.0, ids[order] if twins else None) - believed
-    ).abs() < 1e-12
+    expected = contrastive_loss(a, b, 7.0, ids if with_ids else None)
+    swapped = contrastive_loss(b, a, 7.0, ids if with_ids else None)
+    assert (swapped - expected).abs() < 1e-12
+    permuted = contrastive_loss(a[order], b[order], 7.0, ids[order] if with_ids else None)
+    assert (permuted - expected).abs() < 1e-12
 
 
 def test_the_loss_of_two_pairs_by_hand():
     a, b = torch.eye(2), torch.tensor([[1.0, 0], [0.6, 0.8]])  # similarities: 1 and 0.6, 0 and 0.8
     losses = [
-        math.log1p(math.exp(2 * (other - own)))
-        for own, other in ((1, 0.6), (0.8, 0), (1, 0), (0.8, 0.6))
+        math.log1p(math.exp(2 * (negative - positive)))
+        for positive, negative in ((1, 0.6), (0.8, 0), (1, 0), (0.8, 0.6))
     ]
     assert contrastive_loss(a, b, 2.0).item() == pytest.approx(sum(losses) / 4)
 
 
 @pytest.mark.parametrize("B", [1, 2, 64])
-def test_equal_similarities_give_chance_and_random_directions_little_more(B):
+def test_equal_similarities_give_the_chance_loss_and_random_directions_a_little_more(B):
     same = normalize(torch.ones(B, 16), dim=-1)
     assert contrastive_loss(same, same, 10.0).item() == pytest.approx(chance_loss(B), abs=1e-6)
     a, b, _ = random_pairs(B, 128)
-    assert (
-        contrastive_loss(a, b, 10.0).item()
-        == pytest.approx(chance_loss(B) + 10**2 / (2 * 128), abs=0.2)
-        or B < 64
-    )
+    expected = chance_loss(B) + 10**2 / (2 * 128)
+    assert contrastive_loss(a, b, 10.0).item() == pytest.approx(expected, abs=0.2) or B < 64
 
 
-def test_the_best_that_can_be_reached_is_above_zero():
+def test_the_minimum_of_the_loss_is_above_zero():
     B, scale = 64, 10.0
-    corners = normalize(
-        torch.eye(B, dtype=torch.float64) - 1 / B, dim=-1
-    )  # as far apart as B points on a sphere can be
-    best = math.log(1 + (B - 1) * math.exp(-scale * B / (B - 1)))
-    assert (
-        contrastive_loss(corners, corners, scale).item() == pytest.approx(best)
-        and round(best, 4) == 0.0024
-    )
+    # The corners of a simplex: B points on a sphere, as far from each other as possible.
+    simplex = normalize(torch.eye(B, dtype=torch.float64) - 1 / B, dim=-1)
+    minimum = math.log(1 + (B - 1) * math.exp(-scale * B / (B - 1)))
+    assert contrastive_loss(simplex, simplex, scale).item() == pytest.approx(minimum)
+    assert round(minimum, 4) == 0.0024
     for seed in range(5):
         a, b, _ = random_pairs(B, B, seed)
-        assert contrastive_loss(a, a, scale) > best and contrastive_loss(a, b, scale) > best
+        assert contrastive_loss(a, a, scale) > minimum
+        assert contrastive_loss(a, b, scale) > minimum
 
 
-def test_twins_are_no_negatives_and_oneself_stays():
+def test_duplicates_are_not_negatives_and_the_match_itself_still_counts():
     a, b, _ = random_pairs(4, 3)
     ids = torch.tensor([5, 8, 5, 7])
     logits = (10 * a @ b.T).detach()
@@ -121,10 +113,13 @@ def test_twins_are_no_negatives_and_oneself_stays():
     rows, columns = ((x.logsumexp(1) - x.diagonal()).mean() for x in (logits, logits.T))
     assert (contrastive_loss(a, b, 10.0, ids) - (rows + columns) / 2).abs() < 1e-12
     assert contrastive_loss(a, b, 10.0, ids) < contrastive_loss(a, b, 10.0)
-    slopes = torch.autograd.grad(contrastive_loss(a, b, 10.0, torch.full((4,), 3)), (a, b))
-    assert all(
-        (slope == 0).all() for slope in slopes
-    )  # without a negative there is nothing to learn, and no NaN
+
+
+def test_without_negatives_the_gradient_is_zero_and_not_nan():
+    a, b, _ = random_pairs(4, 3)
+    loss = contrastive_loss(a, b, 10.0, torch.full((4,), 3))
+    gradients = torch.autograd.grad(loss, (a, b))
+    assert all((gradient == 0).all() for gradient in gradients)
 
 
 def test_gradcheck():
@@ -133,83 +128,85 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda a, b, t: contrastive_loss(a, b, t, ids), (a, b, scale))
 
 
-def test_the_loss_is_in_fp32_at_least_under_autocast_too():
+def test_the_loss_is_computed_in_at_least_fp32_under_autocast_too():
     a, b, _ = random_pairs(16, 32, dtype=torch.float32)
     exact = contrastive_loss(a, b, 50.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(contrastive_loss(a, b, 50.0), exact)
-    short = a.detach().bfloat16().requires_grad_(), b.detach().bfloat16()
-    loss = contrastive_loss(*short, 50.0)
+    a_bf16, b_bf16 = a.detach().bfloat16().requires_grad_(), b.detach().bfloat16()
+    loss = contrastive_loss(a_bf16, b_bf16, 50.0)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, contrastive_loss(*(x.float() for x in short), 50.0))
-    assert torch.autograd.grad(loss, short[0])[0].dtype == torch.bfloat16
+    assert torch.equal(loss, contrastive_loss(a_bf16.float(), b_bf16.float(), 50.0))
+    assert torch.autograd.grad(loss, a_bf16)[0].dtype == torch.bfloat16
     assert contrastive_loss(a.double(), b, Temperature()()).dtype == torch.float64
 
 
-def test_the_mean_over_some_rows_and_the_others_is_the_whole():
+def test_the_mean_over_parts_of_the_rows_is_the_loss():
     a, b, ids = random_pairs(6, 4)
     parts = [contrastive_loss(a, b, 9.0, ids, rows=slice(i, i + 2)) for i in (0, 2, 4)]
     assert (sum(parts) / 3 - contrastive_loss(a, b, 9.0, ids)).abs() < 1e-12
 
 
-# ---- temperature -------------------------------------------------------------------------------------------------------------
+# ---- temperature ---------------------------------------------------------------------------------
 
 
-def test_the_temperature_starts_where_it_is_told_and_learns():
-    assert Temperature()().item() == pytest.approx(10) and Temperature(
-        0.02
-    )().item() == pytest.approx(50)
+def test_the_temperature_starts_at_its_initial_value_and_learns():
+    assert Temperature()().item() == pytest.approx(10)
+    assert Temperature(0.02)().item() == pytest.approx(50)
     a, _, _ = random_pairs(8, 16, dtype=torch.float32)
     temperature = Temperature()
     contrastive_loss(a, a, temperature()).backward()
-    assert temperature.log_scale.grad < 0  # pairs that are found already gain by a sharper question
+    # Pairs that already match have a lower loss at a larger scale.
+    assert temperature.log_scale.grad < 0
 
 
-def test_the_scale_is_clamped_and_comes_back():
+def test_the_scale_is_clamped_and_can_leave_the_limit_again():
     temperature = Temperature(0.01)
     a, b, _ = random_pairs(8, 16, dtype=torch.float32)
     for value in (5.0, 50.0):
         temperature.log_scale.data.fill_(value)
         scale = temperature()
-        assert scale.item() == pytest.approx(
-            100, rel=1e-6
-        ) and temperature.log_scale.item() == pytest.approx(math.log(100))
-        (slope,) = torch.autograd.grad(contrastive_loss(a, b, scale), temperature.log_scale)
-        assert slope > 0  # unrelated pairs want a softer question
-        temperature.log_scale.data -= 0.01 * slope
+        assert scale.item() == pytest.approx(100, rel=1e-6)
+        assert temperature.log_scale.item() == pytest.approx(math.log(100))
+        (gradient,) = torch.autograd.grad(contrastive_loss(a, b, scale), temperature.log_scale)
+        assert gradient > 0, "unrelated pairs have a lower loss at a smaller scale"
+        temperature.log_scale.data -= 0.01 * gradient
         assert temperature() < 99.9
-    twice = temperature() + temperature()  # as over several micro-batches
-    twice.backward()
-    assert temperature.log_scale.grad.item() == pytest.approx(twice.item())
+    total = temperature() + temperature()  # used twice before backward, as by two micro-batches
+    total.backward()
+    assert temperature.log_scale.grad.item() == pytest.approx(total.item())
 
 
-# ---- pairs of modalities -----------------------------------------------------------------------------------------------------
+# ---- pairs of modalities -------------------------------------------------------------------------
 
 
-def test_all_pairs_are_a_weighted_mean_with_its_parts():
+def test_all_pairs_loss_is_the_weighted_mean_and_returns_each_pairs_loss():
     embeddings = {
         name: random_pairs(6, 4, seed)[0] for seed, name in enumerate(("text", "image", "audio"))
     }
     ids, scale = torch.tensor([0, 1, 2, 0, 3, 4]), torch.tensor(8.0, requires_grad=True)
     pairs = {("text", "image"): 2.0, ("audio", "text"): 0.5, ("image", "audio"): 0.0}
-    total, parts = all_pairs_loss(embeddings, scale, pairs, ids)
+    total, losses = all_pairs_loss(embeddings, scale, pairs, ids)
     expected = {(x, y): contrastive_loss(embeddings[x], embeddings[y], 8.0, ids) for x, y in pairs}
-    assert parts == {"-".join(pair): loss for pair, loss in expected.items()}
-    assert not any(part.requires_grad for part in parts.values())
-    assert (
-        total - (2 * expected["text", "image"] + 0.5 * expected["audio", "text"]) / 2.5
-    ).abs() < 1e-12
+    assert losses == {"-".join(pair): loss for pair, loss in expected.items()}
+    assert not any(loss.requires_grad for loss in losses.values())
+    mean = (2 * expected["text", "image"] + 0.5 * expected["audio", "text"]) / 2.5
+    assert (total - mean).abs() < 1e-12
     assert torch.autograd.grad(total, scale)[0] != 0
-    half = all_pairs_loss(embeddings, scale, pairs, ids, rows=slice(0, 3))[1]["text-image"]
-    assert torch.equal(
-        half, contrastive_loss(embeddings["text"], embeddings["image"], 8.0, ids, slice(0, 3))
-    )
+    rows = slice(0, 3)
+    half = all_pairs_loss(embeddings, scale, pairs, ids, rows)[1]["text-image"]
+    expected_half = contrastive_loss(embeddings["text"], embeddings["image"], 8.0, ids, rows)
+    assert torch.equal(half, expected_half)
 
 
-# ---- one batch in pieces -----------------------------------------------------------------------------------------------------
+# ---- gradient caching ----------------------------------------------------------------------------
 
 PAIRS = {("text", "image"): 1.0, ("text", "audio"): 0.5}
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+
+
+def pairs_loss(embeddings, scale):
+    return all_pairs_loss(embeddings, scale, PAIRS, IDS)[0]
 
 
 class Towers(nn.Module):
@@ -220,8 +217,8 @@ class Towers(nn.Module):
         torch.manual_seed(0)
         self.towers = nn.ModuleDict(
             {
-                m: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4))
-                for m in ("text", "image", "audio")
+                name: nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4))
+                for name in ("text", "image", "audio")
             }
         )
         self.temperature = Temperature()
@@ -237,7 +234,7 @@ class Towers(nn.Module):
         return {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
 
 
-def ten():
+def ten_examples():
     generator = torch.Generator().manual_seed(1)
     return {
         name: torch.randn(10, 3, generator=generator, dtype=torch.float64)
@@ -245,142 +242,170 @@ def ten():
     }
 
 
-def of_one_process():
+def reference_loss_and_gradients():
+    """Return the loss of the whole batch on one process, and its gradients by parameter."""
     model = Towers()
-    loss, _ = all_pairs_loss(*model(ten()), PAIRS, IDS)
+    loss = pairs_loss(*model(ten_examples()))
     loss.backward()
     return loss.detach(), model.gradients()
 
 
-def near(ours, believed):
-    assert ours.keys() == believed.keys()
-    for name, slope in believed.items():
-        assert (ours[name] - slope).abs().max() < 1e-12 and slope.abs().max() > 1e-4, name
+def assert_gradients_equal(gradients, expected):
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() < 1e-12, name
+        assert gradient.abs().max() > 1e-4, f"the gradient of {name} tests nothing"
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 10, 64])
-def test_pieces_give_the_gradients_of_the_whole_batch(size):
-    model, seen = Towers(), []
+def test_micro_batches_give_the_gradients_of_the_whole_batch(size):
+    model, calls = Towers(), []
 
-    def encode(piece):
-        seen.append((len(piece["text"]), torch.is_grad_enabled()))
-        return model.encode(piece)
+    def encode(batch):
+        calls.append((len(batch["text"]), torch.is_grad_enabled()))
+        return model.encode(batch)
 
-    loss, believed = of_one_process()
-    cached = cached_gradients(
-        encode,
-        ten(),
-        lambda e, scale: all_pairs_loss(e, scale, PAIRS, IDS)[0],
-        size,
-        model.temperature(),
-    )
-    assert (cached - loss).abs() < 1e-12 and not cached.requires_grad
-    near(model.gradients(), believed)
-    lengths = [len(piece) for piece in IDS.split(size)]
-    assert seen == [
-        (n, graph) for graph in (False, True) for n in lengths
-    ]  # never more than `size` items with a graph
-    cached_gradients(
-        encode,
-        ten(),
-        lambda e, scale: all_pairs_loss(e, scale, PAIRS, IDS)[0],
-        size,
-        model.temperature(),
-    )
-    near(
-        model.gradients(), {name: 2 * slope for name, slope in believed.items()}
-    )  # it adds, as backward() does
+    expected_loss, expected = reference_loss_and_gradients()
+    loss = cached_gradients(encode, ten_examples(), pairs_loss, size, model.temperature())
+    assert (loss - expected_loss).abs() < 1e-12 and not loss.requires_grad
+    assert_gradients_equal(model.gradients(), expected)
+    # First all micro-batches without a graph, then with one; never more than `size` examples.
+    lengths = [len(batch) for batch in IDS.split(size)]
+    assert calls == [(n, graph) for graph in (False, True) for n in lengths]
+    # Gradients add up, as with backward().
+    cached_gradients(encode, ten_examples(), pairs_loss, size, model.temperature())
+    doubled = {name: 2 * gradient for name, gradient in expected.items()}
+    assert_gradients_equal(model.gradients(), doubled)
 
 
-def test_pieces_of_a_tensor_and_towers_that_are_frozen_or_not_asked_for():
+def test_micro_batches_work_with_frozen_and_with_unused_towers():
     model = Towers()
     model.towers["image"].requires_grad_(False)
 
-    def loss(e, scale):
-        return contrastive_loss(e["text"], e["image"], scale, IDS)
+    def loss(embeddings, scale):
+        return contrastive_loss(embeddings["text"], embeddings["image"], scale, IDS)
 
-    loss(model.encode(ten()), model.temperature()).backward()
-    believed = model.gradients()
+    loss(model.encode(ten_examples()), model.temperature()).backward()
+    expected = model.gradients()
     model.zero_grad()
-    cached_gradients(model.encode, ten(), loss, 4, model.temperature())
-    near(model.gradients(), believed)
-    assert believed.keys() == {
-        "temperature.log_scale",
-        *(n for n, _ in model.named_parameters() if ".text." in n),
-    }
+    cached_gradients(model.encode, ten_examples(), loss, 4, model.temperature())
+    assert_gradients_equal(model.gradients(), expected)
+    text_parameters = {name for name, _ in model.named_parameters() if ".text." in name}
+    assert expected.keys() == {"temperature.log_scale"} | text_parameters
 
-    image, tower, x = model.encode(ten())["image"], model.towers["text"], ten()["text"]
+    # The same with inputs and embeddings that are one tensor instead of a dictionary.
+    image = model.encode(ten_examples())["image"]
     model.zero_grad()
     cached_gradients(
-        lambda piece: normalize(tower(piece), dim=-1),
-        x,
-        lambda e, scale: loss({"text": e, "image": image}, scale),
+        lambda batch: normalize(model.towers["text"](batch), dim=-1),
+        ten_examples()["text"],
+        lambda embedding, scale: loss({"text": embedding, "image": image}, scale),
         4,
         model.temperature(),
     )
-    near(model.gradients(), believed)
+    assert_gradients_equal(model.gradients(), expected)
 
 
-def test_pieces_under_autocast_keep_the_weights_gradients():
-    """Autocast keeps its bf16 copies of the weights, those of the pass without a graph too: they must not be used again."""
+def test_an_encoders_extra_loss_is_averaged_over_the_micro_batches():
+    def encode(model, batch):
+        return model.encode(batch), model.towers["text"](batch["text"]).square().mean()
+
+    batches = [{name: x[i : i + 5] for name, x in ten_examples().items()} for i in (0, 5)]
+    model = Towers()
+    extra_loss = sum(encode(model, batch)[1] for batch in batches) / 2
+    expected_loss = pairs_loss(*model(ten_examples())) + extra_loss
+    expected_loss.backward()
+    expected = model.gradients()
+    model.zero_grad()
+    loss = cached_gradients(
+        lambda batch: encode(model, batch), ten_examples(), pairs_loss, 5, model.temperature()
+    )
+    assert (loss - expected_loss).abs() < 1e-12 and not loss.requires_grad
+    assert_gradients_equal(model.gradients(), expected)
+
+
+def test_embedding_gradients_and_the_surrogate_loss_give_the_gradients_of_the_loss():
+    expected_loss, expected = reference_loss_and_gradients()
+    model = Towers()
+    embeddings, scale = model(ten_examples())
+    loss, gradients, scale_gradient = embedding_gradients(pairs_loss, embeddings, scale)
+    assert torch.equal(loss, expected_loss) and not loss.requires_grad
+    assert gradients.keys() == embeddings.keys() and not model.gradients()
+    (surrogate_loss(embeddings, gradients) + scale * scale_gradient).backward()
+    assert_gradients_equal(model.gradients(), expected)
+
+
+def test_embedding_gradients_leaves_out_embeddings_that_the_loss_does_not_use():
+    embeddings, scale = Towers()(ten_examples())
+    _, gradients, scale_gradient = embedding_gradients(
+        lambda embeddings, _: embeddings["text"].sum(), embeddings, scale
+    )
+    assert gradients.keys() == {"text"} and (gradients["text"] == 1).all()
+    assert scale_gradient == 0
+
+
+def test_micro_batches_under_autocast_keep_the_weights_gradients():
+    """The pass with a graph must not reuse autocast's bf16 weights from the pass without one."""
     model = Towers().float()
-    inputs = {name: x.float() for name, x in ten().items()}
+    inputs = {name: x.float() for name, x in ten_examples().items()}
     with torch.autocast("cpu", torch.bfloat16):
-        cached_gradients(
-            model.encode,
-            inputs,
-            lambda e, scale: all_pairs_loss(e, scale, PAIRS, IDS)[0],
-            3,
-            model.temperature(),
-        )
-    for name, slope in of_one_process()[1].items():
-        ours = model.get_parameter(name).grad
-        assert ours is not None and (ours - slope).norm() < 0.2 * slope.norm() + 0.01, name
+        cached_gradients(model.encode, inputs, pairs_loss, 3, model.temperature())
+    for name, expected in reference_loss_and_gradients()[1].items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None, name
+        assert (gradient - expected).norm() < 0.2 * expected.norm() + 0.01, name
 
 
-# ---- several processes -------------------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
-def one_of(rank, folder, processes):
-    """What each process does: its own five of the ten, three ways. Process 0 writes down what came of it."""
+def run_process(rank, folder, world_size):
+    """Compute loss and gradients of this process's examples in three ways; rank 0 saves the means.
+
+    The means over the processes are taken by hand: DistributedDataParallel keeps its group until
+    Python exits, and its threads then sometimes abort the process (pytorch/pytorch#179291).
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )
-    n, found = 10 // processes, {}
-    inputs = {name: x[rank * n : (rank + 1) * n] for name, x in ten().items()}
+    n, results = 10 // world_size, {}
+    inputs = {name: x[rank * n : (rank + 1) * n] for name, x in ten_examples().items()}
     ids = gather_with_gradient(IDS[local_rows(n)])
 
-    def loss(embeddings, scale, rows):
-        everything = {name: gather_with_gradient(e) for name, e in embeddings.items()}
-        return all_pairs_loss(everything, scale, PAIRS, ids, rows)[0]
+    def gathered_loss(embeddings, scale, rows):
+        gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}
+        return all_pairs_loss(gathered, scale, PAIRS, ids, rows)[0]
 
-    def note(way, value, model):
-        """Means over the processes, taken by hand: DistributedDataParallel never lets go of its group, whose threads then
-        outlive Python's end at times and abort it (pytorch/pytorch#179291)."""
-        value = value.detach().clone()
-        for x in (value, *(p.grad for p in model.parameters())):
+    def store_means(name, loss, model):
+        loss = loss.detach().clone()
+        for x in (loss, *(p.grad for p in model.parameters())):
             dist.all_reduce(x)
-            x /= processes
-        found[way] = value, model.gradients()
+            x /= world_size
+        results[name] = loss, model.gradients()
 
-    for way, rows in {"own rows": local_rows(n), "all rows": slice(None)}.items():
+    for name, rows in {"local rows": local_rows(n), "all rows": slice(None)}.items():
         model = Towers()
-        value = loss(model.encode(inputs), model.temperature(), rows)
-        value.backward()
-        note(way, value, model)
+        loss = gathered_loss(model.encode(inputs), model.temperature(), rows)
+        loss.backward()
+        store_means(name, loss, model)
+
     model = Towers()
-    value = cached_gradients(
-        model.encode, inputs, lambda e, scale: loss(e, scale, local_rows(n)), 2, model.temperature()
+    loss = cached_gradients(
+        model.encode,
+        inputs,
+        lambda embeddings, scale: gathered_loss(embeddings, scale, local_rows(n)),
+        2,
+        model.temperature(),
     )
-    note("pieces", value, model)
+    store_means("micro-batches", loss, model)
+
+    # The sum over the processes must not happen in a gradient that other nodes still read.
     x, other = (torch.zeros(length, requires_grad=True) for length in (n, 10))
     (1 * other + gather_with_gradient(x)).backward(torch.ones(10))
-    assert (x.grad == processes).all() and (
-        other.grad == 1
-    ).all()  # the sum is not taken in what others still read
+    assert (x.grad == world_size).all() and (other.grad == 1).all()
     if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
+        torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
 
 
@@ -389,108 +414,100 @@ def one_of(rank, folder, processes):
 )
 def test_two_processes_give_the_loss_and_the_gradients_of_one(tmp_path):
     x = torch.randn(3, 2, requires_grad=True)
-    assert gather_with_gradient(x) is x and local_rows(3) == slice(
-        0, 3
-    )  # alone, there is nothing to gather
-    torch.multiprocessing.spawn(one_of, (str(tmp_path), 2), nprocs=2)
-    loss, believed = of_one_process()
-    found = torch.load(tmp_path / "found.pt")
-    assert found.keys() == {"own rows", "all rows", "pieces"}
-    for value, gradients in found.values():
-        assert (value - loss).abs() < 1e-12
-        near(gradients, believed)
+    assert gather_with_gradient(x) is x, "one process has nothing to gather"
+    assert local_rows(3) == slice(0, 3)
+    torch.multiprocessing.spawn(run_process, (str(tmp_path), 2), nprocs=2)
+    expected_loss, expected = reference_loss_and_gradients()
+    results = torch.load(tmp_path / "results.pt")
+    assert results.keys() == {"local rows", "all rows", "micro-batches"}
+    for loss, gradients in results.values():
+        assert (loss - expected_loss).abs() < 1e-12
+        assert_gradients_equal(gradients, expected)
 
 
-# ---- retrieval ---------------------------------------------------------------------------------------------------------------
+# ---- retrieval -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 3), st.booleans(), st.integers(1, 40), st.integers(0, 99))
-def test_ranks_are_counted_as_by_hand(Q, M, twins, scores, seed):
-    """Small whole numbers: many ties, and no rounding. Whatever the size of a chunk."""
+def test_ranks_equal_a_count_by_hand(Q, M, with_ids, max_scores, seed):
+    """Small integers give many ties and no rounding. The size of a chunk must not matter."""
     generator = torch.Generator().manual_seed(seed)
-    queries, targets = (torch.randint(-2, 3, (Q, M), generator=generator).float() for _ in "qt")
+    queries, targets = (torch.randint(-2, 3, (Q, M), generator=generator).float() for _ in range(2))
     ids = torch.randint(0, Q, (Q,), generator=generator)
     expected = []
     for i in range(Q):
-        rivals = [j for j in range(Q) if (ids[j] != ids[i] if twins else j != i)]
-        expected.append(sum((queries[i] @ (targets[j] - targets[i]) >= 0).item() for j in rivals))
+        negatives = [j for j in range(Q) if (ids[j] != ids[i] if with_ids else j != i)]
+        at_least = [(queries[i] @ (targets[j] - targets[i]) >= 0).item() for j in negatives]
+        expected.append(sum(at_least))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contrastive, "MAX_SCORES", scores)
-        found = ranks(queries, targets, ids if twins else None)
-    assert found.tolist() == expected
+        patch.setattr(contrastive, "MAX_SCORES", max_scores)
+        counted = ranks(queries, targets, ids if with_ids else None)
+    assert counted.tolist() == expected
 
 
-def test_recall_and_median_of_ranks_that_are_known():
+def test_recall_and_median_rank_of_known_ranks():
     targets = torch.eye(4)
-    queries = torch.tensor(
-        [[3.0, 2, 1, 0], [3, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]]
-    )  # ranks 0, 1, 2, 0
+    queries = torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0], [3, 2, 1, 0], [0, 1, 2, 3]])
     assert ranks(queries, targets).tolist() == [0, 1, 2, 0]
     assert [recall_at_k(queries, targets, k) for k in (1, 2, 3, 4, 9)] == [0.5, 0.75, 1, 1, 1]
     assert median_rank(queries, targets) == 1.5 and median_rank(targets, targets) == 1
-    assert recall_at_k(queries, targets, 1, torch.tensor([0, 0, 1, 2])) == 0.75
-    assert median_rank(queries, targets, torch.tensor([0, 0, 1, 2])) == 1
+    ids = torch.tensor([0, 0, 1, 2])
+    assert recall_at_k(queries, targets, 1, ids) == 0.75
+    assert median_rank(queries, targets, ids) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("Q", "M"), [(2, 3), (37, 64), (301, 512)])
-def test_embeddings_that_have_collapsed_find_nothing(Q, M, dtype):
+def test_collapsed_embeddings_retrieve_nothing(Q, M, dtype):
     for seed in range(3):
         a, b, _ = random_pairs(2, M, seed, dtype=dtype)
         queries, targets = a[:1].repeat(Q, 1), b[:1].repeat(Q, 1)
         assert (ranks(queries, targets) == Q - 1).all()
-        assert [recall_at_k(queries, targets, k) for k in (1, Q - 1, Q)] == [
-            0,
-            0,
-            1,
-        ] and median_rank(queries, targets) == Q
+        assert [recall_at_k(queries, targets, k) for k in (1, Q - 1, Q)] == [0, 0, 1]
+        assert median_rank(queries, targets) == Q
 
 
-def test_nan_finds_nothing():
+def test_nan_retrieves_nothing():
     a, b, _ = random_pairs(6, 4)
-    lost = torch.full_like(a, math.nan)
-    for queries, targets in ((lost, b), (a, lost), (lost, lost)):
-        assert [recall_at_k(queries, targets, k) for k in (1, 5, 6, 99)] == [0] * 4 and median_rank(
-            queries, targets
-        ) == 7
-    one = b.detach().index_fill(0, torch.tensor(2), math.nan)
-    assert ranks(b, one).tolist() == [
-        1,
-        1,
-        6,
-        1,
-        1,
-        1,
-    ]  # a target that is NaN beats all, and is never found
-    assert recall_at_k(lost[:1], lost[:1], 1) == 0  # not even alone
+    nan = torch.full_like(a, math.nan)
+    for queries, targets in ((nan, b), (a, nan), (nan, nan)):
+        assert [recall_at_k(queries, targets, k) for k in (1, 5, 6, 99)] == [0] * 4
+        assert median_rank(queries, targets) == 7
+    one_nan = b.detach().index_fill(0, torch.tensor(2), math.nan)
+    # The NaN target ranks before the true target of every query, and is never retrieved itself.
+    assert ranks(b, one_nan).tolist() == [1, 1, 6, 1, 1, 1]
+    assert recall_at_k(nan[:1], nan[:1], 1) == 0, "not even as the only target"
 
 
-def test_similar_targets_that_rounding_cannot_confuse_are_told_apart():
+def test_similar_targets_beyond_rounding_error_are_distinguished():
     angle = torch.arange(100, dtype=torch.float64) * 0.01
     circle = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    for size in (1, 1e-6):  # whatever the length of the embeddings
-        assert (ranks(size * circle.float(), size * circle.float()) == 0).all()
+    for length in (1, 1e-6):  # the tolerance scales with the length of the embeddings
+        assert (ranks(length * circle.float(), length * circle.float()) == 0).all()
 
 
 def test_a_large_gallery_is_ranked_in_chunks(monkeypatch):
     monkeypatch.setattr(contrastive, "MAX_SCORES", 5000 * 7)
-    rows, product = [], torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor, "__matmul__", lambda x, y: rows.append(len(x)) or product(x, y)
-    )
+    rows, matmul = [], torch.Tensor.__matmul__
+
+    def counting_matmul(x, y):
+        rows.append(len(x))
+        return matmul(x, y)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counting_matmul)
     a, _, _ = random_pairs(5000, 8, dtype=torch.float32)
     assert recall_at_k(a, a, 1) == 1
     assert max(rows) == 7 and sum(rows) == 5000
 
 
-# ---- what cannot be ----------------------------------------------------------------------------------------------------------
+# ---- arguments that are refused ------------------------------------------------------------------
 
 A, B, SCALE = torch.ones(4, 3), torch.ones(5, 3), torch.tensor(10.0)
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (lambda: contrastive_loss(A, B, 10.0), r"\(4, 3\) and \(5, 3\)"),
         (
@@ -511,12 +528,12 @@ A, B, SCALE = torch.ones(4, 3), torch.ones(5, 3), torch.tensor(10.0)
         (lambda: cached_gradients(torch.sin, A, lambda e, _: e.sum(), 0, SCALE), "pieces of 0"),
         (lambda: ranks(A, B), r"\(4, 3\) queries, \(5, 3\) targets"),
         (lambda: recall_at_k(A, A, 0), "recall at 0"),
-        *(
-            (lambda start=start: Temperature(start), r"must be at least 0\.01")
-            for start in (0.0, -0.1, 0.009, math.nan)
-        ),
+        (lambda: Temperature(0.0), r"must be at least 0\.01"),
+        (lambda: Temperature(-0.1), r"must be at least 0\.01"),
+        (lambda: Temperature(0.009), r"must be at least 0\.01"),
+        (lambda: Temperature(math.nan), r"must be at least 0\.01"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_reason(call, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_arguments_are_refused_with_the_reason(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
