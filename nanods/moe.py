@@ -289,32 +289,22 @@ def entropy_loss(token_entropy: Tensor, importance: Tensor, min_experts: float) 
 class MoE(nn.Module):
     """Run each token through K of E experts, each an MLP of `hidden` width.
 
-    Expert e has the matrices `up[e]` (F, C) and `out[e]` (C, F). Raises ValueError for impossible
-    settings.
+    Expert e has the matrices `up[e]` (F, C) and `out[e]` (C, F). Raises ValueError if K exceeds E.
     """
 
     optimizers: ClassVar = {"gate.weight": "adamw", "up": "experts", "out": "experts"}
     fp32_parameters: ClassVar = ("gate.weight",)  # autocast does not cast them: see router_logits
 
-    def __init__(
-        self,
-        n_embd: int,
-        n_expert: int,
-        top_k: int,
-        hidden: int,
-        capacity_factor: float | None = None,
-        priority: str = "token",
-        normalise: bool = True,
-        bias_rate: float = 0.0,
-    ) -> None:
+    def __init__(self, n_embd: int, hidden: int, config: MoEConfig) -> None:
         super().__init__()
-        if not 1 <= top_k <= n_expert or (capacity_factor is not None and not capacity_factor > 0):
-            raise ValueError(
-                f"top_k = {top_k} of {n_expert} experts, "
-                f"capacity_factor = {capacity_factor}: cannot be"
-            )
-        self.top_k, self.capacity_factor, self.priority = top_k, capacity_factor, priority
-        self.normalise, self.bias_rate = normalise, bias_rate
+        n_expert = config.n_expert
+        if not 1 <= config.top_k <= n_expert:  # MoEConfig allows any top_k for one expert
+            raise ValueError(f"top_k = {config.top_k} must lie between 1 and n_expert = {n_expert}")
+        self.top_k = config.top_k
+        self.normalise = config.normalise
+        self.capacity_factor = config.capacity_factor
+        self.priority = config.priority
+        self.bias_rate = config.bias_rate
         self.run_experts = run_experts  # nanods/distributed/expert_parallel.py replaces it
         self.gate = nn.Linear(n_embd, n_expert, bias=False)
         self.up = nn.Parameter(torch.randn(n_expert, hidden, n_embd) * n_embd**-0.5)
@@ -422,16 +412,7 @@ def feed_forward(n_embd: int, hidden: int, config: MoEConfig) -> MLP | MoE:
     """Return the layer after attention in a block: one MLP, or several experts and a router."""
     if config.n_expert == 1:
         return MLP(n_embd, hidden)
-    return MoE(
-        n_embd,
-        config.n_expert,
-        config.top_k,
-        hidden,
-        config.capacity_factor,
-        config.priority,
-        config.normalise,
-        config.bias_rate,
-    )
+    return MoE(n_embd, hidden, config)
 
 
 def upcycle(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanods import moe_kernel
-from nanods.moe import MoE, experts_loop
+from nanods.moe import MoE, MoEConfig, experts_loop
 from nanods.moe_kernel import experts_grouped, experts_sorted
 
 
@@ -134,7 +134,7 @@ def test_experts_multiply_in_bf16_under_autocast(run):
 
 def test_the_router_stays_in_fp32_under_autocast():
     torch.manual_seed(0)
-    layer, x = MoE(16, 8, 2, 32), torch.randn(4, 100, 16)
+    layer, x = MoE(16, 32, MoEConfig(8, 2)), torch.randn(4, 100, 16)
     exact, exact_stats = layer(x, inspect=True)
     with torch.autocast("cpu", torch.bfloat16), RecordProducts() as products:
         rounded, stats = layer(x, inspect=True)

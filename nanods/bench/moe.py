@@ -39,6 +39,7 @@ from nanods.bench.runs import (
 from nanods.moe import (
     MLP,
     MoE,
+    MoEConfig,
     experts_loop,
     load_balancing_loss,
     route,
@@ -115,7 +116,7 @@ class Ours(nn.Module):
 
     def __init__(self, hidden: int = HIDDEN) -> None:
         super().__init__()
-        self.moe = MoE(C, E, K, hidden)
+        self.moe = MoE(C, hidden, MoEConfig(E, K))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, stats = self.moe(x)
@@ -128,7 +129,7 @@ class Routed(MoE):
     def __init__(
         self, mix: Callable[..., Tensor], hidden: int = HIDDEN, **settings: object
     ) -> None:
-        super().__init__(C, E, K, hidden)
+        super().__init__(C, hidden, MoEConfig(E, K))
         self.run_experts, self.settings = mix, settings
 
     def forward(self, x: Tensor) -> tuple[Tensor]:

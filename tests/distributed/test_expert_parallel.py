@@ -25,8 +25,8 @@ from nanods.distributed.expert_parallel import (
 )
 from nanods.distributed.fsdp import clip_grad_norm
 from nanods.distributed.process_groups import ProcessGroups
-from nanods.gpt import GPT, MoEConfig
-from nanods.moe import MoE
+from nanods.gpt import GPT
+from nanods.moe import MoE, MoEConfig
 from nanods.moe_kernel import experts_sorted
 from nanods.training import checkpoint
 from nanods.training.language_task import LanguageTask
@@ -388,10 +388,13 @@ def test_where_nothing_is_split_nothing_changes():
     ("model", "words"),
     [
         (
-            MoE(8, 6, 2, 8),
+            MoE(8, 8, MoEConfig(6, 2)),
             "4 processes cannot own 6 experts in equal parts: choose --moe.n-expert as a multiple of 4",
         ),
-        (nn.ModuleList([MoE(8, 4, 2, 8), MoE(8, 2, 2, 8)]), "4 processes cannot own 2 experts"),
+        (
+            nn.ModuleList([MoE(8, 8, MoEConfig(4, 2)), MoE(8, 8, MoEConfig(2, 2))]),
+            "4 processes cannot own 2 experts",
+        ),
         (nn.Linear(2, 2), "4 processes cannot own 1 expert, a plain MLP"),
     ],
 )
