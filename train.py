@@ -34,9 +34,10 @@ from nanods import config as ladder
 from nanods.config import Config
 from nanods.data.download import write_atomic
 from nanods.distributed import checkpoint as sharded_checkpoint
-from nanods.distributed.fsdp import clip_grad_norm, to_local
-from nanods.distributed.process_groups import ProcessGroups, orthogonalise_distributed
+from nanods.distributed.data_parallel import orthogonalise_distributed
+from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.rendezvous import mark_started, run_distributed
+from nanods.distributed.sharding import clip_grad_norm, to_local
 from nanods.errors import UserError
 from nanods.planner import cli as planner
 from nanods.planner.cost import Mesh, memory_per_gpu
@@ -178,9 +179,12 @@ def train(config: Config, processes: ProcessGroups) -> None:
     )
 
     def gradients(step: int) -> tuple[float, dict[str, Tensor]]:
-        told = task.gradients(fast, task.batch(step, rows_of_batch), micro_batch, scaler.scale)
+        batch = task.batch(step, rows_of_batch)
+        loss, metrics = task.gradients(fast, batch, micro_batch, scaler.scale)
         processes.average_gradients(model)
-        return processes.average_metrics(*told)
+        metrics["train_loss"] = torch.tensor(loss, dtype=torch.float64)
+        metrics = processes.average_metrics(metrics)
+        return metrics.pop("train_loss").item(), metrics
 
     def save() -> None:
         state = {

@@ -1,4 +1,4 @@
-"""One of two processes killed in mid-run: started again they end as if undisturbed; else the job ends, and --resume goes on."""
+"""One of two processes killed in mid-run: started again they end as if undisturbed; else the job ends, and --resume continues."""
 
 import json
 import os
@@ -164,8 +164,8 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on(folder):
     assert code == 1
     assert (
         "another process was lost" in err
-        and "--resume goes on" in err
-        and "process 1 was ended by SIGKILL" in err
+        and "--resume continues" in err
+        and "process 1 was killed by SIGKILL" in err
     )
     assert "Traceback" not in err
     assert len(saved := checkpoint.found(cut)) >= 1 and not any(map(checkpoint.broken, saved))

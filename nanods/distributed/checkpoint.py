@@ -1,25 +1,29 @@
-"""Checkpoints of a model that is shared out: each process writes and reads its own part, and the files are the plain ones.
+"""Checkpoints of a sharded model: each process writes and reads its own shards, and the files are
+those of one process.
 
-    save     each process   its shards                                            OUT/.shards/shard-0000N-...safetensors
-             the first      the plain files, from the shards, some tensors        OUT/step_000060/
-                            at a time; then the shards are deleted                  (checkpoint.py)
-    restore  each process   of the plain files, the rows that are its own
+    save     every process    its shards                              OUT/.shards/shard-*.safetensors
+             main process     the plain files, merged from the        OUT/step_000060/
+                              shards, which it then deletes             (training/checkpoint.py)
+    restore  every process    its own rows of the plain files
 
-So one process or any other mesh goes on with them, and sample.py reads them; but no process has all of the model in memory for
-it. The price: everything is written twice, and all processes must see one disk.
+So one process, or any other mesh, can resume the run, and sample.py can read it. No process ever
+has the whole model in memory. The price: everything is written twice, and all processes must see
+one file system.
 
-Shards are written, and all is read, by torch.distributed.checkpoint with its safetensors storage (its default one pickles): it
-finds out which part of which tensor is whose, and ends all processes where one fails. The plain files are put together here,
-since its own `consolidate_safetensors_files` (torch 2.13) writes zeros for single numbers, such as an optimizer's steps, and
-refuses integers, such as the random state (github.com/pytorch/pytorch/issues/192485).
+torch.distributed.checkpoint (DCP) writes the shards and reads everything, with its safetensors
+storage (its default one pickles): it knows which process has which part of which tensor, and raises
+on all processes if one fails. We merge the shards ourselves because DCP's own
+`consolidate_safetensors_files` (torch 2.13) writes zeros for scalars, such as an optimizer's step,
+and refuses integers, such as the random state (github.com/pytorch/pytorch/issues/192485).
 
-Pinned by tests/distributed/test_checkpoint.py and test_parallel.py. Shapes: E experts, P processes that own them.
+Pinned by tests/distributed/test_checkpoint.py and test_meshes.py. Shapes: E experts, P processes of
+an ep group.
 """
 
 import json
 import shutil
 import warnings
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -35,12 +39,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from nanods.distributed.expert_parallel import local_expert_stacks
-from nanods.distributed.fsdp import to_local
 from nanods.distributed.process_groups import ProcessGroups
+from nanods.distributed.sharding import to_local
 from nanods.errors import UserError
 from nanods.training import checkpoint
 
-AT_ONCE = 1 << 28  # bytes that a process copies at a time, but for a tensor that is larger
+CHUNK_BYTES = 1 << 28  # a process copies at most this much at a time, or one larger tensor
 
 
 def save(
@@ -52,177 +56,205 @@ def save(
     state: dict,
     processes: ProcessGroups,
 ) -> None:
-    """checkpoint.save of what the processes have between them: each must call it, with its own parts.
+    """Write training.checkpoint.save's files from the parts of all processes. Every process must
+    call it.
 
-    What all have, random state too, is the first's. UserError in all where any of them cannot write, with nothing lost.
+    What all processes hold (also the random state) is written as the main process has it. If a
+    process cannot write, all raise UserError, and no earlier checkpoint is lost.
     """
     shards = out / ".shards"
-    own = as_shards(model, weights | optimizer)
-    own = {
-        name: value
-        for name, value in own.items()
-        if isinstance(value, DTensor) or processes.is_main_process
-    }
-    sizes = accumulate(to_local(value).nbytes for value in own.values())
-    files = {
-        name: 1 + size // AT_ONCE for name, size in zip(own, sizes, strict=True)
-    }  # each is made in memory, then written
-    processes.on_main_process(
-        lambda: shutil.rmtree(shards, ignore_errors=True)
-    )  # of a run that was killed, of more processes perhaps
+    local = {}
+    for name, value in as_dtensors(model, weights | optimizer).items():
+        if isinstance(value, DTensor) or processes.is_main_process:
+            local[name] = value
+    file_of, n_bytes = {}, 0
+    for name, value in local.items():  # DCP builds each file in memory before it writes it
+        n_bytes += to_local(value).nbytes
+        file_of[name] = 1 + n_bytes // CHUNK_BYTES
+
+    def delete_shards() -> None:
+        shutil.rmtree(shards, ignore_errors=True)
+
+    def write_plain_checkpoint() -> None:
+        checkpoint.write(out, step, state, lambda folder: merge(shards, folder))
+
+    processes.on_main_process(delete_shards)  # of a killed run, perhaps with more processes
     try:
         dcp.save(
-            own, storage_writer=HuggingFaceStorageWriter(str(shards), files, save_distributed=True)
+            local,
+            storage_writer=HuggingFaceStorageWriter(str(shards), file_of, save_distributed=True),
         )
-        processes.on_main_process(
-            lambda: checkpoint.write(out, step, state, lambda folder: merge(shards, folder))
-        )
+        processes.on_main_process(write_plain_checkpoint)
     except CheckpointException as error:
-        raise in_words(
-            error, f"step {step} cannot be written: free some space, or choose another --out-dir"
-        ) from None
+        advice = f"step {step} cannot be written: free some space, or choose another --out-dir"
+        raise user_error(error, advice) from None
     finally:
         if processes.is_main_process:
-            shutil.rmtree(shards, ignore_errors=True)
+            delete_shards()
 
 
 def restore(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: checkpoint.Checkpoint
 ) -> None:
-    """checkpoint.restore of what this process has of the model; each must call it. UserError where a file cannot be read."""
-    checkpoint.restore_model(model, read(model, saved.path, optimizer=False), saved.path)
-    checkpoint.restore_optimizers(model, optimizers, read(model, saved.path, optimizer=True))
+    """Load this process's part of a checkpoint. Every process must call it.
+
+    Raises UserError if a file cannot be read, or if the checkpoint is of another model.
+    """
+    weights = read_local(model, saved.path, optimizer=False)
+    checkpoint.restore_model(model, weights, saved.path)
+    tensors = read_local(model, saved.path, optimizer=True)
+    checkpoint.restore_optimizers(model, optimizers, tensors)
 
 
-def read(model: nn.Module, path: Path, optimizer: bool) -> dict[str, Tensor]:
-    """The optimizers' tensors in a checkpoint, or the weights: of what is shared out this process's part, of all else all."""
-    shards, stacks, state = (
-        as_shards(model, dict(model.named_parameters())),
-        local_expert_stacks(model),
-        {},
-    )
+def read_local(model: nn.Module, path: Path, optimizer: bool) -> dict[str, Tensor]:
+    """Read the weights, or the optimizers' tensors, of a checkpoint: of split tensors this
+    process's part, others whole.
+    """
+    parameters = as_dtensors(model, dict(model.named_parameters()))
     reader = HuggingFaceStorageReader(str(path))
-    for name, kind in reader.read_metadata().state_dict_metadata.items():
-        if of_optimizer(name) == optimizer:
-            p, dtype = found(shards, name), kind.properties.dtype
-            part = isinstance(p, DTensor) and p.shape == kind.size
-            state[name] = (
-                torch.empty_like(p, dtype=dtype, requires_grad=False)
-                if part
-                else torch.empty(kind.size, dtype=dtype)
-            )
+    state = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        if is_optimizer_name(name) != optimizer:
+            continue
+        p, dtype = find_parameter(parameters, name), stored.properties.dtype
+        if isinstance(p, DTensor) and p.shape == stored.size:
+            state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False)
+        else:
+            state[name] = torch.empty(stored.size, dtype=dtype)
     try:
         dcp.load(state, storage_reader=reader)
     except CheckpointException as error:
-        raise in_words(
-            error, f"{path} cannot be read: all processes must see it, on one disk"
-        ) from None
-    mine = {}
+        advice = f"{path} cannot be read: all processes must see it, on one file system"
+        raise user_error(error, advice) from None
+    stacks = local_expert_stacks(model)
     for name, value in state.items():
-        stack, _ = found(stacks, name) or (None, None)
+        stack, _ = find_parameter(stacks, name) or (None, None)
         if stack is not None:
-            value = to_local(
-                value
-            )  # of the processes between them, to which it was a DTensor only here
-            if isinstance(stack, DTensor) and value.shape == to_local(stack).shape:
-                value = DTensor.from_local(
-                    value, stack.device_mesh, stack.placements, run_check=False
-                )
-        mine[name] = value
-    return mine
+            state[name] = as_local_stack(value, stack)
+    return state
 
 
-def as_shards(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each stack of experts in `state`, of which this process owns some (E/P, ...), as the DTensor (E, ...) that it is part of.
-
-    `state`: tensors by name, such as model.state_dict() or checkpoint.optimizer_tensors(); what has neither the name nor the
-    shape of such a stack is as it was, FSDP's and tensor parallelism's shards among it: they are DTensors already.
+def as_local_stack(value: Tensor, stack: nn.Parameter) -> Tensor:
+    """Undo `as_dtensors` for one tensor: (E, ...) over all processes -> this rank's experts,
+    sharded as `stack` is.
     """
-    stacks, shards = local_expert_stacks(model), {}
+    local = to_local(value)
+    if isinstance(stack, DTensor) and local.shape == to_local(stack).shape:
+        return DTensor.from_local(local, stack.device_mesh, stack.placements, run_check=False)
+    return local
+
+
+def as_dtensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with each stack of this rank's experts (E/P, ...) as the DTensor (E, ...) that
+    it is a part of.
+
+    `state`: tensors by name, such as model.state_dict() or checkpoint.optimizer_tensors(). A tensor
+    without the name or the shape of such a stack is returned as it is. The shards of FSDP and of
+    tensor parallelism are such: they are DTensors already.
+    """
+    stacks, result = local_expert_stacks(model), {}
     for name, value in state.items():
-        stack, group = found(stacks, name) or (None, None)
+        stack, group = find_parameter(stacks, name) or (None, None)
         if stack is not None and value.shape == stack.shape:
-            if isinstance(stack, DTensor):  # each of these experts is shared out among its twins
-                ranks, groups = (
-                    torch.arange(dist.get_world_size()),
-                    [stack.device_mesh.get_group(), group],
-                )
-                ranks = ranks.view(-1, dist.get_world_size(group))
-                mesh = DeviceMesh.from_group(
-                    groups, value.device.type, ranks, mesh_dim_names=("twins", "owners")
-                )
-            else:
-                mesh = DeviceMesh.from_group(group, value.device.type)
-            placements = [*getattr(stack, "placements", ()), Shard(0)]
-            value = DTensor.from_local(to_local(value.detach()), mesh, placements, run_check=False)
-        shards[name] = value
-    return shards
+            value = as_dtensor(value, stack, group)
+        result[name] = value
+    return result
 
 
-def found(by_name: dict, key: str):
-    """What belongs to the parameter of which a name such as "blocks.0.mlp.up" or "Muon/blocks.0.mlp.up/momentum_buffer" tells;
-    None where there is none."""
-    return next((by_name[name] for name in key.split("/") if name in by_name), None)
+def as_dtensor(value: Tensor, stack: nn.Parameter, group: dist.ProcessGroup) -> DTensor:
+    """Return the DTensor (E, ...) of which this process has `value`, a tensor shaped like `stack`
+    (E/P, ...).
+    """
+    device = value.device.type
+    if isinstance(stack, DTensor):  # each expert is also sharded by FSDP, between its replicas
+        groups = [stack.device_mesh.get_group(), group]
+        ranks = torch.arange(dist.get_world_size()).view(-1, dist.get_world_size(group))
+        mesh = DeviceMesh.from_group(groups, device, ranks, mesh_dim_names=("fsdp", "ep"))
+        placements = [*stack.placements, Shard(0)]
+    else:
+        mesh = DeviceMesh.from_group(group, device)
+        placements = [Shard(0)]
+    return DTensor.from_local(to_local(value.detach()), mesh, placements, run_check=False)
 
 
-def of_optimizer(name: str) -> bool:
-    """Whether it is the name of an optimizer's tensor, or random state, and not of a weight."""
+def find_parameter(by_parameter: dict, key: str):
+    """Return the entry for the parameter that a key names, or None.
+
+    Keys are names of weights ("blocks.0.mlp.up") and of optimizers' tensors
+    ("Muon/blocks.0.mlp.up/momentum_buffer").
+    """
+    for name in key.split("/"):
+        if name in by_parameter:
+            return by_parameter[name]
+    return None
+
+
+def is_optimizer_name(name: str) -> bool:
+    """Return whether a name is that of an optimizer's tensor or of random state, not of a
+    weight.
+    """
     return "/" in name
 
 
-def in_words(error: CheckpointException, what: str) -> BaseException:
-    """What to raise for the failure of some process, of which all are told: bugs as they are, with their traceback."""
-    rank, (fault, _) = next(iter(error.failures.items()))
-    return (
-        UserError(f"process {rank}, {fault}: {what}")
-        if isinstance(fault, (OSError, SafetensorError))
-        else error
-    )
+def user_error(error: CheckpointException, advice: str) -> BaseException:
+    """Return what to raise for a failure of one process, which DCP reports on all of them.
+
+    A refusal of the file system becomes a UserError with `advice`; a bug stays as it is, with its
+    traceback.
+    """
+    rank, (exception, _) = next(iter(error.failures.items()))
+    if isinstance(exception, (OSError, SafetensorError)):
+        return UserError(f"process {rank}, {exception}: {advice}")
+    return error
 
 
-# ---- shards to plain files ---------------------------------------------------------------------------------------------------
+# ---- shards to plain files ---------------------------------------------------------------------
 
 
 def merge(shards: Path, folder: Path) -> None:
-    """The plain files of the tensors whose parts lie in `shards`. SafetensorError, OSError, CheckpointException if it fails."""
+    """Write the plain files of the tensors in `shards`. Raises SafetensorError, OSError or
+    CheckpointException.
+    """
     reader = HuggingFaceStorageReader(str(shards))
     metadata = reader.read_metadata()
-    reader.read_metadata = lambda: metadata  # not again for each of the loads below
-    kinds = metadata.state_dict_metadata
-    for file, optimizer in zip(checkpoint.FILES, (False, True), strict=False):
-        write_plain(
-            reader,
-            {name: kind for name, kind in kinds.items() if of_optimizer(name) == optimizer},
-            folder / file,
-        )
+    reader.read_metadata = lambda: metadata  # each load below would read all headers again
+    weights, optimizer = {}, {}
+    for name, stored in metadata.state_dict_metadata.items():
+        tensors = optimizer if is_optimizer_name(name) else weights
+        tensors[name] = stored
+    model_file, optimizer_file, _ = checkpoint.FILES
+    write_plain(reader, weights, folder / model_file)
+    write_plain(reader, optimizer, folder / optimizer_file)
 
 
 def write_plain(
-    reader: HuggingFaceStorageReader, kinds: dict[str, TensorStorageMetadata], file: Path
+    reader: HuggingFaceStorageReader, tensors: dict[str, TensorStorageMetadata], file: Path
 ) -> None:
-    """What safetensors' save_file would write, byte for byte; but never with more than AT_ONCE bytes and a tensor in memory."""
-    blank = serialize(
-        {name: torch.empty(0, dtype=kind.properties.dtype) for name, kind in kinds.items()}
-    )
-    header, end = (
-        json.loads(blank[8:]),
-        0,
-    )  # in its order (the widest numbers first, for alignment), with its names of dtypes
+    """Write what safetensors' save_file would write, byte for byte, with about CHUNK_BYTES in
+    memory at a time.
+    """
+    # Safetensors orders tensors by dtype, the widest first, then by name: let it write a header of
+    # empty tensors.
+    empty = {name: torch.empty(0, dtype=t.properties.dtype) for name, t in tensors.items()}
+    header = json.loads(serialize(empty)[8:])
+    end = 0
     for name, entry in header.items():
-        start, end = end, end + kinds[name].size.numel() * kinds[name].properties.dtype.itemsize
-        entry |= {"shape": list(kinds[name].size), "data_offsets": [start, end]}
+        size, dtype = tensors[name].size, tensors[name].properties.dtype
+        start, end = end, end + size.numel() * dtype.itemsize
+        entry |= {"shape": list(size), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+
+    def chunk_number(name: str) -> int:
+        return header[name]["data_offsets"][0] // CHUNK_BYTES
+
     with file.open("wb") as plain:
         plain.write(len(text).to_bytes(8, "little") + text)
-        for _, names in groupby(
-            header, key=lambda name: header[name]["data_offsets"][0] // AT_ONCE
-        ):
-            whole = {
-                name: torch.empty(kinds[name].size, dtype=kinds[name].properties.dtype)
-                for name in names
-            }
-            with warnings.catch_warnings(action="ignore"):  # that it is done by one process alone
-                dcp.load(whole, storage_reader=reader, no_dist=True)
-            for value in whole.values():
+        for _, names in groupby(header, key=chunk_number):
+            chunk = {}
+            for name in names:
+                chunk[name] = torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype)
+            with warnings.catch_warnings(action="ignore"):  # that one process loads alone
+                dcp.load(chunk, storage_reader=reader, no_dist=True)
+            for value in chunk.values():
                 plain.write(value.reshape(-1).view(torch.uint8).numpy())

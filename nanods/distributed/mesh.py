@@ -1,16 +1,18 @@
-"""The mesh of a run: along which axes its processes (GPUs) split the work, and how many stand along each axis.
+"""The mesh of a run: along which axes its processes (GPUs) split the work, and how many stand along
+each axis.
 
 Training and planning share one spelling, that of the flag --mesh: `dp=2,ep=2`.
 
-    axis    what is split                                        each process holds
-    dp      the batch                                            the whole model
-    fsdp    the batch, all weights, gradients, optimizer state   1 / fsdp of the model
-    ep      the batch, the experts                               n_expert / ep experts, the rest whole
-    tp      the attention heads, the hidden units of the MLPs    n_head / tp heads, the rest whole
+    axis    splits                                       each process holds
+    dp      the batch                                    the whole model
+    fsdp    the batch, weights, gradients and            1 / fsdp of the model
+            optimizer state
+    ep      the batch, experts                           n_expert / ep experts, the rest whole
+    tp      attention heads and hidden units of MLPs     n_head / tp heads, the rest whole
 
-An axis stands alone, or ep beside dp or fsdp. In dp=2,ep=2 each group of two processes holds all experts, and the two groups
-are replicas. In fsdp=2,ep=2 the four processes shard the weights outside the experts, and each expert is sharded between the
-two processes that hold it.
+An axis stands alone, or ep beside dp or fsdp. In dp=2,ep=2 each group of two processes holds all
+experts, and the two groups are replicas. In fsdp=2,ep=2 the four processes shard the weights
+outside the experts, and each expert is sharded between the two processes that hold it.
 
 Nothing here starts or needs torch.distributed. Pinned by tests/distributed/test_meshes.py.
 """
@@ -40,10 +42,12 @@ class Mesh:
     def parse(
         cls, text: str | None, world_size: int | None = None, n_expert: int | None = None
     ) -> Self:
-        """Return the mesh that `text` spells ("dp=2,ep=2"). None is data parallelism over all `world_size` processes.
+        """Return the mesh that `text` spells ("dp=2,ep=2"). None is data parallelism over all
+        `world_size` processes.
 
-        Raises UserError if the text is not such a spelling, if the mesh is not for `world_size` processes, or if `n_expert`
-        experts do not divide over its ep axis. `world_size` and `n_expert` of None are not checked.
+        Raises UserError if the text is not such a spelling, if the mesh is not for `world_size`
+        processes, or if `n_expert` experts do not divide over its ep axis. `world_size` and
+        `n_expert` of None are not checked.
         """
         if text is None:
             return cls.of(dp=world_size or 1)
@@ -94,7 +98,9 @@ class Mesh:
 
     @property
     def fsdp(self) -> int:
-        """The size of the fsdp axis. In fsdp=1,ep=4 it is 1, and FSDP still shards: see `is_fsdp`."""
+        """The size of the fsdp axis. In fsdp=1,ep=4 it is 1, and FSDP still shards: see
+        `is_fsdp`.
+        """
         return self.size("fsdp")
 
     @property
@@ -111,7 +117,9 @@ class Mesh:
 
     @property
     def batch_shards(self) -> int:
-        """The number of parts into which the batch is split: the processes of a tp group read the same examples."""
+        """The number of parts into which the batch is split: the processes of a tp group read the
+        same examples.
+        """
         return self.world_size // self.tp
 
     @property

@@ -1,28 +1,29 @@
-"""Several processes, one run: `make train-v2 PROCS=2 ARGS="--mesh dp=2"` (how they start, meet and end: launch.py, meeting.py).
+"""The processes of one run: who this process is, and how they agree: `make train-v2 PROCS=2
+ARGS="--mesh dp=2"`.
 
-Each process holds other items of the batch (with tp, the same); together they take the step that one process would take with
-the same micro-batches one after another. What is split, and what travels for it:
+Each process reads other examples of the batch (with tp, the same ones). Together they take the step
+that one process would take with the same micro-batches one after another. What each axis of the
+mesh splits, and what it communicates:
 
-    dp    nothing: each holds the whole model              gradients, added up once a step
-    ep    the experts: process r owns E / ep of them       rows of tokens, to their experts and back; other gradients
-          (nanods/distributed/expert_parallel.py)
-    fsdp  everything: each keeps 1 / fsdp of all weights,  weights, before each block; gradients, after it
-          gradients, optimizer state (sharded.py)
-    tp    the heads, and an MLP's hidden numbers: each     sums of tokens, twice a block and way
-          has H / tp of them, and all the tokens
+    axis   file                 splits                      communicates
+    dp     data_parallel.py     only the batch              gradients, once a step
+                                                            (all-reduce)
+    ep     expert_parallel.py   experts                     tokens, to their experts and back
+                                                            (all-to-all)
+    fsdp   fsdp.py              weights, gradients and      weights before each block (all-gather),
+                                optimizer state             gradients after it (reduce-scatter)
+    tp     tensor_parallel.py   attention heads and         activations, twice a block in each
+                                hidden units of MLPs        direction (all-reduce)
 
-alone, or ep beside dp or fsdp, as dp=2,ep=2: then the processes of one ep group own all the experts between them, and each
-group is a copy; fsdp=2,ep=2 shards all the rest among the four, and each expert among the two that own it.
+mesh.py says how axes combine, rendezvous.py how the processes connect and exit, launch.py how they
+start, checkpoint.py how they save and restore a sharded model.
 
-The loss is the mean over all processes, so a gradient is the sum of theirs over their number. Of an expert that one process
-owns, its gradient already is the sum over its ep group, since the group's tokens came to it; it is added up over the copies
-alone, and divided by the number of *all* processes. Muon's orthogonalisation, which every process would repeat, is dealt out.
+The loss of a step is the mean over all processes, so its gradient is the sum of their gradients
+divided by their number.
 
-Gradients are added up after the last micro-batch, in buckets, by all_reduce: what DistributedDataParallel does while backward
-still runs. Left out: that overlap (it would need a second rule for gradient caching and for experts); tp beside another.
-Tested on gloo, CPU against CPU; never run on several GPUs.
-
-Pinned by tests/distributed/test_meshes.py: in fp64 two and four processes make the steps of one, to 1e-10.
+Left out on purpose: tp beside another axis. Run over gloo, on CPUs; never run on several GPUs.
+Pinned by tests/distributed/test_meshes.py: in fp64 two and four processes make the steps of one, to
+1e-10.
 """
 
 import os
@@ -34,223 +35,205 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nanods.distributed.expert_parallel import expert_parameters, split_experts
-from nanods.distributed.fsdp import (
-    broadcast_parameters,
-    orthogonalise_shards,
-    shard_fsdp,
-    split_heads,
-)
+from nanods.distributed.data_parallel import average_gradients
+from nanods.distributed.expert_parallel import split_experts
+from nanods.distributed.fsdp import shard_fsdp
 from nanods.distributed.mesh import Mesh
 from nanods.distributed.rendezvous import rendezvous
+from nanods.distributed.sharding import broadcast_parameters
+from nanods.distributed.tensor_parallel import split_heads
 from nanods.errors import UserError
-from nanods.training.muon import orthogonalise, products_dtype
-
-BUCKET = 1 << 22  # numbers added up at a time: large enough to pay, small beside the model
 
 
 class ProcessGroups:
-    """The processes of a run, this one among them. Of one process, every method does nothing."""
+    """This process's rank, the mesh of all processes, and what they do together.
 
-    def __init__(self, mesh: str | None = None, experts: int = 1, why: str = "as asked") -> None:
-        """Joins the other processes of the run. UserError for a mesh that does not fit them or the number of experts."""
-        self.mesh_reason = why
+    In a run of one process there is nothing to communicate, and every method returns its input or
+    does its work alone.
+    """
+
+    def __init__(
+        self, mesh: str | None = None, n_expert: int = 1, mesh_reason: str = "as requested"
+    ) -> None:
+        """Connect to the other processes of the run. `mesh_reason` says why this mesh was chosen,
+        for the log.
+
+        Raises UserError if the mesh does not fit the number of processes or of experts, or if a
+        process does not connect.
+        """
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.mesh = Mesh.parse(mesh, self.world_size, experts)
-        self.ep, self.tp = self.mesh.ep, self.mesh.tp
+        self.rank = int(os.environ.get("RANK", 0))
+        self.is_main_process = self.rank == 0
+        self.mesh = Mesh.parse(mesh, self.world_size, n_expert)
+        self.mesh_reason = mesh_reason
         self.batch_shards = self.mesh.batch_shards
-        self.rank, self.device_mesh, self.restarted = int(os.environ.get("RANK", 0)), None, False
+        self.is_sharded = self.mesh.is_sharded
+        self.device_mesh: DeviceMesh | None = None
+        self.restarted = False  # whether torchrun started the processes again after a failure
+        self.communication_seconds = 0.0  # of the last `average_gradients`
         if self.world_size > 1:
-            if (kind := "cuda" if torch.cuda.is_available() else "cpu") == "cuda":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+            if kind == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             self.restarted = rendezvous("nccl" if kind == "cuda" else "gloo")
             self.device_mesh = init_device_mesh(
                 kind, self.mesh.sizes, mesh_dim_names=self.mesh.axes
             )
-        self.fsdp = self.world_size > 1 and self.mesh.is_fsdp
-        self.is_sharded = self.mesh.is_sharded
-        self.is_main_process, self.communication_seconds = self.rank == 0, 0.0
         if not self.is_main_process:
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  one voice is enough; mistakes go to stderr
+            # Silence stdout of all processes but the main one, so that each line is printed once.
+            # Errors go to stderr.
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  stays open until the process exits
 
     def __str__(self) -> str:
         if self.world_size == 1:
             return "1 process"
-        return f"{self.world_size} processes, {self.mesh} ({self.mesh_reason}), over {dist.get_backend()}"
+        mesh, backend = f"{self.mesh} ({self.mesh_reason})", dist.get_backend()
+        return f"{self.world_size} processes, {mesh}, over {backend}"
+
+    @property
+    def device(self) -> str:
+        """The kind of device whose tensors the backend communicates."""
+        return "cuda" if self.world_size > 1 and dist.get_backend() == "nccl" else "cpu"
 
     @property
     def mesh_sizes(self) -> dict[str, int]:
         return dict(zip(self.mesh.axes, self.mesh.sizes, strict=True))
 
-    def group(self, name: str) -> dist.ProcessGroup | None:
-        """This process's group along an axis of the mesh; None where it has none."""
-        return (
-            self.device_mesh[name].get_group()
-            if self.device_mesh is not None and name in self.mesh.axes
-            else None
-        )
+    @property
+    def ep(self) -> int:
+        return self.mesh.ep
+
+    @property
+    def fsdp(self) -> bool:
+        return self.mesh.is_fsdp
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """Return this process's group along an axis of the mesh, or None if the mesh does not have
+        the axis.
+        """
+        if self.device_mesh is None or axis not in self.mesh.axes:
+            return None
+        return self.device_mesh[axis].get_group()
+
+    def destroy(self) -> None:
+        """Disconnect from the other processes."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    # ---- the batch, the model and its gradients ------------------------------------------------
 
     def local_batch(self, batch_size: int) -> slice:
-        """Which items of the batch are this process's. UserError where they do not divide."""
+        """Return which examples of the batch this process reads. Raises UserError if they do not
+        divide evenly.
+        """
         if batch_size % self.batch_shards:
             raise UserError(
-                f"--batch-size {batch_size} does not divide among {self.batch_shards} processes: choose a multiple"
+                f"--batch-size {batch_size} does not divide over {self.batch_shards} processes: "
+                f"choose a multiple of {self.batch_shards}"
             )
-        own, number = batch_size // self.batch_shards, self.rank // self.tp
-        return slice(number * own, (number + 1) * own)
+        size = batch_size // self.batch_shards
+        start = self.rank // self.mesh.tp * size
+        return slice(start, start + size)
 
     def shard_model(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
     ) -> nn.Module:
-        """What this process is to hold of a model, on its device; before its optimizers are made.
+        """Return this process's part of a model, on its device. Call it before the optimizers are
+        created.
 
-        Where no process is to hold all of it, the first's is the model, in main memory, and of the others' only shapes count:
-        they may be on the meta device. Weights that travel (fsdp) do so in `dtype`, that of autocast; None: as they are.
+        If the mesh shards the model, the weights are those of rank 0, in main memory; of the other
+        ranks' models only the shapes are read, so they can be on the meta device. FSDP gathers
+        weights in `dtype`, the dtype of autocast (None: the weights' own).
         """
         if not self.is_sharded:
             return model.to(device)
-        named = (*model.named_parameters(), *model.named_buffers()) if self.is_main_process else ()
-        whole, model = {name: x.detach() for name, x in named}, model.to("meta")
-        if self.ep > 1:
+        full_state = {}
+        if self.is_main_process:
+            for name, value in (*model.named_parameters(), *model.named_buffers()):
+                full_state[name] = value.detach()
+        model = model.to("meta")
+        if self.mesh.ep > 1:
             split_experts(model, self.group("ep"))
-        if self.fsdp:
-            twins = self.device_mesh["fsdp"] if self.ep > 1 else None
-            shard_fsdp(model, init_device_mesh(self.device, (self.world_size,)), twins, dtype)
-        if self.tp > 1:
+        if self.mesh.is_fsdp:
+            all_processes = init_device_mesh(self.device, (self.world_size,))
+            expert_replicas = self.device_mesh["fsdp"] if self.mesh.ep > 1 else None
+            shard_fsdp(model, all_processes, expert_replicas, dtype)
+        if self.mesh.tp > 1:
             split_heads(model, self.device_mesh["tp"])
-        broadcast_parameters(model.to_empty(device=device), whole)
+        model = model.to_empty(device=device)
+        broadcast_parameters(model, full_state)
         return model
 
-    # ---- what the processes tell each other ----------------------------------------------------------------------------------
+    def average_gradients(self, model: nn.Module) -> None:
+        """Average the gradients over all processes, in place, and set `communication_seconds`,
+        waiting included.
 
-    def all_reduce_sum(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-        """The sum over all processes, or those of a group; in place."""
+        FSDP averages the gradients of shards while backward runs, which `communication_seconds`
+        does not count.
+        """
+        if self.batch_shards > 1:
+            start = time.perf_counter()
+            average_gradients(model, self.world_size, self.group("dp"))
+            self.communication_seconds = time.perf_counter() - start
+
+    # ---- agreement -----------------------------------------------------------------------------
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Sum x over all processes, in place, and return it."""
         if self.world_size > 1:
-            dist.all_reduce(x, group=group)
+            dist.all_reduce(x)
         return x
 
-    def average_metrics(
-        self, loss: float, parts: dict[str, Tensor]
-    ) -> tuple[float, dict[str, Tensor]]:
-        """The loss of the whole batch and its parts, from those of each process: means, but loads are sums."""
+    def average_metrics(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the metrics of the whole batch from those of each process.
+
+        Metrics are scalars and are averaged in fp64, except those whose name starts with "load":
+        they count tokens, have any shape, and are summed.
+        """
         if self.batch_shards == 1:
-            return loss, parts
-        names = [name for name in parts if not name.startswith("load")]
-        numbers = torch.stack(
-            [torch.tensor(loss, dtype=torch.float64), *(parts[n].double().cpu() for n in names)]
-        )
-        loss, *means = (self.all_reduce_sum(numbers.to(self.device)) / self.world_size).unbind()
-        loads = {
-            name: self.all_reduce_sum(load.clone())
-            for name, load in parts.items()
-            if name.startswith("load")
-        }
-        return loss.item(), {
-            name: loads[name] if name in loads else means[names.index(name)] for name in parts
-        }
+            return metrics
+        names = [name for name in metrics if not name.startswith("load")]
+        values = torch.stack([metrics[name].double().cpu() for name in names])
+        means = self.all_reduce_sum(values.to(self.device)) / self.world_size
+        averages = dict(zip(names, means.unbind(), strict=True))
+        result = {}
+        for name, value in metrics.items():
+            result[name] = (
+                averages[name] if name in averages else self.all_reduce_sum(value.clone())
+            )
+        return result
 
     def any_process(self, flag: bool) -> bool:
-        """Whether it holds in any process: each must ask."""
+        """Return whether `flag` is true in at least one process. Every process must call it."""
         return bool(self.all_reduce_sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def min_over_processes(self, number: int) -> int:
-        """The smallest that any process names."""
+        """Return the smallest `number` of all processes. Every process must call it."""
         if self.world_size == 1:
             return number
-        told = torch.tensor(number, device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MIN)
-        return int(told)
+        smallest = torch.tensor(number, device=self.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
 
     def on_main_process(self, work: Callable[[], int | None]) -> int:
-        """Let the first process do `work` while the others wait -> the number that it gave, 0 for none, to all of them.
+        """Run `work` on the main process while the others wait; return its result (None: 0) on all
+        processes.
 
-        Where it fails, all end: with what it raised, and the others with a UserError.
+        If it raises, every process raises: the main process the same exception, the others a
+        UserError.
         """
-        told, fault = torch.zeros(2, dtype=torch.long, device=self.device), None
+        result_and_failed = torch.zeros(2, dtype=torch.long, device=self.device)
+        exception = None
         if self.is_main_process:
             try:
-                told[0] = work() or 0
-            except BaseException as error:  # a bug too must not leave the others waiting
-                told[1], fault = 1, error
+                result_and_failed[0] = work() or 0
+            except BaseException as error:  # bugs too: the other processes must not wait for ever
+                result_and_failed[1], exception = 1, error
         if self.world_size > 1:
-            dist.broadcast(told, 0)
-        if told[1]:
-            raise fault or UserError("the first process had to end: what it says is to be mended")
-        return int(told[0])
-
-    def destroy(self) -> None:
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.world_size > 1 and dist.get_backend() == "nccl" else "cpu"
-
-    # ---- gradients -----------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def average_gradients(self, model: nn.Module) -> None:
-        """The gradients of the whole batch from those of each process. `spent`: seconds that it took, waiting included.
-
-        Those of shards are the whole batch's already: they were added up while backward ran, which `spent` does not count.
-        """
-        if self.batch_shards == 1:
-            return
-        start = time.perf_counter()
-        own = set(expert_parameters(model))
-        whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
-        shared, split = ([p for p in whole if (p in own) == kind] for kind in (False, True))
-        for parameters, group in ((shared, None), (split, self.group("dp"))):
-            for bucket in buckets(parameters):
-                grads = [p.grad for p in bucket]
-                alone = (
-                    len(grads) == 1 and grads[0].is_contiguous()
-                )  # a large one: not copied there and back
-                flat = grads[0] if alone else torch.cat([grad.flatten() for grad in grads])
-                if (
-                    parameters is shared or group is not None
-                ):  # where there are no copies, an expert's is whole already
-                    self.all_reduce_sum(flat, group)
-                flat /= self.world_size
-                if not alone:
-                    for grad, part in zip(
-                        grads, flat.split([grad.numel() for grad in grads]), strict=True
-                    ):
-                        grad.copy_(part.view_as(grad))
-        self.communication_seconds = time.perf_counter() - start
-
-
-def orthogonalise_distributed(stack: Tensor) -> Tensor:
-    """muon.orthogonalise of matrices (..., R, C) that all processes hold: each does every so-many-th, and all get all, in the
-    dtype in which it was computed. Of shards, see sharded.py.
-    """
-    if isinstance(stack, DTensor):
-        return orthogonalise_shards(stack)
-    rank, size, shape = dist.get_rank(), dist.get_world_size(), stack.shape
-    stack = stack.flatten(0, -3)
-    mine = torch.zeros(
-        -(-len(stack) // size), *stack.shape[1:], dtype=products_dtype(stack), device=stack.device
-    )
-    some = stack[rank::size]
-    if len(some):
-        mine[: len(some)] = orthogonalise(some)
-    parts = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1)[: len(stack)].view(shape).to(stack.dtype)
-
-
-def buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in groups of about BUCKET numbers, in order. A gradient that is not there counts as zeros."""
-    made, room = [], 0
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if room < p.numel():
-            made.append([])
-            room = max(BUCKET, p.numel())
-        made[-1].append(p)
-        room -= p.numel()
-    return made
+            dist.broadcast(result_and_failed, 0)
+        result, failed = result_and_failed.tolist()
+        if failed:
+            raise exception or UserError("the main process failed: see its error message")
+        return result

@@ -1,11 +1,14 @@
-"""How the processes of one run meet, and how they end.
+"""How the processes of one run connect, and how they exit.
 
-Any starter will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each: launch.py, torchrun, a cluster's.
+Any launcher works that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process:
+launch.py, torchrun, a cluster's.
 
-When a process dies, those that wait for it get an error from the network, and end. torchrun --max-restarts 3 starts them all
-again, up to three times, but keeps its store of keys, where the dead have left their addresses: whoever reads one calls at
-nobody, or waits for ever (pytorch issue 135712; numbering the keys by TORCHELASTIC_RESTART_COUNT would not do, as each machine
-counts its own). So the keys of an attempt begin with its number, which the first process gives to the living.
+When a process dies, the processes that communicate with it get a network error and exit. torchrun
+--max-restarts 3 starts all of them again, up to three times, but keeps its key-value store, in
+which the dead processes have left their addresses. A new process that reads one would connect to
+nobody or wait for ever (pytorch issue 135712). The number of restarts (TORCHELASTIC_RESTART_COUNT)
+cannot tell old keys from new ones, as each machine counts for itself. So all keys of an attempt
+begin with its number, which rank 0 chooses and gives to the live processes.
 
 Pinned by tests/test_kill_several.py and tests/distributed/test_launch.py.
 """
@@ -26,117 +29,149 @@ import torch.distributed as dist
 
 from nanods.errors import UserError, run
 
-SECONDS = float(
-    os.environ.get("NANODS_TIMEOUT") or 600
-)  # how long a process waits for the others before it ends with an error
-PATIENCE = timedelta(seconds=SECONDS)
-LOST = re.compile(
+# How long a process waits for the others before it exits with an error.
+TIMEOUT_SECONDS = float(os.environ.get("NANODS_TIMEOUT") or 600)
+TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)
+CONNECTION_LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|[Tt]imed out|timeout|ncclRemoteError"
 )
 
-kept: list[dist.Store] = []  # where they met; the part of it that is this attempt's
+# The key-value stores of the processes after `rendezvous`: "run", and "attempt", the keys of this
+# attempt in it.
+stores: dict[str, dist.Store] = {}
 
 
 def rendezvous(backend: str) -> bool:
-    """Meet the other processes -> whether they had begun before (`begin`) and one died. UserError where one does not come."""
+    """Connect to the other processes; return whether this run had started before (`mark_started`),
+    before a process died.
+
+    Raises UserError if a process does not connect in time, or the port is in use.
+    """
     address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
     try:
         if port and os.environ.get("RANK") != "0":
             wait_for_port(address, port)
-        calling = ThreadPoolExecutor(1).submit(
-            lambda: next(dist.rendezvous("env://", timeout=PATIENCE))
-        )
-        store, rank, size = calling.result(
-            SECONDS + 2
-        )  # PyTorch waits without end for a stranger behind the port
-        store.set_timeout(PATIENCE)
-        kept[:] = [store]
-        begun = store.check(["begun"])
-        kept.append(dist.PrefixStore(attempt_number(store, rank, size), store))
+        store, rank, world_size = connect_to_store()
+        store.set_timeout(TIMEOUT)
+        stores["run"] = store
+        restarted = store.check(["started"])
+        stores["attempt"] = dist.PrefixStore(attempt_number(store, rank, world_size), store)
         dist.init_process_group(
-            backend, timeout=PATIENCE, store=kept[1], rank=rank, world_size=size
+            backend, timeout=TIMEOUT, store=stores["attempt"], rank=rank, world_size=world_size
         )
-        return begun
-    except (
-        RuntimeError,
-        ValueError,
-        OSError,
-    ) as error:  # what torch.distributed raises for a missing peer, a port in use
-        refuse_port_in_use(error, f"{address}:{port}", "MASTER_PORT, or --rdzv-endpoint,")
+        return restarted
+    except (RuntimeError, ValueError, OSError) as error:  # a missing process, a port in use
+        refuse_port_in_use(error, f"{address}:{port}", "MASTER_PORT, or --rdzv-endpoint")
         raise UserError(
-            f"the {os.environ.get('WORLD_SIZE')} processes did not meet at {address}:{port} within {SECONDS:g} s "
-            f"({in_short(error)}): start all of them together, each machine with the same endpoint, a free port of the first. "
-            "NANODS_TIMEOUT=900 lets them wait 900 s"
+            f"the {os.environ.get('WORLD_SIZE')} processes did not connect at {address}:{port} "
+            f"within {TIMEOUT_SECONDS:g} s ({first_line(error)}): start all of them at the same "
+            "time, on every machine with the same endpoint, a free port of the first machine. "
+            "NANODS_TIMEOUT=900 makes them wait 900 s"
         ) from None
 
 
-def refuse_port_in_use(error: Exception, where: str, choice: str) -> None:
+def connect_to_store() -> tuple[dist.Store, int, int]:
+    """Return the run's key-value store, this process's rank and the number of processes. Raises
+    TimeoutError.
+
+    PyTorch itself would wait without limit if a program that is not a store listens on the port.
+    """
+
+    def connect() -> tuple[dist.Store, int, int]:
+        return next(dist.rendezvous("env://", timeout=TIMEOUT))
+
+    return ThreadPoolExecutor(1).submit(connect).result(TIMEOUT_SECONDS + 2)
+
+
+def refuse_port_in_use(error: Exception, endpoint: str, flags: str) -> None:
+    """Raise UserError if `error` says that a port is in use."""
     if "EADDRINUSE" in str(error):
         raise UserError(
-            f"{where} is in use by another program: choose a free port by {choice} the same for all"
+            f"{endpoint} is in use by another program: use a free port, the same for all "
+            f"processes ({flags})"
         ) from None
 
 
-def in_short(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def wait_for_port(address: str, port: int) -> None:
-    """Until someone listens there. OSError after SECONDS. (PyTorch's own wait prints its stack.)"""
-    end = time.monotonic() + SECONDS
+    """Wait until a program listens on a port. Raises OSError after TIMEOUT_SECONDS. PyTorch's own
+    wait prints its stack.
+    """
+    end = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
-            return socket.create_connection((address, port), timeout=SECONDS).close()
+            socket.create_connection((address, port), timeout=TIMEOUT_SECONDS).close()
+            return
         except OSError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
 
 
-def attempt_number(store: dist.Store, rank: int, size: int) -> str:
-    """A number that no attempt before had, the same for all who live: the first process answers each that has called.
+def attempt_number(store: dist.Store, rank: int, world_size: int) -> str:
+    """Return a number that no earlier attempt had, the same on all live processes.
 
-    A caller's name is new each time, so nobody takes an answer to the dead for his own.
+    Rank 0 counts the attempts and answers every other rank. Each of them asks under a new random
+    name, so that none reads the answer to a dead process.
     """
-    if rank:
-        name = uuid.uuid4().hex
-        store.set(f"caller {rank}", name)
-        number = store.get(f"answer {name}").decode()  # waits
-        store.add(f"normalized_log_mel {number}", 1)
+    if rank == 0:
+        number = str(store.add("attempts", 1))
+        answer_all_ranks(store, number, world_size)
         return number
-    number, end = str(store.add("attempts", 1)), time.monotonic() + SECONDS
-    while (normalized_log_mel := store.add(f"normalized_log_mel {number}", 0)) < size - 1:
-        for other in range(1, size):
-            if store.check([f"caller {other}"]):
-                store.set(f"answer {store.get(f'caller {other}').decode()}", number)
-        if time.monotonic() > end:
-            raise RuntimeError(f"{normalized_log_mel} of {size - 1} others came")
-        time.sleep(0.02)
+    name = uuid.uuid4().hex
+    store.set(f"name of rank {rank}", name)
+    number = store.get(f"answer to {name}").decode()  # waits until the key is set
+    store.add(f"answers received in attempt {number}", 1)
     return number
 
 
+def answer_all_ranks(store: dist.Store, number: str, world_size: int) -> None:
+    """Give the number of the attempt to each other rank, until all have received it. Raises
+    RuntimeError on timeout.
+    """
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        received = store.add(f"answers received in attempt {number}", 0)
+        if received >= world_size - 1:
+            return
+        for rank in range(1, world_size):
+            if store.check([f"name of rank {rank}"]):
+                name = store.get(f"name of rank {rank}").decode()
+                store.set(f"answer to {name}", number)
+        if time.monotonic() > end:
+            raise RuntimeError(f"{received} of {world_size - 1} other processes connected")
+        time.sleep(0.02)
+
+
 def mark_started() -> None:
-    """From here on there is a checkpoint of this run: those who are started again go on from it."""
-    if kept and dist.get_rank() == 0:
-        kept[0].set("begun", "")
+    """Note that this run has a checkpoint: processes that torchrun starts again resume from it."""
+    if stores and dist.get_rank() == 0:
+        stores["run"].set("started", "")
 
 
-# ---- the end -----------------------------------------------------------------------------------------------------------------
+# ---- how they exit -----------------------------------------------------------------------------
 
 
 def run_distributed(main: Callable[[], None]) -> None:
-    """errors.run for a program of several processes: once they have met one speaks for all, and each ends at once.
+    """Run the `main` of a program of several processes: errors.run, but one process reports, and
+    each exits at once.
 
-    At once: groups of processes have threads, which PyTorch's caches keep alive and which at times abort a Python that ends by
-    itself ("terminate called without an active exception"); and to close a group can mean to wait for the dead.
+    At once, by os._exit: process groups have threads, which PyTorch's caches keep alive and which
+    sometimes abort Python's own exit ("terminate called without an active exception"). And to close
+    a group can mean to wait for dead processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return run(main)
+        run(main)
+        return
     code = 0
     try:
         run(lambda: report_once(main))
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception:
@@ -148,35 +183,42 @@ def run_distributed(main: Callable[[], None]) -> None:
 
 
 def report_once(main: Callable[[], None]) -> None:
+    """Run `main`. If it raises a UserError that another process has reported already, exit with
+    code 2 and no message.
+    """
     try:
         main()
     except Exception as error:
-        first = first_to_report()
-        if how := lost(error):
+        is_first = is_first_to_report()
+        failure = connection_failure(error)
+        if failure:
             error = UserError(
-                f"another process was lost ({how}; the longest wait is {SECONDS:g} s, NANODS_TIMEOUT), so this one ends too. "
-                "What was saved is whole: the same line with --resume goes on from the last checkpoint"
+                f"another process was lost ({failure}; the timeout is {TIMEOUT_SECONDS:g} s, set by "
+                "NANODS_TIMEOUT), so this process exits too. The saved checkpoints are intact: the "
+                "same command with --resume continues from the last one"
             )
-        if isinstance(error, UserError) and not first:
+        if isinstance(error, UserError) and not is_first:
             time.sleep(
                 1
-            )  # torchrun ends all with the first that ends, and that should not be the one who speaks
+            )  # torchrun kills all when one exits: let the process that reports exit first
             sys.exit(2)
         raise error from None
 
 
-def first_to_report() -> bool:
-    """Whether no other process has said yet what went wrong."""
+def is_first_to_report() -> bool:
+    """Return whether no other process has reported an error in this attempt."""
     try:
-        return len(kept) < 2 or kept[1].add("mistakes", 1) == 1
-    except RuntimeError:  # the store was the first process's, and went with it
+        return "attempt" not in stores or stores["attempt"].add("errors", 1) == 1
+    except RuntimeError:  # the store was in rank 0's process, which has exited
         return True
 
 
-def lost(error: Exception) -> str | None:
-    """How another process was lost, if that is what the error says; else it is a bug and keeps its traceback."""
-    if isinstance(error, RuntimeError) and (
+def connection_failure(error: Exception) -> str | None:
+    """Return the words that say how another process was lost, or None if `error` is a bug, which
+    keeps its traceback.
+    """
+    is_network_error = isinstance(error, RuntimeError) and (
         "gloo" in str(error) or isinstance(error, dist.DistError)
-    ):
-        return found.group() if (found := LOST.search(str(error))) else None
-    return None
+    )
+    match = CONNECTION_LOST.search(str(error)) if is_network_error else None
+    return match.group() if match else None

@@ -90,7 +90,7 @@ def one_of(rank, folder):
         raise ZeroDivisionError if fault == "a bug" else OSError(28, "No space left on device")
 
     save(1)
-    sharded_checkpoint.AT_ONCE = 100  # so that there are several files of each process, and several turns at putting together
+    sharded_checkpoint.CHUNK_BYTES = 100  # so that there are several files of each process, and several turns at putting together
     save(2)
     for fault in FAULTS:
         with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +129,7 @@ def test_where_one_cannot_write_all_are_told(out):
             told["a bug"][0] == "CheckpointException" and "ZeroDivisionError" in told["a bug"][1]
         )  # with its traceback
         kind, words = (
-            ("OSError", "No space left") if rank == 0 else ("UserError", "is to be mended")
+            ("OSError", "No space left") if rank == 0 else ("UserError", "see its error message")
         )
         assert told["the first's disk"][0] == kind and words in told["the first's disk"][1]
 

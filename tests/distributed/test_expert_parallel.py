@@ -16,15 +16,15 @@ import train
 from nanods.config import PRESETS
 from nanods.data.text import TextData
 from nanods.data.tokenizer import ByteTokenizer
-from nanods.distributed.checkpoint import as_shards, restore, save
+from nanods.distributed.checkpoint import as_dtensors, restore, save
 from nanods.distributed.expert_parallel import (
     expert_parameters,
     experts_parallel,
     local_experts,
     split_experts,
 )
-from nanods.distributed.fsdp import clip_grad_norm
 from nanods.distributed.process_groups import ProcessGroups
+from nanods.distributed.sharding import clip_grad_norm
 from nanods.gpt import GPT
 from nanods.moe import MoE, MoEConfig
 from nanods.moe_kernel import experts_sorted
@@ -247,7 +247,7 @@ def whole(model, state):
     """The stacks of all experts in place of each process's."""
     return {
         n: value.full_tensor() if isinstance(value, DTensor) else value
-        for n, value in as_shards(model, state).items()
+        for n, value in as_dtensors(model, state).items()
     }
 
 
@@ -381,7 +381,7 @@ def test_where_nothing_is_split_nothing_changes():
         for p, q in zip(model.parameters(), again.parameters(), strict=True)
     )
     state = model.state_dict()
-    assert list(as_shards(model, state).items()) == list(state.items())
+    assert list(as_dtensors(model, state).items()) == list(state.items())
 
 
 @pytest.mark.parametrize(
@@ -389,13 +389,13 @@ def test_where_nothing_is_split_nothing_changes():
     [
         (
             MoE(8, 8, MoEConfig(6, 2)),
-            "4 processes cannot own 6 experts in equal parts: choose --moe.n-expert as a multiple of 4",
+            "6 experts do not divide over 4 processes: choose --moe.n-expert as a multiple of 4",
         ),
         (
             nn.ModuleList([MoE(8, 8, MoEConfig(4, 2)), MoE(8, 8, MoEConfig(2, 2))]),
-            "4 processes cannot own 2 experts",
+            "2 experts do not divide over 4 processes",
         ),
-        (nn.Linear(2, 2), "4 processes cannot own 1 expert, a plain MLP"),
+        (nn.Linear(2, 2), "1 expert, a plain MLP, does not divide over 4 processes"),
     ],
 )
 def test_experts_that_cannot_be_shared_evenly_are_refused_with_the_mend(model, words, monkeypatch):

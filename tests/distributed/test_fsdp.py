@@ -9,8 +9,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nanods.config import from_command_line
-from nanods.distributed.fsdp import to_local
 from nanods.distributed.process_groups import ProcessGroups
+from nanods.distributed.sharding import to_local
 from nanods.planner.cost import Mesh, held
 from nanods.planner.memory import counts, meta_model
 from nanods.training import checkpoint
@@ -44,11 +44,11 @@ def one_of(rank, folder, processes, ports):
         model = groups.shard_model(model, torch.device("cpu"), torch.bfloat16)
         told[f"{preset} {mesh}"] = sum(to_local(p).numel() for p in model.parameters())
         for name, p in model.named_parameters():  # the first process's values have arrived
-            if isinstance(p, DTensor) and "ep" not in groups.mesh_sizes:
+            if isinstance(p, DTensor) and "ep" not in groups.mesh.axes:
                 assert torch.equal(p.detach().full_tensor(), whole.get_parameter(name))
             elif not isinstance(p, DTensor) and p.shape == whole.get_parameter(name).shape:
                 assert torch.equal(p, whole.get_parameter(name))
-        if groups.fsdp:
+        if groups.mesh.is_fsdp:
             dtypes_that_meet(model)
         groups.destroy()
     (folder / f"told-{processes}-{rank}.json").write_text(json.dumps(told))

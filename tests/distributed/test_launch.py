@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nanods.data.shards import load_shards
 from nanods.data.text import tokenizer_for
-from nanods.distributed.rendezvous import attempt_number, lost
+from nanods.distributed.rendezvous import attempt_number, connection_failure
 from tests.distributed.processes import free_port
 from tests.distributed.test_meshes import FLAGS, SIZE, STEPS, TEXT
 
@@ -103,11 +103,11 @@ def refused(process):
         ),
         (
             ["--mesh", "tp=2", "--n-head", "3", "--n-embd", "24"],
-            "3 heads do not divide among 2 .* another --n-head",
+            "3 heads do not divide over 2 .* another --n-head",
         ),
         (
             ["--batch-size", "7", "--micro-batch", "1"],
-            "--batch-size 7 does not divide among 2 processes",
+            "--batch-size 7 does not divide over 2 processes",
         ),
         (["--data", "nowhere.txt"], "nowhere.txt: no such data set or file"),
     ],
@@ -125,8 +125,8 @@ def test_a_mistake_of_all_is_said_once(folder, words, message):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_whose_peer_is_missing_says_how_long_it_waited(impatient, rank):
     message = refused(alone(rank, port := free_port()))
-    assert f"the 2 processes did not meet at 127.0.0.1:{port} within {LIMIT} s" in message
-    assert "start all of them together" in message and "NANODS_TIMEOUT" in message
+    assert f"the 2 processes did not connect at 127.0.0.1:{port} within {LIMIT} s" in message
+    assert "start all of them at the same time" in message and "NANODS_TIMEOUT" in message
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_a_machine_whose_peer_is_missing_says_how_long_it_waited(impatient):
     ]
     message = refused(launch(*flags))
     assert (
-        f"the machines did not meet at {where} within {LIMIT} s" in message
+        f"the machines did not connect at {where} within {LIMIT} s" in message
         and "NANODS_TIMEOUT" in message
     )
 
@@ -157,13 +157,13 @@ def test_a_port_in_use_is_named(impatient, taken):
         alone(rank, taken) for rank in (0, 1)
     ]  # the first cannot listen there, the second hears nothing
     first, second = map(refused, both)
-    assert f"127.0.0.1:{taken} is in use by another program: choose a free port" in first
-    assert f"did not meet at 127.0.0.1:{taken} within {LIMIT} s" in second
+    assert f"127.0.0.1:{taken} is in use by another program: use a free port" in first
+    assert f"did not connect at 127.0.0.1:{taken} within {LIMIT} s" in second
     for flags in (
         ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{taken}"],
         ["--master-port", str(taken)],
     ):
-        assert f"127.0.0.1:{taken} is in use by another program: choose a free port" in refused(
+        assert f"127.0.0.1:{taken} is in use by another program: use a free port" in refused(
             launch(*flags)
         )
 
@@ -193,7 +193,8 @@ def test_a_process_that_is_stuck_is_not_waited_for_without_end(folder, monkeypat
         stuck.send_signal(signal.SIGSTOP)
         message = refused(well)
         assert (
-            "another process was lost (Timed out" in message and "15 s, NANODS_TIMEOUT" in message
+            "another process was lost (Timed out" in message
+            and "15 s, set by NANODS_TIMEOUT" in message
         )
     finally:
         stuck.kill()
@@ -239,7 +240,7 @@ def test_the_living_agree_on_a_number_whatever_the_dead_have_left(late):
 
     for thread in attempt(0, 1, 2):
         thread.join(10)
-    store.set("caller 1", "one that died before it was answered")
+    store.set("name of rank 1", "one that died before it was answered")
     numbers = dict(told)
     told.clear()
     for thread in attempt(*[rank for rank in (0, 1, 2) if rank != late], late):
@@ -254,12 +255,15 @@ def test_only_a_broken_connection_counts_as_a_lost_process():
         "Read error [127.0.0.1]:1: Connection reset by peer",
         "Connection closed by peer [127.0.0.1]:1",
     ):
-        assert "by peer" in lost(RuntimeError(pair + words))
-    assert "Timed out" in lost(
+        assert "by peer" in connection_failure(RuntimeError(pair + words))
+    assert "Timed out" in connection_failure(
         RuntimeError(pair + "Timed out waiting 3000ms for recv operation to complete")
     )
-    assert lost(RuntimeError(pair + "op.preamble.length <= op.nbytes. 8192 vs 4")) is None
     assert (
-        lost(RuntimeError("Connection reset by peer")) is None
-        and lost(ValueError(pair + "Broken pipe")) is None
+        connection_failure(RuntimeError(pair + "op.preamble.length <= op.nbytes. 8192 vs 4"))
+        is None
+    )
+    assert (
+        connection_failure(RuntimeError("Connection reset by peer")) is None
+        and connection_failure(ValueError(pair + "Broken pipe")) is None
     )

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nanods.bench.runs import flags_from_dict
-from nanods.distributed.fsdp import split_heads
+from nanods.distributed.data_parallel import BUCKET_SIZE, gradient_buckets
 from nanods.distributed.mesh import Mesh
-from nanods.distributed.process_groups import BUCKET, ProcessGroups, buckets
+from nanods.distributed.process_groups import ProcessGroups
+from nanods.distributed.tensor_parallel import split_heads
 from nanods.errors import UserError
 from nanods.gpt import GPT, GPTConfig
 from nanods.training import checkpoint
@@ -284,9 +285,11 @@ def test_experts_must_divide_among_the_processes(monkeypatch):
 
 def test_heads_must_divide_among_the_processes_and_v3_has_no_tensor_parallelism():
     three = SimpleNamespace(size=lambda: 3)
-    with pytest.raises(UserError, match=r"tp=3: 4 heads do not divide among 3"):
+    with pytest.raises(UserError, match=r"tp=3: 4 heads do not divide over 3"):
         split_heads(GPT(GPTConfig(n_layer=1, n_head=4, n_embd=16)), three)
-    with pytest.raises(UserError, match="V3 compares items among the processes"):
+    with pytest.raises(
+        UserError, match="the loss of V3 compares the examples of different processes"
+    ):
         split_heads(torch.nn.Linear(2, 2), three)
 
 
@@ -294,6 +297,7 @@ def test_one_process_is_a_team_that_does_nothing():
     processes, model = ProcessGroups(), torch.nn.Linear(2, 2)
     model(torch.ones(1, 2)).sum().backward()
     before = model.weight.grad.clone()
+    metrics = {"train_loss": torch.tensor(1.5), "load": before}
     processes.average_gradients(model)
     assert (
         torch.equal(model.weight.grad, before)
@@ -302,19 +306,19 @@ def test_one_process_is_a_team_that_does_nothing():
         and processes.min_over_processes(3) == 3
     )
     assert (
-        processes.average_metrics(1.5, {"load": before}) == (1.5, {"load": before})
+        processes.average_metrics(metrics) == metrics
         and processes.any_process(True)
         and not processes.any_process(False)
     )
 
 
 def test_buckets_hold_every_parameter_once_and_missing_gradients_are_zeros():
-    sizes = [BUCKET - 5, 3, 7, 2 * BUCKET, 1]
+    sizes = [BUCKET_SIZE - 5, 3, 7, 2 * BUCKET_SIZE, 1]
     parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
-    assert [[p.numel() for p in some] for some in buckets(parameters)] == [
-        [BUCKET - 5, 3],
+    assert [[p.numel() for p in some] for some in gradient_buckets(parameters)] == [
+        [BUCKET_SIZE - 5, 3],
         [7],
-        [2 * BUCKET],
+        [2 * BUCKET_SIZE],
         [1],
     ]
     assert all(p.grad is not None for p in parameters)

@@ -1,0 +1,77 @@
+"""Tensor parallelism: every process reads the same tokens, each with some of the heads (Shoeybi et
+al. 2019, arXiv:1909.08053).
+
+Each of P processes has H/P attention heads and F/P hidden units of each MLP: rows of the first
+matrices (query, key, value; up) and columns of the last ones (out). So each process computes one of
+P terms of what a layer adds to a token:
+
+    forward     all-reduce: the sum of the terms, after attention and after the MLP
+    backward    all-reduce: the sum of the gradients of the layer's input
+
+That is twice a block in each direction, whatever the batch size: it pays within one machine.
+Everything else (embedding, head, norms, experts) is whole on every process and computed from the
+same numbers, so it needs no communication.
+
+Left out on purpose: V3, whose loss compares examples between processes; sequence parallelism.
+Pinned by tests/distributed/test_meshes.py. Shapes: H heads, F hidden width.
+"""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from nanods.errors import UserError
+from nanods.gpt import GPT
+from nanods.moe import MLP
+
+
+def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Keep this process's heads and hidden units of a whole GPT (V0 to V2), in place. Call it
+    before the optimizers exist.
+
+    Raises UserError for V3, and if the heads do not divide over the mesh.
+    """
+    if not isinstance(model, GPT):
+        raise UserError(
+            "--mesh tp: the loss of V3 compares the examples of different processes, and with tp "
+            "all read the same ones; use dp, fsdp or ep"
+        )
+    H, P = model.config.n_head, mesh.size()
+    if H % P:
+        raise UserError(
+            f"--mesh tp={P}: {H} heads do not divide over {P} processes; choose a tp that divides "
+            "them, or another --n-head"
+        )
+    for block in model.blocks:
+        plan = {
+            "attention": reduce_input_gradient(n_arguments=7),
+            "attention.query": ColwiseParallel(),
+            "attention.key": ColwiseParallel(),
+            "attention.value": ColwiseParallel(),
+            "attention.out": RowwiseParallel(),
+        }
+        if isinstance(block.mlp, MLP):
+            plan |= {
+                "mlp": reduce_input_gradient(n_arguments=3),
+                "mlp.up": ColwiseParallel(),
+                "mlp.out": RowwiseParallel(),
+            }
+        parallelize_module(block, mesh, plan, src_data_rank=None)
+        block.attention.n_head = H // P
+
+
+def reduce_input_gradient(n_arguments: int) -> PrepareModuleInput:
+    """Return the plan of a layer with `n_arguments` positional arguments: all-reduce the gradient
+    of the first one.
+
+    The layer's input becomes a replicated DTensor. So its gradient is summed over the processes
+    once for the whole layer, not once for each of the matrices that read it.
+    """
+    layouts = (Replicate(), *[None] * (n_arguments - 1))
+    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
