@@ -1,4 +1,7 @@
-"""Pictures from arrays; knows nothing of models or files of metrics."""
+"""Draw figures from arrays. Nothing here knows models or metrics files.
+
+Shapes: T queries or tokens, N tokens of a batch, L layers, H heads, E experts, K choices, S steps.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +20,11 @@ COLOURS = (BLUE, ORANGE, GREY, "#4b9e6a", "#8b5fbf", "#c2455e", "#3aa6a6", "#8a6
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure to a file."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+# ---- curves and dots -----------------------------------------------------------------------------
 
 
 def loss_curve(
@@ -27,25 +34,19 @@ def loss_curve(
     val: Sequence[float],
     unit: str = "token",
 ) -> Figure:
-    """Training loss of each step (faint), its running mean, and validation loss; nats per `unit`."""
+    """Draw the training loss of each step, its running mean and the validation loss.
+
+    Losses are in nats per `unit`.
+    """
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(steps, train, color=GREY, linewidth=0.5, label="training, each step")
     width = min(25, max(1, len(train) // 10))
     if len(train) >= width:
-        axes.plot(
-            steps[width - 1 :],
-            np.convolve(train, np.ones(width) / width, "valid"),
-            color=BLUE,
-            label=f"mean of {width}",
-        )
-    axes.plot(
-        val_steps,
-        val,
-        "o-",
-        color=ORANGE,
-        label=f"validation, last {val[-1]:.3f}" if len(val) else "validation",
-    )
+        running_mean = np.convolve(train, np.ones(width) / width, "valid")
+        axes.plot(steps[width - 1 :], running_mean, color=BLUE, label=f"mean of {width} steps")
+    label = f"validation, last {val[-1]:.3f}" if len(val) else "validation"
+    axes.plot(val_steps, val, "o-", color=ORANGE, label=label)
     axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})")
     axes.legend(frameon=False)
     return figure
@@ -59,7 +60,7 @@ def curves(
     xscale: str = "linear",
     yscale: str = "linear",
 ) -> Figure:
-    """Named lines (x, y), and named horizontal marks to reach."""
+    """Draw lines (x, y) by name, and horizontal reference lines (`marks`) by name."""
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for (name, (x, y)), colour in zip(lines.items(), COLOURS[: len(lines)], strict=True):
@@ -80,151 +81,14 @@ def curves(
     return figure
 
 
-def draw_block_map(axes: Axes, blocks: np.ndarray, T: int, block_size: int) -> None:
-    rows = (
-        np.repeat(blocks, block_size, axis=0)[:T] if len(blocks) < T else blocks
-    )  # a tile's row, for each of its queries
-    N = -(-T // block_size)
-    picture = np.ones((T, N, 3))
-    for colour, queries, columns in (
-        (BLUE, np.repeat(np.arange(T), rows.shape[1]), rows.reshape(-1)),
-        (ORANGE, np.arange(T), np.arange(T) // block_size),
-    ):
-        keep = columns >= 0
-        picture[queries[keep], columns[keep]] = matplotlib.colors.to_rgb(colour)
-    axes.imshow(picture, aspect="auto", interpolation="nearest", extent=(0, N * block_size, T, 0))
-    axes.set(
-        xlabel="keys, in blocks", ylabel="query", title="blue: chosen blocks; orange: own block"
-    )
-    axes.grid(False)
-
-
-def block_maps(choices: dict[str, np.ndarray], T: int, block_size: int) -> Figure:
-    """Which block of keys each of T queries reads: named choices (T or tiles, K), -1 for none; the own block in orange."""
-    figure = Figure(figsize=(5 * len(choices), 5), layout="constrained")
-    for axes, (name, blocks) in zip(
-        figure.subplots(1, len(choices), squeeze=False)[0], choices.items(), strict=True
-    ):
-        draw_block_map(axes, blocks, T, block_size)
-        axes.set_title(name)
-    return figure
-
-
-def draw_heads(axes: Axes, values: np.ndarray, title: str) -> None:
-    """A share for each layer and head, (L, H), in colour and in percent."""
-    axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for (layer, head), value in np.ndenumerate(values):
-        axes.text(
-            head,
-            layer,
-            f"{value:.0%}",
-            ha="center",
-            va="center",
-            color="white" if value > 0.6 else "black",
-            fontsize=8,
-        )
-    axes.set(
-        xlabel="head",
-        ylabel="layer",
-        title=title,
-        xticks=range(values.shape[1]),
-        yticks=range(values.shape[0]),
-    )
-    axes.grid(False)
-
-
-def sparsity(report: dict) -> Figure:
-    """What a model's selections do (nanods/training/inspection.py): the block map of one head, and shares by layer and head."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    draw_block_map(axes[0, 0], report["blocks"], report["tokens"], report["block_size"])
-    axes[0, 0].set_title(
-        f"layer {report['layer']}, head {report['head']}: " + axes[0, 0].get_title()
-    )
-    draw_heads(axes[0, 1], report["keys_read"], "keys read, of all in the past")
-    draw_heads(axes[1, 0], report["weight_read"], "dense attention's weight on the keys read")
-    draw_heads(axes[1, 1], report["best_found"], "recall: blocks of most weight that were chosen")
-    return figure
-
-
-def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The slope of log y against log x, by least squares: 1 is linear, 2 quadratic."""
-    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
-
-
-def cost_against_tokens(table: dict) -> Figure:
-    """Time and memory against T on log axes, with fitted exponents, from results/attention.json."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    colours = {"dense": GREY, "flat": ORANGE, "tile": BLUE}
-    for name, row in table["time"]["by_tokens"].items():
-        label = f"{name}: T^{table['time']['exponents'][name]:.2f} from 4,096 on"
-        time.loglog(
-            [int(T) for T in row], list(row.values()), "o-", color=colours[name], label=label
-        )
-    time.set(xlabel="tokens T", ylabel="seconds", title="forward and backward, selection included")
-    for name, row in table["memory"]["bytes_per_token"].items():
-        xs, ys = [int(T) for T in row], [value * int(T) / 2**20 for T, value in row.items()]
-        style = "o--" if "one head" in name else "o-"
-        memory.loglog(
-            xs,
-            ys,
-            style,
-            color=colours.get(name.split(",")[0], "black"),
-            label=f"{name}: T^{fitted_exponent(xs, ys):.2f}",
-        )
-    memory.set(
-        xlabel="tokens T", ylabel="MiB above the inputs", title="peak memory, forward and backward"
-    )
-    for axes in (time, memory):
-        axes.legend(frameon=False)
-    return figure
-
-
-def cost_of_experts(table: dict) -> Figure:
-    """Time and memory of a Mixture of Experts and its rivals against tokens on log axes, from results/moe.json."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    styles = {
-        "dense": (GREY, "o-"),
-        "moe": (BLUE, "o-"),
-        "one_hot": (ORANGE, "o-"),
-        "one_hot_in_groups": (ORANGE, "o--"),
-    }
-    for name, (colour, style) in styles.items():
-        seconds, peak = (
-            row[name] for row in (table["growth"]["by_tokens"], table["memory"]["bytes_by_tokens"])
-        )
-        label = name.replace("_", " ")
-        xs = [int(N) for N in seconds]
-        fitted = f"{label}: N^{table['growth']['exponents'][name]:.2f}"
-        time.loglog(xs, list(seconds.values()), style, color=colour, label=fitted)
-        memory.loglog(
-            [int(N) for N in peak],
-            [value / 2**20 for value in peak.values()],
-            style,
-            color=colour,
-            label=label,
-        )
-    time.set(xlabel="tokens N", ylabel="seconds", title="forward and backward, routing included")
-    memory.set(
-        xlabel="tokens N",
-        ylabel="MiB above input and weights",
-        title="peak memory, forward and backward",
-    )
-    for axes in (time, memory):
-        axes.legend(frameon=False)
-    return figure
-
-
-def dot_plot(rows: dict[str, Sequence[float]], bars: dict[str, float], xlabel: str) -> Figure:
-    """A row for each name: a dot for each value, their mean written beside them, and a tick at the bar to reach."""
+def dot_plot(rows: dict[str, Sequence[float]], targets: dict[str, float], xlabel: str) -> Figure:
+    """Draw a row for each name: a dot for each value, their mean, and a tick at the target."""
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1))
     axes = figure.subplots()
     for y, (name, values) in enumerate(rows.items()):
         axes.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.6)
-        if name in bars:
-            axes.plot([bars[name]], [y], "|", color=ORANGE, markersize=22, markeredgewidth=2)
+        if name in targets:
+            axes.plot([targets[name]], [y], "|", color=ORANGE, markersize=22, markeredgewidth=2)
         if len(values):
             axes.annotate(
                 f"{np.mean(values):.3f}",
@@ -233,22 +97,174 @@ def dot_plot(rows: dict[str, Sequence[float]], bars: dict[str, float], xlabel: s
                 va="center",
                 fontsize=9,
             )
-    axes.set(
-        xlabel=xlabel,
-        yticks=range(len(rows)),
-        yticklabels=list(rows),
-        title="dots: seeds; tick: bar; right: mean",
-    )
+    title = "dot: one seed; number: mean" + ("; orange tick: target" if targets else "")
+    axes.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), title=title)
     axes.invert_yaxis()
     return figure
 
 
+def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Fit the slope of log y against log x by least squares: 1 is linear, 2 is quadratic."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+# ---- sparse attention (V1) -----------------------------------------------------------------------
+
+
+def draw_block_map(axes: Axes, blocks: np.ndarray, T: int, block_size: int) -> None:
+    """Draw which blocks of keys T queries attend to.
+
+    blocks: (T or tiles, K) selected past blocks, -1 for none. A tile's row holds for each of its
+    queries. Selected blocks are blue, the query's current block is orange.
+    """
+    selected = np.repeat(blocks, block_size, axis=0)[:T] if len(blocks) < T else blocks  # (T, K)
+    n_blocks = -(-T // block_size)
+    queries = np.arange(T)
+    picture = np.ones((T, n_blocks, 3))
+
+    def colour_cells(colour: str, rows: np.ndarray, columns: np.ndarray) -> None:
+        keep = columns >= 0
+        picture[rows[keep], columns[keep]] = matplotlib.colors.to_rgb(colour)
+
+    colour_cells(BLUE, np.repeat(queries, selected.shape[1]), selected.reshape(-1))
+    colour_cells(ORANGE, queries, queries // block_size)
+    extent = (0, n_blocks * block_size, T, 0)
+    axes.imshow(picture, aspect="auto", interpolation="nearest", extent=extent)
+    title = "blue: selected blocks; orange: current block"
+    axes.set(xlabel="key", ylabel="query", title=title)
+    axes.grid(False)
+
+
+def block_maps(selections: dict[str, np.ndarray], T: int, block_size: int) -> Figure:
+    """Draw several block maps side by side: selections (T or tiles, K) by title."""
+    figure = Figure(figsize=(5 * len(selections), 5), layout="constrained")
+    panels = figure.subplots(1, len(selections), squeeze=False)[0]
+    for axes, (title, blocks) in zip(panels, selections.items(), strict=True):
+        draw_block_map(axes, blocks, T, block_size)
+        axes.set_title(title)
+    return figure
+
+
+def draw_heads(axes: Axes, fractions: np.ndarray, title: str) -> None:
+    """Draw a fraction for each layer and head, (L, H), as a colour and in percent."""
+    axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (layer, head), fraction in np.ndenumerate(fractions):
+        axes.text(
+            head,
+            layer,
+            f"{fraction:.0%}",
+            ha="center",
+            va="center",
+            color="white" if fraction > 0.6 else "black",
+            fontsize=8,
+        )
+    L, H = fractions.shape
+    axes.set(xlabel="head", ylabel="layer", title=title, xticks=range(H), yticks=range(L))
+    axes.grid(False)
+
+
+def sparsity(report: dict) -> Figure:
+    """Draw the report of nanods/training/inspection.py on a model with block-sparse attention.
+
+    The block map of one head, and three fractions by layer and head.
+    """
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    draw_block_map(axes[0, 0], report["blocks"], report["tokens"], report["block_size"])
+    head = f"layer {report['layer']}, head {report['head']}"
+    axes[0, 0].set_title(f"{head}: {axes[0, 0].get_title()}")
+    draw_heads(axes[0, 1], report["keys_read"], "keys attended to, of all past keys")
+    draw_heads(axes[1, 0], report["weight_read"], "dense attention's weight on these keys")
+    draw_heads(
+        axes[1, 1], report["best_found"], "recall: selected, of the blocks with the largest weight"
+    )
+    return figure
+
+
+def cost_against_tokens(table: dict) -> Figure:
+    """Draw attention's time and memory against T on log axes, from results/attention.json."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    colours = {"dense": GREY, "flat": ORANGE, "tile": BLUE}
+
+    for name, seconds in table["time"]["by_tokens"].items():
+        lengths = [int(T) for T in seconds]
+        label = f"{name}: T^{table['time']['exponents'][name]:.2f} from 4,096 on"
+        time_axes.loglog(lengths, list(seconds.values()), "o-", color=colours[name], label=label)
+    time_axes.set(
+        xlabel="tokens T", ylabel="seconds", title="forward and backward, selection included"
+    )
+
+    for name, bytes_per_token in table["memory"]["bytes_per_token"].items():
+        lengths = [int(T) for T in bytes_per_token]
+        mib = [value * int(T) / 2**20 for T, value in bytes_per_token.items()]
+        style = "o--" if "one head" in name else "o-"
+        colour = colours.get(name.split(",")[0], "black")
+        label = f"{name}: T^{fitted_exponent(lengths, mib):.2f}"
+        memory_axes.loglog(lengths, mib, style, color=colour, label=label)
+    memory_axes.set(
+        xlabel="tokens T", ylabel="MiB above the inputs", title="peak memory, forward and backward"
+    )
+    for axes in (time_axes, memory_axes):
+        axes.legend(frameon=False)
+    return figure
+
+
+# ---- Mixture of Experts (V2) ---------------------------------------------------------------------
+
+
+def cost_of_experts(table: dict) -> Figure:
+    """Draw time and memory of a Mixture of Experts and its baselines against the number of tokens.
+
+    Both axes are logarithmic. `table` is the content of results/moe.json.
+    """
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    styles = {
+        "dense": (GREY, "o-"),
+        "moe": (BLUE, "o-"),
+        "one_hot": (ORANGE, "o-"),
+        "one_hot_in_groups": (ORANGE, "o--"),
+    }
+    for name, (colour, style) in styles.items():
+        seconds = table["growth"]["by_tokens"][name]
+        peak_bytes = table["memory"]["bytes_by_tokens"][name]
+        label = name.replace("_", " ")
+        time_axes.loglog(
+            [int(N) for N in seconds],
+            list(seconds.values()),
+            style,
+            color=colour,
+            label=f"{label}: N^{table['growth']['exponents'][name]:.2f}",
+        )
+        memory_axes.loglog(
+            [int(N) for N in peak_bytes],
+            [value / 2**20 for value in peak_bytes.values()],
+            style,
+            color=colour,
+            label=label,
+        )
+    time_axes.set(
+        xlabel="tokens N", ylabel="seconds", title="forward and backward, routing included"
+    )
+    memory_axes.set(
+        xlabel="tokens N",
+        ylabel="MiB above input and weights",
+        title="peak memory, forward and backward",
+    )
+    for axes in (time_axes, memory_axes):
+        axes.legend(frameon=False)
+    return figure
+
+
 def draw_load_over_time(axes: Axes, steps: Sequence[int], load: np.ndarray) -> None:
-    """Each expert's load in multiples of an even share, load (S, L, E) at S steps: a row for each expert, layer under layer."""
+    """Draw each expert's load at S steps: load (S, L, E), in multiples of an even share.
+
+    Each expert is a row; the layers stand below each other.
+    """
     S, L, E = load.shape
-    columns = [
-        part.mean(axis=0) for part in np.array_split(load, min(S, 150))
-    ]  # a few steps in one column: less noise
+    # Average neighbouring steps into at most 150 columns to reduce the noise.
+    columns = [part.mean(axis=0) for part in np.array_split(load, min(S, 150))]
     picture = np.stack(columns, axis=-1).reshape(L * E, -1)  # (L E, columns)
     image = axes.imshow(
         picture,
@@ -263,27 +279,22 @@ def draw_load_over_time(axes: Axes, steps: Sequence[int], load: np.ndarray) -> N
         axes.axhline(layer * E, color="black", linewidth=1)
     axes.set(xlabel="optimizer step", yticks=[(layer + 0.5) * E for layer in range(L)])
     axes.set_yticklabels([f"layer {layer}" for layer in range(L)])
-    axes.set_title("load of each expert: white is an even share, blue idle, red twice or more")
+    axes.set_title("load of each expert: white = even share, blue = idle, red = twice or more")
     axes.grid(False)
     axes.figure.colorbar(image, ax=axes, pad=0.01)
 
 
 def draw_load(axes: Axes, load: np.ndarray) -> None:
-    """The load of a whole text, (L, E), in multiples of an even share: each layer's experts from the idlest to the busiest."""
-    share = np.sort(load / load.mean(axis=1, keepdims=True), axis=1)
-    for layer, row in enumerate(share):
-        axes.plot(
-            range(1, len(row) + 1),
-            row,
-            "o-",
-            markersize=3,
-            label=f"layer {layer}: {row[-1]:.2f}x at most",
-        )
+    """Draw the load of each layer's experts, (L, E), sorted, in multiples of an even share."""
+    relative = np.sort(load / load.mean(axis=1, keepdims=True), axis=1)
+    for layer, row in enumerate(relative):
+        label = f"layer {layer}: maximum {row[-1]:.2f}x"
+        axes.plot(range(1, len(row) + 1), row, "o-", markersize=3, label=label)
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
     axes.set(
-        xlabel="experts, from the idlest to the busiest",
-        ylabel="load, 1 is an even share",
-        title="load on validation",
+        xlabel="experts, sorted by load",
+        ylabel="load / even share",
+        title="load on the validation set",
     )
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
@@ -292,20 +303,25 @@ def draw_load(axes: Axes, load: np.ndarray) -> None:
 def draw_text_by_expert(
     axes: Axes, text: Sequence[str], experts: np.ndarray, title: str, width: int = 64
 ) -> None:
-    """A text (T tokens) in cells coloured by the expert that each token chose first, experts (T,)."""
-    shades = matplotlib.colormaps["tab20"].colors
-    for i, (piece, expert) in enumerate(zip(text, experts, strict=True)):
+    """Draw a text of T tokens in cells, coloured by each token's first expert: experts (T,)."""
+    palette = matplotlib.colormaps["tab20"].colors
+    symbols = {"\n": "\u21b5", " ": "", "$": r"\$"}  # "$" alone would start mathematics
+    for i, (token, expert) in enumerate(zip(text, experts, strict=True)):
         y, x = divmod(i, width)
-        axes.add_patch(
-            matplotlib.patches.Rectangle(
-                (x, y), 1, 1, color=shades[expert % len(shades)], alpha=0.75, linewidth=0
-            )
-        )
-        shown = {"\n": "\u21b5", " ": "", "$": r"\$"}.get(piece, piece)
+        colour = palette[expert % len(palette)]
+        cell = matplotlib.patches.Rectangle((x, y), 1, 1, color=colour, alpha=0.75, linewidth=0)
+        axes.add_patch(cell)
         axes.text(
-            x + 0.5, y + 0.55, shown, ha="center", va="center", fontsize=7, family="monospace"
+            x + 0.5,
+            y + 0.55,
+            symbols.get(token, token),
+            ha="center",
+            va="center",
+            fontsize=7,
+            family="monospace",
         )
-    axes.set(xlim=(0, width), ylim=(-(-len(text) // width), 0), xticks=[], yticks=[], title=title)
+    height = -(-len(text) // width)
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], title=title)
     axes.grid(False)
 
 
@@ -318,22 +334,26 @@ def experts(
     text: Sequence[str],
     chosen: np.ndarray,
 ) -> Figure:
-    """What a run's experts did: load (S, L, E) over S steps, its entropy and drops, val_load (L, E), first choices (L, T)."""
+    """Draw how a run used its experts.
+
+    load (S, L, E), entropy (S,) and dropped (S,) are those of S training steps; val_load (L, E) is
+    the load on the validation set; chosen (L, T) the first expert of each token of `text`.
+    """
     figure = Figure(figsize=(14, 11), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(3, 2.2, 1.6))
-    share = load / load.mean(axis=-1, keepdims=True)
-    draw_load_over_time(figure.add_subplot(grid[0, :]), steps, share)
+    relative_load = load / load.mean(axis=-1, keepdims=True)
+    draw_load_over_time(figure.add_subplot(grid[0, :]), steps, relative_load)
     draw_load(figure.add_subplot(grid[1, 0]), val_load)
     axes = figure.add_subplot(grid[1, 1])
-    axes.plot(steps, entropy, color=BLUE, label="entropy of the load, of ln E (1: even)")
-    axes.plot(steps, dropped, color=ORANGE, label="assignments dropped")
-    axes.set(xlabel="optimizer step", ylabel="share", ylim=(-0.02, 1.05), title="training")
+    axes.plot(steps, entropy, color=BLUE, label="entropy of the load / ln E (1: even)")
+    axes.plot(steps, dropped, color=ORANGE, label="dropped assignments")
+    axes.set(xlabel="optimizer step", ylabel="fraction", ylim=(-0.02, 1.05), title="training")
     axes.legend(frameon=False)
     for column, layer in enumerate((0, len(chosen) - 1)):
         draw_text_by_expert(
             figure.add_subplot(grid[2, column]),
             text,
             chosen[layer],
-            f"first choice of each token, layer {layer}",
+            f"first expert of each token, layer {layer}",
         )
     return figure

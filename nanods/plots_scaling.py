@@ -1,4 +1,4 @@
-"""The pictures of one run by many devices, from arrays; knows nothing of meshes, planners or files of metrics.
+"""Draw figures about training on many devices from arrays. Nothing here knows meshes or planners.
 
 Shapes: n processes, G devices in a group, R groups.
 """
@@ -12,117 +12,121 @@ from matplotlib.patches import Rectangle
 
 from nanods.plots import BLUE, COLOURS, GREY, ORANGE
 
-Rows = dict[str, dict[str, float]]  # bars by name, each made of parts by name
-SPLIT = {"computing": BLUE, "waiting": "#e3c26b", "communication": ORANGE, "optimizer": "#4b9e6a"}
+Rows = dict[str, dict[str, float]]  # stacked bars: the sizes of the parts by name, by bar
+STEP_COLOURS = {
+    "computing": BLUE,
+    "waiting": "#e3c26b",
+    "communication": ORANGE,
+    "optimizer": "#4b9e6a",
+}
 
 
-# ---- bars made of parts ------------------------------------------------------------------------------------------------------
+# ---- stacked bars --------------------------------------------------------------------------------
 
 
-def stacked(
-    axes: Axes, rows: Rows, colours: dict[str, str], max_shown: float, written: dict[str, str]
+def stacked_bars(
+    axes: Axes, rows: Rows, colours: dict[str, str], max_shown: float, labels: dict[str, str]
 ) -> None:
-    """A horizontal bar for each row, part after part, cut off at `max_shown` with an arrow; what is `written` stands at its end."""
+    """Draw a horizontal stacked bar for each row, with its label at the end.
+
+    Bars longer than `max_shown` are cut off there and marked with an arrow.
+    """
     for y, (name, parts) in enumerate(rows.items()):
         left = 0.0
         for part, size in parts.items():
             if size > 0 and left < max_shown:
-                axes.barh(
-                    y, min(size, max_shown - left), left=left, height=0.62, color=colours[part]
-                )
+                length = min(size, max_shown - left)
+                axes.barh(y, length, left=left, height=0.62, color=colours[part])
             left += size
-        cut = left > max_shown * (1 + 1e-9)
-        label = ("\u2192 " if cut else "") + written[name]
-        box = {
-            "facecolor": "white",
-            "edgecolor": "none",
-            "pad": 1.5,
-        }  # over the line that may pass behind it
-        axes.text(
-            min(left, max_shown) + 0.012 * max_shown, y, label, va="center", fontsize=9, bbox=box
-        )
-    names = [part for part in colours if any(parts.get(part, 0) > 0 for parts in rows.values())]
-    handles = [Rectangle((0, 0), 1, 1, color=colours[part]) for part in names]
+        is_cut = left > max_shown * (1 + 1e-9)
+        label = ("\u2192 " if is_cut else "") + labels[name]
+        x = min(left, max_shown) + 0.012 * max_shown
+        # The white box covers vertical lines behind the label.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axes.text(x, y, label, va="center", fontsize=9, bbox=box)
+    shown = [part for part in colours if any(parts.get(part, 0) > 0 for parts in rows.values())]
+    handles = [Rectangle((0, 0), 1, 1, color=colours[part]) for part in shown]
     axes.figure.legend(
-        handles, names, frameon=False, ncols=len(names), loc="outside upper center", fontsize=9
+        handles, shown, frameon=False, ncols=len(shown), loc="outside upper center", fontsize=9
     )
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
 
 
 def memory_bars(rows: Rows, capacity: float, max_shown: float | None = None) -> Figure:
-    """GB on each device by mesh and kind, and what a device has capacity for; longer bars than `max_shown` are cut off."""
+    """Draw the memory of each device in GB: the sizes of its parts (weights, ...) by mesh.
+
+    A dashed line marks the device's capacity in GB. Bars longer than `max_shown` are cut off.
+    """
     figure = Figure(figsize=(10, 0.5 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
     kinds = list(dict.fromkeys(kind for parts in rows.values() for kind in parts))
     colours = dict(zip(kinds, COLOURS, strict=False))
     totals = {name: sum(parts.values()) for name, parts in rows.items()}
+    labels = {name: f"{total:,.4g} GB" for name, total in totals.items()}
     max_shown = max_shown or max([capacity, *totals.values()])
-    stacked(
-        axes, rows, colours, max_shown, {name: f"{total:,.4g} GB" for name, total in totals.items()}
-    )
+    stacked_bars(axes, rows, colours, max_shown, labels)
     axes.axvline(capacity, color="black", linestyle="--", linewidth=1)
     axes.set(
-        xlabel=f"GB on each device; dashed: capacity, {capacity:,.3g}",
+        xlabel=f"GB per device (dashed line: its capacity, {capacity:,.3g} GB)",
         xlim=(0, 1.16 * max_shown),
     )
     return figure
 
 
 def step_bars(rows: Rows, hidden: dict[str, float] | None = None, unit: str = "s") -> Figure:
-    """Where a step's seconds go, by mesh: computing, waiting, communication; `hidden`: sent meanwhile, a thin line below."""
+    """Draw how the time of a step splits into computing, waiting, communication and optimizer.
+
+    rows: times in `unit` by part, by mesh. `hidden`: communication that overlaps with computing,
+    by mesh, drawn as a thin line below the bar.
+    """
     figure = Figure(figsize=(10, 0.55 * len(rows) + 1.3), layout="constrained")
     axes = figure.subplots()
-    totals, hidden = {name: sum(parts.values()) for name, parts in rows.items()}, hidden or {}
-    written = {
-        name: f"{total:.3g} {unit}, {parts['computing'] / total:.0%} computing"
-        for (name, parts), total in zip(rows.items(), totals.values(), strict=True)
-    }
+    hidden = hidden or {}
+    totals = {name: sum(parts.values()) for name, parts in rows.items()}
+    labels = {}
+    for name, total in totals.items():
+        labels[name] = f"{total:.3g} {unit}, {rows[name]['computing'] / total:.0%} computing"
     max_shown = max(totals.values())
-    stacked(axes, rows, SPLIT, max_shown, written)
+    stacked_bars(axes, rows, STEP_COLOURS, max_shown, labels)
     for y, name in enumerate(rows):
         if hidden.get(name, 0) > 0:
-            axes.plot(
-                [0, hidden[name]], [y + 0.39] * 2, color=ORANGE, linewidth=2, solid_capstyle="butt"
-            )
-    note = (
-        f"; thin line: sent behind the computing, up to {max(hidden.values()):.3g} {unit}"
-        if any(hidden.values())
-        else ""
-    )
-    axes.set(xlabel=f"a step, {unit}{note}", xlim=(0, 1.3 * max_shown))
+            line = {"color": ORANGE, "linewidth": 2, "solid_capstyle": "butt"}
+            axes.plot([0, hidden[name]], [y + 0.39] * 2, **line)
+    xlabel = f"time of a step, {unit}"
+    if any(hidden.values()):
+        longest = max(hidden.values())
+        xlabel += f" (thin line: communication during computing, up to {longest:.3g} {unit})"
+    axes.set(xlabel=xlabel, xlim=(0, 1.3 * max_shown))
     return figure
 
 
-# ---- against the number of GPUs ----------------------------------------------------------------------------------------------
+# ---- scaling with the number of GPUs -------------------------------------------------------------
 
 
 def gpu_scaling(
     lines: dict[str, list[tuple[int, float, float, bool]]], capacity: float, workload: str
 ) -> Figure:
-    """Named lines of (GPUs, hours, GB on each, whether it fits), hollow where it does not; `workload` takes so many hours."""
+    """Draw hours, GPU-hours and memory per GPU against the number of GPUs.
+
+    lines: points (GPUs, hours, GB per GPU, whether it fits) by name; points that do not fit are
+    hollow. `capacity` is a GPU's memory in GB; `workload` names what takes that many hours.
+    """
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     panels = figure.subplots(1, 3)
-    for (name, points), colour in zip(
-        lines.items(), (c for c in COLOURS if c != GREY), strict=False
-    ):
+    hours_axes, gpu_hours_axes, memory_axes = panels
+    colours = [colour for colour in COLOURS if colour != GREY]
+    for (name, points), colour in zip(lines.items(), colours, strict=False):
         n, hours, gb, fits = (np.array(column) for column in zip(*points, strict=True))
         for axes, y in zip(panels, (hours, n * hours, gb), strict=True):
             axes.plot(n, y, "-", color=colour, linewidth=1, alpha=0.6)
             axes.plot(n[fits], y[fits], "o", color=colour, markersize=5)
             axes.plot(n[~fits], y[~fits], "o", markerfacecolor="white", color=colour, markersize=5)
-        panels[0].plot([], [], "o-", color=colour, markersize=5, label=name)
-    panels[0].plot(
-        [],
-        [],
-        "o",
-        markerfacecolor="white",
-        color="black",
-        markersize=5,
-        label="hollow: does not fit",
-    )
-    panels[2].axhline(capacity, color="black", linestyle="--", linewidth=1)
-    panels[2].annotate(
+        hours_axes.plot([], [], "o-", color=colour, markersize=5, label=name)
+    hollow = {"markerfacecolor": "white", "color": "black", "markersize": 5}
+    hours_axes.plot([], [], "o", label="hollow: does not fit", **hollow)
+    memory_axes.axhline(capacity, color="black", linestyle="--", linewidth=1)
+    memory_axes.annotate(
         f"capacity: {capacity:.3g} GB",
         (1, capacity),
         xycoords=("axes fraction", "data"),
@@ -130,71 +134,57 @@ def gpu_scaling(
         va="bottom",
         fontsize=9,
     )
-    every = sorted({n for points in lines.values() for n, *_ in points})
-    for axes, title in zip(
-        panels,
-        (f"hours for {workload}", "GPU-hours: level is perfect", "GB on each GPU"),
-        strict=True,
-    ):
+    counts = sorted({n for points in lines.values() for n, *_ in points})
+    titles = (f"hours for {workload}", "GPU-hours (level: perfect scaling)", "GB per GPU")
+    for axes, title in zip(panels, titles, strict=True):
         axes.set(xscale="log", yscale="log", xlabel="GPUs", title=title)
-        axes.set_xticks(every, [f"{n:,}" for n in every], rotation=45, fontsize=8)
+        axes.set_xticks(counts, [f"{n:,}" for n in counts], rotation=45, fontsize=8)
         axes.set_xticks([], minor=True)
-    panels[1].set(yscale="linear", ylim=(0, None))
+    gpu_hours_axes.set(yscale="linear", ylim=(0, None))
     figure.legend(frameon=False, ncols=len(lines) + 1, loc="outside lower center")
     return figure
 
 
-# ---- a ring, step by step ----------------------------------------------------------------------------------------------------
+# ---- ring all-reduce -----------------------------------------------------------------------------
 
 
-def ring_steps(held: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
-    """How many processes' numbers are in each chunk (n, n), process by chunk, after each step; framed: what just arrived."""
-    n = len(held[0])
-    columns = min(len(held), 4)
-    down = -(-len(held) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.75 * down), layout="constrained")
-    panels = list(figure.subplots(down, columns, squeeze=False).flat)
-    for i, (axes, title) in enumerate(zip(panels, titles, strict=False)):
-        axes.imshow(held[i], cmap="Blues", vmin=0, vmax=1.4 * n)
-        for (row, column), count in np.ndenumerate(held[i]):
-            dark = count > 0.8 * n
-            axes.text(
-                column,
-                row,
-                f"{count:.0f}",
-                ha="center",
-                va="center",
-                color="white" if dark else "black",
-            )
-            if i and held[i - 1][row, column] != count:
-                axes.add_patch(
-                    Rectangle(
-                        (column - 0.46, row - 0.46),
-                        0.92,
-                        0.92,
-                        fill=False,
-                        color=ORANGE,
-                        linewidth=2,
-                    )
-                )
+def ring_steps(states: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
+    """Draw the state of a ring all-reduce after each step, one panel each.
+
+    states: (n, n), process by chunk: the number of processes whose values the chunk contains.
+    Chunks that changed in the step have a frame.
+    """
+    n = len(states[0])
+    columns = min(len(states), 4)
+    rows = -(-len(states) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.75 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for i, (axes, state, title) in enumerate(zip(panels, states, titles, strict=False)):
+        axes.imshow(state, cmap="Blues", vmin=0, vmax=1.4 * n)
+        for (process, chunk), count in np.ndenumerate(state):
+            colour = "white" if count > 0.8 * n else "black"
+            axes.text(chunk, process, f"{count:.0f}", ha="center", va="center", color=colour)
+            if i > 0 and states[i - 1][process, chunk] != count:
+                corner = (chunk - 0.46, process - 0.46)
+                frame = Rectangle(corner, 0.92, 0.92, fill=False, color=ORANGE, linewidth=2)
+                axes.add_patch(frame)
         axes.set_title(title, fontsize=10)
-        axes.set(
-            xticks=range(n),
-            yticks=range(n),
-            xlabel="chunk",
-            ylabel="process" if i % columns == 0 else "",
-        )
+        ylabel = "process" if i % columns == 0 else ""
+        axes.set(xticks=range(n), yticks=range(n), xlabel="chunk", ylabel=ylabel)
         axes.grid(False)
-    for axes in panels[len(held) :]:
+    for axes in panels[len(states) :]:
         axes.set_visible(False)
     return figure
 
 
-# ---- who waits for whom ------------------------------------------------------------------------------------------------------
+# ---- load imbalance ------------------------------------------------------------------------------
 
 
 def busy_heatmap(shares: dict[str, np.ndarray]) -> Figure:
-    """For each device of R groups of G, (R, G), its busy time as a share of the step's: the darkest are waited for."""
+    """Draw the busy time of each device as a fraction of the step: (R groups, G devices) by title.
+
+    The other devices of a group wait for the darkest one.
+    """
     figure = Figure(figsize=(5.4 * len(shares) + 0.8, 5.2), layout="constrained")
     panels = figure.subplots(1, len(shares), squeeze=False)[0]
     for axes, (name, share) in zip(panels, shares.items(), strict=True):
@@ -205,5 +195,5 @@ def busy_heatmap(shares: dict[str, np.ndarray]) -> Figure:
         axes.set(xlabel="device of its group (its experts)", ylabel="group")
         axes.set_xticks(range(0, share.shape[1], max(1, share.shape[1] // 8)))
         axes.grid(False)
-    figure.colorbar(image, ax=panels, pad=0.01, label="busy, of the step")
+    figure.colorbar(image, ax=panels, pad=0.01, label="fraction of the step that it is busy")
     return figure
