@@ -5,7 +5,7 @@ from nanods.data import shards, sources
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """An empty current folder, in which small corpora make several shards, in this process."""
+    """An empty current folder. Small corpora make several shards, in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NANODS_DATA", raising=False)
     monkeypatch.setattr(shards, "available_cores", lambda: 1)
