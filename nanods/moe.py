@@ -221,7 +221,7 @@ def experts_loop(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: T
 
 
 def within_capacity(
-    experts: Tensor, n_expert: int, capacity: int, priority: str = "token"
+    experts: Tensor, n_expert: int, capacity: int | Tensor, priority: str = "token"
 ) -> Tensor:
     """Return which assignments fit if each expert accepts `capacity` of them: (N, K) -> bool (N,
     K).
@@ -245,28 +245,47 @@ def within_capacity(
 # ---- losses that keep the load even --------------------------------------------------------------
 
 
-def load_balancing_loss(probs: Tensor, experts: Tensor) -> Tensor:
+def token_mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the mean over the tokens that are valid, or over all if `valid` is None.
+
+    x (N,) or (N, E), valid (N,) -> () or (E,). Zeros replace padding in the sum. The mean of
+    x[valid] is the same, but its shape depends on the data: it breaks torch.compile's graph and
+    makes the CPU wait for the GPU.
+    """
+    if valid is None:
+        return x.mean(dim=0)
+    is_padding = ~valid if x.ndim == 1 else ~valid[:, None]
+    return x.masked_fill(is_padding, 0).sum(dim=0) / valid.sum()
+
+
+def load_balancing_loss(probs: Tensor, experts: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return the Switch Transformer's load-balancing loss: 1.0 if the load is even, up to E if not.
 
         loss = E * sum over e of f_e P_e
 
     f_e is expert e's fraction of the N K assignments and P_e its mean probability: probs (N, E),
-    experts (N, K) -> (). The loss is 1.0 if f or P is uniform, and E if K = 1 and every token uses
+    experts (N, K) -> (). Where `valid` (N,) is False, at padding, experts must be E: N then counts
+    the other tokens. The loss is 1.0 if f or P is uniform, and E if K = 1 and every token uses
     one expert with probability 1. It falls below 1 if the experts with many assignments have low
     probabilities on average. Only P carries a gradient. f and P are those of one micro-batch; the
     loss of several is the mean of theirs. Fedus et al. 2021, arXiv:2101.03961.
     """
     E = probs.size(-1)
-    fraction = count_assignments(experts, E).to(probs.dtype) / max(1, experts.numel())  # (E,)
-    return E * (fraction * probs.mean(dim=0)).sum()  # not @, which autocast would round
+    if valid is None:
+        n_assignments = max(1, experts.numel())
+    else:
+        n_assignments = (valid.sum() * experts.size(1)).clamp(min=1)
+    fraction = count_assignments(experts, E).to(probs.dtype) / n_assignments  # (E,)
+    return E * (fraction * token_mean(probs, valid)).sum()  # not @, which autocast would round
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
+def router_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return the mean of logsumexp(a token's logits)^2, which keeps logits small: (N, E) -> ().
 
-    (log E)^2 if all logits are 0. Zoph et al. 2022, arXiv:2202.08906.
+    (log E)^2 if all logits are 0. Tokens that are not `valid` (N,) are left out. Zoph et al. 2022,
+    arXiv:2202.08906.
     """
-    return logits.logsumexp(dim=-1).square().mean()
+    return token_mean(logits.logsumexp(dim=-1).square(), valid)
 
 
 def entropy_loss(token_entropy: Tensor, importance: Tensor, min_experts: float) -> Tensor:
@@ -333,33 +352,44 @@ class MoE(nn.Module):
         E, (B, T, C) = len(self.gate.weight), x.shape
         rows = x.reshape(-1, C)  # (N, C)
         logits = router_logits(rows, self.gate.weight)
-        weights, experts, probs, margin = select_experts(
-            logits, self.top_k, self.bias if self.bias_rate else None, self.normalise
-        )
-        chosen = experts
+        bias = self.bias if self.bias_rate else None
+        weights, selected, probs, margin = select_experts(logits, self.top_k, bias, self.normalise)
         if valid is not None:
-            real = valid.reshape(-1)
-            experts = experts.masked_fill(~real[:, None], E)
-            logits, probs, chosen, margin = logits[real], probs[real], chosen[real], margin[real]
-        load = count_assignments(experts, E)
+            valid = valid.reshape(-1)  # (N,)
+            selected = selected.masked_fill(~valid[:, None], E)
+        load = count_assignments(selected, E)
+        experts = selected
         if self.training and self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * chosen.numel() / E)
-            experts = experts.masked_fill(~within_capacity(experts, E, capacity, self.priority), E)
-        y = self.run_experts(rows, weights, experts, self.up, self.out)
+            kept = within_capacity(selected, E, self.capacity(selected, valid), self.priority)
+            experts = selected.masked_fill(~kept, E)
+        y = self.run_experts(rows, weights, experts, self.up, self.out)  # (N, C)
         total = load.sum().clamp(min=1)
         stats = {
             "load": load,
-            "importance": probs.mean(dim=0),
+            "importance": token_mean(probs, valid),
             "load_entropy": torch.special.entr(load / total).sum(),
             "dropped": 1 - (experts < E).sum() / total,
-            "router_margin": margin.mean(),
-            "balance_loss": load_balancing_loss(probs, chosen),
-            "z_loss": router_z_loss(logits),
-            "token_entropy": torch.special.entr(probs).sum(dim=-1).mean(),
+            "router_margin": token_mean(margin, valid),
+            "balance_loss": load_balancing_loss(probs, selected, valid),
+            "z_loss": router_z_loss(logits, valid),
+            "token_entropy": token_mean(torch.special.entr(probs).sum(dim=-1), valid),
         }
         if inspect:
             stats["experts"] = experts.view(B, T, -1)
         return y.view(B, T, C), stats
+
+    def capacity(self, experts: Tensor, valid: Tensor | None) -> int | Tensor:
+        """Return how many assignments each expert accepts: experts (N, K), valid (N,) or None.
+
+        With padding this is a tensor (), which the CPU need not wait for. In fp64, so that it is
+        what Python computes; Apple's GPUs have fp32 only.
+        """
+        E = len(self.gate.weight)
+        if valid is None:
+            return math.ceil(self.capacity_factor * experts.numel() / E)
+        dtype = torch.float32 if experts.device.type == "mps" else torch.float64
+        n_assignments = (valid.sum() * experts.size(1)).to(dtype)
+        return (self.capacity_factor * n_assignments / E).ceil()
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:

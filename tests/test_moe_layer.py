@@ -181,6 +181,54 @@ def test_padding_uses_no_expert_and_affects_nothing(capacity_factor, priority):
     assert_same_stats(layer(x, all_valid)[1], layer(x)[1])
 
 
+def stats_by_indexing(layer, x, valid):
+    """Return the stats that depend on padding, from the tensors of the valid tokens alone."""
+    rows = x.flatten(0, 1)
+    logits = router_logits(rows, layer.gate.weight)
+    _, experts, probs, margin = select_experts(logits, layer.top_k, normalise=layer.normalise)
+    valid = valid.flatten()
+    logits, experts, probs, margin = logits[valid], experts[valid], probs[valid], margin[valid]
+    return {
+        "importance": probs.mean(dim=0),
+        "router_margin": margin.mean(),
+        "balance_loss": load_balancing_loss(probs, experts),
+        "z_loss": router_z_loss(logits),
+        "token_entropy": torch.special.entr(probs).sum(dim=-1).mean(),
+    }
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+@pytest.mark.parametrize("lengths", [[16, 16, 16], [16, 3, 9], [1, 1, 1], [0, 0, 5]])
+def test_stats_with_padding_equal_those_of_the_indexed_valid_tokens(K, lengths):
+    layer, x = random_layer(K=K), random_input().requires_grad_()
+    valid = torch.arange(16) < torch.tensor(lengths)[:, None]
+    _, stats = layer(x, valid)
+
+    def gradients(value):
+        weighted_sum = (value * torch.arange(1.0, value.numel() + 1).view_as(value)).sum()
+        return torch.autograd.grad(weighted_sum, (x, layer.gate.weight), retain_graph=True)
+
+    for name, expected in stats_by_indexing(layer, x, valid).items():
+        assert_close(stats[name], expected)
+        assert stats[name].requires_grad == expected.requires_grad
+        if expected.requires_grad:
+            for gradient, reference in zip(
+                gradients(stats[name]), gradients(expected), strict=True
+            ):
+                assert_close(gradient, reference)
+    assert stats["load"].sum() == sum(lengths) * K
+
+
+@pytest.mark.parametrize("capacity_factor", [0.1, 0.7, 1.0, 1.1, 1.25, 1 / 3])
+def test_the_capacity_with_padding_counts_the_valid_assignments(capacity_factor):
+    layer = random_layer(10, 2, capacity_factor=capacity_factor)
+    experts = torch.zeros(200, 2, dtype=torch.long)
+    for n in range(201):
+        capacity = layer.capacity(experts, torch.arange(200) < n)
+        assert capacity == math.ceil(capacity_factor * (n * 2) / 10)
+        assert capacity == layer.capacity(experts[:n], None)
+
+
 # ---- which tokens affect which outputs -----------------------------------------------------------
 
 
