@@ -14,22 +14,38 @@ from torch._dynamo.backends.registry import lookup_backend
 from nanods.attention import AttentionConfig
 from nanods.config import PRESETS
 from nanods.gpt import GPT, GPTConfig
+from nanods.moe import MoE, MoEConfig
+from nanods.moe_kernel import experts_grouped
+from nanods.multimodal import Multimodal
 
 SIZE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "context_length": 256}
 BLOCKS = AttentionConfig("block", block_size=64, top_blocks=2, method="tile")
 
 
-def random_model(config: GPTConfig) -> GPT:
-    """Return a model with random weights everywhere, since an untrained one returns zeros."""
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Return `model` with random weights everywhere, since an untrained one returns zeros."""
     torch.manual_seed(0)
-    model = GPT(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
+def random_model(config: GPTConfig) -> GPT:
+    return randomise(GPT(config))
+
+
+def with_grouped_experts(model: torch.nn.Module) -> torch.nn.Module:
+    """Return `model` with the GPU's route through the experts."""
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            layer.run_experts = experts_grouped
+    return model
+
+
 @torch.no_grad()
-def trace_and_compare(model: torch.nn.Module, *inputs, **keywords) -> str:
+def trace_and_compare(
+    model: torch.nn.Module, *inputs, dtype: torch.dtype = torch.bfloat16, **keywords
+) -> str:
     """Compile `model` into one graph, check that its output is the eager one, return its code."""
     graphs = []
 
@@ -43,7 +59,7 @@ def trace_and_compare(model: torch.nn.Module, *inputs, **keywords) -> str:
         output, *_ = compiled(*inputs, **keywords)
         eager, *_ = model(*inputs, **keywords)
     assert len(graphs) == 1
-    assert output.dtype == eager.dtype == torch.bfloat16
+    assert output.dtype == eager.dtype == dtype
     assert eager.abs().max() > 0
     assert (output - eager).abs().max() <= 0.02 * eager.abs().max()
     return graphs[0].code
@@ -65,3 +81,49 @@ def test_v1_traces_in_one_graph_by_the_gpu_route(flex_route):
     model = random_model(replace(PRESETS["v1-tiny"].model, **SIZE, attention=BLOCKS))
     code = trace_and_compare(model, torch.randint(0, 256, (2, 250)))
     assert code.count("flex_attention(") == SIZE["n_layer"]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_v2_traces_in_one_graph_by_the_gpu_route(flex_route):
+    config = replace(PRESETS["v2-tiny"].model, **SIZE, attention=BLOCKS)
+    model = with_grouped_experts(random_model(config))
+    code = trace_and_compare(model, torch.randint(0, 256, (2, 250)))
+    assert code.count("flex_attention(") == SIZE["n_layer"]
+    assert code.count("grouped_mm(") == 2 * SIZE["n_layer"]
+
+
+@pytest.mark.parametrize("moe", [MoEConfig(4, 2), MoEConfig(4, 2, capacity_factor=0.8)])
+def test_experts_with_padding_trace_in_one_graph_by_the_gpu_route(moe):
+    config = replace(PRESETS["v0-tiny"].model, **SIZE, moe=moe)
+    model = with_grouped_experts(random_model(config))
+    lengths = torch.tensor([100, 7, 31])
+    code = trace_and_compare(model, torch.randint(0, 256, (3, 100)), lengths=lengths)
+    assert code.count("grouped_mm(") == 2 * SIZE["n_layer"]
+
+
+class JoinedEmbeddings(torch.nn.Module):
+    """Return the embeddings of all modalities as one tensor, since trace_and_compare wants one."""
+
+    def __init__(self, model: Multimodal) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+        embeddings, stats = self.model(inputs)
+        return torch.cat(list(embeddings.values())), stats
+
+
+def test_v3_with_experts_and_padded_text_traces_in_one_graph_by_the_gpu_route():
+    config = PRESETS["v3-tiny"]
+    trunk = replace(config.model, n_layer=2, moe=MoEConfig(4, 2))
+    model = with_grouped_experts(randomise(Multimodal(trunk, config.multimodal)))
+    text = torch.randint(0, 256, (3, trunk.context_length))
+    text[1, 9:] = -1  # padding
+    text[2, 30:] = -1
+    inputs = {
+        "text": text,
+        "image": torch.rand(3, 3, 32, 32),
+        "audio": torch.randn(3, 32, config.multimodal.frames),
+    }
+    code = trace_and_compare(JoinedEmbeddings(model), inputs, dtype=torch.float32)
+    assert code.count("grouped_mm(") == 2 * len(inputs) * trunk.n_layer
