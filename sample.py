@@ -24,7 +24,7 @@ from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
 from nanods.multimodal import MODALITIES
 from nanods.training import checkpoint
-from nanods.training.contrastive_task import GALLERY, embed, encode, load_dataset, model_inputs
+from nanods.training.contrastive_task import MAX_GALLERY, embed, encode_captions, load_dataset, model_inputs
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,13 @@ def question(args: Args, config: Config, tokenizer) -> tuple[str, Tensor, str | 
         raise UserError(
             f"--query has {tokens} tokens: this model reads 1 to {config.model.context_length}"
         )
-    return name, encode([text], tokenizer, tokens), text
+    return name, encode_captions([text], tokenizer, tokens), text
 
 
 def held_out_galleries(config: Config, tokenizer) -> dict[str, Gallery]:
     """What the training held out, in each of its modalities."""
     data = load_dataset(config)
-    items = data.gallery(min(GALLERY, len(data.held_out)))
+    items = data.gallery(min(MAX_GALLERY, len(data.held_out)))
     read = model_inputs(items, config, tokenizer)
     return {
         name: Gallery(x, getattr(items, MODALITIES[name].input_field), items.captions, items.waves)

@@ -1,13 +1,16 @@
 """The ladder of presets: each version is the one before with one thing changed.
 
-    V0 = a dense GPT      V1 = replace(V0, attention=...)      V2 = replace(V1, moe=...)      V3 = replace(V2, multimodal=...)
+    V0 = a dense GPT    V1 = replace(V0, attention=...)    V2 = replace(V1, moe=...)
+    V3 = replace(V2, multimodal=...)
 
-A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is GPT-2's size (124M
-parameters, one GPU); base wants one node of GPUs; full is the article's size, for hundreds of them: plan it first (--plan).
-Every field can be overridden on the command line, has a type, and is saved in every checkpoint.
+A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is
+GPT-2's size (124M parameters, one GPU); base needs one node of GPUs; full is the article's size, for
+hundreds of GPUs: plan it first (--plan). Every field can be set on the command line, has a type, and
+is saved in every checkpoint.
 """
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,34 +29,37 @@ class Config:
     steps: int
     """Optimizer steps of the whole run."""
     batch_size: int
-    """Sequences in one optimizer step, over all micro-batches: batch-size x context-length tokens. V3: items, each in all its
-    modalities; the more, the harder the question."""
+    """Sequences in one optimizer step, over all micro-batches and processes: batch-size x context-length tokens. V3: examples, each in
+    all its modalities; the loss compares each with all others, so a larger batch is a harder question."""
     lr: float
-    """Peak learning rate of Muon, for the matrices; AdamW, for the embedding and the head, gets half of it."""
+    """Peak learning rate. Of Muon, for the matrices; AdamW, for embeddings and head, gets half of it. With --optimizer adamw,
+    of AdamW: 0.003 if you do not set it."""
     warmup: float = 0.02
-    """Share of the steps in which the learning rate rises from zero."""
+    """Share of the steps, the first ones, in which the learning rate rises from zero."""
     decay: float = 1.0
     """Share of the steps, the last ones, in which the learning rate falls to zero."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay on matrices only."""
     momentum: float = 0.9
     """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 - momentum) steps."""
     weight_decay: float = 0.2
-    """Muon shrinks each matrix by learning rate x this, each step: against learning the text by heart."""
+    """Decoupled weight decay: each step multiplies every matrix by 1 - lr * weight_decay. Reduces overfitting."""
     multimodal: MultimodalConfig = field(default_factory=MultimodalConfig)
     clip: float = 1.0
-    """Largest norm of the gradient; a longer one is scaled down to it."""
+    """Largest norm of the gradient; a longer gradient is scaled down to it."""
     micro_batch: int | None = None
     """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory. V3's
     loss compares the whole batch all the same, by gradient caching."""
     activation_checkpointing: bool = False
-    """Keep each block's input alone and compute the rest again in backward: less memory, a third more arithmetic."""
-    experts: Literal["adamw", "muon"] = "muon"
-    """Optimizer of the experts' matrices (V2)."""
+    """Keep only each block's input and compute the rest again in backward: less memory, a third more arithmetic."""
+    expert_optimizer: Literal["adamw", "muon"] = "muon"
+    """Optimizer of the experts' matrices (V2) where --optimizer is muon."""
     expert_lr: float = 0.02
-    """Peak learning rate of the experts: for AdamW a tenth of Muon's or less."""
+    """Peak learning rate of the experts. AdamW needs a tenth of Muon's or less."""
     expert_every: int = 4
-    """Muon updates each stack of experts at every n-th step only, with n times the rate: it would take longer than the rest."""
+    """Muon updates each stack of experts at every n-th step only, with n times the rate, since it takes longer than the rest of a step."""
     init_from: str | None = None
-    """A run whose last weights to start from. Those of a dense run of the same sizes become experts (upcycling)."""
+    """A run whose last weights to start from. The MLPs of a dense run of the same sizes become experts (upcycling)."""
     init_noise: float = 0.0
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
     data: str = "pydocs"
@@ -62,22 +68,22 @@ class Config:
     out_dir: Path | None = None
     """Where checkpoints, metrics and pictures go. Default: runs/PRESET."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute. auto: the first of cuda, mps and cpu that is there."""
+    """Where to compute. auto: the first of cuda, mps and cpu that this machine has."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Precision of the computation. auto: bf16 where the GPU or the CPU multiplies it in hardware, otherwise fp32."""
+    """Precision of the computation. auto: bf16 where the GPU or the CPU multiplies it in hardware, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on CUDA only; on a CPU it takes longer than it saves."""
     seed: int = 0
     """Decides the initial weights and the order of the data."""
     eval_every: int = 250
-    """Steps between two validations."""
+    """Steps between two evaluations."""
     save_every: int = 250
     """Steps between two checkpoints."""
     mesh: str | None = None
-    """How several processes share the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/distributed/process_groups.py). Default: dp, where each
-    has room for a whole step, else fsdp."""
+    """How several processes split the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/distributed/mesh.py). Default: dp where a whole
+    step fits in each process's memory, else fsdp."""
     resume: bool = False
-    """Go on from the last checkpoint in out-dir, with the configuration saved there."""
+    """Continue from the last checkpoint in out-dir, with the configuration saved there."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -93,17 +99,20 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(
-                f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}: choose a divisor"
+                f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}: "
+                "choose a divisor"
             )
         if not self.lr > 0 or not self.clip > 0:
             raise ValueError(f"--lr {self.lr} and --clip {self.clip} must be above 0")
         if not self.expert_lr > 0 or not self.init_noise >= 0:
             raise ValueError(
-                f"--expert-lr {self.expert_lr} must be above 0, --init-noise {self.init_noise} at least 0"
+                f"--expert-lr {self.expert_lr} must be above 0, --init-noise {self.init_noise} "
+                "at least 0"
             )
         if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
             raise ValueError(
-                f"--momentum {self.momentum} must lie in [0, 1), --weight-decay {self.weight_decay} be at least 0"
+                f"--momentum {self.momentum} must lie in [0, 1), --weight-decay "
+                f"{self.weight_decay} be at least 0"
             )
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
             raise ValueError(
@@ -118,19 +127,19 @@ class Config:
 TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
-# The article's V2 has 100B parameters, 10B of them a token's. With its 16 experts, 2 a token, that cannot be: a block has
-# 132 C^2 and uses 20 C^2 (F = 4C). Nearest is V2-full, 96B and 14.7B; 24 experts come to 96.2B and 10.0B: v2-full --n-layer 23
-# --moe.n-expert 24. Its V1, "a third of BERT-large's" 340M, is small, not this: V1-full is the dense trunk of 9.1B from which
-# V2-full can start (--init-from).
+# The article's V2 has 100B parameters, 10B of them active. With its 16 experts and top-2 routing that
+# is impossible: a block has 132 C^2 parameters and uses 20 C^2 (F = 4C). v2-full is the nearest, 96B
+# and 14.7B; 24 experts give 96.2B and 10.0B: v2-full --n-layer 23 --moe.n-expert 24. The article's V1,
+# "a third of BERT-large's" 340M, has the size of v1-small. v1-full is the dense trunk of 9.1B from
+# which v2-full can start (--init-from).
 FULL = GPTConfig(n_layer=34, n_head=36, n_embd=4608, context_length=4096, vocab_size=50304)
 
 V0 = {
     "tiny": Config("v0-tiny", TINY, steps=2000, batch_size=8, lr=0.02),
     "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=0.02, data="wikitext-103"),
     "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=0.02, data="wikitext-103"),
-    "full": Config(
-        "v0-full", FULL, steps=24_000, batch_size=1024, lr=0.02, data="wikitext-103"
-    ),  # 100B tokens, if there were
+    # 100B tokens, if the data set had as many.
+    "full": Config("v0-full", FULL, steps=24_000, batch_size=1024, lr=0.02, data="wikitext-103"),
 }
 V1_ATTENTION = {
     "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
@@ -149,9 +158,10 @@ V2 = {
 }
 V2["tiny"] = replace(V2["tiny"], steps=1500)  # still minutes on two cores, with more work a token
 
-# Items are short (80, 64 and 16 tokens at tiny size), so V3's attention is dense. At tiny size its MLPs are plain ones: there
-# 16 experts win little over more steps in the same time (LOG.md). At small and base size: CLIP's ViT-B/16 and
-# ViT-L/14 in one trunk for both towers, with V2's experts, for captioned images such as COCO's.
+# V3's examples are short (80, 64 and 16 tokens at tiny size), so its attention is dense. At tiny size
+# it has plain MLPs: 16 experts gain little there over more steps in the same time (LOG.md). The small
+# and base sizes are CLIP's ViT-B/16 and ViT-L/14, one trunk instead of two towers, with V2's experts,
+# for captioned images such as COCO's.
 MODALITY_CONFIGS = {
     "tiny": MultimodalConfig(("text", "image", "audio")),
     "small": MultimodalConfig(
@@ -196,46 +206,62 @@ V3["full"] = replace(V3["full"], steps=50_000, batch_size=4096)
 PRESETS = {config.preset: config for version in (V0, V1, V2, V3) for config in version.values()}
 
 
+ADAMW_LR = 0.003  # the peak rate of --optimizer adamw, where --lr is not given
+
+
 def from_command_line(description: str, args: list[str] | None = None) -> Config:
-    """The preset that the command line names, with its overrides. Ends with exit code 2 where it cannot be understood."""
-    described = {
-        name: (
-            f"{' and '.join(config.multimodal.modalities)}{': ' if config.multimodal.modalities else ''}"
-            f"{config.model.attention.kind} attention, {describe_experts(config.model.moe)}{config.model.n_layer} layers of "
-            f"width {config.model.n_embd}, context {config.model.context_length}",
-            config,
-        )
-        for name, config in PRESETS.items()
-    }
+    """Return the preset that the command line names, with its overrides. Ends with exit code 2 if it cannot be understood."""
+    presets = {name: (describe(config), config) for name, config in PRESETS.items()}
     try:
-        return tyro.extras.overridable_config_cli(described, description=description, args=args)
+        config = tyro.extras.overridable_config_cli(presets, description=description, args=args)
     except ValueError as error:
         raise UserError(str(error)) from None
+    words = sys.argv[1:] if args is None else args
+    lr_given = any(word == "--lr" or word.startswith("--lr=") for word in words)
+    if config.optimizer == "adamw" and not lr_given and not config.resume:
+        print(f"lr         {ADAMW_LR} (AdamW's default here; the preset's {config.lr} is Muon's)")
+        config = replace(config, lr=ADAMW_LR)
+    return config
 
 
-def describe_experts(moe: MoEConfig) -> str:
-    return f"{moe.top_k} of {moe.n_expert} experts a token, " if moe.n_expert > 1 else ""
+def describe(config: Config) -> str:
+    """Return a preset in words, for --help."""
+    modalities, model, moe = config.multimodal.modalities, config.model, config.model.moe
+    words = f"{' and '.join(modalities)}: " if modalities else ""
+    words += f"{model.attention.kind} attention, "
+    if moe.n_expert > 1:
+        words += f"{moe.top_k} of {moe.n_expert} experts per token, "
+    return words + (
+        f"{model.n_layer} layers of width {model.n_embd}, context {model.context_length}"
+    )
+
+
+# ---- in checkpoints --------------------------------------------------------------------------
 
 
 def to_dict(config: Config) -> dict:
+    """Return a configuration as JSON values, without the fields that belong to one start of the run."""
     saved = dataclasses.asdict(config)
-    saved["out_dir"] = None  # a run may be moved
+    saved["out_dir"] = None  # a run directory may be moved
     saved["resume"] = False
     return saved
 
 
 def from_dict(saved: dict) -> Config:
-    """The inverse of `to_dict`. Raises UserError if a field is missing or unknown, as in a checkpoint of another nanods."""
+    """Do the inverse of `to_dict`. Raises UserError if a field is missing or unknown, as in a checkpoint of another version."""
     try:
         model = dict(saved["model"])
         model["attention"] = AttentionConfig(**model["attention"])
-        model["moe"] = MoEConfig(**model.get("moe", {}))  # checkpoints older than V2 have none
-        lists = {
-            name: tuple(v) if isinstance(v, list) else v
-            for name, v in saved.get("multimodal", {}).items()
-        }
+        model["moe"] = MoEConfig(**model["moe"])
+        multimodal = {}
+        for name, value in saved["multimodal"].items():
+            multimodal[name] = tuple(value) if isinstance(value, list) else value
         return Config(
-            **{**saved, "model": GPTConfig(**model), "multimodal": MultimodalConfig(**lists)}
+            **{
+                **saved,
+                "model": GPTConfig(**model),
+                "multimodal": MultimodalConfig(**multimodal),
+            }
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -244,7 +270,7 @@ def from_dict(saved: dict) -> Config:
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """Fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense", "steps": 800, ...}."""
+    """Return the fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense", "steps": 800, ...}."""
     flat = dataclasses.asdict(config)
     model = flat.pop("model")
     nested = {
@@ -252,13 +278,12 @@ def flatten(config: Config) -> dict[str, object]:
         "moe": model.pop("moe"),
         "multimodal": flat.pop("multimodal"),
     }
-    parts = {
-        f"{part}.{name}": value for part, fields in nested.items() for name, value in fields.items()
-    }
-    return {name.replace("_", "-"): value for name, value in (flat | model | parts).items()}
+    flat |= model
+    for part, fields in nested.items():
+        flat |= {f"{part}.{name}": value for name, value in fields.items()}
+    return {name.replace("_", "-"): value for name, value in flat.items()}
 
 
-# Flags that do not change what is learnt.
 RUNTIME_ONLY_FIELDS = (
     "resume",
     "out-dir",
@@ -268,32 +293,31 @@ RUNTIME_ONLY_FIELDS = (
     "mesh",
     "activation-checkpointing",
 )
+"""Flags that do not change what is learnt."""
 
 
-def resolve_resume(asked: Config, saved: Config) -> Config:
-    """The saved configuration, unless the command line asks for something else than the preset and the saved run say.
+def resolve_resume(requested: Config, saved: Config) -> Config:
+    """Return the saved configuration with the requested runtime-only fields (device, how often to save, where).
 
-    What does not change the result (device, how often to save, where) may differ. Raises UserError naming each conflict.
+    Raises UserError naming each flag that asks for something else than the saved run has.
     """
-    default, wanted, was = flatten(PRESETS[asked.preset]), flatten(asked), flatten(saved)
-    conflicts = [
-        f"--{name} {wanted[name]} (the run has {was[name]})"
-        for name in wanted
-        if name not in RUNTIME_ONLY_FIELDS
-        and wanted[name] != was[name]
-        and (name == "preset" or wanted[name] != default[name])
-    ]
+    default, wanted, has = flatten(PRESETS[requested.preset]), flatten(requested), flatten(saved)
+    conflicts = []
+    for name, value in wanted.items():
+        given = name == "preset" or value != default[name]
+        if given and name not in RUNTIME_ONLY_FIELDS and value != has[name]:
+            conflicts.append(f"--{name} {value} (the run has {has[name]})")
     if conflicts:
         raise UserError(
-            f"{asked.run_dir} holds a run of another configuration: {', '.join(conflicts)}. "
-            "Leave these flags out to go on with it, or choose another --out-dir to start anew"
+            f"{requested.run_dir} holds a run of another configuration: {', '.join(conflicts)}. "
+            "Leave these flags out to continue it, or choose another --out-dir to start a new run"
         )
     return replace(
         saved,
         resume=True,
-        out_dir=asked.out_dir,
-        device=asked.device,
-        save_every=asked.save_every,
-        compile=asked.compile,
-        mesh=asked.mesh,
+        out_dir=requested.out_dir,
+        device=requested.device,
+        save_every=requested.save_every,
+        compile=requested.compile,
+        mesh=requested.mesh,
     )

@@ -47,7 +47,7 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(workspace):
     assert undisturbed.wait(300) == 0, undisturbed.stderr.read()
     chance, kills = random.Random(0), 0
     while True:
-        resume = ["--resume"] if checkpoint.found(workspace / "cut") else []
+        resume = ["--resume"] if checkpoint.list_checkpoints(workspace / "cut") else []
         process = start(workspace, *options, *resume, "--out-dir", "cut")
         while process.poll() is None and not (workspace / "cut" / "metrics.jsonl").exists():
             time.sleep(0.01)  # the first seconds are imports
@@ -77,8 +77,8 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(workspace):
         "import os, signal, sys, train\n"
         "from nanods.errors import run\n"
         "from nanods.training import checkpoint\n"
-        "real = checkpoint.sync\n"
-        "checkpoint.sync = lambda p: os.kill(os.getpid(), signal.SIGKILL) if '_000006' in str(p) else real(p)\n"
+        "real = checkpoint.fsync\n"
+        "checkpoint.fsync = lambda p: os.kill(os.getpid(), signal.SIGKILL) if '_000006' in str(p) else real(p)\n"
         "run(train.main)\n"
     )
     options = [*TINY, "--data", "text.txt", "--steps", "9", "--save-every", "3", "--out-dir", "cut"]
@@ -88,7 +88,7 @@ def test_killed_in_the_middle_of_writing_a_checkpoint(workspace):
         subprocess.run(arguments, cwd=workspace, env=environment, capture_output=True).returncode
         == -9
     )
-    assert [path.name for path in checkpoint.found(workspace / "cut")] == [
+    assert [path.name for path in checkpoint.list_checkpoints(workspace / "cut")] == [
         "step_000000",
         "step_000003",
     ]
@@ -117,7 +117,9 @@ def test_a_limit_on_the_size_of_files_is_said_and_nothing_saved_is_lost(workspac
     assert "Traceback" not in err and (
         "refuses a file of this size" in err or "free some space" in err
     )
-    assert not checkpoint.found(workspace / "full") and weights(workspace / "run") == before
+    assert (
+        not checkpoint.list_checkpoints(workspace / "full") and weights(workspace / "run") == before
+    )
 
 
 @pytest.fixture
@@ -151,7 +153,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room_again(worksp
     _, err = full.communicate(timeout=120)
     assert full.returncode == 2, err
     assert "Traceback" not in err and "space" in err
-    assert [path.name for path in checkpoint.found(small_disk / "run")] == [
+    assert [path.name for path in checkpoint.list_checkpoints(small_disk / "run")] == [
         "step_000000",
         "step_000003",
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanods.training import checkpoint
+from nanods.training.metrics import read_metrics
 from tests.distributed.processes import free_port, train_by
 from tests.distributed.test_meshes import FLAGS, SIZE, TEXT, apart
 
@@ -97,7 +98,7 @@ def children(process):
 
 
 def rows(out):
-    return checkpoint.read_metrics(out / "metrics.jsonl")
+    return read_metrics(out / "metrics.jsonl")
 
 
 def in_mid_run(process, out):
@@ -168,7 +169,9 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on(folder):
         and "process 1 was killed by SIGKILL" in err
     )
     assert "Traceback" not in err
-    assert len(saved := checkpoint.found(cut)) >= 1 and not any(map(checkpoint.broken, saved))
+    assert len(saved := checkpoint.list_checkpoints(cut)) >= 1 and not any(
+        map(checkpoint.find_corruption, saved)
+    )
     code, _, err = ended(start("dp=2", cut, "--resume"), cut)
     assert code == 0, err
     same_end(cut, folder / "dp=2")
@@ -183,5 +186,5 @@ def test_a_signal_to_the_starter_or_to_all_saves_and_ends_cleanly(folder, number
     code, out, err = ended(process, cut)
     assert code == 128 + number, err
     assert "Traceback" not in err and "--resume" in out
-    done = json.loads((checkpoint.found(cut)[-1] / "state.json").read_text())["step"]
+    done = json.loads((checkpoint.list_checkpoints(cut)[-1] / "state.json").read_text())["step"]
     assert f"saved after step {done}" in out and done == len(rows(cut)) < STEPS

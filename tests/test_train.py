@@ -10,7 +10,14 @@ import torch
 
 from nanods.training import checkpoint
 
-TIMINGS = ("seconds", "cpu_seconds", "optimizer_seconds", "tokens_per_second", "items_per_second")
+TIMINGS = (
+    "seconds",
+    "cpu_seconds",
+    "optimizer_seconds",
+    "tokens_per_second",
+    "examples_per_second",
+    "communication_seconds",
+)
 
 
 def metrics(out):
@@ -49,7 +56,10 @@ def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace, preset)
     }
     assert rows[-1]["tokens"] == 30 * 4 * 32
     assert rows[-1]["val_loss"] < 0.7 * rows[0]["train_loss"]
-    assert [path.name for path in checkpoint.found(run)] == ["step_000020", "step_000030"]
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == [
+        "step_000020",
+        "step_000030",
+    ]
     state = checkpoint.load(run).state
     assert state["micro_batch"] == 4 and state["config"]["model"]["n_embd"] == 16
 
@@ -89,17 +99,17 @@ def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatc
     assert (
         train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "whole")[0] == 0
     )
-    real = train.schedule
+    real = train.set_learning_rate
 
-    def interrupted(step, config):  # at step 29, after a checkpoint and one step more
+    def interrupted(optimizers, step, config):  # at step 29, after a checkpoint and one step more
         if step == 29:
             raise KeyboardInterrupt
-        return real(step, config)
+        return real(optimizers, step, config)
 
-    monkeypatch.setattr(train, "schedule", interrupted)
+    monkeypatch.setattr(train, "set_learning_rate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "cut")
-    monkeypatch.setattr(train, "schedule", real)
+    monkeypatch.setattr(train, "set_learning_rate", real)
     assert metrics(workspace / "cut")[-1]["step"] == 29
     code, out, err = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
     assert code == 0, err
@@ -114,12 +124,14 @@ def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatc
 def test_a_signal_saves_and_ends_cleanly(train_tiny, workspace, monkeypatch, number):
     import train
 
-    real = train.schedule
-    monkeypatch.setattr(
-        train,
-        "schedule",
-        lambda step, config: (step == 3 and os.kill(os.getpid(), number), real(step, config))[1],
-    )
+    real = train.set_learning_rate
+
+    def send_signal(optimizers, step, config):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return real(optimizers, step, config)
+
+    monkeypatch.setattr(train, "set_learning_rate", send_signal)
     code, out, _ = train_tiny("v0-tiny", "--steps", 50)
     assert code == 0 and "saved after step 4" in out and "--resume" in out
     assert checkpoint.load(workspace / "runs/v0-tiny").state["step"] == 4
@@ -144,16 +156,17 @@ def test_a_loss_that_is_no_number_stops_the_run(train_tiny, workspace):
 
 
 def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
-    import train
     from nanods import config as ladder
+    from nanods.training import report
+    from nanods.training.language_task import LanguageTask
 
     _, out, _ = train_tiny("v0-tiny", "--steps", 3)
     assert "nothing to compare with" in out
     asked = ladder.PRESETS["v0-tiny"]
     row = {"val_loss": 1.0, "val_bpb": 1.5}
-    monkeypatch.setattr(train, "RESULTS", workspace / "expected.json")
+    monkeypatch.setattr(report, "EXPECTED", workspace / "expected.json")
 
-    class Task(train.LanguageTask):
+    class Task(LanguageTask):
         def __init__(self):
             self.data = type("Data", (), {"sha256": "known"})
 
@@ -164,11 +177,11 @@ def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
     ):
         entry = {"sha256": sha256, "val_bpb": expected, "tolerance": 0.02}
         (workspace / "expected.json").write_text(json.dumps({"v0-tiny/pydocs": entry}))
-        assert train.verdict(asked, Task(), row).endswith(word)
+        assert report.verdict(asked, Task(), row).endswith(word)
     for expected, word in ((1.45, "PASS"), (9.0, "PASS"), (1.3, "FAIL")):
         entry = {"sha256": "another", "val_bpb": expected, "tolerance": 0.02}
         (workspace / "expected.json").write_text(json.dumps({"v0-tiny/pydocs": entry}))
-        assert train.verdict(asked, Task(), row).endswith(word)
+        assert report.verdict(asked, Task(), row).endswith(word)
 
 
 # ---- sample.py ------------------------------------------------------------------------------------------------------------
@@ -270,7 +283,7 @@ def test_a_run_of_another_configuration_is_not_touched(train_tiny, workspace):
 
 def test_resuming_on_a_changed_text_is_refused(train_tiny, workspace):
     assert train_tiny("v0-tiny", "--steps", 2)[0] == 0
-    for path in checkpoint.found(workspace / "runs/v0-tiny")[1:]:
+    for path in checkpoint.list_checkpoints(workspace / "runs/v0-tiny")[1:]:
         shutil.rmtree(path)  # step 0 is left: not finished
     (workspace / "text.txt").write_text("something else entirely. " * 100)
     code, _, err = train_tiny("v0-tiny", "--resume")
@@ -297,7 +310,7 @@ def test_sampling_mistakes(program, args, mend):
 
 def test_an_edited_checkpoint_is_passed_over_or_refused(train_tiny, program, workspace):
     assert train_tiny("v0-tiny", "--steps", 4, "--save-every", 2)[0] == 0
-    first, last = checkpoint.found(workspace / "runs/v0-tiny")
+    first, last = checkpoint.list_checkpoints(workspace / "runs/v0-tiny")
     data = (last / "model.safetensors").read_bytes()
     (last / "model.safetensors").write_bytes(data[:-100])
     code, _, err = program("sample", "v0-tiny", "--max-new-tokens", 5)

@@ -51,17 +51,17 @@ def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace):
         assert (run / f"{name}.png").stat().st_size > 5000
     assert not (run / "experts.png").exists()
     rows = rows_of(run)
-    assert [row["step"] for row in rows] == list(range(1, 31)) and rows[-1]["items"] == 30 * 32
+    assert [row["step"] for row in rows] == list(range(1, 31)) and rows[-1]["examples"] == 30 * 32
     assert rows[0]["ce_loss"] == pytest.approx(np.log(32), abs=0.5)  # chance
     assert rows[-1]["ce_loss"] < 0.8 * np.log(32) and rows[-1]["val_loss"] < 0.8 * np.log(32)
     assert {f"recall1_{direction}" for direction in DIRECTIONS} <= rows[
         -1
-    ].keys() and "items_per_second" in rows[-1]
+    ].keys() and "examples_per_second" in rows[-1]
     assert rows[-1]["val_recall1"] == pytest.approx(
         np.mean([rows[-1][f"recall1_{direction}"] for direction in DIRECTIONS])
     )
     assert rows[-1]["val_recall1"] > 3 / 512  # three times chance
-    assert checkpoint.load(run).state["items"] == 960
+    assert checkpoint.load(run).state["examples"] == 960
 
 
 def test_the_load_is_logged_by_modality(train_tiny, workspace):

@@ -20,7 +20,6 @@ second with what the training takes.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -44,7 +43,7 @@ from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.data.random_bits import random_bits
 from nanods.training import checkpoint
-from nanods.training.contrastive_task import ContrastiveTask, encode
+from nanods.training.contrastive_task import ContrastiveTask, encode_captions
 
 EXPERTS = {"moe.n-expert": 16, "hidden-ratio": 2}
 VARIANTS = {
@@ -107,7 +106,7 @@ def run(args: Args, name: str, seed: int) -> dict:
     told |= {key: value for key, value in last.items() if key.startswith("val_load_")}
     task, model = load_run(out)
     told["parameters"], told["parameters_active"] = model.count_parameters()
-    told["items_per_second"] = median(row["items_per_second"] for row in rows)
+    told["examples_per_second"] = median(row["examples_per_second"] for row in rows)
     told["facts"] = fact_accuracy(task, model)
     told["curve"] = {
         "steps": [r["step"] for r in rows if "val_loss" in r],
@@ -119,7 +118,7 @@ def run(args: Args, name: str, seed: int) -> dict:
 def load_run(out: Path) -> tuple[ContrastiveTask, torch.nn.Module]:
     """A finished run's task and model."""
     saved = checkpoint.load(out)
-    task = ContrastiveTask(from_dict(saved.state["config"]), torch.device("cpu"), nullcontext())
+    task = ContrastiveTask(from_dict(saved.state["config"]), torch.device("cpu"))
     return task, checkpoint.load_model(saved)
 
 
@@ -150,7 +149,7 @@ def fact_accuracy(task: ContrastiveTask, model: torch.nn.Module) -> dict[str, di
             for each in some
         ]
         made, _ = task.embed(
-            model, {"text": encode(captions, task.tokenizer, task.config.model.context_length)}
+            model, {"text": encode_captions(captions, task.tokenizer, task.config.model.context_length)}
         )
         right[fact] = {
             name: accuracy(e, made["text"].split([len(some) for some in choices]), choices, told)
@@ -213,7 +212,7 @@ def main() -> None:
     }
     made, taken = (
         scenes_per_second(),
-        median(one["items_per_second"] for of in runs.values() for one in of),
+        median(one["examples_per_second"] for of in runs.values() for one in of),
     )
     table = {
         "machine": describe_machine(),

@@ -76,7 +76,7 @@ def save(
         shutil.rmtree(shards, ignore_errors=True)
 
     def write_plain_checkpoint() -> None:
-        checkpoint.write(out, step, state, lambda folder: merge(shards, folder))
+        checkpoint.write_checkpoint(out, step, state, lambda folder: merge(shards, folder))
 
     processes.on_main_process(delete_shards)  # of a killed run, perhaps with more processes
     try:

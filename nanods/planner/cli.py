@@ -22,7 +22,7 @@ from nanods.planner import hardware
 from nanods.planner.cost import MESHES, REACHED, SENT, Mesh, expert_share
 from nanods.planner.memory import KINDS, activations, sequences
 from nanods.planner.search import Plan, better, hours, make_job, option, overload, plan, where
-from nanods.training import checkpoint
+from nanods.training.metrics import read_metrics
 
 MEASURED = Path(__file__).parents[2] / "results" / "experts.json"
 
@@ -59,7 +59,7 @@ def read_load(path: Path | None) -> tuple[list[list[int]], str]:
         raise UserError(
             f"--load {path}: there is no metrics.jsonl; name the folder of a run, such as runs/v2-tiny"
         )
-    rows = checkpoint.read_metrics(metrics)
+    rows = read_metrics(metrics)
     for name in ("val_load", "load"):
         if told := [row for row in rows if name in row]:
             return told[-1][name], f"{name} of step {told[-1]['step']}, {metrics}"

@@ -25,8 +25,8 @@ from torch import nn
 from nanods.config import Config
 from nanods.gpt import GPT
 from nanods.multimodal import tokens_per_example
-from nanods.training import checkpoint
-from nanods.training.muon import STACKED, TABLES, fast_bf16
+from nanods.training.muon import STACKED, fast_bf16
+from nanods.training.parameter_groups import optimizer_of
 
 LARGE = (
     32 << 20
@@ -60,12 +60,6 @@ class Counts:
     """In the matrices that Muon orthogonalises at a time, at most."""
 
 
-def meta_model(config: Config) -> nn.Module:
-    """The model without a byte of weights. Raises UserError where it cannot be."""
-    with torch.device("meta"):
-        return checkpoint.build(config)
-
-
 def counts(model: nn.Module) -> Counts:
     named = dict(model.named_parameters())
     blocks = (
@@ -75,7 +69,8 @@ def counts(model: nn.Module) -> Counts:
     )
     total, active = model.count_parameters()
     outside = {name: p for name, p in named.items() if p.ndim < 3}
-    adamw = {name: p for name, p in outside.items() if p.ndim < 2 or name.endswith(TABLES)}
+    kind = optimizer_of(model)
+    adamw = {name: p for name, p in outside.items() if kind[name] == "adamw"}
     uncast = ("embedding.weight", "position_embedding", "gate.weight")
     block = max(sum(p.numel() for p in block.parameters() if p.ndim < 3) for block in blocks)
     muons = {name: p for name, p in named.items() if name not in adamw}
@@ -246,4 +241,4 @@ def optimizer_bytes(
 ) -> float:
     """Bytes of the optimizers' state, where a device holds so many parameters outside and inside the experts, and so many of
     those outside are AdamW's."""
-    return 4 * (outside - adamw) + 8 * adamw + (4 if config.experts == "muon" else 8) * experts
+    return 4 * (outside - adamw) + 8 * adamw + (4 if config.expert_optimizer == "muon" else 8) * experts

@@ -8,17 +8,20 @@ Pinned by tests/planner/test_plan.py: more memory never fits less, more GPUs nev
 
 from dataclasses import dataclass, replace
 
+import torch
+
+from nanods.build import build_meta_model
 from nanods.config import PRESETS, Config
+from nanods.distributed.mesh import Mesh as RunMesh
 from nanods.errors import UserError
 from nanods.gpt import GPT
 from nanods.planner.cost import MESHES, Mesh, memory_per_gpu, possible, sent, step_seconds
-from nanods.planner.hardware import GPUS, Device, device_here, room
+from nanods.planner.hardware import GPUS, Device, device_here, main_memory, room
 from nanods.planner.memory import (
     Counts,
     Setting,
     activations,
     counts,
-    meta_model,
     sequences,
     setting,
 )
@@ -100,7 +103,7 @@ def make_job(config: Config, device: Device, gpus: int, tokens: float | None = N
         raise UserError(
             f"--mfu {rest['mfu']:g}: a share of the peak, above 0 and at most 1; 0.3 to 0.5 is usual"
         )
-    model = meta_model(config)
+    model = build_meta_model(config)
     a_step = config.batch_size * sum(sequences(config).values())
     flops = (
         model.flops_per_token()
@@ -281,7 +284,7 @@ def choose_mesh(config: Config, processes: int) -> tuple[str | None, str]:
     if config.mesh or processes == 1:
         return config.mesh, "as asked"
     kind, memory = device_here()
-    held, how, has = counts(meta_model(config)), setting(config, kind, 1), room(kind, memory) / 1e9
+    held, how, has = counts(build_meta_model(config)), setting(config, kind, 1), room(kind, memory) / 1e9
     copy, part = (
         sum(memory_per_gpu(config, held, Mesh(name, processes), how).values()) / 1e9
         for name in ("dp", "fsdp")
@@ -337,3 +340,28 @@ def where(hardware_names: tuple[str, ...] = SERVING) -> list[dict[str, str]]:
             row[words] = f"{trains} / {served(config, job.counts, job.device, job.gpus):,}"
         rows.append(row)
     return rows
+
+
+# ---- for a run of train.py -------------------------------------------------------------------
+
+
+def step_memory(config: Config, mesh: RunMesh, device_kind: str, micro_batch: int) -> float:
+    """Return the estimated bytes of a training step on each process."""
+    model_counts = counts(build_meta_model(config))
+    planned = Mesh(" x ".join(mesh.axes), mesh.world_size, mesh.ep)
+    setup = setting(config, device_kind, micro_batch)
+    return sum(memory_per_gpu(config, model_counts, planned, setup).values())
+
+
+def largest_micro_batch(config: Config, mesh: RunMesh, device: torch.device) -> int:
+    """Return the largest divisor of a process's batch whose step should take at most 80% of the free memory, at least 1."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = main_memory()
+    local_batch_size = config.batch_size // mesh.batch_shards
+    for micro_batch in range(local_batch_size, 0, -1):
+        divides = local_batch_size % micro_batch == 0
+        if divides and step_memory(config, mesh, device.type, micro_batch) <= 0.8 * free:
+            return micro_batch
+    return 1

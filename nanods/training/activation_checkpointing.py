@@ -1,9 +1,9 @@
-"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): keep what each block reads, compute the rest twice.
+"""Activation checkpointing: keep only each block's input, and compute its activations again in backward.
 
-Backward needs what forward computed. Kept, that is dozens of numbers a token, layer and width; dropped, all but a block's input
-x (B, T, C) is computed again when backward comes to that block. A step then takes a third more arithmetic (forward is one third
-of it), the same numbers, and the room of one block's activations instead of all. Worth it where the micro-batch that fits would
-otherwise be small, or none: `train.py PRESET --plan` says so.
+Backward needs what forward computed. Without checkpointing that is dozens of numbers per token, layer and channel; with it only
+the input x (B, T, C) of each block, and the activations of one block at a time. The gradients are the same. A step takes about a third more
+arithmetic, since forward is a third of it and runs twice. It pays where otherwise only a small micro-batch fits, or none:
+`train.py PRESET --plan` says so. Source: Chen et al. 2016, arXiv:1604.06174.
 
 Pinned by tests/training/test_activation_checkpointing.py: the same gradients bit for bit, and how much less is kept.
 """
@@ -17,7 +17,10 @@ from nanods.gpt import Block
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make every block of the model forget what it computed until its backward; before FSDP shares it out. Names stay."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    """Make every block of the model recompute its activations in backward. Parameter names stay as they are.
+
+    Call it before FSDP shards the model.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)

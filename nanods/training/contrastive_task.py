@@ -1,17 +1,20 @@
-"""What V3 learns: which caption, image and sound belong together.
+"""Contrastive learning: which caption, image and sound belong together (V3). The task protocol is in nanods/training/task.py.
 
-`ContrastiveTask` gives train.py its batches, their gradients (at once, or in pieces by gradient caching: the loss compares the whole
-batch either way) and its evaluation: retrieval among held-out items, in every direction. A data set is an object with `name`,
-`sha256`, `modalities`, `train`, `held_out`, `text()`, `batch(step, size, seed)` and `gallery(size)`, the last two giving items
-with `ids`, `captions`, `images` and `mels` (nanods/data/scenes.py, pairs.py). Batch `step` is a function of (seed, step, size).
+The loss compares every example of the batch with every other, so a batch in micro-batches needs gradient caching
+(nanods/contrastive.py): `micro_batches` embeds all of them without a graph and takes the gradient of the loss at the embeddings;
+`loss` then embeds one micro-batch again, with a graph, and returns a surrogate whose gradient is the same. A batch of one micro-batch takes
+the loss directly.
 
-Shapes: B items of a batch, Q items of the gallery, T tokens of a caption, M width of the space, L layers, E experts.
+Evaluation is retrieval among held-out examples, in every direction. The data set is an ExampleDataset (nanods/data/examples.py).
+
+Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption, M width of the space, L layers, E experts.
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +23,14 @@ from torch import Tensor, nn
 from nanods.config import Config
 from nanods.contrastive import (
     all_pairs_loss,
-    cached_gradients,
     chance_loss,
+    embedding_gradients,
     gather_with_gradient,
     local_rows,
     median_rank,
     recall_at_k,
-    unpack_encoded,
+    split_batch,
+    surrogate_loss,
 )
 from nanods.data.caption_dataset import load_caption_dataset
 from nanods.data.scenes import SceneData
@@ -34,191 +38,248 @@ from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
 from nanods.moe import entropy_loss
 from nanods.multimodal import MODALITIES, Multimodal
-from nanods.training.language_task import Scale, accumulate_metrics, load_metrics
-from nanods.training.pictures import draw_multimodal
+from nanods.training.metrics import load_metrics
+from nanods.training.pictures import draw_multimodal_run
 
-GALLERY = 512  # held-out items among which each is to be found
-PIECE = 64  # items embedded at a time where no gradient is needed
+MAX_GALLERY = 512  # held-out examples among which each is to be found
+EMBED_CHUNK = 64  # examples embedded at a time where no gradient is needed
+
+
+class Batch(NamedTuple):
+    inputs: dict[str, Tensor]
+    """What the model reads, by modality; each (B, ...)."""
+    ids: Tensor
+    """(B,): examples with the same id are not negatives of each other."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    inputs: dict[str, Tensor]  # by modality; each (b, ...)
+    ids: Tensor  # (b,)
+    count: int
+    """Micro-batches in the batch that this one is a part of."""
+    cached: "CachedGradients | None" = None
+    """Where the batch has several micro-batches: the gradient of its loss at this one's embeddings."""
+
+
+@dataclass(frozen=True)
+class CachedGradients:
+    embeddings: dict[str, Tensor]
+    """By modality: the gradient at this micro-batch's embeddings, (b, M)."""
+    scale: Tensor | None
+    """The gradient at the scale (1 / temperature); on the first micro-batch alone, since the batch has one scale."""
+    metrics: dict[str, Tensor]
+    """Those of the whole batch's contrastive loss."""
 
 
 class ContrastiveTask:
-    unit, figure, better = (
-        "items",
-        "val_recall1",
-        "higher",
-    )  # what is counted; what a run is judged by
+    unit = "examples"
+    headline_metric = "val_recall1"
+    higher_is_better = True
 
-    def __init__(
-        self, config: Config, device: torch.device, autocast: AbstractContextManager, data=None
-    ) -> None:
-        """`data`: where it is not the one that the configuration names. Raises UserError if it lacks a modality."""
-        self.config, self.device, self.autocast, c = config, device, autocast, config.multimodal
+    def __init__(self, config: Config, device: torch.device, data=None) -> None:
+        """`data` replaces the data set that the configuration names. Raises UserError if it lacks a modality."""
+        self.config, self.device = config, device
         self.data = data or load_dataset(config)
-        if missing := [name for name in c.modalities if name not in self.data.modalities]:
+        modalities = config.multimodal.modalities
+        missing = [name for name in modalities if name not in self.data.modalities]
+        if missing:
             raise UserError(
                 f"--data {config.data} has no {' and no '.join(missing)}: choose other data, or "
                 f"--multimodal.modalities {' '.join(self.data.modalities)}"
             )
         if config.batch_size > len(self.data.train):
             raise UserError(
-                f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} items; take fewer at a time"
+                f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training examples; "
+                "choose a smaller batch"
             )
-        self.tokenizer = tokenizer_for(
-            self.data.text() if config.model.vocab_size > 256 else "", config.model.vocab_size
+        vocab_size = config.model.vocab_size
+        self.tokenizer = tokenizer_for(self.data.text() if vocab_size > 256 else "", vocab_size)
+        self.pair_weights = config.multimodal.pair_weights()
+        self.units_per_step = config.batch_size
+        self.gallery = self.data.gallery(min(MAX_GALLERY, len(self.data.held_out)))
+
+    # ---- batches and loss --------------------------------------------------------------------
+
+    def inputs(self, examples) -> dict[str, Tensor]:
+        """Return what the model reads of examples, by modality, on the device."""
+        inputs = model_inputs(examples, self.config, self.tokenizer)
+        return {name: x.to(self.device) for name, x in inputs.items()}
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Return the examples of a step's batch, or the `rows` of them."""
+        examples = self.data.batch(step, self.config.batch_size, self.config.seed, rows)
+        ids = torch.tensor(examples.ids, device=self.device)
+        return Batch(self.inputs(examples), ids)
+
+    def micro_batches(self, model: nn.Module, batch: Batch, size: int) -> list[MicroBatch]:
+        """Split a batch into micro-batches of `size`; where there are several, cache the gradients at the embeddings."""
+        if len(batch.ids) <= size:
+            return [MicroBatch(batch.inputs, batch.ids, count=1)]
+        parts, ids = split_batch(batch.inputs, size), batch.ids.split(size)
+        with torch.no_grad():
+            embedded = [model(part)[0] for part in parts]
+        embeddings = {name: torch.cat([part[name] for part in embedded]) for name in parts[0]}
+        metrics: dict[str, Tensor] = {}
+
+        def loss_of_batch(embeddings: dict[str, Tensor], scale: Tensor) -> Tensor:
+            loss, loss_metrics = self.contrastive_loss(embeddings, scale, batch.ids)
+            metrics.update(loss_metrics)
+            return loss
+
+        _, gradients, scale_gradient = embedding_gradients(
+            loss_of_batch, embeddings, model.temperature().detach()
         )
-        self.pairs, self.units = c.pair_weights(), config.batch_size  # of a step
-        self.gallery = self.data.gallery(min(GALLERY, len(self.data.held_out)))
+        micro_batches = []
+        for i, gradient in enumerate(split_batch(gradients, size)):
+            cached = CachedGradients(gradient, scale_gradient if i == 0 else None, metrics)
+            micro_batches.append(MicroBatch(parts[i], ids[i], len(parts), cached))
+        return micro_batches
 
-    def __str__(self) -> str:
-        data = self.data
-        return f"{data.name}: {len(data.train):,} + {len(data.held_out):,} things, sha256 {data.sha256[:12]}"
+    def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the micro-batch's share of the batch's loss, in nats, and its metrics.
 
-    def inputs(self, items) -> dict[str, Tensor]:
-        """What the model reads of items, by modality."""
-        return {
-            name: x.to(self.device)
-            for name, x in model_inputs(items, self.config, self.tokenizer).items()
-        }
-
-    def batch(self, step: int, rows: slice = slice(None)) -> tuple[dict[str, Tensor], Tensor]:
-        """The inputs of a step's items, or of these rows of them, and their ids (B,)."""
-        items = self.data.batch(step, self.config.batch_size, self.config.seed, rows)
-        return self.inputs(items), torch.tensor(items.ids, device=self.device)
-
-    def gradients(
-        self, model: nn.Module, batch: tuple, micro_batch: int, scale: Scale
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Add the gradient of the loss of the whole batch, this process's rows of it -> that loss, in nats, and its parts.
-
-        `ce_loss` is the contrastive loss, the mean of the pairs' (`loss_text_image`, ...); by chance it is ln B. The experts'
-        losses have the micro-batch as their unit, so their mean depends on its size; loads are sums.
+        `ce_loss` is the contrastive loss of the whole batch, the mean over the pairs of modalities (`loss_text_image`, ...); an
+        untrained model has ln B. With experts there are also their losses, means over one micro-batch, so their value depends on its size,
+        and the load of each modality.
         """
-        (inputs, ids), parts, total = batch, {}, 0.0
-        pieces = -(-len(ids) // micro_batch)
-
-        def encode_piece(piece: dict[str, Tensor]):
-            nonlocal total
-            with self.autocast:
-                embeddings, stats = model(piece)
-            if self.config.model.moe.n_expert == 1:
-                return embeddings
-            own, told = moe_losses(stats, self.config)
-            if torch.is_grad_enabled():
-                total += own.item() / pieces
-                accumulate_metrics(parts, told, pieces)
-            return embeddings, scale(own)
-
-        def loss(embeddings: dict[str, Tensor], temperature_scale: Tensor) -> Tensor:
-            nonlocal total
-            everyones = {name: gather_with_gradient(e) for name, e in embeddings.items()}
-            rows = local_rows(
-                len(ids)
-            )  # these alone are counted, among all: the mean over the processes is the whole
-            value, by_pair = all_pairs_loss(
-                everyones, temperature_scale, self.pairs, gather_with_gradient(ids), rows
-            )
-            parts.update({f"loss_{pair.replace('-', '_')}": one for pair, one in by_pair.items()})
-            parts.update(ce_loss=value.detach(), temperature=1 / temperature_scale.detach())
-            total += value.item()
-            return scale(value)
-
-        if pieces == 1:
-            embeddings, own = unpack_encoded(encode_piece(inputs))
-            (loss(embeddings, model.temperature()) + (0 if own is None else own)).backward()
+        embeddings, stats = model(micro_batch.inputs)
+        scale, cached = model.temperature(), micro_batch.cached
+        if cached is None:
+            loss, metrics = self.contrastive_loss(embeddings, scale, micro_batch.ids)
         else:
-            cached_gradients(encode_piece, inputs, loss, micro_batch, model.temperature())
-        return total, parts
+            loss, metrics = surrogate_loss(embeddings, cached.embeddings), cached.metrics
+            if cached.scale is not None:
+                loss = loss + scale * cached.scale
+        train_loss = metrics["ce_loss"]
+        if self.config.model.moe.n_expert > 1:
+            moe_loss, moe_metrics = moe_losses(stats, self.config)
+            loss = loss + moe_loss / micro_batch.count
+            train_loss = train_loss + moe_loss.detach()
+            metrics = metrics | moe_metrics
+        return loss, {"train_loss": train_loss} | metrics
+
+    def contrastive_loss(
+        self, embeddings: dict[str, Tensor], scale: Tensor, ids: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of this process's examples against those of all processes, and its metrics.
+
+        embeddings: (B, M) by modality; ids (B,).
+        """
+        gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}
+        all_ids, rows = gather_with_gradient(ids), local_rows(len(ids))
+        loss, by_pair = all_pairs_loss(gathered, scale, self.pair_weights, all_ids, rows)
+        metrics = {"ce_loss": loss.detach(), "temperature": 1 / scale.detach()}
+        for pair, pair_loss in by_pair.items():
+            metrics[f"loss_{pair.replace('-', '_')}"] = pair_loss
+        return loss, metrics
+
+    # ---- evaluation --------------------------------------------------------------------------
 
     def embed(
         self, model: nn.Module, inputs: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inputs of Q items -> embeddings (Q, M) and, where there are experts, their load (L, E), by modality. In eval mode."""
+        """Return the embeddings (Q, M) of inputs and, with experts, their load (L, E), by modality. In eval mode."""
         was_training = model.training
-        with self.autocast:
-            made = embed(model.eval(), inputs)
+        embeddings, load = embed(model.eval(), inputs)
         model.train(was_training)
-        return made
+        return embeddings, load
 
     def evaluate(self, model: nn.Module) -> dict:
-        """Retrieval among the gallery's held-out items, each direction by itself.
+        """Return how well each held-out example of the gallery finds its partner, for each direction A -> B.
 
-        val_loss is the contrastive loss alone, of the gallery in batches of the training's size, in nats; recall1_A_B the
-        share of the items of A that find their own in B first, recall5_A_B among the first five; median_rank_A_B; val_recall1
-        the mean of the recall1. With experts also the load: val_load (L, E), its figures, and val_load_MODALITY.
+        val_loss          the contrastive loss alone, in nats, of the gallery in batches of the training's size
+        recall1_A_B       the share of A's examples whose partner in B ranks first; recall5_A_B among the first five
+        median_rank_A_B   the median rank of the partner
+        val_recall1       the mean of all recall1_A_B
+        val_load, ...     with experts: the load (L, E) and its metrics, and val_load_MODALITY
         """
         embeddings, load = self.embed(model, self.inputs(self.gallery))
         ids = torch.tensor(self.gallery.ids, device=self.device)
-        size = min(len(ids), self.config.batch_size)
-        losses = [
-            all_pairs_loss(
-                {n: e[i : i + size] for n, e in embeddings.items()},
-                logit_scale(model),
-                self.pairs,
-                ids[i : i + size],
-            )
-            for i in range(0, len(ids) - size + 1, size)
-        ]
-        row = {"val_loss": float(np.mean([loss.item() for loss, _ in losses]))}
+        metrics = {"val_loss": self.gallery_loss(embeddings, ids, logit_scale(model))}
         recalls = {}
         for a, b in permutations(embeddings, 2):
-            pair = embeddings[a], embeddings[b]
-            recalls[f"recall1_{a}_{b}"] = recall_at_k(*pair, 1, ids)
-            row[f"recall5_{a}_{b}"] = recall_at_k(*pair, 5, ids)
-            row[f"median_rank_{a}_{b}"] = median_rank(*pair, ids)
-        row |= {"val_recall1": float(np.mean(list(recalls.values())))} | recalls
+            queries, targets = embeddings[a], embeddings[b]
+            recalls[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, ids)
+            metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, ids)
+            metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, ids)
+        metrics |= {"val_recall1": float(np.mean(list(recalls.values())))} | recalls
         if load:
-            row |= {f"val_load_{name}": one.tolist() for name, one in load.items()}
-            row |= {
-                f"val_{name}": value
-                for name, value in load_metrics(joined(load.values(), self.config)).items()
-            }
-        return row
+            metrics |= {f"val_load_{name}": counts.tolist() for name, counts in load.items()}
+            total = combine_loads(load.values(), self.config)
+            metrics |= {f"val_{name}": value for name, value in load_metrics(total).items()}
+        return metrics
 
-    # ---- in words and pictures -----------------------------------------------------------------------------------------------
+    def gallery_loss(self, embeddings: dict[str, Tensor], ids: Tensor, scale: float) -> float:
+        """Return the mean contrastive loss of the gallery's batches, without a last one that is not full."""
+        size = min(len(ids), self.config.batch_size)
+        losses = []
+        for start in range(0, len(ids) - size + 1, size):
+            rows = slice(start, start + size)
+            batch = {name: e[rows] for name, e in embeddings.items()}
+            loss, _ = all_pairs_loss(batch, scale, self.pair_weights, ids[rows])
+            losses.append(loss.item())
+        return float(np.mean(losses))
 
-    def work(self, model: Multimodal) -> str:
-        return f"{model.flops_per_example() / 1e6:.0f} MFLOP per item ({sum(model.tokens_per_example().values())} tokens at most)"
+    # ---- words and pictures ------------------------------------------------------------------
 
-    def size(self) -> str:
-        return f"{self.units} items, whose loss is ln {self.units} = {chance_loss(self.units):.2f} by chance"
+    def describe_data(self) -> str:
+        data = self.data
+        return (
+            f"{data.name}: {len(data.train):,} training + {len(data.held_out):,} held-out examples, "
+            f"sha256 {data.sha256[:12]}"
+        )
 
-    def got(self, row: dict) -> str:
-        directions = {
-            name[8:].replace("_", "->"): value
-            for name, value in row.items()
-            if name.startswith("recall1_")
-        }
-        each = ", ".join(f"{name} {value:.3f}" for name, value in directions.items())
-        return f"recall@1 {row['val_recall1']:.4f} among {len(self.gallery.ids)} held-out items ({each})"
+    def describe_step(self) -> str:
+        B = self.units_per_step
+        return f"{B} examples, where an untrained model's loss is ln {B} = {chance_loss(B):.2f}"
+
+    def describe_flops(self, model: Multimodal) -> str:
+        tokens = sum(model.tokens_per_example().values())
+        return f"{model.flops_per_example() / 1e6:.0f} MFLOP per example ({tokens} tokens at most)"
+
+    def describe_validation(self, metrics: dict) -> str:
+        each = []
+        for name, value in metrics.items():
+            if name.startswith("recall1_"):
+                each.append(f"{name.removeprefix('recall1_').replace('_', '->')} {value:.3f}")
+        examples = len(self.gallery.ids)
+        return (
+            f"recall@1 {metrics['val_recall1']:.4f} among {examples} held-out examples "
+            f"({', '.join(each)})"
+        )
 
     def draw(self, model: Multimodal, rows: list[dict]) -> list[Path]:
+        """Draw loss, recall, similarities, neighbours and a map of the space."""
         embeddings, _ = self.embed(model, self.inputs(self.gallery))
-        found = {name: e.double().cpu().numpy() for name, e in embeddings.items()}
-        return draw_multimodal(self.config, found, self.gallery, logit_scale(model), rows)
+        arrays = {name: e.double().cpu().numpy() for name, e in embeddings.items()}
+        return draw_multimodal_run(self.config, arrays, self.gallery, logit_scale(model), rows)
 
-    def show(self, model: Multimodal) -> str:
-        """What a few held-out captions find, and how to ask."""
+    def show_examples(self, model: Multimodal) -> str:
+        """Return what a few held-out captions find, and the command for a query."""
+        modalities, run_dir = self.config.multimodal.modalities, self.config.run_dir
+        others = [name for name in modalities if name != "text"]
+        if "text" not in modalities:
+            return f"next       python sample.py {run_dir} --{others[0]} FILE"
+        lines = []
         skipped = getattr(self.data, "skipped", 0)
-        others = [name for name in self.config.multimodal.modalities if name != "text"]
-        query = f"python sample.py {self.config.run_dir} --query '{self.gallery.captions[0]}'"
-        if len(others) == len(self.config.multimodal.modalities):
-            return f"next       python sample.py {self.config.run_dir} --{others[0]} FILE"
+        if skipped:
+            were = "file was" if skipped == 1 else "files were"
+            lines.append(f"data       {skipped} corrupt {were} skipped")
         embeddings, _ = self.embed(model, self.inputs(self.gallery))
-        lines = (
-            [f"data       {skipped} corrupt file{' was' if skipped == 1 else 's were'} skipped"]
-            if skipped
-            else []
-        )
-        for i in range(min(3, len(self.gallery.captions))):
-            best = int((embeddings[others[0]] @ embeddings["text"][i]).argmax())
-            lines.append(
-                f"asked      {self.gallery.captions[i]}\n{others[0]:<10} of: {self.gallery.captions[best]}"
-            )
+        captions, targets = self.gallery.captions, embeddings[others[0]]
+        for i in range(min(3, len(captions))):
+            best = int((targets @ embeddings["text"][i]).argmax())
+            lines.append(f"query      {captions[i]}\n{others[0]:<10} of: {captions[best]}")
+        query = f"python sample.py {run_dir} --query '{captions[0]}'"
         return "\n".join([*lines, "", f"next       {query}"])
 
 
+# ---- data sets and inputs --------------------------------------------------------------------
+
+
 def load_dataset(config: Config):
-    """The data set of items that the configuration names. Raises UserError for one that cannot be read."""
+    """Return the data set of examples that the configuration names. Raises UserError if it cannot be read."""
     if config.data == "scenes":
         return SceneData(config.multimodal.hard_batches)
     return load_caption_dataset(
@@ -226,97 +287,101 @@ def load_dataset(config: Config):
     )
 
 
-def model_inputs(items, config: Config, tokenizer) -> dict[str, Tensor]:
-    """What a model reads of items, by modality; on the CPU."""
-    read = {
-        name: getattr(items, MODALITIES[name].input_field) for name in config.multimodal.modalities
-    }
-    most = config.model.context_length
-    return {
-        name: encode(x, tokenizer, most) if isinstance(x, list) else torch.from_numpy(x)
-        for name, x in read.items()
-    }
+def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
+    """Return what a model reads of examples, by modality, on the CPU."""
+    inputs = {}
+    for name in config.multimodal.modalities:
+        x = getattr(examples, MODALITIES[name].input_field)
+        if isinstance(x, list):
+            inputs[name] = encode_captions(x, tokenizer, config.model.context_length)
+        else:
+            inputs[name] = torch.from_numpy(x)
+    return inputs
+
+
+def encode_captions(captions: list[str], tokenizer, max_tokens: int) -> Tensor:
+    """Return captions as token ids (B, T), int64, padded with -1. T is the length of the longest; all are cut at `max_tokens`."""
+    encoded = [tokenizer.encode(caption)[:max_tokens] for caption in captions]
+    tokens = np.full((len(encoded), max(map(len, encoded))), -1, np.int64)
+    for row, ids in zip(tokens, encoded, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(tokens)
 
 
 @torch.no_grad()
 def embed(
     model: nn.Module, inputs: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """ContrastiveTask.embed, in the model's own mode and precision."""
-    made, load = {}, {}
-    for start in range(0, len(next(iter(inputs.values()))), PIECE):
-        embeddings, stats = model({name: x[start : start + PIECE] for name, x in inputs.items()})
+    """Return embeddings (Q, M) and, with experts, their load (L, E), by modality; a chunk at a time, in the model's own mode."""
+    chunks, load = {name: [] for name in inputs}, {}
+    examples = len(next(iter(inputs.values())))
+    for start in range(0, examples, EMBED_CHUNK):
+        chunk = {name: x[start : start + EMBED_CHUNK] for name, x in inputs.items()}
+        embeddings, stats = model(chunk)
         for name, e in embeddings.items():
-            made.setdefault(name, []).append(e)
+            chunks[name].append(e)
             if "load" in stats[name][0]:
-                load[name] = load.get(name, 0) + torch.stack(
-                    [layer["load"] for layer in stats[name]]
-                )
-    return {name: torch.cat(parts) for name, parts in made.items()}, load
-
-
-def encode(captions: list[str], tokenizer, most: int) -> Tensor:
-    """Captions -> token ids (B, T), int64, -1 where one has ended. T is the longest one's length; all are cut at `most`."""
-    rows = [tokenizer.encode(caption)[:most] for caption in captions]
-    tokens = np.full((len(rows), max(map(len, rows))), -1, np.int64)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    return torch.from_numpy(tokens)
+                counts = torch.stack([layer["load"] for layer in stats[name]])
+                load[name] = load.get(name, 0) + counts
+    return {name: torch.cat(parts) for name, parts in chunks.items()}, load
 
 
 @torch.no_grad()
 def logit_scale(model: nn.Module) -> float:
+    """Return the model's scale, 1 / temperature, as a number."""
     return model.temperature().item()
 
 
-def joined(loads: Iterable[Tensor], config: Config) -> Tensor:
-    """The loads (L, E) of the modalities: added up where they share a trunk, else one trunk's after the other's."""
+# ---- losses of experts that several modalities share -----------------------------------------
+
+
+def combine_loads(loads: Iterable[Tensor], config: Config) -> Tensor:
+    """Return the loads (L, E) of the modalities as one: their sum where they share a trunk, else one trunk's layers after the other's."""
     loads = list(loads)
-    return torch.stack(loads).sum(dim=0) if config.multimodal.shared else torch.cat(loads)
+    if config.multimodal.shared:
+        return torch.stack(loads).sum(dim=0)
+    return torch.cat(loads)
 
 
 def moe_losses(
     stats: dict[str, list[dict[str, Tensor]]], config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each modality's layers' stats -> the experts' losses, weighed and added up, and their parts.
+    """Return the weighted sum of the experts' losses, and their metrics, from each modality's stats of each layer.
 
-    The balance is that of all tokens together where modalities share experts (of each modality, where they do not): an expert
-    may serve one alone. `entropy_loss` is LIMoE's, for each modality, a mean over them and the layers.
+    Where modalities share experts, the load-balancing loss counts all their tokens together: an expert may then serve one
+    modality alone. Where they do not, it is taken per modality. `entropy_loss` is LIMoE's, per modality; all are means
+    over the layers.
     """
-    moe, c, E = config.model.moe, config.multimodal, config.model.moe.n_expert
-    groups = [list(stats)] if c.shared else [[name] for name in stats]
-    parts = {name: [] for name in ("balance_loss", "z_loss", "entropy_loss", "dropped")}
+    moe, multimodal, E = config.model.moe, config.multimodal, config.model.moe.n_expert
+    groups = [list(stats)] if multimodal.shared else [[name] for name in stats]
+    values = {name: [] for name in ("balance_loss", "z_loss", "entropy_loss", "dropped")}
     for group in groups:
-        for layers in zip(
-            *(stats[name] for name in group), strict=True
-        ):  # a layer, as each modality went through it
-            load = torch.stack([told["load"] for told in layers]).double()  # (modalities, E)
-            share = (load.sum(dim=1, keepdim=True) / load.sum()).to(
-                layers[0]["z_loss"].dtype
-            )  # of the tokens
-            importance = sum(
-                part * told["importance"] for part, told in zip(share, layers, strict=True)
-            )
-            parts["balance_loss"].append(
-                E * ((load.sum(dim=0) / load.sum()).to(importance.dtype) * importance).sum()
-            )
+        # One layer at a time, as each modality of the group went through it.
+        for layers in zip(*(stats[name] for name in group), strict=True):
+            load = torch.stack([layer["load"] for layer in layers]).double()  # (modalities, E)
+            token_share = load.sum(dim=1, keepdim=True) / load.sum()
+            token_share = token_share.to(layers[0]["z_loss"].dtype)  # (modalities, 1)
+            by_modality = list(zip(token_share, layers, strict=True))
+            importance = sum(share * layer["importance"] for share, layer in by_modality)
+            load_share = (load.sum(dim=0) / load.sum()).to(importance.dtype)
+            values["balance_loss"].append(E * (load_share * importance).sum())
             for name in ("z_loss", "dropped"):
-                parts[name].append(
-                    sum(part[0] * told[name] for part, told in zip(share, layers, strict=True))
+                values[name].append(sum(share[0] * layer[name] for share, layer in by_modality))
+            for layer in layers:
+                values["entropy_loss"].append(
+                    entropy_loss(
+                        layer["token_entropy"], layer["importance"], multimodal.min_experts
+                    )
                 )
-            parts["entropy_loss"] += [
-                entropy_loss(told["token_entropy"], told["importance"], c.min_experts)
-                for told in layers
-            ]
-    mean = {name: torch.stack(values).mean() for name, values in parts.items()}
-    weights = {
-        "balance_loss": moe.balance_coefficient,
-        "z_loss": moe.z_coefficient,
-        "entropy_loss": c.entropy_coefficient,
+    means = {name: torch.stack(layers).mean() for name, layers in values.items()}
+    total = (
+        moe.balance_coefficient * means["balance_loss"]
+        + moe.z_coefficient * means["z_loss"]
+        + multimodal.entropy_coefficient * means["entropy_loss"]
+    )
+    loads = {
+        name: torch.stack([layer["load"] for layer in layers]) for name, layers in stats.items()
     }
-    loads = {name: torch.stack([told["load"] for told in layers]) for name, layers in stats.items()}
-    told = {f"load_{name}": load for name, load in loads.items()} | {
-        "load": joined(loads.values(), config)
-    }
-    total = sum(weight * mean[name] for name, weight in weights.items())
-    return total, {name: value.detach() for name, value in mean.items()} | told
+    metrics = {name: value.detach() for name, value in means.items()}
+    metrics |= {f"load_{name}": load for name, load in loads.items()}
+    return total, metrics | {"load": combine_loads(loads.values(), config)}

@@ -1,13 +1,13 @@
-"""What is learnt: a task gives the training loop its data, its batches, their gradients and its evaluation.
+"""Language modelling: predict each next token of a text (V0 to V2). The task protocol is in nanods/training/task.py.
 
-`LanguageTask` predicts each next token of a text. (V3's task is nanods/training/contrastive_task.py.) Batch `step` is a function
-of (seed, step) alone, so the position in the data is the step number, and a resumed run reads what the undisturbed one would
-have read.
+The batch of a step is a function of (seed, step) alone. So the step number is the position in the data, and a resumed run
+reads what an uninterrupted one would have read.
+
+Shapes: B windows of a batch, T tokens of context, V vocabulary, L layers, E experts.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,182 +19,154 @@ from nanods.config import Config
 from nanods.data.shards import Tokens, window_starts
 from nanods.data.text import TextData, load_text
 from nanods.gpt import GPT
-from nanods.training.pictures import draw
+from nanods.training.metrics import load_metrics, stack_loads
+from nanods.training.pictures import draw_language_run
 
-Scale = Callable[[Tensor], Tensor]  # of a loss before backward(), for fp16
+EVAL_BATCH = 32  # windows that are evaluated at a time
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    windows: Tensor  # (b, T + 1)
+    count: int
+    """Micro-batches in the batch that this one is a part of."""
 
 
 class LanguageTask:
-    unit, figure, better = "tokens", "val_bpb", "lower"  # what is counted; what a run is judged by
+    unit = "tokens"
+    headline_metric = "val_bpb"
+    higher_is_better = False
 
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        autocast: AbstractContextManager,
-        data: TextData | None = None,
-    ):
-        """`data`: where it is not the one that the configuration names. Raises UserError if that cannot be learnt from."""
-        self.config, self.device, self.autocast, self.T = (
-            config,
-            device,
-            autocast,
-            config.model.context_length,
-        )
+    def __init__(self, config: Config, device: torch.device, data: TextData | None = None) -> None:
+        """`data` replaces the data set that the configuration names. Raises UserError if the text is too short."""
+        self.config, self.device, self.T = config, device, config.model.context_length
         self.data = data or load_text(config.data, config.model.vocab_size)
         self.data.require(self.T)
         self.tokenizer = self.data.tokenizer
-        self.units = config.batch_size * self.T  # of a step
+        self.units_per_step = config.batch_size * self.T
 
-    def __str__(self) -> str:
-        data = self.data
-        return f"{data.name}: {len(data.train):,} + {len(data.val):,} tokens, sha256 {data.sha256[:12]}"
+    # ---- batches and loss --------------------------------------------------------------------
 
     def batch(self, step: int, rows: slice = slice(None)) -> Tensor:
-        """Windows of T + 1 tokens of the training text: (batch_size, T + 1), or these rows of them."""
-        text = [self.data.train[start : start + self.T + 1] for start in self.starts(step)[rows]]
+        """Return windows of the training text, (batch_size, T + 1), or the `rows` of them."""
+        starts = self.window_starts(step)[rows]
+        text = [self.data.train[start : start + self.T + 1] for start in starts]
         return torch.from_numpy(np.stack(text).astype(np.int64)).to(self.device)
 
-    def starts(self, step: int) -> np.ndarray:
-        """Where the windows of a batch begin: (batch_size,). Of shards each window once an epoch, else at random places."""
+    def window_starts(self, step: int) -> np.ndarray:
+        """Return where the windows of a batch begin, (batch_size,).
+
+        Token shards are read window by window, each once an epoch; a text in memory at random positions.
+        """
         config, total = self.config, len(self.data.train)
         if isinstance(self.data.train, Tokens):
             return window_starts(step, config.batch_size, total, self.T, config.seed)
-        return np.random.default_rng([config.seed, step]).integers(
-            0, total - self.T, size=config.batch_size
-        )
+        random = np.random.default_rng([config.seed, step])
+        return random.integers(0, total - self.T, size=config.batch_size)
 
-    def gradients(
-        self, model: nn.Module, windows: Tensor, micro_batch: int, scale: Scale
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Accumulate the gradient of the mean loss over the batch, micro-batch by micro-batch -> that loss, and its parts.
+    def micro_batches(self, model: nn.Module, batch: Tensor, size: int) -> list[MicroBatch]:
+        """Split windows (B, T + 1) into micro-batches of `size`."""
+        parts = batch.split(size)
+        return [MicroBatch(part, len(parts)) for part in parts]
 
-        The experts' losses have the micro-batch as their unit, so their mean depends on its size; the load is a sum.
+    def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the micro-batch's share of the batch's mean loss, in nats, and its metrics.
+
+        `ce_loss` is the mean cross-entropy of each next token. With experts there are also `balance_loss` and `z_loss`, means
+        over the layers before their weights, the share of `dropped` assignments, and the `load` (L, E). The experts' losses are means over
+        one micro-batch, so their value depends on its size.
         """
-        total, parts, batches = 0.0, {}, windows.split(micro_batch)
-        for batch in batches:
-            with self.autocast:
-                loss, told = self.loss(model, batch)
-            scale(loss / len(batches)).backward()
-            total += loss.item() / len(batches)
-            accumulate_metrics(parts, told, len(batches))
-        return total, parts
-
-    def loss(self, model: nn.Module, windows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """windows (B, T + 1) -> what is minimised (), in nats, and its parts.
-
-        `ce_loss` is the mean cross-entropy of each next token. With experts also `balance_loss` and `z_loss`, means over the
-        layers and not yet weighed, `dropped`, and each layer's `load` (L, E).
-        """
+        windows = micro_batch.windows
         logits, layers = model(windows[:, :-1])
         loss = cross_entropy(logits, windows[:, 1:])
-        parts = {"ce_loss": loss.detach()}
+        metrics = {"ce_loss": loss.detach()}
         load = stack_loads(layers)
         if load is not None:
-            moe, mean = self.config.model.moe, {}
-            for name in ("balance_loss", "z_loss", "dropped"):
-                mean[name] = torch.stack([stats[name] for stats in layers]).mean()
-            loss = (
-                loss
-                + moe.balance_coefficient * mean["balance_loss"]
-                + moe.z_coefficient * mean["z_loss"]
-            )
-            parts |= {name: value.detach() for name, value in mean.items()} | {"load": load}
-        return loss, parts
+            moe = self.config.model.moe
+            means = {
+                name: torch.stack([stats[name] for stats in layers]).mean()
+                for name in ("balance_loss", "z_loss", "dropped")
+            }
+            loss = loss + moe.balance_coefficient * means["balance_loss"]
+            loss = loss + moe.z_coefficient * means["z_loss"]
+            metrics |= {name: value.detach() for name, value in means.items()} | {"load": load}
+        return loss / micro_batch.count, {"train_loss": loss.detach()} | metrics
+
+    # ---- evaluation --------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict:
-        """Pure cross-entropy over the whole validation text, in windows of T that do not overlap (the last may be short).
+        """Return the cross-entropy over the whole validation text, in windows of T that do not overlap (the last may be
+        shorter). The model runs in eval mode, so no expert drops a token.
 
-        val_loss in nats per token; val_bpb in bits per byte of the text, which compares across tokenisers. With experts also
-        the load of the whole text, `val_load` (L, E), and its figures. Nothing is dropped: the model is in eval mode.
+        `val_loss` is in nats per token; `val_bpb` in bits per byte of the text, which compares across tokenizers. With experts
+        also `val_load` (L, E) over the whole text and its metrics.
         """
+        was_training = model.training
+        model.eval()
+        total_loss, load = 0.0, 0
+        for inputs, targets in self.validation_batches():
+            logits, layers = model(inputs.to(self.device))
+            mean_loss = cross_entropy(logits, targets.to(self.device)).item()
+            total_loss += mean_loss * targets.numel()
+            batch_load = stack_loads(layers)
+            if batch_load is not None:
+                load = load + batch_load
+        model.train(was_training)
+        tokens = len(self.data.val)
+        val_loss = total_loss / (tokens - 1)
+        bits_per_token = val_loss / math.log(2)
+        metrics = {"val_loss": val_loss, "val_bpb": bits_per_token * tokens / self.data.val_bytes}
+        if torch.is_tensor(load):
+            metrics |= {f"val_{name}": value for name, value in load_metrics(load).items()}
+        return metrics
+
+    def validation_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the validation text as inputs and targets, each (up to EVAL_BATCH, T); the last pair may be shorter."""
         tokens = torch.from_numpy(self.data.val.astype(np.int64))
         inputs, targets = tokens[:-1].split(self.T), tokens[1:].split(self.T)
-        whole = len(inputs) - (len(inputs[-1]) < self.T)
-        batches = list(range(0, whole, 32))
-        pairs = [
-            (
-                torch.stack(inputs[i : i + 32][: whole - i]),
-                torch.stack(targets[i : i + 32][: whole - i]),
-            )
-            for i in batches
-        ]
-        if whole < len(inputs):
-            pairs.append((inputs[-1][None], targets[-1][None]))
-        total, load, was_training = 0.0, 0, model.training
-        model.eval()
-        for x, y in pairs:
-            with self.autocast:
-                logits, layers = model(x.to(self.device))
-            total += cross_entropy(logits, y.to(self.device)).item() * y.numel()
-            if (more := stack_loads(layers)) is not None:
-                load = load + more
-        model.train(was_training)
-        predicted = len(tokens) - 1
-        val_loss = total / predicted
-        row = {
-            "val_loss": val_loss,
-            "val_bpb": val_loss / math.log(2) * len(tokens) / self.data.val_bytes,
-        }
-        if torch.is_tensor(load):
-            row |= {f"val_{name}": value for name, value in load_metrics(load).items()}
-        return row
+        full = len(inputs) - (len(inputs[-1]) < self.T)
+        batches = []
+        for start in range(0, full, EVAL_BATCH):
+            rows = slice(start, min(start + EVAL_BATCH, full))
+            batches.append((torch.stack(inputs[rows]), torch.stack(targets[rows])))
+        if full < len(inputs):
+            batches.append((inputs[-1][None], targets[-1][None]))
+        return batches
 
-    # ---- in words and pictures -----------------------------------------------------------------------------------------------
+    # ---- words and pictures ------------------------------------------------------------------
 
-    def work(self, model: GPT) -> str:
-        return f"{model.flops_per_token() / 1e6:.1f} MFLOP per token"
-
-    def size(self) -> str:
-        return f"{self.config.batch_size} x {self.T} tokens"
-
-    def got(self, row: dict) -> str:
-        return f"validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte"
-
-    def draw(self, model: GPT, rows: list[dict]) -> list[Path]:
-        return draw(self.config, model, self.data, rows)
-
-    def show(self, model: GPT) -> str:
-        """A text of the model's own, and how to get another."""
-        prompt = torch.tensor([self.tokenizer.encode("\n").tolist()], device=self.device)
-        ids = [
-            int(token[0])
-            for token in model.generate(prompt, 300, temperature=0.8, seed=self.config.seed)
-        ]
-        return f"sample     {self.tokenizer.decode(ids)}\n\nnext       python sample.py {self.config.run_dir} --prompt 'Return the'"
-
-
-def accumulate_metrics(
-    parts: dict[str, Tensor], told: dict[str, Tensor], micro_batches: int
-) -> None:
-    """Add what one of some micro-batches told: loads are summed, all else is a mean over them."""
-    for name, value in told.items():
-        parts[name] = parts.get(name, 0) + (
-            value if name.startswith("load") else value / micro_batches
+    def describe_data(self) -> str:
+        data = self.data
+        return (
+            f"{data.name}: {len(data.train):,} training + {len(data.val):,} validation tokens, "
+            f"sha256 {data.sha256[:12]}"
         )
 
+    def describe_step(self) -> str:
+        return f"{self.config.batch_size} x {self.T} tokens"
 
-def stack_loads(layers: list[dict[str, Tensor]]) -> Tensor | None:
-    """Assignments of each layer and expert: (L, E), integers; None for a model without experts."""
-    loads = [stats["load"] for stats in layers if "load" in stats]
-    return torch.stack(loads) if loads else None
+    def describe_flops(self, model: GPT) -> str:
+        return f"{model.flops_per_token() / 1e6:.1f} MFLOP per token"
 
+    def describe_validation(self, metrics: dict) -> str:
+        loss, bits = metrics["val_loss"], metrics["val_bpb"]
+        return f"validation loss {loss:.4f}, {bits:.4f} bits per byte"
 
-def load_metrics(load: Tensor) -> dict:
-    """load (L, E) -> how uneven it is: the largest over the mean, 1 where even and E where one takes all, and the entropy as
-    a share of ln E, 1 where even; both means over the layers. And the load itself, as lists."""
-    share = load.double() / load.sum(dim=-1, keepdim=True)
-    return {
-        "load_max_over_mean": (share.amax(dim=-1) * load.size(-1)).mean().item(),
-        "load_entropy": (torch.special.entr(share).sum(dim=-1) / math.log(load.size(-1)))
-        .mean()
-        .item(),
-        "load": load.tolist(),
-    }
+    def draw(self, model: GPT, rows: list[dict]) -> list[Path]:
+        """Draw the loss, what V1's heads read, and what V2's experts did."""
+        return draw_language_run(self.config, model, self.data, rows)
+
+    def show_examples(self, model: GPT) -> str:
+        """Return a text that the model wrote, and the command that writes another."""
+        prompt = torch.tensor([self.tokenizer.encode("\n").tolist()], device=self.device)
+        generated = model.generate(prompt, 300, temperature=0.8, seed=self.config.seed)
+        text = self.tokenizer.decode([int(token[0]) for token in generated])
+        command = f"python sample.py {self.config.run_dir} --prompt 'Return the'"
+        return f"sample     {text}\n\nnext       {command}"
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all positions, in at least fp32: logits (B, T, V), targets (B, T) -> ()."""
+    """Return the mean over all positions, in at least fp32: logits (B, T, V), targets (B, T) -> ()."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

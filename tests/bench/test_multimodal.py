@@ -1,6 +1,5 @@
 """V3's bench: prompts that differ in one fact, and what counts as right."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -69,7 +68,7 @@ class Reader(torch.nn.Module):
 
 @pytest.mark.parametrize("blind", [None, 1])
 def test_who_sees_a_fact_is_right_and_who_does_not_guesses(blind):
-    task = ContrastiveTask(PRESETS["v3-tiny"], torch.device("cpu"), nullcontext())
+    task = ContrastiveTask(PRESETS["v3-tiny"], torch.device("cpu"))
     task.gallery = scenes.gallery(64)
     right = fact_accuracy(task, Reader(blind))
     assert right.keys() == {"shape", "colour", "size", "relation"} and right["shape"].keys() == {

@@ -328,7 +328,7 @@ def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
         config = ladder.from_command_line(
             "", ["v0-tiny", "--data", name, "--batch-size", "6", "--context-length", "40"]
         )
-        task = LanguageTask(config, torch.device("cpu"), None)
+        task = LanguageTask(config, torch.device("cpu"))
         total = len(task.data.train)
         if name == "text.txt":
             starts = np.random.default_rng([0, 7]).integers(0, total - 40, size=6)
@@ -336,7 +336,7 @@ def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
         else:
             starts, text = window_starts(7, 6, total, 40, 0), corpus[1]
         rows = [list(text.encode()[start : start + 41]) for start in starts]
-        np.testing.assert_array_equal(task.starts(7), starts)
+        np.testing.assert_array_equal(task.window_starts(7), starts)
         assert task.batch(7).tolist() == rows
 
 
@@ -359,17 +359,17 @@ def test_training_on_a_folder_resumes_bit_for_bit(workspace, program, corpus, mo
     ]
     flags = [*sizes, "--data", corpus[0], "--steps", 8, "--save-every", 3, "--eval-every", 4]
     assert program("train", "v0-tiny", *flags, "--out-dir", "whole")[0] == 0
-    real = train.schedule
+    real = train.set_learning_rate
 
-    def interrupted(step, config):
+    def interrupted(optimizers, step, config):
         if step == 5:
             raise KeyboardInterrupt
-        return real(step, config)
+        return real(optimizers, step, config)
 
-    monkeypatch.setattr(train, "schedule", interrupted)
+    monkeypatch.setattr(train, "set_learning_rate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program("train", "v0-tiny", *flags, "--out-dir", "cut")
-    monkeypatch.setattr(train, "schedule", real)
+    monkeypatch.setattr(train, "set_learning_rate", real)
     code, out, err = program("train", "v0-tiny", "--resume", "--out-dir", "cut")
     assert code == 0 and "after step 3" in out, err
     whole, cut = (checkpoint.load(Path(name)) for name in ("whole", "cut"))

@@ -115,7 +115,7 @@ def test_the_files_are_those_of_one_process_byte_for_byte(out, step, tmp_path):
     for file, state in zip(checkpoint.FILES, whole(), strict=False):
         save_file(state, tmp_path / file)
         assert (path / file).read_bytes() == (tmp_path / file).read_bytes()
-    assert checkpoint.broken(path) is None
+    assert checkpoint.find_corruption(path) is None
 
 
 def test_where_one_cannot_write_all_are_told(out):
@@ -150,5 +150,7 @@ def test_a_shard_that_is_cut_off_is_no_checkpoint(tmp_path, most):
     with pytest.raises(SafetensorError):
         sharded_checkpoint.merge(shards, tmp_path)
     with pytest.raises(UserError, match="free some space"):
-        checkpoint.write(run, 1, {}, lambda folder: sharded_checkpoint.merge(shards, folder))
+        checkpoint.write_checkpoint(
+            run, 1, {}, lambda folder: sharded_checkpoint.merge(shards, folder)
+        )
     assert not list(run.iterdir())

@@ -1,6 +1,5 @@
 """Experts on several processes give one's: outputs bit for bit, gradients, whole runs, and checkpoints of one process."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import train
 from nanods.config import PRESETS
 from nanods.data.text import TextData
 from nanods.data.tokenizer import ByteTokenizer
@@ -30,6 +28,8 @@ from nanods.moe import MoE, MoEConfig
 from nanods.moe_kernel import experts_sorted
 from nanods.training import checkpoint
 from nanods.training.language_task import LanguageTask
+from nanods.training.optimizers import make_optimizers
+from nanods.training.task import accumulate_gradients
 from tests.test_moe_kernel import random_case
 
 pytestmark = pytest.mark.skipif(
@@ -214,7 +214,6 @@ def trained(model, optimizers, steps, ways=None):
     task = LanguageTask(
         CONFIG,
         torch.device("cpu"),
-        nullcontext(),
         TextData("x", "hash", text, text, ByteTokenizer(), len(text)),
     )
     place, everyone, copies = ways or (0, None, None)
@@ -222,9 +221,9 @@ def trained(model, optimizers, steps, ways=None):
     noted, split = [], set(expert_parameters(model))
     for step in steps:
         windows = task.batch(step).chunk(W)[place]
-        loss, parts = task.gradients(model, windows, SIZE, lambda loss: loss)
+        parts = accumulate_gradients(task, model, windows, SIZE)
         told = {
-            "loss": torch.tensor(loss, dtype=torch.float64) / W,
+            "loss": parts["train_loss"].double() / W,
             "dropped": parts["dropped"] / W,
             "load": parts["load"],
         }
@@ -255,7 +254,7 @@ def prepared(group, saved=None):
     """A model whose experts are split, its optimizers, both as they were `saved` if they were."""
     model = whole_model(seed=0 if saved is None else 1)
     split_experts(model, group)
-    optimizers = train.make_optimizers(CONFIG, model)
+    optimizers = make_optimizers(CONFIG, model)
     if saved:
         restore(model, optimizers, saved)
     return model, optimizers
@@ -316,7 +315,7 @@ def passed_on(rank, half, folder):
 def alone():
     """One process with all experts and all micro-batches: its notes, and its weights at the end."""
     model = whole_model()
-    return trained(model, train.make_optimizers(CONFIG, model), range(STEPS)), model.state_dict()
+    return trained(model, make_optimizers(CONFIG, model), range(STEPS)), model.state_dict()
 
 
 def near(ours, believed, tolerance=1e-10):
@@ -358,7 +357,7 @@ def test_a_run_on_several_processes_is_that_of_one(found, alone, way):
 
 def test_a_checkpoint_of_4_processes_goes_on_with_2_and_with_1(found, alone):
     model = whole_model(seed=1)
-    optimizers = train.make_optimizers(CONFIG, model)
+    optimizers = make_optimizers(CONFIG, model)
     checkpoint.restore(model, optimizers, checkpoint.load(Path(found[0]["passed on"])))
     (note,) = trained(model, optimizers, range(4, 5))
     near(note, alone[0][4])

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from nanods.build import build_meta_model, build_model
 from nanods.config import from_command_line
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
 from nanods.planner.cost import Mesh, held
-from nanods.planner.memory import counts, meta_model
-from nanods.training import checkpoint
+from nanods.planner.memory import counts
 from tests.distributed.processes import free_port
 
 SMALL = ["--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--context-length", "32"]
@@ -37,8 +37,8 @@ def one_of(rank, folder, processes, ports):
         config = from_command_line("", MODELS[preset])
         groups = ProcessGroups(mesh, config.model.moe.n_expert)
         torch.manual_seed(0)
-        whole = checkpoint.build(config)
-        model = (checkpoint.build if groups.is_main_process else meta_model)(config)
+        whole = build_model(config)
+        model = (build_model if groups.is_main_process else build_meta_model)(config)
         if groups.is_main_process:
             model.load_state_dict(whole.state_dict())
         model = groups.shard_model(model, torch.device("cpu"), torch.bfloat16)
@@ -96,7 +96,7 @@ def test_each_process_holds_what_the_planner_says(told, processes, preset, mesh)
     config = from_command_line("", MODELS[preset])
     sizes = dict(part.split("=") for part in mesh.split(","))
     planned = Mesh(" x ".join(sizes), processes, int(sizes.get("ep", 1)))
-    expected = sum(held(config, counts(meta_model(config)), planned))
+    expected = sum(held(config, counts(build_meta_model(config)), planned))
     gates = (
         config.model.n_layer * config.model.n_embd * 4
         if preset == "v2-tiny" and "fsdp" in mesh

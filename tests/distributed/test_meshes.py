@@ -194,7 +194,10 @@ def test_weights_that_travel_in_bf16_bring_the_losses_of_one_process(folder):
 @pytest.mark.parametrize("name", [*CUT, "cut-alone", "begun"])
 def test_a_run_of_four_goes_on_with_two_or_one_and_one_of_one_with_four(folder, name):
     """Saved by fsdp=2,ep=2, or resumed by it: weights, optimizers' state, data position of a run that nobody stopped."""
-    assert [path.name for path in checkpoint.found(folder / name)] == ["step_000003", "step_000005"]
+    assert [path.name for path in checkpoint.list_checkpoints(folder / name)] == [
+        "step_000003",
+        "step_000005",
+    ]
     same(folder / name, folder / "v2-tiny-1")
     assert (
         checkpoint.load_model(checkpoint.load(folder / name)).config.moe.n_expert == 4
@@ -218,8 +221,8 @@ def test_where_one_process_cannot_write_all_end_and_nothing_is_lost(runs):
             "process 1, [Errno 27] File too large: step 5 cannot be written: free some space, or choose another"
             in err
         )
-    (left,) = checkpoint.found(folder / "full")
-    assert left.name == "step_000003" and checkpoint.broken(left) is None
+    (left,) = checkpoint.list_checkpoints(folder / "full")
+    assert left.name == "step_000003" and checkpoint.find_corruption(left) is None
     assert not list((folder / "full").glob(".*"))  # neither shards nor half a checkpoint
 
 

@@ -3,48 +3,50 @@
 import contextlib
 import json
 import sys
-from types import SimpleNamespace
 
 import torch
 
 from nanods import config as ladder
-from nanods.training import checkpoint
+from nanods.build import build_model
 from nanods.training.activation_checkpointing import checkpoint_blocks
-from nanods.training.contrastive_task import ContrastiveTask
+from nanods.training.contrastive_task import Batch, ContrastiveTask
 from nanods.training.language_task import LanguageTask
+from nanods.training.optimizers import make_optimizers
+from nanods.training.task import accumulate_gradients
 
 
 def made_up(config):
-    """A batch of the right shapes, and as much of a task as computes gradients."""
-    import train
-
+    """Return a task without a data set, and a batch of random inputs of the right shapes."""
     m, c, B = config.model, config.multimodal, config.batch_size
-    dtype = train.DTYPES[config.dtype]
-    autocast = torch.autocast("cpu", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
-    task = SimpleNamespace(config=config, autocast=autocast, pairs=c.pair_weights())
+    cpu = torch.device("cpu")
     if not c.modalities:
-        task.loss = lambda *args: LanguageTask.loss(task, *args)
-        return LanguageTask, task, torch.randint(0, m.vocab_size, (B, m.context_length + 1))
+        task = object.__new__(LanguageTask)
+        task.config, task.device = config, cpu
+        return task, torch.randint(0, m.vocab_size, (B, m.context_length + 1))
+    task = object.__new__(ContrastiveTask)
+    task.config, task.device, task.pair_weights = config, cpu, c.pair_weights()
     inputs = {
         "text": torch.randint(0, m.vocab_size, (B, m.context_length)),
         "image": torch.rand(B, 3, c.image_size, c.image_size),
         "audio": torch.randn(B, 32, c.frames),
     }
-    return ContrastiveTask, task, ({name: inputs[name] for name in c.modalities}, torch.arange(B))
+    return task, Batch({name: inputs[name] for name in c.modalities}, torch.arange(B))
+
+
+def autocast_of(config):
+    enabled = config.dtype == "bf16"
+    return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
 def steps(config):
-    import train
-
-    model = checkpoint.build(config)
+    model = build_model(config)
     if config.activation_checkpointing:
         checkpoint_blocks(model)
-    optimizers = train.make_optimizers(config, model)
-    kind, task, batch = made_up(config)
+    optimizers = make_optimizers(config, model)
+    task, batch = made_up(config)
     for _ in range(2):
-        kind.gradients(
-            task, model, batch, config.micro_batch or config.batch_size, lambda loss: loss
-        )
+        micro_batch = config.micro_batch or config.batch_size
+        accumulate_gradients(task, model, batch, micro_batch, autocast_of(config))
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:
             optimizer.step()

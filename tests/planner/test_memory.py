@@ -11,14 +11,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanods.attention import AttentionConfig
+from nanods.build import build_meta_model, build_model
 from nanods.config import PRESETS, from_command_line
 from nanods.moe import MoEConfig
 from nanods.planner.cost import Mesh, memory_per_gpu
 from nanods.planner.hardware import GPUS
-from nanods.planner.memory import counts, meta_model, optimizer_bytes, sequences, setting
+from nanods.planner.memory import counts, optimizer_bytes, sequences, setting
 from nanods.planner.search import make_job
-from nanods.training import checkpoint
-from tests.planner.measured_step import made_up, steps
+from nanods.training.task import accumulate_gradients
+from tests.planner.measured_step import autocast_of, made_up, steps
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -41,7 +42,7 @@ ODD = {
         *SMALL,
         "--moe.n-expert",
         "5",
-        "--experts",
+        "--expert-optimizer",
         "adamw",
         "--expert-lr",
         "1e-3",
@@ -62,7 +63,7 @@ ODD = {
 @pytest.mark.parametrize("words", [*ODD.values(), ["v1-tiny"], ["v2-tiny"], ["v3-tiny"]], ids=str)
 def test_parameters_are_those_of_the_model_itself(words):
     config = from_command_line("", words)
-    model, counted = checkpoint.build(config), counts(meta_model(config))
+    model, counted = build_model(config), counts(build_meta_model(config))
     assert counted.total == sum(p.numel() for p in model.parameters())
     assert (counted.total, counted.active) == model.count_parameters()
     assert counted.experts == sum(p.numel() for p in model.parameters() if p.ndim == 3)
@@ -80,7 +81,7 @@ def test_the_optimizers_keep_what_is_counted(words):
         for name, t in state.items()
         if name != "step"
     )
-    counted = counts(meta_model(config))
+    counted = counts(build_meta_model(config))
     assert kept == optimizer_bytes(
         config, counted, counted.total - counted.experts, counted.experts, counted.adamw
     )
@@ -91,15 +92,15 @@ def test_flops_are_those_that_pytorch_counts(words):
     """Within 5%. Its counter sees the experts' products, inside their own backward, but not the fused attention of a CPU: that
     is added, 4 C a pair of query and key forward (q . k, weight . v) and twice that backward. V3's texts are full."""
     config = from_command_line("", [*words, "--n-embd", "96"])
-    model = checkpoint.build(config)
+    model = build_model(config)
     with torch.no_grad():
         for p in (
             model.parameters()
         ):  # zeros would be multiplied all the same; the counter does not look
             p.normal_(std=0.02)
-    kind, task, batch = made_up(config)
+    task, batch = made_up(config)
     with FlopCounterMode(display=False) as counter:
-        kind.gradients(task, model, batch, config.batch_size, lambda loss: loss)
+        accumulate_gradients(task, model, batch, config.batch_size, autocast_of(config))
     m, attention = config.model, 0
     for T in sequences(config).values():
         attention += (
@@ -136,13 +137,15 @@ def test_a_process_takes_what_is_planned(words):
     command = [sys.executable, "-m", "tests.planner.measured_step", *words]
     took = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     how = setting(config, "cpu", config.micro_batch or config.batch_size)
-    planned = sum(memory_per_gpu(config, counts(meta_model(config)), Mesh("dp", 1), how).values())
+    planned = sum(
+        memory_per_gpu(config, counts(build_meta_model(config)), Mesh("dp", 1), how).values()
+    )
     print(f"{' '.join(words)}: {took / 2**20:.0f} MiB, planned {planned / took:.2f} of it")
     assert planned == pytest.approx(took, rel=0.25)
 
 
 def test_the_full_presets_are_as_large_as_they_say():
-    v1, v2, v3 = (counts(meta_model(PRESETS[f"{name}-full"])) for name in ("v1", "v2", "v3"))
+    v1, v2, v3 = (counts(build_meta_model(PRESETS[f"{name}-full"])) for name in ("v1", "v2", "v3"))
     assert v1.total == pytest.approx(9.1e9, rel=0.02)
     assert (v2.total, v2.active) == (pytest.approx(96e9, rel=0.02), pytest.approx(14.7e9, rel=0.02))
     assert v3.total == pytest.approx(95e9, rel=0.02)
@@ -150,7 +153,7 @@ def test_the_full_presets_are_as_large_as_they_say():
     article = replace(
         full, model=replace(full.model, n_layer=23, moe=MoEConfig(n_expert=24, top_k=2))
     )
-    counted = counts(meta_model(article))
+    counted = counts(build_meta_model(article))
     assert (counted.total, counted.active) == (
         pytest.approx(98e9, rel=0.02),
         pytest.approx(10e9, rel=0.02),
@@ -160,7 +163,8 @@ def test_the_full_presets_are_as_large_as_they_say():
 def test_sparse_attention_changes_no_weight_and_long_texts_cost_less():
     dense = replace(PRESETS["v1-base"].model, attention=AttentionConfig())
     sparse, whole = (
-        meta_model(replace(PRESETS["v1-base"], model=m)) for m in (PRESETS["v1-base"].model, dense)
+        build_meta_model(replace(PRESETS["v1-base"], model=m))
+        for m in (PRESETS["v1-base"].model, dense)
     )
     assert counts(sparse) == counts(whole)
     assert sparse.flops_per_token() < whole.flops_per_token()

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanods.build import build_meta_model
 from nanods.config import PRESETS
 from nanods.errors import UserError
 from nanods.planner import search
 from nanods.planner.cli import in_words, read_load
 from nanods.planner.cost import MESHES, Mesh, memory_per_gpu, possible, seconds, sent
 from nanods.planner.hardware import GPUS, named
-from nanods.planner.memory import KINDS, Setting, counts, meta_model
+from nanods.planner.memory import KINDS, Setting, counts
 from nanods.planner.search import (
     cache_bytes,
     choose_mesh,
@@ -33,7 +34,9 @@ ROOT = Path(__file__).parents[2]
 LOAD, _ = read_load(None)
 A100 = GPUS["a100-80gb"]
 FULL = PRESETS["v2-full"]
-COUNTS = {name: counts(meta_model(PRESETS[name])) for name in ("v1-base", "v2-full", "v3-small")}
+COUNTS = {
+    name: counts(build_meta_model(PRESETS[name])) for name in ("v1-base", "v2-full", "v3-small")
+}
 
 
 def job(preset="v2-full", gpus=512, gpu="a100-80gb", **rest):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from nanods.build import build_model
 from nanods.config import from_command_line
 from nanods.gpt import Block
-from nanods.training import checkpoint
 from nanods.training.activation_checkpointing import checkpoint_blocks
-from tests.planner.measured_step import made_up
+from nanods.training.task import accumulate_gradients
+from tests.planner.measured_step import autocast_of, made_up
 
 SMALL = ["--n-layer", "3", "--n-embd", "24", "--n-head", "2", "--batch-size", "4"]
 MODELS = {
@@ -29,7 +30,7 @@ MODELS = {
 def gradients(config, micro_batch, recompute):
     """Gradients by name, the loss, bytes that autograd keeps outside the blocks, and how often a block computes."""
     torch.manual_seed(0)
-    model, kept, calls = checkpoint.build(config), [], []
+    model, kept, calls = build_model(config), [], []
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
@@ -37,13 +38,13 @@ def gradients(config, micro_batch, recompute):
     block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
     if recompute:
         checkpoint_blocks(model)
-    kind, task, batch = made_up(config)
+    task, batch = made_up(config)
     pack = lambda t: kept.append(t.numel() * t.element_size()) or t  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss, _ = kind.gradients(task, model, batch, micro_batch, lambda loss: loss)
+        metrics = accumulate_gradients(task, model, batch, micro_batch, autocast_of(config))
     return (
         {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-        loss,
+        metrics["train_loss"].item(),
         sum(kept),
         len(calls),
     )
@@ -68,7 +69,7 @@ def test_the_gradients_are_the_same_and_blocks_keep_nothing(words, dtype):
 def test_the_weights_keep_their_names_and_generation_its_cache():
     config = from_command_line("", MODELS["v1"])
     torch.manual_seed(0)
-    plain, ours = checkpoint.build(config), checkpoint.build(config)
+    plain, ours = build_model(config), build_model(config)
     checkpoint_blocks(ours)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     ours.load_state_dict(plain.state_dict())

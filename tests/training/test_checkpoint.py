@@ -29,7 +29,10 @@ def test_what_is_saved_comes_back(tmp_path):
 def test_the_last_two_are_kept(tmp_path):
     for step in (0, 5, 200000, 1000000):
         save(tmp_path, step)
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step_200000", "step_1000000"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+        "step_200000",
+        "step_1000000",
+    ]
     assert checkpoint.load(tmp_path).state["step"] == 1000000
 
 
@@ -63,7 +66,7 @@ def test_a_failed_write_leaves_the_others_and_no_rubbish(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", full)
+    monkeypatch.setattr(checkpoint, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
@@ -73,7 +76,7 @@ def test_a_failed_write_leaves_the_others_and_no_rubbish(tmp_path, monkeypatch):
 def test_what_a_killed_writer_left_is_cleared(tmp_path):
     done = save(tmp_path, 1)
     shutil.copytree(done, tmp_path / ".writing-step_000002")
-    assert len(checkpoint.found(tmp_path)) == 1
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 1
     save(tmp_path, 2, 5.0)
     assert checkpoint.load(tmp_path).model["w"][0] == 5.0
     assert not (tmp_path / ".writing-step_000002").exists()

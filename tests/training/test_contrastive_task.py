@@ -1,6 +1,5 @@
-"""V3's task: a batch is pair_weights whole however it is cut, experts are balanced over all modalities, the gallery is unseen."""
+"""V3's task: a batch is compared as a whole however it is cut, experts are balanced over all modalities, the gallery is unseen."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,13 @@ from nanods.data.scenes import SceneData, split
 from nanods.errors import UserError
 from nanods.moe import MoEConfig, load_balancing_loss
 from nanods.multimodal import Multimodal
-from nanods.training.contrastive_task import ContrastiveTask, encode, joined, moe_losses
+from nanods.training.contrastive_task import (
+    ContrastiveTask,
+    combine_loads,
+    encode_captions,
+    moe_losses,
+)
+from nanods.training.task import accumulate_gradients
 
 TINY = PRESETS["v3-tiny"]
 SMALL = replace(
@@ -27,7 +32,7 @@ EXPERTS = replace(SMALL, model=replace(SMALL.model, moe=MoEConfig(n_expert=4)))
 
 
 def task_of(config=SMALL, data=None):
-    return ContrastiveTask(config, torch.device("cpu"), nullcontext(), data)
+    return ContrastiveTask(config, torch.device("cpu"), data)
 
 
 def model_of(config=SMALL):
@@ -41,8 +46,9 @@ def model_of(config=SMALL):
 
 def gradients(config, micro_batch, batch=None):
     task, model = task_of(config), model_of(config)
-    loss, parts = task.gradients(model, batch or task.batch(0), micro_batch, lambda loss: loss)
-    return loss, parts, {name: p.grad for name, p in model.named_parameters()}
+    metrics = accumulate_gradients(task, model, batch or task.batch(0), micro_batch)
+    loss = metrics.pop("train_loss").item()
+    return loss, metrics, {name: p.grad for name, p in model.named_parameters()}
 
 
 def near(a, b, tolerance=1e-12):
@@ -90,7 +96,7 @@ def test_the_experts_losses_reach_the_gates_in_pieces_too(shared):
     task, model = task_of(config), model_of(config)
     inputs, ids = task.batch(0)
     embeddings, _ = model(inputs)
-    total = all_pairs_loss(embeddings, model.temperature(), task.pairs, ids)[0]
+    total = all_pairs_loss(embeddings, model.temperature(), task.pair_weights, ids)[0]
     for piece in (slice(0, 4), slice(4, 8)):
         _, stats = model({name: x[piece] for name, x in inputs.items()})
         total = total + moe_losses(stats, config)[0] / 2
@@ -138,8 +144,8 @@ def test_the_balance_is_that_of_all_tokens_together():
     alone = [load_balancing_loss(p, p.topk(2).indices).item() for p in probs.values()]
     assert moe_losses(stats, apart)[1]["balance_loss"].item() == pytest.approx(np.mean(alone))
     loads = [layers[0]["load"][None] for layers in stats.values()]
-    assert torch.equal(joined(loads, EXPERTS), sum(loads)) and torch.equal(
-        joined(loads, apart), torch.cat(loads)
+    assert torch.equal(combine_loads(loads, EXPERTS), sum(loads)) and torch.equal(
+        combine_loads(loads, apart), torch.cat(loads)
     )
 
 
@@ -198,7 +204,7 @@ def test_evaluation_finds_what_is_there_and_gives_no_credit_for_a_collapse():
 
 
 def test_captions_become_padded_rows():
-    tokens = encode(["ab", "", "abcdef"], task_of().tokenizer, 4)
+    tokens = encode_captions(["ab", "", "abcdef"], task_of().tokenizer, 4)
     assert tokens.tolist() == [[97, 98, -1, -1], [-1] * 4, [97, 98, 99, 100]]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanods.attention import AttentionConfig
-from nanods.training.inspection import found, sparsity_report
+from nanods.training.inspection import best_blocks_found, sparsity_report
 from tests.test_gpt import DENSE, model_of, tokens_of
 
 
@@ -47,4 +47,4 @@ def test_found_counts_the_heaviest_past_blocks():
     )  # blocks of 2: the first is heaviest
     read[:, :, :6, 0] = True  # queries 4 and 5 read it, 6 and 7 another
     read[:, :, 6:, 2] = True
-    assert found(weights, read, size=2, top_blocks=1).item() == 0.5
+    assert best_blocks_found(weights, read, block_size=2, top_blocks=1).item() == 0.5

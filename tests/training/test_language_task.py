@@ -1,7 +1,6 @@
 """Language modelling: batches by step, and a validation that is pure cross-entropy over every token."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +23,6 @@ def task_of(train=200, val=67, T=8, seed=0):
     return LanguageTask(
         config,
         torch.device("cpu"),
-        nullcontext(),
         TextData("x", "hash", train, val, ByteTokenizer(), len(val)),
     )
 

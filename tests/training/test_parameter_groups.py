@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from nanods.build import build_meta_model
 from nanods.config import from_command_line
-from nanods.planner.memory import meta_model
 from nanods.training.parameter_groups import optimizer_of
 
 ADAMW_NAMES = ("embedding.weight", "position_embedding", "head.weight", "gate.weight")
@@ -23,7 +23,7 @@ MODELS = (
 @pytest.mark.parametrize("flags", MODELS, ids=" ".join)
 def test_every_parameter_of_the_presets_has_the_optimizer_it_is_known_to_need(flags):
     """By names and shapes: Muon has the matrices but not the tables, and stacks are experts."""
-    model = meta_model(from_command_line("", flags))
+    model = build_meta_model(from_command_line("", flags))
     expected = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:

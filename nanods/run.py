@@ -1,0 +1,273 @@
+"""A run of train.py: set it up or resume it, forecast it, save it. The loop itself is in train.py.
+
+This is where one process and many meet: what it calls is in nanods/training (one process), nanods/distributed (many) and
+nanods/planner (memory).
+"""
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from nanods import config as ladder
+from nanods.build import build_meta_model, build_model
+from nanods.config import Config
+from nanods.distributed import checkpoint as sharded_checkpoint
+from nanods.distributed.data_parallel import orthogonalise_distributed
+from nanods.distributed.process_groups import ProcessGroups
+from nanods.distributed.sharding import to_local
+from nanods.errors import UserError
+from nanods.planner.search import largest_micro_batch, step_memory
+from nanods.training import checkpoint
+from nanods.training.activation_checkpointing import checkpoint_blocks
+from nanods.training.metrics import read_metrics
+from nanods.training.muon import STACKED, Muon, orthogonalise
+from nanods.training.optimizers import make_optimizers
+from nanods.training.setup import (
+    Precision,
+    choose_device,
+    choose_precision,
+    prepare_run_directory,
+)
+from nanods.training.task import Task, accumulate_gradients, make_task
+from nanods.training.warm_start import warm_start
+
+
+@dataclass
+class Run:
+    """What the loop works on: `set_up_run` makes it, the loop changes it, `save_run` writes it."""
+
+    config: Config
+    device: torch.device
+    precision: Precision
+    task: Task
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    micro_batch: int
+    """Examples of this process in one forward and backward pass."""
+    resumed: bool = False
+    step: int = 0
+    """Optimizer steps done."""
+    seconds: float = 0.0
+    """Time spent in them, without evaluation and saving."""
+    cpu_seconds: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+    """The metrics of each step done, as in metrics.jsonl."""
+
+
+# ---- set up ----------------------------------------------------------------------------------
+
+
+def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
+    """Return a new run or, with --resume, the saved one; None if that is finished.
+
+    Raises UserError for settings that do not fit the machine, the data, the processes or the saved run.
+    """
+    saved = checkpoint.load(config.run_dir, processes.on_main_process) if config.resume else None
+    if saved:
+        config = ladder.resolve_resume(config, ladder.from_dict(saved.state["config"]))
+        if saved.state["step"] >= config.steps:
+            print(
+                f"{config.run_dir} is finished: all {config.steps} steps are done. "
+                f"Sample it: python sample.py {config.run_dir}"
+            )
+            return None
+    device = choose_device(config)
+    precision = choose_precision(config, device)
+    task = make_task(config, device)
+    processes.local_batch(config.batch_size)  # refuses a batch that does not divide
+    print(f"processes  {processes}")
+    if saved and saved.state["data_sha256"] != task.data.sha256:
+        raise UserError(
+            f"--data {config.data} has changed since {saved.path} was saved: "
+            "restore the old data, or start a new run"
+        )
+    if processes.is_sharded and precision.dtype == torch.float16:
+        raise UserError(
+            f"--dtype fp16, --mesh {processes.mesh}: a gradient that overflows shows on one process "
+            "only; use bf16 or fp32"
+        )
+    model = set_up_model(config, task, device, precision, processes, is_new=not saved)
+    optimizers = make_run_optimizers(config, model, processes)
+    micro_batch = choose_micro_batch(config, device, saved, processes)
+    run = Run(config, device, precision, task, model, optimizers, micro_batch)
+    if saved:
+        restore_run(run, saved, processes)
+        print(f"resume     {saved.path}, after step {run.step}")
+        return run
+    if config.init_from:
+        with precision.autocast:
+            run.rows = [{"step": 0} | task.evaluate(model)]
+        print(f"           validation loss {run.rows[0]['val_loss']:.6f} before the first step")
+    processes.on_main_process(lambda: prepare_run_directory(config.run_dir))
+    return run
+
+
+def set_up_model(
+    config: Config,
+    task: Task,
+    device: torch.device,
+    precision: Precision,
+    processes: ProcessGroups,
+    is_new: bool,
+) -> nn.Module:
+    """Return the initial model, on its device: whole, or this process's part of it."""
+    torch.manual_seed(config.seed)
+    if processes.is_sharded and not processes.is_main_process:
+        model = build_meta_model(config)  # the main process will send the weights
+    else:
+        model = build_model(config)
+    model = model.to(precision.weights)
+    if config.init_from and is_new:
+        start = partial(print_warm_start, config, model, task)
+        if processes.is_sharded:
+            processes.on_main_process(start)
+        else:
+            start()
+    if config.activation_checkpointing:
+        checkpoint_blocks(model)
+    sent_as = torch.bfloat16 if precision.dtype == torch.bfloat16 else None
+    return processes.shard_model(model, device, sent_as)
+
+
+def make_run_optimizers(
+    config: Config, model: nn.Module, processes: ProcessGroups
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers. Processes that hold the same matrices split Muon's orthogonalising among them; experts
+    that one process holds alone it orthogonalises alone."""
+    if processes.world_size == 1:
+        return make_optimizers(config, model)
+    alone = processes.ep > 1 and not processes.fsdp
+    for_experts = orthogonalise if alone else orthogonalise_distributed
+    return make_optimizers(config, model, orthogonalise_distributed, for_experts)
+
+
+def print_warm_start(config: Config, model: nn.Module, task: Task) -> None:
+    print(f"start      {warm_start(config, model, task.tokenizer.to_json())}")
+
+
+def choose_micro_batch(
+    config: Config,
+    device: torch.device,
+    saved: checkpoint.Checkpoint | None,
+    processes: ProcessGroups,
+) -> int:
+    """Return the micro-batch: as requested, as saved, or the largest that should fit in the memory of every process."""
+    local_batch_size = config.batch_size // processes.batch_shards
+    if config.micro_batch:
+        micro_batch = config.micro_batch
+    elif saved:
+        micro_batch = saved.state["micro_batch"]
+    else:
+        largest = largest_micro_batch(config, processes.mesh, device)
+        micro_batch = processes.min_over_processes(largest)
+    micro_batch = min(micro_batch, local_batch_size)
+    if local_batch_size % micro_batch:
+        raise UserError(
+            f"--micro-batch {micro_batch} does not divide the {local_batch_size} examples of each "
+            "process: choose a divisor"
+        )
+    return micro_batch
+
+
+# ---- forecast --------------------------------------------------------------------------------
+
+
+def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> None:
+    """Print what the run needs: parameters, arithmetic, memory, and time, which two rehearsed batches measure."""
+    config, task = run.config, run.task
+    whole = build_meta_model(config)  # `run.model` may be a part
+    total, active = whole.count_parameters()
+    memory = step_memory(config, processes.mesh, run.device.type, run.micro_batch)
+    seconds = time_batch(run, compiled, processes) + muon_seconds(run.optimizers)
+    print(
+        f"data       {task.describe_data()}\n"
+        f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), "
+        f"{task.describe_flops(whole)}, about {memory / 2**30:.2f} GiB, "
+        f"{format_duration(seconds * (config.steps - run.step))} for {config.steps} steps of "
+        f"{task.describe_step()} (micro-batches of {run.micro_batch})"
+    )
+
+
+def time_batch(run: Run, compiled: nn.Module, processes: ProcessGroups) -> float:
+    """Return the seconds of one batch, forward and backward: the second of two, whose gradients are thrown away."""
+    local_batch = processes.local_batch(run.config.batch_size)
+    for _ in range(2):
+        start = time.perf_counter()
+        batch = run.task.batch(0, local_batch)
+        metrics = accumulate_gradients(
+            run.task, compiled, batch, run.micro_batch, run.precision.autocast
+        )
+        processes.average_gradients(run.model)
+        processes.average_metrics(metrics)["train_loss"].item()  # waits for the GPU
+        elapsed = time.perf_counter() - start
+        run.model.zero_grad(set_to_none=True)
+    return elapsed
+
+
+def muon_seconds(optimizers: list[torch.optim.Optimizer]) -> float:
+    """Return the seconds that Muon takes per step, measured on one stack of its largest matrices; 0 without Muon."""
+    share_of_steps: dict[Tensor, float] = {}
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            for group in optimizer.param_groups:
+                share_of_steps |= dict.fromkeys(group["params"], 1 / group["every"])
+    if not share_of_steps:
+        return 0.0
+    largest = max(share_of_steps, key=Tensor.numel)
+    matrices = min(STACKED, largest.shape[:-2].numel())
+    stack = to_local(largest).new_ones(matrices, *largest.shape[-2:])
+    start = time.perf_counter()
+    orthogonalise(stack)
+    seconds_per_number = (time.perf_counter() - start) / stack.numel()
+    return seconds_per_number * sum(p.numel() * share for p, share in share_of_steps.items())
+
+
+def format_duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---- on disk ---------------------------------------------------------------------------------
+
+
+def save_run(run: Run, processes: ProcessGroups) -> None:
+    """Write a checkpoint of the run. Every process must call it."""
+    state = {
+        "step": run.step,
+        run.task.unit: run.step * run.task.units_per_step,
+        "seconds": run.seconds,
+        "cpu_seconds": run.cpu_seconds,
+        "data_sha256": run.task.data.sha256,
+        "micro_batch": run.micro_batch,
+        "scaler": run.precision.scaler.state_dict(),
+        "config": ladder.to_dict(run.config),
+        "tokenizer": run.task.tokenizer.to_json(),
+    }
+    run_dir = run.config.run_dir
+    weights = run.model.state_dict()  # first: FSDP then frees what evaluation gathered
+    tensors = checkpoint.optimizer_tensors(run.model, run.optimizers)
+    if processes.is_sharded:
+        sharded_checkpoint.save(run_dir, run.step, run.model, weights, tensors, state, processes)
+    else:
+        write = partial(checkpoint.save, run_dir, run.step, weights, tensors, state)
+        processes.on_main_process(write)
+
+
+def restore_run(run: Run, saved: checkpoint.Checkpoint, processes: ProcessGroups) -> None:
+    """Set a run to where a checkpoint left it: weights, optimizers, random state, progress."""
+    restore = sharded_checkpoint.restore if processes.is_sharded else checkpoint.restore
+    restore(run.model, run.optimizers, saved)
+    run.precision.scaler.load_state_dict(saved.state["scaler"])
+    run.resumed, run.step = True, saved.state["step"]
+    run.seconds, run.cpu_seconds = saved.state["seconds"], saved.state["cpu_seconds"]
+    rows = read_metrics(run.config.run_dir / "metrics.jsonl")
+    run.rows = [row for row in rows if row["step"] <= run.step]
+
+
+def load_whole_model(run: Run, processes: ProcessGroups) -> nn.Module:
+    """Return the whole model of a run: where processes hold parts of it, from the last checkpoint."""
+    if not processes.is_sharded:
+        return run.model
+    return checkpoint.load_model(checkpoint.load(run.config.run_dir)).to(run.device)

@@ -1,0 +1,58 @@
+"""What a finished run prints: its pictures, where the time went, a verdict against the published figure, and a sample."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from nanods import config as ladder
+from nanods.config import Config
+from nanods.training.task import Task
+
+EXPECTED = Path(__file__).parents[2] / "results" / "expected.json"
+MAY_DIFFER = {*ladder.RUNTIME_ONLY_FIELDS, "seed", "data", "eval-every", "micro-batch", "dtype"}
+"""Flags that a run may change and still be compared with the published figure."""
+
+
+def print_report(config: Config, task: Task, model: nn.Module, rows: list[dict]) -> None:
+    """Draw the pictures of a finished run and print its report. `rows` are the metrics of its steps."""
+    for path in task.draw(model, rows):
+        print(f"picture    {path}")
+    seconds = rows[-1]["seconds"]
+    in_optimizers = sum(row.get("optimizer_seconds", 0) for row in rows) / seconds
+    print(f"time       {seconds:.0f} s of training, {in_optimizers:.0%} of it in the optimizers")
+    print(verdict(config, task, rows[-1]))
+    print(task.show_examples(model))
+
+
+def verdict(config: Config, task: Task, last: dict) -> str:
+    """Compare the last evaluation with results/expected.json for this preset, data and configuration."""
+    result = task.describe_validation(last)
+    published = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.exists() else {}
+    expected = published.get(f"{config.preset}/{config.data}")
+    changed = changed_flags(config)
+    if changed:
+        return f"got        {result}; nothing to compare with ({', '.join(changed)} changed)"
+    if expected is None:
+        why = f"no figure of {config.preset} on {config.data}"
+        return f"got        {result}; nothing to compare with ({why})"
+
+    tolerance, notice = expected["tolerance"], ""
+    if expected["sha256"] != task.data.sha256:  # the documentation of another Python, say
+        better = "higher" if task.higher_is_better else "lower"
+        tolerance *= 5
+        notice = f" (another version of the data: {better} is no fault)"
+    target = expected[task.headline_metric]
+    worse_by = last[task.headline_metric] - target
+    if task.higher_is_better:
+        worse_by = -worse_by
+    passed = worse_by <= tolerance and (notice or worse_by >= -tolerance)
+    word = "PASS" if passed else "FAIL"
+    return f"expected   {target:.4f} +- {tolerance:.3f}{notice}, got {result}: {word}"
+
+
+def changed_flags(config: Config) -> list[str]:
+    """Return the flags that differ from the preset's and bear on the result."""
+    values, defaults = ladder.flatten(config), ladder.flatten(ladder.PRESETS[config.preset])
+    changed = [name for name in values if values[name] != defaults[name]]
+    return [f"--{name}" for name in changed if name not in MAY_DIFFER]

@@ -1,0 +1,127 @@
+"""What train.py decides before the first step: device, precision, run directory; and how it hears of a stop or a divergence."""
+
+import contextlib
+import signal
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanods.config import Config
+from nanods.errors import UserError
+from nanods.training import checkpoint
+from nanods.training.muon import fast_bf16
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+
+def choose_device(config: Config) -> torch.device:
+    """Return the device of `--device`, and print it with the reason. Raises UserError if the machine does not have it."""
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if config.device == "auto":
+        name = next(name for name, is_present in present.items() if is_present)
+        reason = f"the first of {', '.join(present)} that this machine has"
+    elif present[config.device]:
+        name, reason = config.device, "as requested"
+    else:
+        raise UserError(
+            f"--device {config.device}: PyTorch finds none on this machine; leave the flag out, or --device cpu"
+        )
+    threads = f", {torch.get_num_threads()} threads" if name == "cpu" else ""
+    print(f"device     {name} ({reason}){threads}")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which dtypes a run computes."""
+
+    dtype: torch.dtype
+    """Of matrix products."""
+    weights: torch.dtype
+    """Of weights, gradients and optimizer state: fp64 under --dtype fp64, else fp32."""
+    autocast: AbstractContextManager
+    """The context of forward passes: casts matrix products to bf16 or fp16."""
+    scaler: torch.amp.GradScaler
+    """Scales an fp16 loss before backward, as small gradients would become zero; otherwise it does nothing."""
+
+
+def choose_precision(config: Config, device: torch.device) -> Precision:
+    """Return the precision of `--dtype`, and print it with the reason."""
+    if config.dtype != "auto":
+        name, reason = config.dtype, "as requested"
+    elif fast_bf16(device):
+        name, reason = "bf16", f"this {device.type.upper()} multiplies it in hardware"
+    else:
+        name, reason = (
+            "fp32",
+            f"this {device.type.upper()} is not known to multiply bf16 in hardware",
+        )
+    print(f"dtype      {name} ({reason})")
+    dtype = DTYPES[name]
+    autocast = contextlib.nullcontext()
+    if dtype in (torch.bfloat16, torch.float16):
+        autocast = torch.autocast(device.type, dtype)
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Precision(dtype, weights, autocast, scaler)
+
+
+def prepare_run_directory(run_dir: Path) -> None:
+    """Make an empty run directory. A run that is in the way is renamed, not overwritten."""
+    try:
+        has_run = checkpoint.list_checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists()
+        if run_dir.is_dir() and has_run:
+            aside = run_dir.with_name(f"{run_dir.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
+            run_dir.rename(aside)
+            print(
+                f"moved      the run that was in {run_dir} to {aside} "
+                "(--resume would have continued it)"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out-dir {run_dir}: cannot be made ({error.strerror}); choose a folder that you may write to"
+        ) from None
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM, so that the loop can finish its step, save and stop."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self.name = signal.Signals(number).name
+
+    @property
+    def received(self) -> bool:
+        return self.name is not None
+
+
+def explain_divergence(config: Config, model: nn.Module, step: int, loss: float, lr: float) -> str:
+    """Return the message for a loss or gradient that is not finite: where it began, and how to continue before it."""
+    first = "none"
+    for name, p in model.named_parameters():
+        if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all()):
+            first = name
+            break
+    return (
+        f"the loss became {loss} at step {step + 1}, learning rate {lr:.2e}; first layer with values "
+        f"that are not finite: {first}. The last checkpoint is untouched: try a smaller rate, "
+        f"python train.py {config.preset} --lr {config.lr / 2:g}"
+    )

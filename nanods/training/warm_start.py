@@ -1,0 +1,81 @@
+"""Start a run from the weights of another one; a dense run's MLPs become experts (upcycling)."""
+
+from pathlib import Path
+
+from torch import nn
+
+from nanods.config import Config, flatten, from_dict
+from nanods.errors import UserError
+from nanods.moe import upcycle
+from nanods.training import checkpoint
+
+TRUNK_FIELDS = (
+    "n-layer",
+    "n-head",
+    "n-embd",
+    "hidden-ratio",
+    "vocab-size",
+    "rope-base",
+    "query-gain",
+)
+MODALITY_FIELDS = (
+    "modalities",
+    "shared",
+    "width",
+    "image-size",
+    "patch-size",
+    "frames",
+    "patch-frames",
+)
+MUST_MATCH = (*TRUNK_FIELDS, *(f"multimodal.{name}" for name in MODALITY_FIELDS))
+
+
+def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
+    """Load the last weights of the run `config.init_from` into `model`. Returns what was done, in words.
+
+    Where the run has plain MLPs and the model has experts, each MLP is copied to all experts of its layer; the routers' gates
+    keep their own initialisation. Raises UserError where sizes, tokenizer or number of experts do not fit.
+    """
+    path = Path(config.init_from)
+    saved = checkpoint.load(path)
+    source = from_dict(saved.state["config"])
+    check_sizes(config, source, path)
+    if saved.state["tokenizer"] != tokenizer:
+        raise UserError(
+            f"--init-from {path}: that run has another tokenizer; start from one that was trained on "
+            f"--data {config.data}"
+        )
+    weights, done = saved.model, f"from {saved.path}"
+    source_experts, n_expert = source.model.moe.n_expert, config.model.moe.n_expert
+    if source_experts == 1 and n_expert > 1:
+        if not config.model.moe.normalise:
+            raise UserError(
+                "--init-from: copies of one MLP give its output back only if the expert weights sum to 1; "
+                "drop --moe.no-normalise"
+            )
+        weights = upcycle(weights, n_expert, config.init_noise, config.seed)
+        initial = model.state_dict()
+        new_names = initial.keys() - weights.keys()  # the gates and their biases
+        weights |= {name: initial[name] for name in new_names}
+        done += f", each MLP copied to {n_expert} experts (noise {config.init_noise:g})"
+    elif source_experts != n_expert:
+        raise UserError(
+            f"--init-from {path}: that run has {source_experts} experts, asked for: {n_expert}; "
+            f"take a dense run, or --moe.n-expert {source_experts}"
+        )
+    checkpoint.restore_model(model, weights, saved.path)
+    return done
+
+
+def check_sizes(config: Config, source: Config, path: Path) -> None:
+    """Raise UserError if the run at `path`, of configuration `source`, has other sizes than `config`."""
+    has, wants = flatten(source), flatten(config)
+    different = []
+    for name in MUST_MATCH:
+        if has[name] != wants[name]:
+            different.append(f"--{name} {has[name]} (asked for: {wants[name]})")
+    if different:
+        raise UserError(
+            f"--init-from {path}: that run has {', '.join(different)}. Its weights fit only a model of the "
+            "same sizes: ask for those, or train another run first"
+        )
