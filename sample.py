@@ -24,7 +24,13 @@ from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
 from nanods.multimodal import MODALITIES
 from nanods.training import checkpoint
-from nanods.training.contrastive_task import MAX_GALLERY, embed, encode_captions, load_dataset, model_inputs
+from nanods.training.contrastive_task import (
+    MAX_GALLERY,
+    embed,
+    encode_captions,
+    load_dataset,
+    model_inputs,
+)
 
 
 @dataclass(frozen=True)
