@@ -21,9 +21,9 @@ from dataclasses import replace
 import torch
 
 from nanods import config as ladder
-from nanods.distributed.sharding import clip_grad_norm
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.rendezvous import mark_started, run_distributed
+from nanods.distributed.sharding import clip_grad_norm
 from nanods.errors import UserError
 from nanods.planner import cli as planner
 from nanods.planner.search import choose_mesh
