@@ -1,5 +1,6 @@
-"""Let a trained model write: `python sample.py v1-tiny`, `python sample.py runs/my-run --prompt "def " --temperature 0.5`.
-Or, V3, let it find: `python sample.py v3-tiny --query "a red circle left of a blue square"`, `--image FILE`, `--audio FILE`.
+"""Let a trained model write: `python sample.py v1-tiny`, `python sample.py runs/my-run --prompt
+"def " --temperature 0.5`. Or, V3, let it find: `python sample.py v3-tiny --query "a red circle left
+of a blue square"`, `--image FILE`, `--audio FILE`.
 """
 
 import codecs
@@ -56,7 +57,8 @@ class Args:
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     """Where to compute."""
     query: str | None = None
-    """V3: find what this text describes. Where nothing is asked, it is the first caption held out."""
+    """V3: find what this text describes. Where nothing is asked, it is the first caption held out.
+    """
     image: Path | None = None
     """V3: find what belongs to this JPEG or PNG."""
     audio: Path | None = None
@@ -91,7 +93,7 @@ def main() -> None:
         write(args, model, tokenizer)
 
 
-# ---- V0 to V2 write ----------------------------------------------------------------------------------------------------------
+# ---- V0 to V2 write ------------------------------------------------------------------------------
 
 
 def write(args: Args, model, tokenizer) -> None:
@@ -134,7 +136,7 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-# ---- V3 finds ----------------------------------------------------------------------------------------------------------------
+# ---- V3 finds ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -148,7 +150,8 @@ class Gallery:
 
 
 def find(args: Args, config: Config, model, tokenizer, out: Path) -> None:
-    """Print what is nearest to the question, by modality; write found.png, a contact sheet, and the best image and sound."""
+    """Print what is nearest to the question, by modality; write found.png, a contact sheet, and the
+    best image and sound."""
     galleries = (
         folder_galleries(args.gallery, config)
         if args.gallery
@@ -183,7 +186,8 @@ def find(args: Args, config: Config, model, tokenizer, out: Path) -> None:
 
 
 def question(args: Args, config: Config, tokenizer) -> tuple[str, Tensor, str | np.ndarray]:
-    """What is asked: its modality, what the model reads (a batch of one), and what a picture shows of it."""
+    """What is asked: its modality, what the model reads (a batch of one), and what a picture shows
+    of it."""
     known, ends = config.multimodal.modalities, config.multimodal
     asked = {"text": args.query, "image": args.image, "audio": args.audio}
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -234,7 +238,8 @@ def held_out_galleries(config: Config, tokenizer) -> dict[str, Gallery]:
 
 
 def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
-    """The images and sounds in a folder, under their names; files that cannot be read are counted and left out."""
+    """The images and sounds in a folder, under their names; files that cannot be read are counted
+    and left out."""
     ends, found, skipped = config.multimodal, {"image": {}, "audio": {}}, []
     if not folder.is_dir():
         raise UserError(

@@ -1,14 +1,16 @@
 """Train one preset: `python train.py v1-tiny`, `python train.py v1-tiny --steps 500 --lr 3e-3`,
 `python train.py --help`.
 
-The training loop is in `train`, the same for every version, on one process or many. What is learnt (batches,
-loss, evaluation) is a task: nanods/training/task.py. `docs/ARCHITECTURE.md` follows one batch through the files.
+The training loop is in `train`, the same for every version, on one process or many. What is learnt
+(batches, loss, evaluation) is a task: nanods/training/task.py. `docs/ARCHITECTURE.md` follows one
+batch through the files.
 """
 
 import os
 
-# OpenMP threads that wait for each other keep a core busy by default, which makes two of them nine times
-# slower beside another program (LOG.md). PyTorch's OpenMP on Linux reads this when torch is imported.
+# OpenMP threads that wait for each other keep a core busy by default, which makes two of them nine
+# times slower beside another program (LOG.md). PyTorch's OpenMP on Linux reads this when torch is
+# imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 # Otherwise a process that lost another one also prints a C++ stack.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -54,7 +56,8 @@ def main() -> None:
 
 
 def train(run: Run, processes: ProcessGroups) -> None:
-    """Train until the last step, or until SIGINT or SIGTERM: then save, to be continued with --resume."""
+    """Train until the last step, or until SIGINT or SIGTERM: then save, to be continued with
+    --resume."""
     config, task, model, optimizers = run.config, run.task, run.model, run.optimizers
     autocast, scaler = run.precision.autocast, run.precision.scaler
     local_batch = processes.local_batch(config.batch_size)  # which examples are this process's
@@ -130,10 +133,9 @@ def train(run: Run, processes: ProcessGroups) -> None:
     if run.step < config.steps:
         if run.step % config.save_every:
             save_run(run, processes)
-        print(
-            f"{stop.name or 'a signal to another process'}: saved after step {run.step}. Continue with: "
-            f"python train.py {config.preset} --resume --out-dir {config.run_dir}"
-        )
+        reason = stop.name or "a signal to another process"
+        resume = f"python train.py {config.preset} --resume --out-dir {config.run_dir}"
+        print(f"{reason}: saved after step {run.step}. Continue with: {resume}")
     elif processes.is_main_process:
         print_report(config, task, load_whole_model(run, processes), run.rows)
 

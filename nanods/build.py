@@ -9,7 +9,8 @@ from nanods.multimodal import Multimodal
 
 
 def build_model(config: Config) -> GPT | Multimodal:
-    """Return the untrained model of a configuration. Raises UserError if its sizes do not fit together."""
+    """Return the untrained model of a configuration. Raises UserError if its sizes do not fit
+    together."""
     try:
         if config.multimodal.modalities:
             return Multimodal(config.model, config.multimodal)

@@ -4,9 +4,9 @@
     V3 = replace(V2, multimodal=...)
 
 A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is
-GPT-2's size (124M parameters, one GPU); base needs one node of GPUs; full is the article's size, for
-hundreds of GPUs: plan it first (--plan). Every field can be set on the command line, has a type, and
-is saved in every checkpoint.
+GPT-2's size (124M parameters, one GPU); base needs one node of GPUs; full is the article's size,
+for hundreds of GPUs: plan it first (--plan). Every field can be set on the command line, has a
+type, and is saved in every checkpoint.
 """
 
 import dataclasses
@@ -29,48 +29,57 @@ class Config:
     steps: int
     """Optimizer steps of the whole run."""
     batch_size: int
-    """Sequences in one optimizer step, over all micro-batches and processes: batch-size x context-length tokens. V3: examples, each in
-    all its modalities; the loss compares each with all others, so a larger batch is a harder question."""
+    """Sequences in one optimizer step, over all micro-batches and processes: batch-size x
+    context-length tokens. V3: examples, each in all its modalities; the loss compares each with all
+    others, so a larger batch is a harder question."""
     lr: float
-    """Peak learning rate. Of Muon, for the matrices; AdamW, for embeddings and head, gets half of it. With --optimizer adamw,
-    of AdamW: 0.003 if you do not set it."""
+    """Peak learning rate. Of Muon, for the matrices; AdamW, for embeddings and head, gets half of
+    it. With --optimizer adamw, of AdamW: 0.003 if you do not set it."""
     warmup: float = 0.02
     """Share of the steps, the first ones, in which the learning rate rises from zero."""
     decay: float = 1.0
     """Share of the steps, the last ones, in which the learning rate falls to zero."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay on matrices only."""
+    """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay
+    on matrices only."""
     momentum: float = 0.9
-    """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 - momentum) steps."""
+    """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 -
+    momentum) steps."""
     weight_decay: float = 0.2
-    """Decoupled weight decay: each step multiplies every matrix by 1 - lr * weight_decay. Reduces overfitting."""
+    """Decoupled weight decay: each step multiplies every matrix by 1 - lr * weight_decay. Reduces
+    overfitting."""
     multimodal: MultimodalConfig = field(default_factory=MultimodalConfig)
     clip: float = 1.0
     """Largest norm of the gradient; a longer gradient is scaled down to it."""
     micro_batch: int | None = None
-    """Sequences in one forward and backward pass; must divide batch-size. Default: the most that should fit in memory. V3's
-    loss compares the whole batch all the same, by gradient caching."""
+    """Sequences in one forward and backward pass; must divide batch-size. Default: the most that
+    should fit in memory. V3's loss compares the whole batch all the same, by gradient caching."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and compute the rest again in backward: less memory, a third more arithmetic."""
+    """Keep only each block's input and compute the rest again in backward: less memory, a third
+    more arithmetic."""
     expert_optimizer: Literal["adamw", "muon"] = "muon"
     """Optimizer of the experts' matrices (V2) where --optimizer is muon."""
     expert_lr: float = 0.02
     """Peak learning rate of the experts. AdamW needs a tenth of Muon's or less."""
     expert_every: int = 4
-    """Muon updates each stack of experts at every n-th step only, with n times the rate, since it takes longer than the rest of a step."""
+    """Muon updates each stack of experts at every n-th step only, with n times the rate, since it
+    takes longer than the rest of a step."""
     init_from: str | None = None
-    """A run whose last weights to start from. The MLPs of a dense run of the same sizes become experts (upcycling)."""
+    """A run whose last weights to start from. The MLPs of a dense run of the same sizes become
+    experts (upcycling)."""
     init_noise: float = 0.0
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
     data: str = "pydocs"
-    """pydocs, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the path of a UTF-8 text file or of a folder of .txt,
-    .jsonl and .parquet files. V3: scenes, or a folder of captioned images or sounds (README)."""
+    """pydocs, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the path of a UTF-8 text file
+    or of a folder of .txt, .jsonl and .parquet files. V3: scenes, or a folder of captioned images
+    or sounds (README)."""
     out_dir: Path | None = None
     """Where checkpoints, metrics and pictures go. Default: runs/PRESET."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto: the first of cuda, mps and cpu that this machine has."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Precision of the computation. auto: bf16 where the GPU or the CPU multiplies it in hardware, else fp32."""
+    """Precision of the computation. auto: bf16 where the GPU or the CPU multiplies it in hardware,
+    else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on CUDA only; on a CPU it takes longer than it saves."""
     seed: int = 0
@@ -80,8 +89,8 @@ class Config:
     save_every: int = 250
     """Steps between two checkpoints."""
     mesh: str | None = None
-    """How several processes split the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/distributed/mesh.py). Default: dp where a whole
-    step fits in each process's memory, else fsdp."""
+    """How several processes split the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/distributed/mesh.py).
+    Default: dp where a whole step fits in each process's memory, else fsdp."""
     resume: bool = False
     """Continue from the last checkpoint in out-dir, with the configuration saved there."""
 
@@ -116,7 +125,8 @@ class Config:
             )
         if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
             raise ValueError(
-                f"--warmup {self.warmup} and --decay {self.decay} are shares of the run, from 0 to 1"
+                f"--warmup {self.warmup} and --decay {self.decay} are shares of the run, "
+                "from 0 to 1"
             )
 
     @property
@@ -127,11 +137,11 @@ class Config:
 TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
-# The article's V2 has 100B parameters, 10B of them active. With its 16 experts and top-2 routing that
-# is impossible: a block has 132 C^2 parameters and uses 20 C^2 (F = 4C). v2-full is the nearest, 96B
-# and 14.7B; 24 experts give 96.2B and 10.0B: v2-full --n-layer 23 --moe.n-expert 24. The article's V1,
-# "a third of BERT-large's" 340M, has the size of v1-small. v1-full is the dense trunk of 9.1B from
-# which v2-full can start (--init-from).
+# The article's V2 has 100B parameters, 10B of them active. With its 16 experts and top-2 routing
+# that is impossible: a block has 132 C^2 parameters and uses 20 C^2 (F = 4C). v2-full is the
+# nearest, 96B and 14.7B; 24 experts give 96.2B and 10.0B: v2-full --n-layer 23 --moe.n-expert 24.
+# The article's V1, "a third of BERT-large's" 340M, has the size of v1-small. v1-full is the dense
+# trunk of 9.1B from which v2-full can start (--init-from).
 FULL = GPTConfig(n_layer=34, n_head=36, n_embd=4608, context_length=4096, vocab_size=50304)
 
 V0 = {
@@ -158,10 +168,10 @@ V2 = {
 }
 V2["tiny"] = replace(V2["tiny"], steps=1500)  # still minutes on two cores, with more work a token
 
-# V3's examples are short (80, 64 and 16 tokens at tiny size), so its attention is dense. At tiny size
-# it has plain MLPs: 16 experts gain little there over more steps in the same time (LOG.md). The small
-# and base sizes are CLIP's ViT-B/16 and ViT-L/14, one trunk instead of two towers, with V2's experts,
-# for captioned images such as COCO's.
+# V3's examples are short (80, 64 and 16 tokens at tiny size), so its attention is dense. At tiny
+# size it has plain MLPs: 16 experts gain little there over more steps in the same time (LOG.md).
+# The small and base sizes are CLIP's ViT-B/16 and ViT-L/14, one trunk instead of two towers, with
+# V2's experts, for captioned images such as COCO's.
 MODALITY_CONFIGS = {
     "tiny": MultimodalConfig(("text", "image", "audio")),
     "small": MultimodalConfig(
@@ -210,7 +220,8 @@ ADAMW_LR = 0.003  # the peak rate of --optimizer adamw, where --lr is not given
 
 
 def from_command_line(description: str, args: list[str] | None = None) -> Config:
-    """Return the preset that the command line names, with its overrides. Ends with exit code 2 if it cannot be understood."""
+    """Return the preset that the command line names, with its overrides. Ends with exit code 2 if
+    it cannot be understood."""
     presets = {name: (describe(config), config) for name, config in PRESETS.items()}
     try:
         config = tyro.extras.overridable_config_cli(presets, description=description, args=args)
@@ -236,11 +247,12 @@ def describe(config: Config) -> str:
     )
 
 
-# ---- in checkpoints --------------------------------------------------------------------------
+# ---- in checkpoints ------------------------------------------------------------------------------
 
 
 def to_dict(config: Config) -> dict:
-    """Return a configuration as JSON values, without the fields that belong to one start of the run."""
+    """Return a configuration as JSON values, without the fields that belong to one start of the
+    run."""
     saved = dataclasses.asdict(config)
     saved["out_dir"] = None  # a run directory may be moved
     saved["resume"] = False
@@ -248,7 +260,8 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(saved: dict) -> Config:
-    """Do the inverse of `to_dict`. Raises UserError if a field is missing or unknown, as in a checkpoint of another version."""
+    """Do the inverse of `to_dict`. Raises UserError if a field is missing or unknown, as in a
+    checkpoint of another version."""
     try:
         model = dict(saved["model"])
         model["attention"] = AttentionConfig(**model["attention"])
@@ -270,7 +283,8 @@ def from_dict(saved: dict) -> Config:
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """Return the fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense", "steps": 800, ...}."""
+    """Return the fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense",
+    "steps": 800, ...}."""
     flat = dataclasses.asdict(config)
     model = flat.pop("model")
     nested = {
@@ -297,7 +311,8 @@ RUNTIME_ONLY_FIELDS = (
 
 
 def resolve_resume(requested: Config, saved: Config) -> Config:
-    """Return the saved configuration with the requested runtime-only fields (device, how often to save, where).
+    """Return the saved configuration with the requested runtime-only fields (device, how often to
+    save, where).
 
     Raises UserError naming each flag that asks for something else than the saved run has.
     """

@@ -1,7 +1,7 @@
 """A run of train.py: set it up or resume it, forecast it, save it. The loop itself is in train.py.
 
-This is where one process and many meet: what it calls is in nanods/training (one process), nanods/distributed (many) and
-nanods/planner (memory).
+This is where one process and many meet: what it calls is in nanods/training (one process),
+nanods/distributed (many) and nanods/planner (memory).
 """
 
 import time
@@ -57,13 +57,14 @@ class Run:
     """The metrics of each step done, as in metrics.jsonl."""
 
 
-# ---- set up ----------------------------------------------------------------------------------
+# ---- set up --------------------------------------------------------------------------------------
 
 
 def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     """Return a new run or, with --resume, the saved one; None if that is finished.
 
-    Raises UserError for settings that do not fit the machine, the data, the processes or the saved run.
+    Raises UserError for settings that do not fit the machine, the data, the processes or the saved
+    run.
     """
     saved = checkpoint.load(config.run_dir, processes.on_main_process) if config.resume else None
     if saved:
@@ -86,8 +87,8 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
         )
     if processes.is_sharded and precision.dtype == torch.float16:
         raise UserError(
-            f"--dtype fp16, --mesh {processes.mesh}: a gradient that overflows shows on one process "
-            "only; use bf16 or fp32"
+            f"--dtype fp16, --mesh {processes.mesh}: a gradient that overflows shows on one "
+            "process only; use bf16 or fp32"
         )
     model = set_up_model(config, task, device, precision, processes, is_new=not saved)
     optimizers = make_run_optimizers(config, model, processes)
@@ -135,8 +136,8 @@ def set_up_model(
 def make_run_optimizers(
     config: Config, model: nn.Module, processes: ProcessGroups
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers. Processes that hold the same matrices split Muon's orthogonalising among them; experts
-    that one process holds alone it orthogonalises alone."""
+    """Return the optimizers. Processes that hold the same matrices split Muon's orthogonalising
+    among them; experts that one process holds alone it orthogonalises alone."""
     if processes.world_size == 1:
         return make_optimizers(config, model)
     alone = processes.ep > 1 and not processes.fsdp
@@ -154,7 +155,8 @@ def choose_micro_batch(
     saved: checkpoint.Checkpoint | None,
     processes: ProcessGroups,
 ) -> int:
-    """Return the micro-batch: as requested, as saved, or the largest that should fit in the memory of every process."""
+    """Return the micro-batch: as requested, as saved, or the largest that should fit in the memory
+    of every process."""
     local_batch_size = config.batch_size // processes.batch_shards
     if config.micro_batch:
         micro_batch = config.micro_batch
@@ -172,11 +174,12 @@ def choose_micro_batch(
     return micro_batch
 
 
-# ---- forecast --------------------------------------------------------------------------------
+# ---- forecast ------------------------------------------------------------------------------------
 
 
 def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> None:
-    """Print what the run needs: parameters, arithmetic, memory, and time, which two rehearsed batches measure."""
+    """Print what the run needs: parameters, arithmetic, memory, and time, which two rehearsed
+    batches measure."""
     config, task = run.config, run.task
     whole = build_meta_model(config)  # `run.model` may be a part
     total, active = whole.count_parameters()
@@ -192,7 +195,8 @@ def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> N
 
 
 def time_batch(run: Run, compiled: nn.Module, processes: ProcessGroups) -> float:
-    """Return the seconds of one batch, forward and backward: the second of two, whose gradients are thrown away."""
+    """Return the seconds of one batch, forward and backward: the second of two, whose gradients are
+    thrown away."""
     local_batch = processes.local_batch(run.config.batch_size)
     for _ in range(2):
         start = time.perf_counter()
@@ -208,7 +212,8 @@ def time_batch(run: Run, compiled: nn.Module, processes: ProcessGroups) -> float
 
 
 def muon_seconds(optimizers: list[torch.optim.Optimizer]) -> float:
-    """Return the seconds that Muon takes per step, measured on one stack of its largest matrices; 0 without Muon."""
+    """Return the seconds that Muon takes per step, measured on one stack of its largest matrices; 0
+    without Muon."""
     share_of_steps: dict[Tensor, float] = {}
     for optimizer in optimizers:
         if isinstance(optimizer, Muon):
@@ -229,7 +234,7 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-# ---- on disk ---------------------------------------------------------------------------------
+# ---- on disk -------------------------------------------------------------------------------------
 
 
 def save_run(run: Run, processes: ProcessGroups) -> None:
@@ -267,7 +272,7 @@ def restore_run(run: Run, saved: checkpoint.Checkpoint, processes: ProcessGroups
 
 
 def load_whole_model(run: Run, processes: ProcessGroups) -> nn.Module:
-    """Return the whole model of a run: where processes hold parts of it, from the last checkpoint."""
+    """Return the whole model: from the last checkpoint, where each process holds a part of it."""
     if not processes.is_sharded:
         return run.model
     return checkpoint.load_model(checkpoint.load(run.config.run_dir)).to(run.device)

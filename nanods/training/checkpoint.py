@@ -3,11 +3,13 @@
     RUN/step_000060/model.safetensors        the weights, by their names in the model
     RUN/step_000060/optimizer.safetensors    the optimizers' state and the random state
     RUN/step_000060/state.json               configuration, tokenizer, step, seconds so far
-    RUN/step_000060/SHA256SUMS               of the three files; `sha256sum -c SHA256SUMS` checks them
+    RUN/step_000060/SHA256SUMS               of the three; `sha256sum -c SHA256SUMS` checks them
 
-A checkpoint is written under a temporary name, synced to disk, and renamed. A process that is killed while it writes leaves the
-earlier checkpoints untouched. Loading takes the newest checkpoint that is whole, with a warning for each that is not. Nothing is ever
-unpickled. Runs whose weights are sharded write and read the same files, each process its own part (nanods/distributed/checkpoint.py).
+A checkpoint is written under a temporary name, synced to disk, and renamed. A process that is
+killed while it writes leaves the earlier checkpoints untouched. Loading takes the newest checkpoint
+that is whole, with a warning for each that is not. Nothing is ever unpickled. Runs whose weights
+are sharded write and read the same files, each process its own part
+(nanods/distributed/checkpoint.py).
 """
 
 import json
@@ -47,11 +49,11 @@ class Checkpoint:
 
     @property
     def optimizer(self) -> dict[str, Tensor]:
-        """The optimizers' tensors by name (see `optimizer_tensors`), read from disk at each access."""
+        """What `optimizer_tensors` returned, read from disk at each access."""
         return load_file(self.path / FILES[1])
 
 
-# ---- writing ---------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save(
@@ -111,7 +113,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- finding and loading ---------------------------------------------------------------------
+# ---- finding and loading -------------------------------------------------------------------------
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -126,7 +128,8 @@ def load(
 ) -> Checkpoint:
     """Return the newest whole checkpoint of a run directory. Raises UserError if there is none.
 
-    `on_main_process`: ProcessGroups.on_main_process, where one of several processes is to check the files and tell the others.
+    `on_main_process`: ProcessGroups.on_main_process, where one of several processes is to check the
+    files and tell the others.
     """
     step = on_main_process(lambda: newest_step(run_dir))
     path = run_dir / f"step_{step:06d}"
@@ -138,7 +141,8 @@ def newest_step(run_dir: Path) -> int:
     paths = list_checkpoints(run_dir)
     if not paths:
         raise UserError(
-            f"no checkpoint in {run_dir}: train one first (`python train.py PRESET`), or name its run directory"
+            f"no checkpoint in {run_dir}: train one first (`python train.py PRESET`), or name its "
+            "run directory"
         )
     for path in reversed(paths):
         fault = find_corruption(path)
@@ -162,20 +166,21 @@ def find_corruption(path: Path) -> str | None:
 
 
 def load_model(checkpoint: Checkpoint) -> GPT | Multimodal:
-    """Return the model of a checkpoint, in eval mode, on the CPU. Raises UserError as `restore_model` does."""
+    """Return the model of a checkpoint, in eval mode, on the CPU. Raises UserError as
+    `restore_model` does."""
     model = build_model(from_dict(checkpoint.state["config"])).eval()
     restore_model(model, checkpoint.model, checkpoint.path)
     return model
 
 
-# ---- model and optimizers --------------------------------------------------------------------
+# ---- model and optimizers ------------------------------------------------------------------------
 
 
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Return the optimizers' state and the random state, by name: the optimizer's class, the parameter, the field, as in
-    "Muon/blocks.0.mlp.up.weight/momentum_buffer"."""
+    """Return the optimizers' state and the random state, by name: the optimizer's class, the
+    parameter, the field, as in "Muon/blocks.0.mlp.up.weight/momentum_buffer"."""
     names = {p: name for name, p in model.named_parameters()}
     tensors = {"rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -188,7 +193,8 @@ def optimizer_tensors(
 
 
 def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: Checkpoint) -> None:
-    """Load a checkpoint's weights, optimizer state and random state. Raises UserError as `restore_model` does."""
+    """Load a checkpoint's weights, optimizer state and random state. Raises UserError as
+    `restore_model` does."""
     restore_model(model, saved.model, saved.path)
     restore_optimizers(model, optimizers, saved.optimizer)
 
@@ -196,8 +202,8 @@ def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: Ch
 def restore_optimizers(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
-    """Do the inverse of `optimizer_tensors`. Each parameter's state goes to the optimizer that updates the parameter, so that
-    several optimizers of one class may be in use."""
+    """Do the inverse of `optimizer_tensors`. Each parameter's state goes to the optimizer that
+    updates the parameter, so that several optimizers of one class may be in use."""
     parameters = dict(model.named_parameters())
     owners = {}
     for optimizer in optimizers:
@@ -217,7 +223,8 @@ def restore_optimizers(
 
 
 def restore_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load the weights of the checkpoint at `path`. Raises UserError where names or shapes are those of another model."""
+    """Load the weights of the checkpoint at `path`. Raises UserError where names or shapes are
+    those of another model."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,13 +1,17 @@
-"""Contrastive learning: which caption, image and sound belong together (V3). The task protocol is in nanods/training/task.py.
+"""Contrastive learning: which caption, image and sound belong together (V3). The task protocol is
+in nanods/training/task.py.
 
-The loss compares every example of the batch with every other, so a batch in micro-batches needs gradient caching
-(nanods/contrastive.py): `micro_batches` embeds all of them without a graph and takes the gradient of the loss at the embeddings;
-`loss` then embeds one micro-batch again, with a graph, and returns a surrogate whose gradient is the same. A batch of one micro-batch takes
-the loss directly.
+The loss compares every example of the batch with every other, so a batch in micro-batches needs
+gradient caching (nanods/contrastive.py): `micro_batches` embeds all of them without a graph and
+takes the gradient of the loss at the embeddings; `loss` then embeds one micro-batch again, with a
+graph, and returns a surrogate whose gradient is the same. A batch of one micro-batch takes the loss
+directly.
 
-Evaluation is retrieval among held-out examples, in every direction. The data set is an ExampleDataset (nanods/data/examples.py).
+Evaluation is retrieval among held-out examples, in every direction. The data set is an
+ExampleDataset (nanods/data/examples.py).
 
-Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption, M width of the space, L layers, E experts.
+Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption, M width of the
+space, L layers, E experts.
 """
 
 from collections.abc import Iterable
@@ -59,7 +63,8 @@ class MicroBatch:
     count: int
     """Micro-batches in the batch that this one is a part of."""
     cached: "CachedGradients | None" = None
-    """Where the batch has several micro-batches: the gradient of its loss at this one's embeddings."""
+    """Where the batch has several micro-batches: the gradient of its loss at this one's embeddings.
+    """
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class CachedGradients:
     embeddings: dict[str, Tensor]
     """By modality: the gradient at this micro-batch's embeddings, (b, M)."""
     scale: Tensor | None
-    """The gradient at the scale (1 / temperature); on the first micro-batch alone, since the batch has one scale."""
+    """The gradient at the scale (1 / temperature); on the first micro-batch alone, since the batch
+    has one scale."""
     metrics: dict[str, Tensor]
     """Those of the whole batch's contrastive loss."""
 
@@ -78,7 +84,8 @@ class ContrastiveTask:
     higher_is_better = True
 
     def __init__(self, config: Config, device: torch.device, data=None) -> None:
-        """`data` replaces the data set that the configuration names. Raises UserError if it lacks a modality."""
+        """`data` replaces the data set that the configuration names. Raises UserError if it lacks a
+        modality."""
         self.config, self.device = config, device
         self.data = data or load_dataset(config)
         modalities = config.multimodal.modalities
@@ -90,8 +97,8 @@ class ContrastiveTask:
             )
         if config.batch_size > len(self.data.train):
             raise UserError(
-                f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training examples; "
-                "choose a smaller batch"
+                f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training "
+                "examples; choose a smaller batch"
             )
         vocab_size = config.model.vocab_size
         self.tokenizer = tokenizer_for(self.data.text() if vocab_size > 256 else "", vocab_size)
@@ -99,7 +106,7 @@ class ContrastiveTask:
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(MAX_GALLERY, len(self.data.held_out)))
 
-    # ---- batches and loss --------------------------------------------------------------------
+    # ---- batches and loss ------------------------------------------------------------------------
 
     def inputs(self, examples) -> dict[str, Tensor]:
         """Return what the model reads of examples, by modality, on the device."""
@@ -113,7 +120,8 @@ class ContrastiveTask:
         return Batch(self.inputs(examples), ids)
 
     def micro_batches(self, model: nn.Module, batch: Batch, size: int) -> list[MicroBatch]:
-        """Split a batch into micro-batches of `size`; where there are several, cache the gradients at the embeddings."""
+        """Split a batch into micro-batches of `size`; where there are several, cache the gradients
+        at the embeddings."""
         if len(batch.ids) <= size:
             return [MicroBatch(batch.inputs, batch.ids, count=1)]
         parts, ids = split_batch(batch.inputs, size), batch.ids.split(size)
@@ -139,9 +147,10 @@ class ContrastiveTask:
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the micro-batch's share of the batch's loss, in nats, and its metrics.
 
-        `ce_loss` is the contrastive loss of the whole batch, the mean over the pairs of modalities (`loss_text_image`, ...); an
-        untrained model has ln B. With experts there are also their losses, means over one micro-batch, so their value depends on its size,
-        and the load of each modality.
+        `ce_loss` is the contrastive loss of the whole batch, the mean over the pairs of modalities
+        (`loss_text_image`, ...); an untrained model has ln B. With experts there are also their
+        losses, means over one micro-batch, so their value depends on its size, and the load of each
+        modality.
         """
         embeddings, stats = model(micro_batch.inputs)
         scale, cached = model.temperature(), micro_batch.cached
@@ -162,7 +171,8 @@ class ContrastiveTask:
     def contrastive_loss(
         self, embeddings: dict[str, Tensor], scale: Tensor, ids: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of this process's examples against those of all processes, and its metrics.
+        """Return the loss of this process's examples against those of all processes, and its
+        metrics.
 
         embeddings: (B, M) by modality; ids (B,).
         """
@@ -174,22 +184,25 @@ class ContrastiveTask:
             metrics[f"loss_{pair.replace('-', '_')}"] = pair_loss
         return loss, metrics
 
-    # ---- evaluation --------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------
 
     def embed(
         self, model: nn.Module, inputs: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the embeddings (Q, M) of inputs and, with experts, their load (L, E), by modality. In eval mode."""
+        """Return the embeddings (Q, M) of inputs and, with experts, their load (L, E), by modality.
+        In eval mode."""
         was_training = model.training
         embeddings, load = embed(model.eval(), inputs)
         model.train(was_training)
         return embeddings, load
 
     def evaluate(self, model: nn.Module) -> dict:
-        """Return how well each held-out example of the gallery finds its partner, for each direction A -> B.
+        """Return how well each held-out example of the gallery finds its partner, for each
+        direction A -> B.
 
-        val_loss          the contrastive loss alone, in nats, of the gallery in batches of the training's size
-        recall1_A_B       the share of A's examples whose partner in B ranks first; recall5_A_B among the first five
+        val_loss          the contrastive loss alone, in nats, in batches of the training's size
+        recall1_A_B       the share of A's examples whose partner in B ranks first
+        recall5_A_B       the same among the first five
         median_rank_A_B   the median rank of the partner
         val_recall1       the mean of all recall1_A_B
         val_load, ...     with experts: the load (L, E) and its metrics, and val_load_MODALITY
@@ -211,7 +224,8 @@ class ContrastiveTask:
         return metrics
 
     def gallery_loss(self, embeddings: dict[str, Tensor], ids: Tensor, scale: float) -> float:
-        """Return the mean contrastive loss of the gallery's batches, without a last one that is not full."""
+        """Return the mean contrastive loss of the gallery's batches, without a last one that is not
+        full."""
         size = min(len(ids), self.config.batch_size)
         losses = []
         for start in range(0, len(ids) - size + 1, size):
@@ -221,13 +235,13 @@ class ContrastiveTask:
             losses.append(loss.item())
         return float(np.mean(losses))
 
-    # ---- words and pictures ------------------------------------------------------------------
+    # ---- words and pictures ----------------------------------------------------------------------
 
     def describe_data(self) -> str:
         data = self.data
         return (
-            f"{data.name}: {len(data.train):,} training + {len(data.held_out):,} held-out examples, "
-            f"sha256 {data.sha256[:12]}"
+            f"{data.name}: {len(data.train):,} training + {len(data.held_out):,} held-out "
+            f"examples, sha256 {data.sha256[:12]}"
         )
 
     def describe_step(self) -> str:
@@ -275,11 +289,12 @@ class ContrastiveTask:
         return "\n".join([*lines, "", f"next       {query}"])
 
 
-# ---- data sets and inputs --------------------------------------------------------------------
+# ---- data sets and inputs ------------------------------------------------------------------------
 
 
 def load_dataset(config: Config):
-    """Return the data set of examples that the configuration names. Raises UserError if it cannot be read."""
+    """Return the data set of examples that the configuration names. Raises UserError if it cannot
+    be read."""
     if config.data == "scenes":
         return SceneData(config.multimodal.hard_batches)
     return load_caption_dataset(
@@ -300,7 +315,8 @@ def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
 
 
 def encode_captions(captions: list[str], tokenizer, max_tokens: int) -> Tensor:
-    """Return captions as token ids (B, T), int64, padded with -1. T is the length of the longest; all are cut at `max_tokens`."""
+    """Return captions as token ids (B, T), int64, padded with -1. T is the length of the longest;
+    all are cut at `max_tokens`."""
     encoded = [tokenizer.encode(caption)[:max_tokens] for caption in captions]
     tokens = np.full((len(encoded), max(map(len, encoded))), -1, np.int64)
     for row, ids in zip(tokens, encoded, strict=True):
@@ -312,7 +328,8 @@ def encode_captions(captions: list[str], tokenizer, max_tokens: int) -> Tensor:
 def embed(
     model: nn.Module, inputs: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return embeddings (Q, M) and, with experts, their load (L, E), by modality; a chunk at a time, in the model's own mode."""
+    """Return embeddings (Q, M) and, with experts, their load (L, E), by modality; a chunk at a
+    time, in the model's own mode."""
     chunks, load = {name: [] for name in inputs}, {}
     examples = len(next(iter(inputs.values())))
     for start in range(0, examples, EMBED_CHUNK):
@@ -332,11 +349,12 @@ def logit_scale(model: nn.Module) -> float:
     return model.temperature().item()
 
 
-# ---- losses of experts that several modalities share -----------------------------------------
+# ---- losses of experts that several modalities share ---------------------------------------------
 
 
 def combine_loads(loads: Iterable[Tensor], config: Config) -> Tensor:
-    """Return the loads (L, E) of the modalities as one: their sum where they share a trunk, else one trunk's layers after the other's."""
+    """Return the loads (L, E) of the modalities as one: their sum where they share a trunk, else
+    one trunk's layers after the other's."""
     loads = list(loads)
     if config.multimodal.shared:
         return torch.stack(loads).sum(dim=0)
@@ -346,11 +364,12 @@ def combine_loads(loads: Iterable[Tensor], config: Config) -> Tensor:
 def moe_losses(
     stats: dict[str, list[dict[str, Tensor]]], config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of the experts' losses, and their metrics, from each modality's stats of each layer.
+    """Return the weighted sum of the experts' losses, and their metrics, from each modality's stats
+    of each layer.
 
-    Where modalities share experts, the load-balancing loss counts all their tokens together: an expert may then serve one
-    modality alone. Where they do not, it is taken per modality. `entropy_loss` is LIMoE's, per modality; all are means
-    over the layers.
+    Where modalities share experts, the load-balancing loss counts all their tokens together: an
+    expert may then serve one modality alone. Where they do not, it is taken per modality.
+    `entropy_loss` is LIMoE's, per modality; all are means over the layers.
     """
     moe, multimodal, E = config.model.moe, config.multimodal, config.model.moe.n_expert
     groups = [list(stats)] if multimodal.shared else [[name] for name in stats]

@@ -1,6 +1,8 @@
-"""What a trained model does, layer by layer: which keys V1 reads, which experts V2 chooses, and an alarm for its routers.
+"""What a trained model does, layer by layer: which keys V1 reads, which experts V2 chooses, and an
+alarm for its routers.
 
-Shapes: T tokens, L layers, H heads, D width of a head, N blocks, K chosen blocks or experts, E experts.
+Shapes: T tokens, L layers, H heads, D width of a head, N blocks, K chosen blocks or experts, E
+experts.
 """
 
 import math
@@ -17,7 +19,8 @@ MAX_TOKENS = 2048  # queries inspected: dense attention's weights, for compariso
 
 
 def layer_stats(model: GPT, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """Return the stats of each layer on one sequence, tokens (T,), in eval mode. The model's mode is restored."""
+    """Return the stats of each layer on one sequence, tokens (T,), in eval mode. The model's mode
+    is restored."""
     was_training = model.training
     _, layers = model.eval()(tokens[None], inspect=True)
     model.train(was_training)
@@ -26,13 +29,15 @@ def layer_stats(model: GPT, tokens: Tensor) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def sparsity_report(model: GPT, tokens: Tensor) -> dict:
-    """Measure what each head of a block-sparse model reads of one sequence, tokens (T,). Arrays (L, H), from 0 to 1:
+    """Measure what each head of a block-sparse model reads of one sequence, tokens (T,). Arrays (L,
+    H), from 0 to 1:
 
     keys_read     the share of past query-key pairs that are read
-    weight_read   the share of dense attention's weight, from the same queries and keys, on the keys that are read
-    best_found    of the `top_blocks` past blocks with most dense weight, the share that was selected
+    weight_read   the share of dense attention's weight that lies on the keys that are read
+    best_found    the share selected of the `top_blocks` past blocks with most dense weight
 
-    and for the head that reads least of its weight its `layer`, `head` and selection `blocks` (T or tiles, K).
+    and for the head that reads least of its weight its `layer`, `head` and selection `blocks` (T or
+    tiles, K).
     """
     block_size = model.config.attention.block_size
     top_blocks = model.config.attention.top_blocks
@@ -65,9 +70,11 @@ def sparsity_report(model: GPT, tokens: Tensor) -> dict:
 
 
 def best_blocks_found(weights: Tensor, read: Tensor, block_size: int, top_blocks: int) -> Tensor:
-    """Return the share of each query's heaviest past blocks that are read: weights, read (1, H, T, T) -> (H,).
+    """Return the share of each query's heaviest past blocks that are read: weights, read (1, H, T,
+    T) -> (H,).
 
-    Only queries with more past blocks than they may read count. Without such a query the share is 1, since nothing was missed.
+    Only queries with more past blocks than they may read count. Without such a query the share is
+    1, since nothing was missed.
     """
     T = weights.size(-1)
     pad = (0, -T % block_size)
@@ -85,16 +92,19 @@ def best_blocks_found(weights: Tensor, read: Tensor, block_size: int, top_blocks
 
 @torch.no_grad()
 def chosen_experts(model: GPT, tokens: Tensor) -> np.ndarray:
-    """Return the experts that each token of a sequence chose, the likeliest first: tokens (T,) -> (L, T, K)."""
+    """Return the experts that each token of a sequence chose, the likeliest first: tokens (T,) ->
+    (L, T, K)."""
     layers = layer_stats(model, tokens)
     return torch.stack([stats["experts"][0] for stats in layers]).cpu().numpy()
 
 
 class LoadMonitor:
-    """Raise an alarm where a router collapses onto few experts, or an expert gets hardly any tokens.
+    """Raise an alarm where a router collapses onto few experts, or an expert gets hardly any
+    tokens.
 
-    Both are judged on a running mean of the load over about 20 steps, from the 20th step on. An expert below a tenth of an
-    even share hardly learns. An entropy below half of ln E means that fewer than sqrt(E) experts do the work.
+    Both are judged on a running mean of the load over about 20 steps, from the 20th step on. An
+    expert below a tenth of an even share hardly learns. An entropy below half of ln E means that
+    fewer than sqrt(E) experts do the work.
     """
 
     def __init__(self, rows: list[dict] = ()) -> None:
@@ -105,8 +115,8 @@ class LoadMonitor:
                 self.update(torch.tensor(row["load"]))
 
     def update(self, load: Tensor) -> dict[str, str]:
-        """Add the load (L, E) of one step. Returns {"alarm": what is wrong now}, with "new_alarm" where it was not wrong before;
-        {} where nothing is."""
+        """Add the load (L, E) of one step. Returns {"alarm": what is wrong now}, with "new_alarm"
+        where it was not wrong before; {} where nothing is."""
         share = load.double() / load.sum(dim=-1, keepdim=True)
         self.mean = share if self.mean is None else self.mean.lerp(share, 0.05)
         self.steps += 1
@@ -128,7 +138,8 @@ class LoadMonitor:
         for layer, share in enumerate(self.mean.cpu()):
             if torch.special.entr(share).sum() < 0.5 * math.log(E):
                 faults[layer, "all"] = (
-                    f"layer {layer}: the router collapses ({share.max():.0%} of the load on one expert of {E})"
+                    f"layer {layer}: the router collapses "
+                    f"({share.max():.0%} of the load on one expert of {E})"
                 )
             for e in (share < 0.1 / E).nonzero().flatten().tolist():
                 faults[layer, e] = (

@@ -1,7 +1,8 @@
-"""Language modelling: predict each next token of a text (V0 to V2). The task protocol is in nanods/training/task.py.
+"""Language modelling: predict each next token of a text (V0 to V2). The task protocol is in
+nanods/training/task.py.
 
-The batch of a step is a function of (seed, step) alone. So the step number is the position in the data, and a resumed run
-reads what an uninterrupted one would have read.
+The batch of a step is a function of (seed, step) alone. So the step number is the position in the
+data, and a resumed run reads what an uninterrupted one would have read.
 
 Shapes: B windows of a batch, T tokens of context, V vocabulary, L layers, E experts.
 """
@@ -38,14 +39,15 @@ class LanguageTask:
     higher_is_better = False
 
     def __init__(self, config: Config, device: torch.device, data: TextData | None = None) -> None:
-        """`data` replaces the data set that the configuration names. Raises UserError if the text is too short."""
+        """`data` replaces the data set that the configuration names. Raises UserError if the text
+        is too short."""
         self.config, self.device, self.T = config, device, config.model.context_length
         self.data = data or load_text(config.data, config.model.vocab_size)
         self.data.require(self.T)
         self.tokenizer = self.data.tokenizer
         self.units_per_step = config.batch_size * self.T
 
-    # ---- batches and loss --------------------------------------------------------------------
+    # ---- batches and loss ------------------------------------------------------------------------
 
     def batch(self, step: int, rows: slice = slice(None)) -> Tensor:
         """Return windows of the training text, (batch_size, T + 1), or the `rows` of them."""
@@ -56,7 +58,8 @@ class LanguageTask:
     def window_starts(self, step: int) -> np.ndarray:
         """Return where the windows of a batch begin, (batch_size,).
 
-        Token shards are read window by window, each once an epoch; a text in memory at random positions.
+        Token shards are read window by window, each once an epoch; a text in memory at random
+        positions.
         """
         config, total = self.config, len(self.data.train)
         if isinstance(self.data.train, Tokens):
@@ -72,9 +75,10 @@ class LanguageTask:
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the micro-batch's share of the batch's mean loss, in nats, and its metrics.
 
-        `ce_loss` is the mean cross-entropy of each next token. With experts there are also `balance_loss` and `z_loss`, means
-        over the layers before their weights, the share of `dropped` assignments, and the `load` (L, E). The experts' losses are means over
-        one micro-batch, so their value depends on its size.
+        `ce_loss` is the mean cross-entropy of each next token. With experts there are also
+        `balance_loss` and `z_loss`, means over the layers before their weights, the share of
+        `dropped` assignments, and the `load` (L, E). The experts' losses are means over one
+        micro-batch, so their value depends on its size.
         """
         windows = micro_batch.windows
         logits, layers = model(windows[:, :-1])
@@ -92,15 +96,15 @@ class LanguageTask:
             metrics |= {name: value.detach() for name, value in means.items()} | {"load": load}
         return loss / micro_batch.count, {"train_loss": loss.detach()} | metrics
 
-    # ---- evaluation --------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict:
-        """Return the cross-entropy over the whole validation text, in windows of T that do not overlap (the last may be
-        shorter). The model runs in eval mode, so no expert drops a token.
+        """Return the cross-entropy over the whole validation text, in windows of T that do not
+        overlap (the last may be shorter). The model runs in eval mode, so no expert drops a token.
 
-        `val_loss` is in nats per token; `val_bpb` in bits per byte of the text, which compares across tokenizers. With experts
-        also `val_load` (L, E) over the whole text and its metrics.
+        `val_loss` is in nats per token; `val_bpb` in bits per byte of the text, which compares
+        across tokenizers. With experts also `val_load` (L, E) over the whole text and its metrics.
         """
         was_training = model.training
         model.eval()
@@ -122,7 +126,8 @@ class LanguageTask:
         return metrics
 
     def validation_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the validation text as inputs and targets, each (up to EVAL_BATCH, T); the last pair may be shorter."""
+        """Return the validation text as inputs and targets, each (up to EVAL_BATCH, T); the last
+        pair may be shorter."""
         tokens = torch.from_numpy(self.data.val.astype(np.int64))
         inputs, targets = tokens[:-1].split(self.T), tokens[1:].split(self.T)
         full = len(inputs) - (len(inputs[-1]) < self.T)
@@ -134,7 +139,7 @@ class LanguageTask:
             batches.append((inputs[-1][None], targets[-1][None]))
         return batches
 
-    # ---- words and pictures ------------------------------------------------------------------
+    # ---- words and pictures ----------------------------------------------------------------------
 
     def describe_data(self) -> str:
         data = self.data
@@ -167,6 +172,6 @@ class LanguageTask:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over all positions, in at least fp32: logits (B, T, V), targets (B, T) -> ()."""
+    """Return the mean over all positions, in fp32 or fp64: logits (B, T, V), targets (B, T)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,7 +1,7 @@
 """Metrics of a step: numbers, and the experts' load, counts of shape (L, E).
 
-Micro-batches add theirs up here, processes take the mean (ProcessGroups.average_metrics), and the row of a step goes to
-nanods/training/metrics_log.py.
+Micro-batches add theirs up here, processes take the mean (ProcessGroups.average_metrics), and the
+row of a step goes to nanods/training/metrics_log.py.
 
 Shapes: L layers, E experts.
 """
@@ -17,15 +17,16 @@ from torch import Tensor
 def accumulate_metrics(
     metrics: dict[str, Tensor], micro_metrics: dict[str, Tensor], micro_batches: int
 ) -> None:
-    """Add the metrics of one of `micro_batches` to the batch's, in place: counts (names that begin with "load") as sums,
-    all others as means."""
+    """Add the metrics of one of `micro_batches` to the batch's, in place: counts (names that begin
+    with "load") as sums, all others as means."""
     for name, value in micro_metrics.items():
         is_count = name.startswith("load")
         metrics[name] = metrics.get(name, 0) + (value if is_count else value / micro_batches)
 
 
 def stack_loads(layers: list[dict[str, Tensor]]) -> Tensor | None:
-    """Return the assignments of each layer and expert, (L, E) integers; None for a model without experts."""
+    """Return the assignments of each layer and expert, (L, E) integers; None for a model without
+    experts."""
     loads = [stats["load"] for stats in layers if "load" in stats]
     return torch.stack(loads) if loads else None
 
@@ -33,8 +34,8 @@ def stack_loads(layers: list[dict[str, Tensor]]) -> Tensor | None:
 def load_metrics(load: Tensor) -> dict:
     """Return how unevenly the experts are loaded: load (L, E) -> metrics, means over the layers.
 
-    load_max_over_mean   the busiest expert's tokens over the mean: 1 where even, E where one expert takes all
-    load_entropy         the entropy of the load as a share of ln E: 1 where even
+    load_max_over_mean   the busiest expert's load over the mean: 1 if even, E if one takes all
+    load_entropy         the entropy of the load as a share of ln E: 1 if even
     load                 the load itself, as lists
     """
     share = load.double() / load.sum(dim=-1, keepdim=True)

@@ -18,15 +18,16 @@ from nanods.training.task import Task
 class MetricsLog:
     """The record of a run: `log(row)` takes the metrics of each step.
 
-    A row goes to `rows` (kept in memory for the report), to RUN/metrics.jsonl, and to the progress bar; an evaluation is also printed on a
-    line of its own.
+    A row goes to `rows` (kept in memory for the report), to RUN/metrics.jsonl, and to the progress
+    bar; an evaluation is also printed on a line of its own.
     """
 
     def __init__(
         self, config: Config, task: Task, rows: list[dict], is_main_process: bool = True
     ) -> None:
-        """`rows`: those of the steps before, where a run resumes. They replace what metrics.jsonl holds, since a killed run may
-        have written steps there that came after its last checkpoint."""
+        """`rows`: those of the steps before, where a run resumes. They replace what metrics.jsonl
+        holds, since a killed run may have written steps there that came after its last checkpoint.
+        """
         self.task, self.rows, self.is_main_process = task, rows, is_main_process
         self.file = None
         if is_main_process:
@@ -43,7 +44,8 @@ class MetricsLog:
         )
 
     def log(self, row: dict) -> None:
-        """Record the metrics of one step. Every metric of a run passes through here, on each process."""
+        """Record the metrics of one step. Every metric of a run passes through here, on each
+        process."""
         self.rows.append(row)
         if not self.is_main_process:
             return
@@ -78,7 +80,8 @@ class MetricsLog:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has used so far: of GPU memory on CUDA, else of main memory."""
+    """Return the most bytes that this process has used so far: of GPU memory on CUDA, else of main
+    memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,15 +1,18 @@
 """Muon: momentum with an orthogonalised update, for weight matrices.
 
-Let G be the momentum of a matrix's gradient and G = U S V^T its singular value decomposition. Muon updates by U V^T, so that all
-directions are learnt equally fast (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Five Newton-Schulz steps
-X <- a X + (b X X^T + c (X X^T)^2) X approximate U V^T by matrix products alone. The learning rate is then the spectral norm of the update,
-times sqrt(R / C) for a tall matrix (R, C), so one rate suits all widths.
+Let G be the momentum of a matrix's gradient and G = U S V^T its singular value decomposition. Muon
+updates by U V^T, so that all directions are learnt equally fast (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon). Five Newton-Schulz steps X <- a X + (b X X^T + c (X X^T)^2) X
+approximate U V^T by matrix products alone. The learning rate is then the spectral norm of the
+update, times sqrt(R / C) for a tall matrix (R, C), so one rate suits all widths.
 
-`torch.optim.Muon` is the same algorithm, one matrix at a time and always in bf16. Here matrices of one shape are stacked, which makes the products
-large enough to be efficient. A CPU without bf16 units, which would have to emulate them, orthogonalises in the weights' own
-dtype (LOG.md has the figures). fp64 stays fp64 everywhere, so that runs can be compared exactly.
+`torch.optim.Muon` is the same algorithm, one matrix at a time and always in bf16. Here matrices of
+one shape are stacked, which makes the products large enough to be efficient. A CPU without bf16
+units, which would have to emulate them, orthogonalises in the weights' own dtype (LOG.md has the
+figures). fp64 stays fp64 everywhere, so that runs can be compared exactly.
 
-Pinned by tests/training/test_muon.py: it agrees with torch.optim.Muon. Shapes: N matrices (R, C), E experts.
+Pinned by tests/training/test_muon.py: it agrees with torch.optim.Muon. Shapes: N matrices (R, C), E
+experts.
 """
 
 from collections.abc import Callable
@@ -24,7 +27,8 @@ STACKED = 32
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Return whether the device multiplies bf16 matrices in hardware: a GPU that says so, or a CPU with such instructions."""
+    """Return whether the device multiplies bf16 matrices in hardware: a GPU that says so, or a CPU
+    with such instructions."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older PyTorch
@@ -34,12 +38,13 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def products_dtype(G: Tensor) -> torch.dtype:
-    """Return the dtype in which `orthogonalise` computes; its result is no more precise than that."""
+    """Return the dtype in which `orthogonalise` computes; its result is as precise as that."""
     return torch.bfloat16 if G.dtype != torch.float64 and fast_bf16(G.device) else G.dtype
 
 
 def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
-    """Return, roughly, the nearest matrices with orthonormal rows (or columns): singular values of about 0.7 to 1.2.
+    """Return, roughly, the nearest matrices with orthonormal rows (or columns): singular values of
+    about 0.7 to 1.2.
 
     (..., R, C) -> (..., R, C); each matrix is treated by itself.
     """
@@ -57,14 +62,16 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Update matrices (R, C) and stacks of them (E, R, C). Embeddings, the output head and vectors belong to AdamW.
+    """Update matrices (R, C) and stacks of them (E, R, C). Embeddings, the output head and vectors
+    belong to AdamW.
 
-    `weight_decay` is AdamW's: each step multiplies the weights by 1 - lr * weight_decay (Loshchilov & Hutter 2019,
-    arXiv:1711.05101).
+    `weight_decay` is AdamW's: each step multiplies the weights by 1 - lr * weight_decay (Loshchilov
+    & Hutter 2019, arXiv:1711.05101).
 
-    With `every` = n, each parameter of a group is updated at every n-th step only, with n times the rate, from a momentum that
-    has gathered all gradients. Different parameters take different steps, so the work per step stays even. It is for experts: to
-    orthogonalise them all would take longer than the rest of a step, and it costs little quality (LOG.md).
+    With `every` = n, each parameter of a group is updated at every n-th step only, with n times the
+    rate, from a momentum that has gathered all gradients. Different parameters take different
+    steps, so the work per step stays even. It is for experts: to orthogonalise them all would take
+    longer than the rest of a step, and it costs little quality (LOG.md).
     """
 
     def __init__(
@@ -76,7 +83,8 @@ class Muon(torch.optim.Optimizer):
         every: int = 1,
         orthogonalise: Callable[[Tensor], Tensor] = orthogonalise,
     ) -> None:
-        """`orthogonalise`: (..., R, C) -> (..., R, C). Several processes pass one that splits the work among them."""
+        """`orthogonalise`: (..., R, C) -> (..., R, C). Several processes pass one that splits the
+        work among them."""
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every}
         super().__init__(params, defaults | {"orthogonalise": orthogonalise})
         for group in self.param_groups:
@@ -108,7 +116,8 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-rate)
 
     def update_momentum(self, p: Tensor, index: int, group: dict) -> bool:
-        """Add the gradient to the momentum, and return whether the parameter is to be updated at this step."""
+        """Add the gradient to the momentum, and return whether the parameter is to be updated at
+        this step."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -119,7 +128,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def stacks_of_one_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """Group parameters of equal shape, and of equal sharding, into stacks of up to STACKED matrices, in a fixed order."""
+    """Group parameters of equal shape, and of equal sharding, into stacks of up to STACKED
+    matrices, in a fixed order."""
     by_kind: dict[tuple, list[Tensor]] = {}
     for p in params:
         by_kind.setdefault((p.shape, getattr(p, "placements", None)), []).append(p)

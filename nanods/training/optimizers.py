@@ -1,8 +1,9 @@
 """The optimizers of a run, and the learning rate over time.
 
-By default Muon updates the weight matrices, and AdamW everything else: embeddings, the output head, routers' gates and
-single numbers (nanods/training/parameter_groups.py). With `--optimizer adamw`, AdamW updates everything. Another optimizer is one more branch
-in `make_optimizers` (docs/MODIFYING.md); checkpoints need no change, since they store whatever state an optimizer keeps.
+By default Muon updates the weight matrices, and AdamW everything else: embeddings, the output head,
+routers' gates and single numbers (nanods/training/parameter_groups.py). With `--optimizer adamw`,
+AdamW updates everything. Another optimizer is one more branch in `make_optimizers`
+(docs/MODIFYING.md); checkpoints need no change, since they store whatever state an optimizer keeps.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a model's parameters.
 
-    Each of their parameter groups has "initial_lr", its peak learning rate. Several processes pass functions that split the
-    orthogonalising among them (nanods/distributed/).
+    Each of their parameter groups has "initial_lr", its peak learning rate. Several processes pass
+    functions that split the orthogonalising among them (nanods/distributed/).
     """
     kind = optimizer_of(model)
     parameters = dict(model.named_parameters())
@@ -57,14 +58,16 @@ def make_optimizers(
 
 
 def adamw_groups(parameters: list[nn.Parameter], settings: dict) -> list[dict]:
-    """Return the parameter groups of AdamW: FSDP's shards and whole tensors apart, since its fused kernel cannot mix them."""
+    """Return the parameter groups of AdamW: FSDP's shards and whole tensors apart, since its fused
+    kernel cannot mix them."""
     shards = [p for p in parameters if isinstance(p, DTensor)]
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     return [{"params": group, **settings} for group in (shards, whole) if group]
 
 
 def make_adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Return AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101) in the groups that ask for it."""
+    """Return AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101) in the
+    groups that ask for it."""
     return torch.optim.AdamW(groups, betas=betas, weight_decay=0.0, fused=True)
 
 
@@ -76,12 +79,12 @@ def with_peaks(optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Opti
     return optimizers
 
 
-# ---- the learning rate over time -------------------------------------------------------------
+# ---- the learning rate over time -----------------------------------------------------------------
 
 
 def get_lr_multiplier(step: int, config: Config) -> float:
-    """Return the share of the peak learning rate at a step: a linear rise over the first steps, then constant, then a linear
-    fall to zero over the last ones."""
+    """Return the share of the peak learning rate at a step: a linear rise over the first steps,
+    then constant, then a linear fall to zero over the last ones."""
     rise = (step + 1) / max(1, config.warmup * config.steps)
     fall = (config.steps - step) / max(1, config.decay * config.steps)
     return min(1.0, rise, fall)

@@ -18,7 +18,8 @@ SHOWN_TOKENS = 384  # tokens of validation text that are coloured by their exper
 
 
 def draw_language_run(config: Config, model: GPT, data: TextData, rows: list[dict]) -> list[Path]:
-    """Draw the loss, what V1's heads read, and what V2's experts did. `rows` are those of metrics.jsonl. Returns the files."""
+    """Draw the loss, what V1's heads read, and what V2's experts did. `rows` are those of
+    metrics.jsonl. Returns the files."""
     trained, validated = split_rows(rows)
     steps = [row["step"] for row in trained]
     figures = {"loss": draw_losses(trained, validated)}
@@ -43,8 +44,8 @@ def draw_language_run(config: Config, model: GPT, data: TextData, rows: list[dic
 def draw_multimodal_run(
     config: Config, embeddings: dict[str, np.ndarray], gallery, scale: float, rows: list[dict]
 ) -> list[Path]:
-    """Draw loss and recall and, from the gallery's embeddings (Q, M) by modality, similarities, a map of the space, and what
-    some examples find. Returns the files."""
+    """Draw loss and recall and, from the gallery's embeddings (Q, M) by modality, similarities, a
+    map of the space, and what some examples find. Returns the files."""
     trained, validated = split_rows(rows)
     recalls = {}
     for pair in combinations(embeddings, 2):
@@ -82,7 +83,8 @@ def draw_scene_map(embeddings: dict[str, np.ndarray], gallery: Scenes) -> Figure
 
 
 def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
-    """Draw what the gallery's first examples find in another modality: one query for each direction to something visible."""
+    """Draw what the gallery's first examples find in another modality: one query for each direction
+    to something visible."""
     shown = {"text": gallery.captions}
     for name, examples in (("image", gallery.images), ("audio", gallery.mels)):
         if examples is not None:
@@ -103,7 +105,8 @@ def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
 
 
 def split_rows(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Return the rows of training steps, and those with an evaluation (a warm start has one before step 1)."""
+    """Return the rows of training steps, and those with an evaluation (a warm start has one before
+    step 1)."""
     return [row for row in rows if row["step"]], [row for row in rows if "val_loss" in row]
 
 

@@ -1,4 +1,5 @@
-"""What a finished run prints: its pictures, where the time went, a verdict against the published figure, and a sample."""
+"""What a finished run prints: its pictures, where the time went, a verdict against the published
+figure, and a sample."""
 
 import json
 from pathlib import Path
@@ -15,7 +16,8 @@ MAY_DIFFER = {*ladder.RUNTIME_ONLY_FIELDS, "seed", "data", "eval-every", "micro-
 
 
 def print_report(config: Config, task: Task, model: nn.Module, rows: list[dict]) -> None:
-    """Draw the pictures of a finished run and print its report. `rows` are the metrics of its steps."""
+    """Draw the pictures of a finished run and print its report. `rows` are the metrics of its
+    steps."""
     for path in task.draw(model, rows):
         print(f"picture    {path}")
     seconds = rows[-1]["seconds"]
@@ -26,7 +28,8 @@ def print_report(config: Config, task: Task, model: nn.Module, rows: list[dict])
 
 
 def verdict(config: Config, task: Task, last: dict) -> str:
-    """Compare the last evaluation with results/expected.json for this preset, data and configuration."""
+    """Compare the last evaluation with results/expected.json for this preset, data and
+    configuration."""
     result = task.describe_validation(last)
     published = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.exists() else {}
     expected = published.get(f"{config.preset}/{config.data}")

@@ -1,4 +1,5 @@
-"""What train.py decides before the first step: device, precision, run directory; and how it hears of a stop or a divergence."""
+"""What train.py decides before the first step: device, precision, run directory; and how it hears
+of a stop or a divergence."""
 
 import contextlib
 import signal
@@ -24,7 +25,8 @@ DTYPES = {
 
 
 def choose_device(config: Config) -> torch.device:
-    """Return the device of `--device`, and print it with the reason. Raises UserError if the machine does not have it."""
+    """Return the device of `--device`, and print it with the reason. Raises UserError if the
+    machine does not have it."""
     present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -37,7 +39,8 @@ def choose_device(config: Config) -> torch.device:
         name, reason = config.device, "as requested"
     else:
         raise UserError(
-            f"--device {config.device}: PyTorch finds none on this machine; leave the flag out, or --device cpu"
+            f"--device {config.device}: PyTorch finds none on this machine; leave the flag out, or "
+            "--device cpu"
         )
     threads = f", {torch.get_num_threads()} threads" if name == "cpu" else ""
     print(f"device     {name} ({reason}){threads}")
@@ -55,7 +58,8 @@ class Precision:
     autocast: AbstractContextManager
     """The context of forward passes: casts matrix products to bf16 or fp16."""
     scaler: torch.amp.GradScaler
-    """Scales an fp16 loss before backward, as small gradients would become zero; otherwise it does nothing."""
+    """Scales an fp16 loss before backward, as small gradients would become zero; otherwise it does
+    nothing."""
 
 
 def choose_precision(config: Config, device: torch.device) -> Precision:
@@ -93,7 +97,8 @@ def prepare_run_directory(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--out-dir {run_dir}: cannot be made ({error.strerror}); choose a folder that you may write to"
+            f"--out-dir {run_dir}: cannot be made ({error.strerror}); choose a folder that you may "
+            "write to"
         ) from None
 
 
@@ -114,14 +119,15 @@ class StopSignal:
 
 
 def explain_divergence(config: Config, model: nn.Module, step: int, loss: float, lr: float) -> str:
-    """Return the message for a loss or gradient that is not finite: where it began, and how to continue before it."""
+    """Return the message for a loss or gradient that is not finite: where it began, and how to
+    continue before it."""
     first = "none"
     for name, p in model.named_parameters():
         if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all()):
             first = name
             break
     return (
-        f"the loss became {loss} at step {step + 1}, learning rate {lr:.2e}; first layer with values "
-        f"that are not finite: {first}. The last checkpoint is untouched: try a smaller rate, "
-        f"python train.py {config.preset} --lr {config.lr / 2:g}"
+        f"the loss became {loss} at step {step + 1}, learning rate {lr:.2e}; first layer with "
+        f"values that are not finite: {first}. The last checkpoint is untouched: try a smaller "
+        f"rate, python train.py {config.preset} --lr {config.lr / 2:g}"
     )

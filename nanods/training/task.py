@@ -1,15 +1,16 @@
 """What train.py asks of a task: batches, the loss of a micro-batch, and an evaluation.
 
-There are two: `LanguageTask` predicts the next token of a text (V0 to V2), `ContrastiveTask` learns which caption, image and
-sound belong together (V3). train.py's loop is the same for both:
+There are two: `LanguageTask` predicts the next token of a text (V0 to V2), `ContrastiveTask` learns
+which caption, image and sound belong together (V3). train.py's loop is the same for both:
 
-    batch = task.batch(step, rows)                                       this process's part of the batch
+    batch = task.batch(step, rows)                      # this process's part of the batch
     for micro_batch in task.micro_batches(model, batch, size):
-        loss, metrics = task.loss(model, micro_batch)                    this micro-batch's share of the batch's loss
-        loss.backward()                                                  gradients add up over the micro-batches
+        loss, metrics = task.loss(model, micro_batch)   # its share of the batch's loss
+        loss.backward()                                 # gradients add up
 
-The shares add up: after the last micro-batch, `.grad` is the gradient of the mean loss of this process's batch. The mean over
-the processes, each with equally many examples, is then the gradient of the whole batch's loss.
+The shares add up: after the last micro-batch, `.grad` is the gradient of the mean loss of this
+process's batch. The mean over the processes, each with equally many examples, is then the gradient
+of the whole batch's loss.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -42,29 +43,34 @@ class Task(Protocol):
     device: torch.device
     """Where batches go."""
     data: Any
-    """The data set. Its `sha256` is stored in every checkpoint, so that a run never resumes on other data."""
+    """The data set. Its `sha256` is stored in every checkpoint, so that a run never resumes on
+    other data."""
     tokenizer: Any
     """The tokenizer, stored in every checkpoint by its `to_json()`."""
 
     def batch(self, step: int, rows: slice = slice(None)) -> Any:
-        """Return the examples `rows` of the batch of one step, on the device: a function of (seed, step) alone."""
+        """Return the examples `rows` of the batch of one step, on the device: a function of (seed,
+        step) alone."""
 
     def micro_batches(self, model: nn.Module, batch: Any, size: int) -> list[Any]:
         """Split a batch of B examples into micro-batches of `size`.
 
-        A task whose loss compares the whole batch prepares here what each micro-batch needs of the others.
+        A task whose loss compares the whole batch prepares here what each micro-batch needs of the
+        others.
         """
 
     def loss(self, model: nn.Module, micro_batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the micro-batch's share of the loss to minimise, a scalar with a graph, and its metrics, without one.
+        """Return the micro-batch's share of the loss to minimise, a scalar with a graph, and its
+        metrics, without one.
 
-        Metrics are scalars, of which train.py takes the mean over micro-batches and processes, or integer counts whose
-        name begins with "load", of which it takes the sum: `load` (L, E), the tokens of each expert. "train_loss" is always among
-        them: the loss to minimise, in nats.
+        Metrics are scalars, of which train.py takes the mean over micro-batches and processes, or
+        integer counts whose name begins with "load", of which it takes the sum: `load` (L, E), the
+        tokens of each expert. "train_loss" is always among them: the loss to minimise, in nats.
         """
 
     def evaluate(self, model: nn.Module) -> dict:
-        """Return the validation metrics as numbers and lists. `val_loss` is free of auxiliary losses."""
+        """Return the validation metrics as numbers and lists. `val_loss` is free of auxiliary
+        losses."""
 
     def describe_data(self) -> str:
         """Return a line about the data set: name, size, hash."""
@@ -79,14 +85,16 @@ class Task(Protocol):
         """Return the main metrics of an evaluation, in words."""
 
     def draw(self, model: nn.Module, rows: list[dict]) -> list[Path]:
-        """Draw the pictures of a finished run from its metrics, one row per step. Returns the files written."""
+        """Draw the pictures of a finished run from its metrics, one row per step. Returns the files
+        written."""
 
     def show_examples(self, model: nn.Module) -> str:
         """Return a sample of what the model does, and the command that shows more."""
 
 
 def make_task(config: Config, device: torch.device) -> Task:
-    """Return the task of a configuration: contrastive learning where it names modalities, else language modelling."""
+    """Return the task of a configuration: contrastive learning where it names modalities, else
+    language modelling."""
     if config.multimodal.modalities:
         return ContrastiveTask(config, device)
     return LanguageTask(config, device)
@@ -99,7 +107,8 @@ def accumulate_gradients(
     micro_batch_size: int,
     autocast: AbstractContextManager | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of a batch's loss to `.grad` and return the metrics: one step of train.py's loop, up to the optimizer.
+    """Add the gradient of a batch's loss to `.grad` and return the metrics: one step of train.py's
+    loop, up to the optimizer.
 
     For tests, benchmarks and the forecast. train.py writes the same lines out.
     """

@@ -31,10 +31,12 @@ MUST_MATCH = (*TRUNK_FIELDS, *(f"multimodal.{name}" for name in MODALITY_FIELDS)
 
 
 def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
-    """Load the last weights of the run `config.init_from` into `model`. Returns what was done, in words.
+    """Load the last weights of the run `config.init_from` into `model`. Returns what was done, in
+    words.
 
-    Where the run has plain MLPs and the model has experts, each MLP is copied to all experts of its layer; the routers' gates
-    keep their own initialisation. Raises UserError where sizes, tokenizer or number of experts do not fit.
+    Where the run has plain MLPs and the model has experts, each MLP is copied to all experts of its
+    layer; the routers' gates keep their own initialisation. Raises UserError where sizes, tokenizer
+    or number of experts do not fit.
     """
     path = Path(config.init_from)
     saved = checkpoint.load(path)
@@ -42,16 +44,16 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
     check_sizes(config, source, path)
     if saved.state["tokenizer"] != tokenizer:
         raise UserError(
-            f"--init-from {path}: that run has another tokenizer; start from one that was trained on "
-            f"--data {config.data}"
+            f"--init-from {path}: that run has another tokenizer; start from one that was "
+            f"trained on --data {config.data}"
         )
     weights, done = saved.model, f"from {saved.path}"
     source_experts, n_expert = source.model.moe.n_expert, config.model.moe.n_expert
     if source_experts == 1 and n_expert > 1:
         if not config.model.moe.normalise:
             raise UserError(
-                "--init-from: copies of one MLP give its output back only if the expert weights sum to 1; "
-                "drop --moe.no-normalise"
+                "--init-from: copies of one MLP give its output back only if the expert weights "
+                "sum to 1; drop --moe.no-normalise"
             )
         weights = upcycle(weights, n_expert, config.init_noise, config.seed)
         initial = model.state_dict()
@@ -68,7 +70,8 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
 
 
 def check_sizes(config: Config, source: Config, path: Path) -> None:
-    """Raise UserError if the run at `path`, of configuration `source`, has other sizes than `config`."""
+    """Raise UserError if the run at `path`, of configuration `source`, has other sizes than
+    `config`."""
     has, wants = flatten(source), flatten(config)
     different = []
     for name in MUST_MATCH:
@@ -76,6 +79,6 @@ def check_sizes(config: Config, source: Config, path: Path) -> None:
             different.append(f"--{name} {has[name]} (asked for: {wants[name]})")
     if different:
         raise UserError(
-            f"--init-from {path}: that run has {', '.join(different)}. Its weights fit only a model of the "
-            "same sizes: ask for those, or train another run first"
+            f"--init-from {path}: that run has {', '.join(different)}. Its weights fit only a "
+            "model of the same sizes: ask for those, or train another run first"
         )
