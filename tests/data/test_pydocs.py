@@ -1,4 +1,4 @@
-"""pydocs: the same text in every process, from sources alone, cached so that damage is seen."""
+"""pydocs: the same text in every process, no module imported, a cache that detects damage."""
 
 import hashlib
 import os
@@ -13,10 +13,13 @@ from nanods.data import pydocs
 from nanods.errors import UserError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-SCRIPT = (
-    "import hashlib, sys; from nanods.data.pydocs import pydocs_text; text = pydocs_text(); "
-    "print(hashlib.sha256(text.encode()).hexdigest()); print('turtle' in sys.modules, 'smtplib' in sys.modules)"
-)
+SCRIPT = """
+import hashlib, sys
+from nanods.data.pydocs import pydocs_text
+text = pydocs_text()
+print(hashlib.sha256(text.encode()).hexdigest())
+print('turtle' in sys.modules, 'smtplib' in sys.modules)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def test_size_and_content(corpus):
     )
 
 
-def test_another_process_collects_the_same_and_imports_nothing_of_it(corpus, tmp_path):
+def test_another_process_collects_the_same_text_and_imports_no_module(corpus, tmp_path):
     env = os.environ | {"NANODS_DATA": str(tmp_path), "PYTHONHASHSEED": "7"}
     env["PYTHONPATH"] = str(Path(pydocs.__file__).parents[2])
     result = subprocess.run(
@@ -45,7 +48,7 @@ def test_another_process_collects_the_same_and_imports_nothing_of_it(corpus, tmp
     assert result.stdout.split() == [hashlib.sha256(corpus.encode()).hexdigest(), "False", "False"]
 
 
-def test_modules_are_sorted_and_leave_tests_and_generated_files_out(tmp_path):
+def test_modules_are_sorted_and_exclude_tests_and_generated_files(tmp_path):
     wanted = ["a.py", "b/c.py", "b/d/e.py", "b.py", "testing.py"]
     unwanted = [
         "test/t.py",
@@ -64,7 +67,7 @@ def test_modules_are_sorted_and_leave_tests_and_generated_files_out(tmp_path):
     assert not any("test" in path.relative_to(STDLIB).parts for path in pydocs.modules(STDLIB))
 
 
-def test_docstrings_come_in_order_of_line_and_dedented_and_nothing_runs():
+def test_docstrings_are_dedented_and_in_order_of_line_and_no_code_runs():
     source = """
 "Module."
 class A:
@@ -82,12 +85,12 @@ raise SystemExit
 
 
 def test_identical_docstrings_appear_once(tmp_path):
-    (tmp_path / "a.py").write_text('"""Only one of us may stay here."""')
-    (tmp_path / "b.py").write_text('"""Only one of us may stay here."""')
-    assert pydocs.collect(tmp_path).count("Only one of us may stay here.") == 1
+    (tmp_path / "a.py").write_text('"""The same docstring twice."""')
+    (tmp_path / "b.py").write_text('"""The same docstring twice."""')
+    assert pydocs.collect(tmp_path).count("The same docstring twice.") == 1
 
 
-def test_the_cache_is_taken_when_whole_and_made_again_when_damaged(monkeypatch, tmp_path):
+def test_a_good_cache_is_used_and_a_damaged_one_is_written_again(monkeypatch, tmp_path):
     monkeypatch.setenv("NANODS_DATA", str(tmp_path))
     calls = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Shards: the tokens of the plain text, whole after a kill, faults named, and an order that shows each window once."""
+"""Shards: tokens equal those of the plain text; kills, damage, and the order of reading."""
 
 import json
 import os
@@ -31,38 +31,49 @@ pytestmark = pytest.mark.usefixtures("folder")
 
 @pytest.fixture
 def corpus(folder):
-    """A folder of two kinds of files -> (its name, its training documents, its validation documents)."""
+    """A folder of two kinds of files. Return its name, training text and validation text."""
     (folder / "corpus" / "more").mkdir(parents=True)
     (folder / "corpus" / "a.txt").write_text("".join(LINES).rstrip("\n"))
     rows = [json.dumps({"id": 1, "text": text}) + "\n" for text in DOCUMENTS]
     (folder / "corpus" / "more" / "b.jsonl").write_text("".join(rows) + '\n{"text": null}\n')
     (folder / "corpus" / "empty.txt").touch()
     (folder / "corpus" / "notes.md").write_text("not a text of this corpus")
-    train, val = zip(held_out(LINES, LINES, -1), held_out(DOCUMENTS, rows, 16), strict=True)
+    # a.txt lacks the last newline (-1 byte); b.jsonl has 16 bytes after the rows.
+    splits = split_file(LINES, LINES, -1), split_file(DOCUMENTS, rows, 16)
+    train, val = zip(*splits, strict=True)
     return "corpus", "".join(train), "".join(val)
 
 
-def held_out(texts, written, after):
-    """The texts that begin in the first nine tenths of a file of those bytes, and the others; all end in a newline."""
-    size = sum(len(row.encode()) for row in written) + after
-    begins = np.cumsum([0, *(len(row.encode()) for row in written)])[:-1]
-    ended = [text if text.endswith("\n") else text + "\n" for text in texts]
+def split_file(texts, stored, extra_bytes):
+    """Return the texts that begin in the first 90% of a file's bytes, and the others.
+
+    `stored` are the texts as they are in the file, which has `extra_bytes` more. All texts end in a
+    newline.
+    """
+    lengths = [len(row.encode()) for row in stored]
+    size = sum(lengths) + extra_bytes
+    begins = np.cumsum([0, *lengths])[:-1]
     cut = size - size // 10
-    return tuple(
-        "".join(t for t, b in zip(ended, begins, strict=True) if (b < cut) == train)
-        for train in (True, False)
-    )
+    train, val = "", ""
+    for text, begin in zip(texts, begins, strict=True):
+        text = text if text.endswith("\n") else text + "\n"
+        if begin < cut:
+            train += text
+        else:
+            val += text
+    return train, val
 
 
-def made():
-    (found,) = (data_dir() / "shards").iterdir()
-    return found
+def shards_folder():
+    """Return the only folder of shards in the data folder."""
+    (folder,) = (data_dir() / "shards").iterdir()
+    return folder
 
 
-# ---- what the shards hold ----------------------------------------------------------------------------------------------------
+# ---- what the shards hold ------------------------------------------------------------------------
 
 
-def test_bytes_are_those_of_the_documents(corpus):
+def test_byte_tokens_are_the_bytes_of_the_documents(corpus):
     name, train, val = corpus
     data = load_text(name)
     assert (data.tokenizer.decode(data.train[:]), data.tokenizer.decode(data.val)) == (train, val)
@@ -74,7 +85,7 @@ def test_bytes_are_those_of_the_documents(corpus):
         data.require(5000)
 
 
-def test_a_bpe_of_the_training_part_encodes_as_the_whole_text(corpus):
+def test_a_bpe_encodes_shards_as_it_encodes_the_whole_text(corpus):
     pytest.importorskip("tokenizers")
     name, train, val = corpus
     data = load_text(name, 300)
@@ -85,34 +96,30 @@ def test_a_bpe_of_the_training_part_encodes_as_the_whole_text(corpus):
     assert data.sha256 != load_text(name).sha256
 
 
-def test_a_bpe_learns_from_a_sample_that_every_shard_gives(corpus, monkeypatch):
+def test_a_bpe_learns_from_a_sample_of_every_shard(corpus, monkeypatch):
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(shards, "SAMPLE", 3000)
     jobs = sources.plan(corpus[0])
     sample = shards.sample_text(jobs)
-    assert (
-        3000 <= len(sample) < 5000
-        and sample.startswith("Line 0:")
-        and sample.count("Document") >= 5
-    )
-    assert (
-        load_text(corpus[0], 270).tokenizer.to_json() == BPETokenizer.train(sample, 270).to_json()
-    )
+    assert 3000 <= len(sample) < 5000
+    assert sample.startswith("Line 0:") and sample.count("Document") >= 5
+    tokenizer = load_text(corpus[0], 270).tokenizer
+    assert tokenizer.to_json() == BPETokenizer.train(sample, 270).to_json()
 
 
-def test_a_large_corpus_holds_out_little(corpus, monkeypatch):
+def test_the_validation_split_of_a_large_corpus_is_small(corpus, monkeypatch):
     monkeypatch.setattr(sources, "HELD_OUT", 300)
     data = load_text(corpus[0])
     assert 100 < data.val_bytes < 600
     assert len(data.train) + len(data.val) == len((corpus[1] + corpus[2]).encode())
 
 
-def test_processes_make_what_one_makes(corpus, monkeypatch):
+def test_several_processes_make_the_same_shards_as_one(corpus, monkeypatch):
     monkeypatch.setattr(sources, "SLICE", 8000)
-    alone = load_text(corpus[0]).sha256
+    one_process = load_text(corpus[0]).sha256
     monkeypatch.setattr(shards, "available_cores", lambda: 2)
     monkeypatch.setenv("NANODS_DATA", "elsewhere")
-    assert load_text(corpus[0]).sha256 == alone
+    assert load_text(corpus[0]).sha256 == one_process
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=5), st.data())
@@ -127,27 +134,28 @@ def test_tokens_read_as_one_array(parts, data):
         tokens[::2]
 
 
-# ---- killed, damaged, changed ------------------------------------------------------------------------------------------------
+# ---- killed, damaged, changed --------------------------------------------------------------------
 
 
-def count_assignments(monkeypatch):
-    """The names of the shards that are made from now on."""
-    names, real = [], shards.make_shard
-    monkeypatch.setattr(
-        shards, "make_shard", lambda path, *rest: names.append(path.name) or real(path, *rest)
-    )
+def record_shards(monkeypatch):
+    """Return a list to which the name of each shard is added when it is made."""
+    names, make_shard = [], shards.make_shard
+
+    def recording_make_shard(path, *rest):
+        names.append(path.name)
+        return make_shard(path, *rest)
+
+    monkeypatch.setattr(shards, "make_shard", recording_make_shard)
     return names
 
 
-def test_finished_shards_are_used_again(corpus, monkeypatch):
-    before, names = load_text(corpus[0]), count_assignments(monkeypatch)
+def test_finished_shards_are_kept(corpus, monkeypatch):
+    before, names = load_text(corpus[0]), record_shards(monkeypatch)
     assert load_text(corpus[0]).sha256 == before.sha256 and not names
-    (made() / "train-00000.bin").unlink()
-    (made() / "validation.bin").write_bytes(b"")
-    assert load_text(corpus[0]).sha256 == before.sha256 and names == [
-        "train-00000.bin",
-        "validation.bin",
-    ]
+    (shards_folder() / "train-00000.bin").unlink()
+    (shards_folder() / "validation.bin").write_bytes(b"")
+    assert load_text(corpus[0]).sha256 == before.sha256
+    assert names == ["train-00000.bin", "validation.bin"]
 
 
 def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, monkeypatch):
@@ -155,8 +163,12 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
     (folder / "corpus" / "a.txt").write_text("".join(LINES))
     monkeypatch.setattr(sources, "SLICE", 100)
     script = (
-        "import sys; from nanods.data import shards, sources; from nanods.data.text import load_text\n"
-        "if __name__ == '__main__': sources.SLICE = 100; shards.available_cores = lambda: 2; load_text('corpus')\n"
+        "from nanods.data import shards, sources\n"
+        "from nanods.data.text import load_text\n"
+        "if __name__ == '__main__':\n"
+        "    sources.SLICE = 100\n"
+        "    shards.available_cores = lambda: 2\n"
+        "    load_text('corpus')\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(shards.__file__).parents[2])}
     (folder / "script.py").write_text(script)
@@ -164,14 +176,14 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
         [sys.executable, "script.py"], env=env, start_new_session=True, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while (
-        not (found := list(Path().glob("data/shards/*/shards.json")))
-        and time.monotonic() < deadline
-    ):
+    while time.monotonic() < deadline:
+        index_files = list(Path().glob("data/shards/*/shards.json"))
+        if index_files:
+            break
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while time.monotonic() < deadline:  # the group is empty as soon as the workers are gone too
+    while time.monotonic() < deadline:  # the process group is empty once the workers have ended
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
@@ -179,34 +191,33 @@ def test_a_killed_run_keeps_its_finished_shards_and_leaves_no_process(folder, mo
         time.sleep(0.02)
     else:
         os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("workers outlive their parent")
-    index = json.loads(found[0].read_text())
+        pytest.fail("workers still run after their parent was killed")
+    index = json.loads(index_files[0].read_text())
     assert 0 < len(index["shards"]) < index["planned"]
-    (made() / "train-00003.bin.1234.tmp").write_bytes(b"half")
-    names = count_assignments(monkeypatch)
+    (shards_folder() / "train-00003.bin.1234.tmp").write_bytes(b"half")
+    names = record_shards(monkeypatch)
     data = load_text("corpus")
-    assert len(names) == index["planned"] - len(index["shards"]) and not set(names) & set(
-        index["shards"]
-    )
+    assert len(names) == index["planned"] - len(index["shards"])
+    assert not set(names) & set(index["shards"])
     assert data.tokenizer.decode([*data.train[:], *data.val]) == "".join(LINES)
-    assert not list(made().glob("*.tmp")) and list(
-        json.loads(found[0].read_text())["shards"]
-    ) == sorted(sources.plan("corpus"))
+    assert not list(shards_folder().glob("*.tmp"))
+    new_index = json.loads(index_files[0].read_text())
+    assert list(new_index["shards"]) == sorted(sources.plan("corpus"))
 
 
-def test_a_process_that_is_killed_is_told(monkeypatch):
+def test_a_killed_process_raises_a_user_error(monkeypatch):
     monkeypatch.setattr(shards, "available_cores", lambda: 2)
     monkeypatch.setattr(shards, "make_shard", os._exit)
     with pytest.raises(UserError, match=r"killed.*memory.*finished shards are kept"):
         shards.make_in_processes({"a": (1,), "b": (1,)}, lambda shard, entry: None)
 
 
-def other_byte(path):
+def change_a_byte(path):
     data = path.read_bytes()
     path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
 
 
-def unfinished(path):
+def plan_two_more_shards(path):
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {"planned": index["planned"] + 2}))
 
@@ -218,45 +229,45 @@ DAMAGES = [
         lambda path: path.write_bytes(path.read_bytes()[:-2]),
         r"train-00001\.bin has .* and should have",
     ),
-    ("validation.bin", other_byte, r"validation\.bin is corrupt .its sha256 differs"),
-    ("tokenizer.json", other_byte, r"tokenizer\.json is corrupt"),
+    ("validation.bin", change_a_byte, r"validation\.bin is corrupt .its sha256 differs"),
+    ("tokenizer.json", change_a_byte, r"tokenizer\.json is corrupt"),
     ("shards.json", lambda path: path.write_text("{"), r"shards\.json is missing or damaged"),
     (
         "shards.json",
         lambda path: path.write_text(path.read_text().replace("tokens", "tokenz")),
         r"shards\.json is missing or damaged",
     ),
-    ("shards.json", unfinished, r"2 of \d+ shards are not made yet"),
+    ("shards.json", plan_two_more_shards, r"2 of \d+ shards are not made yet"),
 ]
 
 
-@pytest.mark.parametrize(("file", "harm", "message"), DAMAGES)
-def test_damage_is_named_without_the_source_and_mended_with_it(corpus, capsys, file, harm, message):
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGES)
+def test_damage_is_reported_without_the_source_and_repaired_with_it(
+    corpus, capsys, file, damage, message
+):
     before = load_text(corpus[0])
     before = before.sha256, np.array(before.train[:])
-    assert load_text(str(made())).sha256 == before[0]  # shards alone, as on another machine
-    harm(made() / file)
-    with pytest.raises(
-        UserError,
-        match=rf"--data .*{message}.*Copy these shards here again, or give what they were made from",
-    ):
-        load_text(str(made()))
+    # Without the source, as on another machine.
+    assert load_text(str(shards_folder())).sha256 == before[0]
+    damage(shards_folder() / file)
+    fix = "Copy these shards here again, or give what they were made from"
+    with pytest.raises(UserError, match=rf"--data .*{message}.*{fix}"):
+        load_text(str(shards_folder()))
     after = load_text(corpus[0])
     assert after.sha256 == before[0]
     np.testing.assert_array_equal(after.train[:], before[1])
     assert ("making it again from corpus" in capsys.readouterr().err) == (file != "shards.json")
-    assert load_text(str(made())).sha256 == before[0]
+    assert load_text(str(shards_folder())).sha256 == before[0]
 
 
 def test_shards_of_another_vocabulary(corpus):
     load_text(corpus[0])
-    with pytest.raises(
-        UserError, match=r"--vocab-size 300: .* have a vocabulary of 256; take --vocab-size 256"
-    ):
-        load_text(str(made()), 300)
+    message = r"--vocab-size 300: .* have a vocabulary of 256; take --vocab-size 256"
+    with pytest.raises(UserError, match=message):
+        load_text(str(shards_folder()), 300)
 
 
-def test_a_changed_folder_is_never_served_from_old_shards(corpus):
+def test_a_changed_source_does_not_use_the_old_shards(corpus):
     before = load_text(corpus[0])
     with Path("corpus/a.txt").open("a") as file:
         file.write("More.\n")
@@ -264,11 +275,11 @@ def test_a_changed_folder_is_never_served_from_old_shards(corpus):
     assert after.sha256 != before.sha256 and after.tokenizer.decode(after.val).count("More.") == 1
 
 
-# ---- the order of reading ----------------------------------------------------------------------------------------------------
+# ---- the order of reading ------------------------------------------------------------------------
 
 
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**32))
-def test_permuted_is_a_bijection(count, seed):
+def test_permute_is_a_bijection(count, seed):
     keys = np.random.default_rng(seed).integers(0, 2**64, size=shards.ROUNDS, dtype=np.uint64)
     assert sorted(permute(np.arange(count), count, keys).tolist()) == list(range(count))
 
@@ -280,7 +291,7 @@ def test_permuted_is_a_bijection(count, seed):
     seed=st.integers(0, 9),
 )
 @settings(deadline=None)
-def test_an_epoch_shows_each_window_once_whatever_the_batch(total, T, batch, seed):
+def test_an_epoch_reads_each_window_once_for_any_batch_size(total, T, batch, seed):
     T = min(T, total - 1)
     count = max(1, (total - 1) // T - 1)
     steps = -(-2 * count // batch)
@@ -292,7 +303,7 @@ def test_an_epoch_shows_each_window_once_whatever_the_batch(total, T, batch, see
     np.testing.assert_array_equal(starts[:count], window_starts(0, count, total, T, seed))
 
 
-def test_epochs_and_seeds_have_orders_and_offsets_of_their_own():
+def test_epochs_and_seeds_have_different_orders_and_offsets():
     total, T = 32 * 1001, 32
     first, second, other = (
         window_starts(step, 999, total, T, seed) for step, seed in ((0, 0), (1, 0), (0, 1))
@@ -301,28 +312,27 @@ def test_epochs_and_seeds_have_orders_and_offsets_of_their_own():
     for a, b in ((first, second), (first, other), (first, np.sort(first))):
         assert np.mean(a // T == b // T) < 0.02
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
-    assert (
-        abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.15
-    )  # nor do neighbours in time lie near each other
+    # Consecutive windows are not near each other in the corpus.
+    assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.15
 
 
-def test_a_trillion_tokens_need_no_memory_and_no_time():
+def test_a_trillion_tokens_need_little_memory_and_time():
     starts = window_starts(10**6, 512, 10**12 + 3, 1024, seed=5)
     assert starts.dtype == np.int64 and len(set(starts.tolist())) == 512 and starts.min() >= 0
     assert abs(starts.mean() / 10**12 - 0.5) < 0.06 and starts.max() + 1025 <= 10**12 + 3
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_the_processes_parts_are_disjoint_and_together_the_batch(world):
+def test_the_parts_of_the_processes_are_disjoint_and_form_the_batch(world):
     for step in range(4):
         batch = window_starts(step, 24, 10_007, 16, 3)
         parts = [batch[rank::world].tolist() for rank in range(world)]
-        assert sum(map(len, parts)) == len(set().union(*parts)) == 24 and set().union(
-            *parts
-        ) == set(batch.tolist())
+        union = set().union(*parts)
+        assert sum(map(len, parts)) == len(union) == 24
+        assert union == set(batch.tolist())
 
 
-def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
+def test_the_task_reads_shards_in_this_order_and_other_texts_at_random_positions(corpus):
     Path("text.txt").write_text("".join(LINES))
     for name in (corpus[0], "text.txt"):
         config = ladder.from_command_line(
@@ -340,44 +350,30 @@ def test_the_task_reads_shards_in_this_order_and_else_at_random_places(corpus):
         assert task.batch(7).tolist() == rows
 
 
-def test_training_on_a_folder_resumes_bit_for_bit(workspace, program, corpus, monkeypatch):
+def test_training_on_a_folder_resumes_bitwise(workspace, program, corpus, monkeypatch):
     import train
 
-    sizes = [
-        "--n-layer",
-        1,
-        "--n-head",
-        1,
-        "--n-embd",
-        8,
-        "--context-length",
-        32,
-        "--batch-size",
-        4,
-        "--device",
-        "cpu",
-    ]
-    flags = [*sizes, "--data", corpus[0], "--steps", 8, "--save-every", 3, "--eval-every", 4]
-    assert program("train", "v0-tiny", *flags, "--out-dir", "whole")[0] == 0
-    real = train.set_learning_rate
+    flags = "--n-layer 1 --n-head 1 --n-embd 8 --context-length 32 --batch-size 4 --device cpu"
+    flags = [*flags.split(), "--data", corpus[0]]
+    flags += ["--steps", 8, "--save-every", 3, "--eval-every", 4]
+    assert program("train", "v0-tiny", *flags, "--out-dir", "uninterrupted")[0] == 0
+    set_learning_rate = train.set_learning_rate
 
     def interrupted(optimizers, step, config):
         if step == 5:
             raise KeyboardInterrupt
-        return real(optimizers, step, config)
+        return set_learning_rate(optimizers, step, config)
 
     monkeypatch.setattr(train, "set_learning_rate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        program("train", "v0-tiny", *flags, "--out-dir", "cut")
-    monkeypatch.setattr(train, "set_learning_rate", real)
-    code, out, err = program("train", "v0-tiny", "--resume", "--out-dir", "cut")
+        program("train", "v0-tiny", *flags, "--out-dir", "resumed")
+    monkeypatch.setattr(train, "set_learning_rate", set_learning_rate)
+    code, out, err = program("train", "v0-tiny", "--resume", "--out-dir", "resumed")
     assert code == 0 and "after step 3" in out, err
-    whole, cut = (checkpoint.load(Path(name)) for name in ("whole", "cut"))
-    assert (
-        whole.path.joinpath("model.safetensors").read_bytes()
-        == cut.path.joinpath("model.safetensors").read_bytes()
-    )
+    saved = [checkpoint.load(Path(name)).path for name in ("uninterrupted", "resumed")]
+    uninterrupted, resumed = ((path / "model.safetensors").read_bytes() for path in saved)
+    assert resumed == uninterrupted
     Path("corpus/a.txt").write_text("Another text.\n" * 400)
-    cut.path.rename(cut.path.with_name("away"))
-    code, _, err = program("train", "v0-tiny", "--resume", "--out-dir", "cut")
+    saved[1].rename(saved[1].with_name("away"))
+    code, _, err = program("train", "v0-tiny", "--resume", "--out-dir", "resumed")
     assert code == 2 and "has changed since" in err

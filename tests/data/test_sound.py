@@ -1,4 +1,4 @@
-"""Sound: log_mel against the plain sums and known tones, resampling, and WAV files of every kind and damage."""
+"""Sound: log_mel against explicit sums and known tones, resampling, WAV files good and damaged."""
 
 import io
 import struct
@@ -35,7 +35,7 @@ def sine(hertz, samples=RATE, rate=RATE, loudness=0.5):
 
 
 def wav(frames, channels=1, width=2, rate=RATE):
-    """The bytes of a WAV file."""
+    """Return the bytes of a WAV file."""
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
         out.setparams((channels, width, rate, 0, "NONE", ""))
@@ -48,7 +48,7 @@ def read(data):
 
 
 class TestLogMel:
-    def test_equals_the_sums_written_out(self):
+    def test_equals_the_explicit_sums(self):
         """Hann, Fourier sum, triangles and logarithm in loops, on two frames."""
         samples = np.random.default_rng(0).uniform(-1, 1, WINDOW + HOP).astype(np.float32)
         step = (2595 * np.log10(1 + 4000 / 700) - 2595 * np.log10(1 + 60 / 700)) / (MELS + 1)
@@ -70,11 +70,11 @@ class TestLogMel:
                 for m in range(MELS):
                     low, middle, high = edges[m : m + 3]
                     if low < at < high:
-                        expected[m, frame] += power * (
-                            (at - low) / (middle - low)
-                            if at < middle
-                            else (high - at) / (high - middle)
-                        )
+                        if at < middle:
+                            weight = (at - low) / (middle - low)
+                        else:
+                            weight = (high - at) / (high - middle)
+                        expected[m, frame] += power * weight
         np.testing.assert_allclose(log_mel(samples), 10 * np.log10(expected), atol=1e-3)
 
     @pytest.mark.parametrize("band", [0, 1, 5, 12, 20, 31])
@@ -84,7 +84,10 @@ class TestLogMel:
         assert (bands.argmax(axis=0) == band).all()
 
     def test_decibels(self):
-        """A full-scale tone in the middle of a band is about 0 (its skirts add up to 1.8), ten times softer is 20 less."""
+        """A full-scale tone in the middle of a band is about 0 dB; ten times softer is 20 dB less.
+
+        The bins beside the peak of the tone add 1.8 dB.
+        """
         tone = band_edges()[21]
         loud, soft = (log_mel(sine(tone, loudness=x))[20] for x in (1.0, 0.1))
         assert (abs(loud - 10 * np.log10(1.5)) < 0.7).all()
@@ -105,10 +108,10 @@ class TestLogMel:
             log_mel(np.zeros(WINDOW - 1))
 
     def test_mel(self):
-        assert mel(1000) == pytest.approx(1000, abs=0.1)  # what the scale was made for
+        assert mel(1000) == pytest.approx(1000, abs=0.1)  # the definition of the mel scale
         np.testing.assert_allclose(hertz(mel(np.array([60, 440, 4000]))), [60, 440, 4000])
 
-    def test_the_bands_cover_all_between_the_lowest_and_the_highest(self):
+    def test_the_bands_cover_all_frequencies_between_the_lowest_and_the_highest(self):
         filters, frequency = mel_filters(), np.arange(WINDOW // 2 + 1) * RATE / WINDOW
         assert filters.shape == (257, MELS) and (filters.max(axis=0) > 0.7).all()
         inside = (frequency > band_edges()[1]) & (frequency < band_edges()[-2])
@@ -118,19 +121,19 @@ class TestLogMel:
 
 class TestResample:
     @pytest.mark.parametrize("rate", [1000, 7999, 11_025, 16_000, 44_100, 48_000])
-    def test_a_tone_stays_a_tone(self, rate):
-        got = resample(sine(200, samples=rate, rate=rate), rate)
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, sine(200), atol=1e-4)
+    def test_a_tone_keeps_its_pitch(self, rate):
+        actual = resample(sine(200, samples=rate, rate=rate), rate)
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, sine(200), atol=1e-4)
 
-    def test_what_no_longer_fits_is_gone_and_does_not_fold_back(self):
+    def test_frequencies_above_the_new_limit_are_removed_without_aliasing(self):
         assert abs(resample(sine(7000, 48_000, 48_000), 48_000)).max() < 1e-4
 
     def test_a_single_sample(self):
         np.testing.assert_allclose(resample(np.ones(1, np.float32), 48_000), [1])
 
 
-def test_fit():
+def test_crop_or_pad():
     np.testing.assert_array_equal(crop_or_pad(np.arange(3.0), 5), [0, 1, 2, 0, 0])
     np.testing.assert_array_equal(crop_or_pad(np.arange(3.0), 2), [0, 1])
 
@@ -139,23 +142,22 @@ class TestFiles:
     def test_round_trip(self, tmp_path):
         samples = np.random.default_rng(0).uniform(-1, 1, 3000).astype(np.float32)
         write_wav(tmp_path / "a.wav", samples)
-        got = read_wav(tmp_path / "a.wav")
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, samples, atol=1 / 32768)
-        write_wav(
-            str(tmp_path / "b.wav"), got
-        )  # what is on the grid of 16 bits comes back as it was
-        np.testing.assert_array_equal(read_wav(str(tmp_path / "b.wav")), got)
+        actual = read_wav(tmp_path / "a.wav")
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, samples, atol=1 / 32768)
+        # Samples that are multiples of 1 / 32768 are stored exactly.
+        write_wav(str(tmp_path / "b.wav"), actual)
+        np.testing.assert_array_equal(read_wav(str(tmp_path / "b.wav")), actual)
         with wave.open(str(tmp_path / "a.wav")) as file:
             assert file.getparams()[:4] == (1, 2, 8000, 3000)
 
-    def test_beyond_full_scale_is_clipped_not_wrapped(self):
+    def test_samples_beyond_full_scale_are_clipped(self):
         file = io.BytesIO()
         write_wav(file, np.array([2.0, -2.0, 1.0, -1.0]))
         np.testing.assert_allclose(read(file.getvalue()), [1, -1, 1, -1], atol=1e-4)
 
     @pytest.mark.parametrize("samples", [np.zeros((2, 3)), np.array([np.nan]), np.array([np.inf])])
-    def test_what_is_not_one_wave(self, samples):
+    def test_arrays_that_are_not_one_wave_are_refused(self, samples):
         with pytest.raises(ValueError, match="must be one wave of finite numbers"):
             write_wav(io.BytesIO(), samples)
 
@@ -182,8 +184,9 @@ class TestFiles:
 
     def test_other_rates(self):
         stereo = np.stack([sine(300, 44_100, 44_100)] * 2, axis=1)
-        got = read(wav(np.round(stereo * 32768).astype("<i2").tobytes(), channels=2, rate=44_100))
-        np.testing.assert_allclose(got, sine(300), atol=1e-3)
+        frames = np.round(stereo * 32768).astype("<i2").tobytes()
+        actual = read(wav(frames, channels=2, rate=44_100))
+        np.testing.assert_allclose(actual, sine(300), atol=1e-3)
 
 
 GOOD = wav(np.round(sine(440, 50) * 32768).astype("<i2").tobytes())
@@ -209,13 +212,13 @@ class TestMistakes:
             (wav(b""), "there is no sound in it"),
         ],
     )
-    def test_files(self, tmp_path, data, message):
+    def test_damaged_and_unsupported_files(self, tmp_path, data, message):
         (tmp_path / "bad.wav").write_bytes(data)
         with pytest.raises(UserError, match=rf"bad\.wav: .*{message}"):
             read_wav(tmp_path / "bad.wav")
 
     @pytest.mark.parametrize("name", ["nothing.wav", "."])
-    def test_no_file(self, tmp_path, name):
+    def test_a_missing_file(self, tmp_path, name):
         with pytest.raises(UserError, match=r"cannot be read .*give a WAV file"):
             read_wav(tmp_path / name)
 
@@ -224,10 +227,10 @@ class TestMistakes:
         st.integers(0, len(GOOD)),
         st.lists(st.tuples(st.integers(0, 60), st.integers(0, 255)), max_size=4),
     )
-    def test_any_damage_is_a_wave_or_a_user_error(self, end, changes):
+    def test_a_damaged_file_gives_a_wave_or_a_user_error(self, end, changes):
         data = bytearray(GOOD)
-        for place, value in changes:
-            data[place] = value
+        for position, value in changes:
+            data[position] = value
         try:
             samples = read(bytes(data[:end]))
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Sources: each line and row in one part, FineWeb-Edu streamed once, and each mistake with its mend."""
+"""Sources: each line and row is in one part, FineWeb-Edu is streamed once, and each mistake."""
 
 import builtins
 import itertools
@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanods.data import shards, sources
+from nanods.data import sources
 from nanods.data.text import load_text
 from nanods.errors import UserError
-from tests.data.test_shards import DOCUMENTS
+from tests.data.test_shards import DOCUMENTS, record_shards
 
 pytestmark = pytest.mark.usefixtures("folder")
 
 
 @given(size=st.integers(1, 400), ends=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_slices_of_any_size_have_each_line_once(tmp_path_factory, size, ends):
+def test_parts_of_any_size_have_each_line_once(tmp_path_factory, size, ends):
     path = tmp_path_factory.mktemp("slices") / "a.txt"
     text = "ž\n\nlonger than a slice of few bytes\nb\r\nc" + "\n" * ends
     path.write_bytes(text.encode())
@@ -34,20 +34,20 @@ def test_parquet_rows_are_each_in_one_shard(folder):
     table = pyarrow.table({"id": range(100), "text": [*DOCUMENTS[:50], None, *DOCUMENTS[51:]]})
     parquet.write_table(table, folder / "rows" / "a.parquet", row_group_size=30)
     data = load_text("rows")
-    ended = [text if text.endswith("\n") else text + "\n" for text in DOCUMENTS]
+    with_newline = [text if text.endswith("\n") else text + "\n" for text in DOCUMENTS]
     assert len(data.train.parts) > 1
-    assert data.tokenizer.decode(data.train[:]) == "".join(ended[:50] + ended[51:90])
-    assert data.tokenizer.decode(data.val) == "".join(ended[90:])
+    assert data.tokenizer.decode(data.train[:]) == "".join(with_newline[:50] + with_newline[51:90])
+    assert data.tokenizer.decode(data.val) == "".join(with_newline[90:])
 
 
-def test_half_surrogates_become_question_marks(folder):
+def test_lone_surrogates_become_question_marks(folder):
     (folder / "corpus").mkdir()
     (folder / "corpus" / "a.jsonl").write_text('{"text": "a\\ud800b"}\n' * 40)
     assert load_text("corpus").tokenizer.decode(load_text("corpus").train[:8]) == "a?b\na?b\n"
 
 
 class Streaming(list):
-    """What the library's IterableDataset is asked for: `num_shards` files of rows."""
+    """The parts of IterableDataset that sources.py uses: `num_shards` files of rows."""
 
     num_shards = property(len)
 
@@ -60,38 +60,32 @@ class Streaming(list):
 
 
 def test_fineweb_is_streamed_once(monkeypatch):
-    asked, files = (
-        [],
-        Streaming([[f"page {f}.{i} " + "x" * 40 for i in range(30)] for f in range(3)]),
-    )
-    fake = SimpleNamespace(
-        load_dataset=lambda *args, **kwargs: asked.append((args, kwargs)) or files
-    )
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    files = Streaming([[f"page {f}.{i} " + "x" * 40 for i in range(30)] for f in range(3)])
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return files
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setattr(sources, "HELD_OUT", 300)
     files[2].insert(20, None)
-    with pytest.raises(
-        UserError, match=r"ConnectionError: reset by peer.*network.*finished shards are kept"
-    ):
+    message = r"ConnectionError: reset by peer.*network.*finished shards are kept"
+    with pytest.raises(UserError, match=message):
         load_text("fineweb-edu")
     del files[2][20]
-    names, real = [], shards.make_shard
-    monkeypatch.setattr(
-        shards, "make_shard", lambda path, *rest: names.append(path.name) or real(path, *rest)
-    )
+    names = record_shards(monkeypatch)
     data = load_text("fineweb-edu")
     assert names == ["train-00002.bin", "validation.bin"]
-    assert data.tokenizer.decode(data.val) == "".join(
-        page + "\n" for file in files for page in file[:3]
-    )
-    assert data.tokenizer.decode(data.train[:]) == "".join(
-        page + "\n" for file in files for page in file[3:]
-    )
-    assert set(map(str, asked)) == {
+    val = "".join(page + "\n" for file in files for page in file[:3])
+    train = "".join(page + "\n" for file in files for page in file[3:])
+    assert data.tokenizer.decode(data.val) == val
+    assert data.tokenizer.decode(data.train[:]) == train
+    assert set(map(str, calls)) == {
         "(('HuggingFaceFW/fineweb-edu', 'sample-10BT'), {'split': 'train', 'streaming': True})"
     }
     monkeypatch.delitem(sys.modules, "datasets")
-    monkeypatch.setattr(sources, "stream", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(sources, "stream", lambda: pytest.fail("streamed again"))
     assert load_text("fineweb-edu").sha256 == data.sha256
 
 
@@ -132,7 +126,7 @@ def test_files_that_cannot_be_read(folder, file, content, message):
     ("columns", "message"),
     [({"body": ["x"]}, "no column called text, only body"), ({"text": [1]}, "int64")],
 )
-def test_other_columns(folder, columns, message):
+def test_parquet_without_a_text_column_of_strings(folder, columns, message):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (folder / "corpus").mkdir()
     parquet.write_table(pyarrow.table(columns), folder / "corpus" / "a.parquet")
@@ -141,7 +135,7 @@ def test_other_columns(folder, columns, message):
 
 
 @pytest.mark.parametrize("name", ["corpus", "fineweb-edu"])
-def test_without_the_library_the_extra_is_named(folder, monkeypatch, name):
+def test_a_missing_library_error_names_the_extra(folder, monkeypatch, name):
     (folder / "corpus").mkdir()
     (folder / "corpus" / "a.parquet").write_bytes(b"PAR1")
     real = builtins.__import__

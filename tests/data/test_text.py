@@ -1,4 +1,4 @@
-"""load_text: splits, cached token files that survive damage, data sets on disk, and each mistake with its mend."""
+"""load_text: splits, cached token files, also damaged ones, data sets on disk, and each mistake."""
 
 import builtins
 import hashlib
@@ -40,7 +40,7 @@ def cached(pattern="*"):
 
 
 @given(st.text())
-def test_split_is_contiguous_and_at_nine_tenths_of_the_characters(text):
+def test_split_is_contiguous_and_at_90_percent_of_the_characters(text):
     train, val = split(text)
     assert train + val == text and len(train) == int(len(text) * 0.9)
 
@@ -64,12 +64,11 @@ def test_line_ends_are_kept(folder):
     assert data.tokenizer.decode([*data.train, *data.val]) == "one\r\ntwo\rthree\n" * 10
 
 
-def test_bpe_learns_from_the_training_part_only(folder):
+def test_bpe_learns_from_the_training_split_only(folder):
     pytest.importorskip("tokenizers")
     varied = "".join(chr(97 + i * i % 23) + " "[: i % 5 == 0] for i in range(9000))
-    (folder / "a.txt").write_text(
-        varied + " zy" * (len(varied) // 28)
-    )  # zy is the commonest pair, but not in training
+    # "zy" is the most frequent pair of the text, but the training split has none.
+    (folder / "a.txt").write_text(varied + " zy" * (len(varied) // 28))
     data = load_text("a.txt", vocab_size=260)
     train, val = split((folder / "a.txt").read_text())
     assert isinstance(data.tokenizer, BPETokenizer) and data.tokenizer.vocab_size == 260
@@ -93,7 +92,7 @@ def test_encoding_in_pieces_equals_encoding_at_once(folder):
     np.testing.assert_array_equal(text_module.encode_cached(long, bpe), bpe.encode(long))
 
 
-def test_the_cache_is_used_again(corpus, monkeypatch):
+def test_the_cache_is_used(corpus, monkeypatch):
     load_text(corpus)
     monkeypatch.setattr(text_module, "encode_corpus", lambda *args: pytest.fail("encoded again"))
     load_text(corpus)
@@ -118,7 +117,7 @@ def test_damaged_token_files_are_written_again(corpus, damage):
         path.write_bytes(damage(path.read_bytes()))
     np.testing.assert_array_equal(load_text(corpus).train, expected)
     assert [path.stat().st_size for path in files] == sizes
-    assert cached() == files  # and no temporary files stay
+    assert cached() == files  # no temporary files are left
 
 
 @pytest.mark.parametrize("damaged", ["", "{", '{"type": "bytes"}', '{"version": "1.0"}'])
@@ -130,17 +129,20 @@ def test_a_damaged_cached_tokenizer_is_trained_again(corpus, damaged):
     assert load_text(corpus, 300).tokenizer.to_json() == expected == path.read_text()
 
 
-def test_a_changed_text_is_never_served_from_the_old_cache(corpus):
+def test_a_changed_text_does_not_use_the_old_cache(corpus):
     load_text(corpus)
     Path(corpus).write_text(SAMPLE.upper())
     assert load_text(corpus).tokenizer.decode(load_text(corpus).train) == split(SAMPLE.upper())[0]
 
 
-def test_processes_that_prepare_at_once_agree(corpus):
+def test_processes_that_load_at_the_same_time_agree(corpus):
     pytest.importorskip("tokenizers")
     script = (
-        "import hashlib, sys; from nanods.data.text import load_text; d = load_text(sys.argv[1], 300); "
-        "print(hashlib.sha256(d.train.tobytes() + d.val.tobytes() + d.tokenizer.to_json().encode()).hexdigest())"
+        "import hashlib, sys\n"
+        "from nanods.data.text import load_text\n"
+        "data = load_text(sys.argv[1], 300)\n"
+        "content = data.train.tobytes() + data.val.tobytes() + data.tokenizer.to_json().encode()\n"
+        "print(hashlib.sha256(content).hexdigest())\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(text_module.__file__).parents[2])}
     command = [sys.executable, "-c", script, corpus]
@@ -160,7 +162,7 @@ def test_pydocs_by_name(monkeypatch):
     assert data.name == "pydocs" and data.sha256 == hashlib.sha256(SAMPLE.encode()).hexdigest()
 
 
-def test_shakespeare_is_taken_from_the_data_folder(monkeypatch, folder):
+def test_shakespeare_is_read_from_the_data_folder(monkeypatch, folder):
     monkeypatch.setattr(
         text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest()
     )
@@ -172,7 +174,7 @@ def test_shakespeare_is_taken_from_the_data_folder(monkeypatch, folder):
     assert data.sha256 == text_module.SHAKESPEARE_SHA256 and not Path("data").exists()
 
 
-def test_shakespeare_comes_from_a_mirror_once(monkeypatch, folder, corpus):
+def test_shakespeare_is_downloaded_from_a_mirror_once(monkeypatch, folder, corpus):
     monkeypatch.setattr(
         text_module, "SHAKESPEARE_SHA256", hashlib.sha256(SAMPLE.encode()).hexdigest()
     )
@@ -184,7 +186,7 @@ def test_shakespeare_comes_from_a_mirror_once(monkeypatch, folder, corpus):
     assert load_text("shakespeare").sha256 == first.sha256 == text_module.SHAKESPEARE_SHA256
 
 
-def test_require_a_context_in_each_split(folder):
+def test_require_one_context_in_each_split(folder):
     (folder / "a.txt").write_text("x" * 1000)
     data = load_text("a.txt")
     data.require(99)
@@ -230,18 +232,18 @@ class TestMistakes:
         assert (folder / "bad.txt").read_bytes() == content
 
     @pytest.mark.parametrize("vocab_size", [-1, 0, 255])
-    def test_vocabularies_below_the_bytes(self, corpus, vocab_size):
+    def test_a_vocabulary_below_256(self, corpus, vocab_size):
         with pytest.raises(UserError, match="at least 256"):
             load_text(corpus, vocab_size)
 
-    def test_a_vocabulary_larger_than_the_text_can_fill(self, corpus):
+    def test_a_vocabulary_too_large_for_the_text(self, corpus):
         pytest.importorskip("tokenizers")
         with pytest.raises(UserError, match=r"--vocab-size 50000: .*at most"):
             load_text(corpus, 50000)
 
 
 class TestDataSets:
-    """Sets built on disk; nothing is fetched."""
+    """Data sets built on disk; nothing is downloaded."""
 
     @pytest.fixture(autouse=True)
     def datasets(self):
@@ -252,7 +254,7 @@ class TestDataSets:
             {"text": [f" {name} {i} \n" if i % 3 else "" for i in range(count)]}
         )
 
-    def test_own_validation_split(self, datasets, folder):
+    def test_the_validation_split_of_a_data_set_is_used(self, datasets, folder):
         both = datasets.DatasetDict(
             train=self.rows(datasets, "train"), validation=self.rows(datasets, "val", 5)
         )
@@ -262,27 +264,28 @@ class TestDataSets:
         assert data.tokenizer.decode(data.train).count("train") == 20
 
     @pytest.mark.parametrize("in_dict", [True, False])
-    def test_without_one_the_last_tenth_is_validation(self, datasets, folder, in_dict):
+    def test_without_a_validation_split_the_last_tenth_is_validation(
+        self, datasets, folder, in_dict
+    ):
         rows = self.rows(datasets, "only")
         (datasets.DatasetDict(train=rows) if in_dict else rows).save_to_disk(folder / "set")
         data = load_text("set")
-        whole = "".join(row or "\n" for row in rows["text"])
-        assert (data.tokenizer.decode(data.train), data.tokenizer.decode(data.val)) == split(whole)
+        text = "".join(row or "\n" for row in rows["text"])
+        assert (data.tokenizer.decode(data.train), data.tokenizer.decode(data.val)) == split(text)
 
-    def test_wikitext_asks_the_library_for_the_raw_set(self, datasets, monkeypatch):
-        asked = []
+    def test_wikitext_loads_the_raw_version(self, datasets, monkeypatch):
+        calls = []
         rows = self.rows(datasets, "wiki")
 
         def load_dataset(*args):
-            asked.append(args)
+            calls.append(args)
             return datasets.DatasetDict(train=rows, validation=rows, test=rows)
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        assert load_text("wikitext-2").val_bytes == len(
-            "".join(row or "\n" for row in rows["text"])
-        )
+        text = "".join(row or "\n" for row in rows["text"])
+        assert load_text("wikitext-2").val_bytes == len(text)
         load_text("wikitext-103")
-        assert asked == [("Salesforce/wikitext", f"wikitext-{n}-raw-v1") for n in (2, 103)]
+        assert calls == [("Salesforce/wikitext", f"wikitext-{n}-raw-v1") for n in (2, 103)]
 
     def test_without_network(self, datasets, monkeypatch):
         def load_dataset(*args):
@@ -292,7 +295,7 @@ class TestDataSets:
         with pytest.raises(UserError, match=r"no route to host.*save_to_disk"):
             load_text("wikitext-2")
 
-    def test_wrong_columns_and_splits_are_named(self, datasets, folder):
+    def test_missing_columns_and_splits(self, datasets, folder):
         datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(folder / "columns")
         with pytest.raises(UserError, match="no column called text, only body"):
             load_text("columns")
@@ -300,14 +303,14 @@ class TestDataSets:
         with pytest.raises(UserError, match="no split called train, only dev"):
             load_text("splits")
 
-    def test_a_broken_folder(self, folder):
+    def test_a_damaged_folder(self, folder):
         (folder / "set").mkdir()
         (folder / "set" / "state.json").write_text("{")
         with pytest.raises(UserError, match="could not load it"):
             load_text("set")
 
 
-def test_without_the_library_the_extra_is_named(monkeypatch):
+def test_a_missing_library_error_names_the_extra(monkeypatch):
     real = builtins.__import__
 
     def missing(name, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Tokenizers: every text comes back, from whole ids, from JSON and from a stream; BPE never crosses a line."""
+"""Tokenizers: decode inverts encode, also from JSON and in a stream; no token crosses a line."""
 
 import builtins
 import codecs
@@ -27,7 +27,7 @@ def tokenizer(request):
 
 @given(text=st.text())
 @settings(deadline=None)
-def test_every_text_comes_back(tokenizer, text):
+def test_decode_inverts_encode(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int64 and ids.ndim == 1
     assert len(ids) == 0 or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
@@ -47,18 +47,18 @@ def test_json_restores_the_same_tokenizer(tokenizer, text):
 
 @given(text=st.text(alphabet=st.characters(min_codepoint=0x7F, exclude_categories=["Cs"])))
 @settings(deadline=None)
-def test_token_by_token_streaming_gives_the_text(tokenizer, text):
+def test_streaming_token_by_token_gives_the_text(tokenizer, text):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     streamed = "".join(decoder.decode(tokenizer.decode_bytes([i])) for i in tokenizer.encode(text))
     assert streamed + decoder.decode(b"", final=True) == text
 
 
-def test_each_byte_is_one_token_of_its_own(tokenizer):
+def test_the_first_256_tokens_are_the_bytes(tokenizer):
     singles = [tokenizer.decode_bytes([i]) for i in range(256)]
     assert sorted(singles) == [bytes([b]) for b in range(256)]
 
 
-def test_lines_end_at_newlines_alone():
+def test_lines_end_only_at_newlines():
     assert lines("a\u2028b\r\n\nc") == ["a\u2028b\r\n", "\n", "c"]
     assert lines("") == [] and lines("\n") == ["\n"]
 
@@ -91,28 +91,25 @@ class TestBPE:
         assert bpe.decode(ids) == library.decode(ids)
 
     def test_merges_shorten_the_training_text(self):
-        assert len(BPETokenizer.train(TRAINING, 300).encode(TRAINING)) < 0.6 * len(
-            TRAINING.encode()
-        )
+        tokens = BPETokenizer.train(TRAINING, 300).encode(TRAINING)
+        assert len(tokens) < 0.6 * len(TRAINING.encode())
 
-    def test_encoding_in_pieces_of_whole_lines_changes_nothing(self):
+    def test_encoding_in_pieces_of_complete_lines_gives_the_same_tokens(self):
         bpe = BPETokenizer.train(TRAINING, 300)
         parts = ["the cat", "", "\r", "  the\u2028hat\n", " "]
         pieces = [part + "\n" for part in parts]
-        together = bpe.encode("".join(pieces))
-        assert together.tolist() == [i for piece in pieces for i in bpe.encode(piece)]
+        at_once = bpe.encode("".join(pieces))
+        assert at_once.tolist() == [i for piece in pieces for i in bpe.encode(piece)]
 
-    def test_training_twice_gives_the_same(self):
-        assert (
-            BPETokenizer.train(TRAINING, 300).to_json()
-            == BPETokenizer.train(TRAINING, 300).to_json()
-        )
+    def test_training_is_deterministic(self):
+        first, second = (BPETokenizer.train(TRAINING, 300) for _ in range(2))
+        assert first.to_json() == second.to_json()
 
-    def test_a_vocabulary_that_the_text_cannot_fill_is_refused(self):
+    def test_a_vocabulary_too_large_for_the_text_is_refused(self):
         with pytest.raises(UserError, match=r"gives a BPE vocabulary of 25[78] at most"):
             BPETokenizer.train("ab ab ab", 4096)
 
-    def test_without_the_library_the_extra_is_named(self, monkeypatch):
+    def test_a_missing_library_error_names_the_extra(self, monkeypatch):
         real = builtins.__import__
 
         def missing(name, *args, **kwargs):
@@ -128,7 +125,7 @@ class TestBPE:
 @pytest.mark.parametrize(
     "saved", ["", "{", "[]", "7", '{"type": "words"}', '{"model": {"type": "BPE"}}']
 )
-def test_damaged_json_is_a_user_error(saved):
+def test_damaged_json_raises_a_user_error(saved):
     pytest.importorskip("tokenizers")
     with pytest.raises(UserError, match="damaged"):
         tokenizer_from_json(saved)
