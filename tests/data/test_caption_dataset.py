@@ -106,12 +106,10 @@ class TestImage:
     )
     def test_modes(self, tmp_path, mode, value, expected):
         actual = read_image(self.save(Image.new(mode, (5, 7), value), tmp_path), 4)
-        assert (
-            actual.shape == (3, 4, 4) and actual.dtype == np.float32 and actual.flags.c_contiguous
-        )
-        np.testing.assert_allclose(
-            actual * 255, np.array(expected)[:, None, None] * np.ones((3, 4, 4)), atol=1.01
-        )
+        assert actual.shape == (3, 4, 4) and actual.dtype == np.float32
+        assert actual.flags.c_contiguous
+        uniform = np.array(expected)[:, None, None] * np.ones((3, 4, 4))
+        np.testing.assert_allclose(actual * 255, uniform, atol=1.01)
 
     def test_palette(self, tmp_path):
         image = Image.new("P", (8, 8), 1)
@@ -152,12 +150,12 @@ class TestImage:
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
         actual = read_image(self.save(Image.fromarray(pixels), tmp_path), 8) * 255
         short = min(size)
-        whole = Image.fromarray(pixels).resize(
+        resized = Image.fromarray(pixels).resize(
             (size[0] * 8 // short, size[1] * 8 // short), Image.Resampling.BICUBIC
         )
-        x, y = (whole.width - 8) // 2, (whole.height - 8) // 2
+        x, y = (resized.width - 8) // 2, (resized.height - 8) // 2
         np.testing.assert_allclose(
-            actual, np.asarray(whole)[y : y + 8, x : x + 8].transpose(2, 0, 1), atol=1.01
+            actual, np.asarray(resized)[y : y + 8, x : x + 8].transpose(2, 0, 1), atol=1.01
         )
 
     def test_a_large_jpeg_decoded_at_a_smaller_size_looks_the_same(self, tmp_path):

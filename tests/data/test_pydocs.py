@@ -49,8 +49,8 @@ def test_another_process_collects_the_same_text_and_imports_no_module(corpus, tm
 
 
 def test_modules_are_sorted_and_exclude_tests_and_generated_files(tmp_path):
-    wanted = ["a.py", "b/c.py", "b/d/e.py", "b.py", "testing.py"]
-    unwanted = [
+    included = ["a.py", "b/c.py", "b/d/e.py", "b.py", "testing.py"]
+    excluded = [
         "test/t.py",
         "b/tests/t.py",
         "site-packages/p.py",
@@ -58,11 +58,11 @@ def test_modules_are_sorted_and_exclude_tests_and_generated_files(tmp_path):
         "_sysconfigdata__linux.py",
         "x.txt",
     ]
-    for name in wanted + unwanted:
+    for name in included + excluded:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert [path.relative_to(tmp_path).as_posix() for path in pydocs.modules(tmp_path)] == sorted(
-        wanted
+        included
     )
     assert not any("test" in path.relative_to(STDLIB).parts for path in pydocs.modules(STDLIB))
 

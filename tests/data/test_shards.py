@@ -124,11 +124,11 @@ def test_several_processes_make_the_same_shards_as_one(corpus, monkeypatch):
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=5), st.data())
 def test_tokens_read_as_one_array(parts, data):
-    whole = np.concatenate([np.array(part, np.uint16) for part in parts])
+    joined = np.concatenate([np.array(part, np.uint16) for part in parts])
     tokens = Tokens([np.array(part, np.uint16) for part in parts])
-    assert len(tokens) == len(whole)
+    assert len(tokens) == len(joined)
     start, stop = (data.draw(st.integers(-25, 25) | st.none()) for _ in range(2))
-    np.testing.assert_array_equal(tokens[start:stop], whole[start:stop])
+    np.testing.assert_array_equal(tokens[start:stop], joined[start:stop])
     assert tokens[start:stop].dtype == np.uint16
     with pytest.raises(IndexError, match="forwards"):
         tokens[::2]

@@ -49,9 +49,8 @@ def test_a_local_file_as_bytes(corpus):
     data = load_text(corpus)
     train, val = split(SAMPLE)
     assert data.name == corpus and data.sha256 == hashlib.sha256(SAMPLE.encode()).hexdigest()
-    assert (
-        isinstance(data.train, np.memmap) and data.train.dtype == np.uint16 and data.train.ndim == 1
-    )
+    assert isinstance(data.train, np.memmap)
+    assert data.train.dtype == np.uint16 and data.train.ndim == 1
     assert bytes(data.train.astype(np.uint8)) == train.encode()
     assert bytes(data.val.astype(np.uint8)) == val.encode()
     assert data.val_bytes == len(data.val) == len(val.encode()) > len(val)
