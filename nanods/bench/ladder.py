@@ -1,10 +1,10 @@
-"""Train the tiny rungs of the ladder on several seeds and write what they reach: results/ladder.json, results/expected.json.
+"""Train the tiny presets on several seeds: results/ladder.json and results/expected.json.
 
     python -m nanods.bench.ladder                 about 50 minutes on 2 cores; `make results`
     python -m nanods.bench.ladder --seeds 1
 
-Two runs at a time, one thread each. `expected.json` is what train.py compares a run with: the mean over the seeds, and as
-tolerance the larger of 0.02 bits per byte and twice their spread.
+Two runs at a time, one thread each. train.py compares its runs with `expected.json`: the mean over
+the seeds, with a tolerance of 0.02 bits per byte or twice the seeds' spread, whichever is larger.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -35,45 +35,47 @@ class Args:
     seeds: int = 3
     """Seeds for each preset on pydocs; shakespeare gets one."""
     results: Path = Path("results")
-    """Where the two files go."""
+    """Directory of the two result files."""
     runs: Path = Path("runs/ladder")
-    """Where the runs go; a finished one is taken as it is."""
+    """Directory of the runs; finished ones are not repeated."""
 
 
 def train(args: Args, preset: str, data: str, seed: int) -> dict:
-    """One run in a process of its own -> its last validation."""
+    """Train one preset in a process of its own -> its last validation metrics."""
     out = args.runs / f"{preset}-{data}-{seed}"
-    command, rows = run_training(
-        out, [preset, *flags_from_dict({"data": data, "seed": seed, "out-dir": out})]
-    )
+    flags = flags_from_dict({"data": data, "seed": seed, "out-dir": out})
+    command, rows = run_training(out, [preset, *flags])
     last = rows[-1]
     print(
-        f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, {last['seconds']:.0f} s",
+        f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, "
+        f"{last['seconds']:.0f} s",
         flush=True,
     )
-    return {
-        "seed": seed,
-        "command": command,
-        **{k: last[k] for k in ("val_loss", "val_bpb", "seconds")},
-    }
+    metrics = {name: last[name] for name in ("val_loss", "val_bpb", "seconds")}
+    return {"seed": seed, "command": command, **metrics}
 
 
 def main() -> None:
+    """Run all presets and seeds, then write both files."""
     args = tyro.cli(Args, description=__doc__)
-    hashes = {
-        data: load_text(data).sha256 for _, data in RUNS
-    }  # prepared once, before the processes start
-    jobs = [(p, d, seed) for p, d in RUNS for seed in range(args.seeds if d == "pydocs" else 1)]
-    with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(lambda job: train(args, *job), jobs))
-    ladder, expected = {"machine": describe_machine()}, {}
+    # Loading prepares the data once, before the processes start.
+    hashes = {data: load_text(data).sha256 for _, data in RUNS}
+    jobs = []
     for preset, data in RUNS:
-        of = [row for job, row in zip(jobs, rows, strict=True) if job[:2] == (preset, data)]
-        values = [row["val_bpb"] for row in of]
+        seeds = args.seeds if data == "pydocs" else 1
+        jobs += [(preset, data, seed) for seed in range(seeds)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda job: train(args, *job), jobs))
+
+    ladder, expected = {"machine": describe_machine()}, {}
+    for run in RUNS:
+        rows = [row for job, row in zip(jobs, results, strict=True) if job[:2] == run]
+        values = [row["val_bpb"] for row in rows]
         mean, spread = sum(values) / len(values), max(values) - min(values)
-        ladder[f"{preset}/{data}"] = {"mean_val_bpb": mean, "spread": spread, "runs": of}
+        name, data = "/".join(run), run[1]
+        ladder[name] = {"mean_val_bpb": mean, "spread": spread, "runs": rows}
         tolerance = max(0.02, 2 * spread)
-        expected[f"{preset}/{data}"] = {
+        expected[name] = {
             "sha256": hashes[data],
             "val_bpb": round(mean, 4),
             "tolerance": round(tolerance, 4),

@@ -1,22 +1,27 @@
-"""What V3 finds, and what it owes it to: results/multimodal.json and .png, and what train.py expects of v3-tiny.
+"""What V3 retrieves, and which part contributes how much: results/multimodal.json and .png.
 
-    python -m nanods.bench.multimodal             50 minutes on 2 cores, two runs at a time; `make bench-v3`
+Also writes what train.py expects of v3-tiny into results/expected.json.
+
+    python -m nanods.bench.multimodal             50 minutes on 2 cores, two runs at a time
     python -m nanods.bench.multimodal --seeds 1   half of that
 
-v3-tiny on scenes, each run a train.py of its own on one thread, asked about 512 meanings that no training saw. A finished run
-is taken as it is; delete its folder to repeat it.
+The first is `make bench-v3`.
 
-    as it is      one trunk, all pairs of modalities
-    emergent      image and sound are never pair_weights: only text with either
+Each run is v3-tiny on scenes in a process of its own, on one thread, evaluated on 512 meanings that
+no training example has. Finished runs are not repeated; delete a run's directory to repeat it.
+
+    as it is      the preset: one trunk, all pairs of modalities
+    emergent      image and audio are never compared, only text with either
     separate      one trunk for each modality, the same steps (the article's claim V3.2)
-    experts       16 experts a layer, 2 a token, each of half the MLP's width: the same arithmetic, LIMoE's entropy losses
-    balanced      the same, balanced over all tokens and nothing else
-    longer        no experts, for the time that they took
-    random        batches drawn at random, where look-alikes seldom meet
+    experts       16 experts a layer, 2 per token, each of half the MLP's width: the same FLOPs,
+                  with LIMoE's entropy losses
+    balanced      the same experts with the balance loss over all tokens alone
+    longer        no experts, for the time that the experts took
+    random        batches drawn at random, which seldom hold similar scenes
 
-`facts` is zero-shot classification from prompts: an item against its own caption in which one fact is replaced, by each value
-that it could have (six shapes, eight colours, two sizes, four relations). `data` compares what a core makes of scenes in a
-second with what the training takes.
+`facts` is zero-shot classification by prompts: an example is compared with its own caption and with
+captions in which one fact has another value (six shapes, eight colours, two sizes, four relations).
+`pipeline` compares the scenes that one core renders per second with those that training consumes.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -55,203 +60,250 @@ VARIANTS = {
     "longer": {"steps": 1200},
     "random": {"multimodal.no-hard-batches": ()},
 }
-FEWER = {"experts": 1, "balanced": 1, "longer": 1, "random": 1}  # seeds at most
+MAX_SEEDS = {"experts": 1, "balanced": 1, "longer": 1, "random": 1}
 FACTS = {"shape": 0, "colour": 1, "size": 2, "relation": 3}  # columns of scenes.facts_of
+FACT_COUNTS = (
+    len(scenes.SHAPES),
+    len(scenes.COLOURS),
+    len(scenes.SIZES),
+    len(scenes.RELATIONS),
+)
 
 
 @dataclass(frozen=True)
 class Args:
     seeds: int = 3
-    """Seeds of each variant, but for the few of FEWER."""
+    """Seeds of each variant; experts, balanced, longer and random get one."""
     jobs: int = 2
     """Runs at a time, one thread each."""
     results: Path = Path("results")
-    """Where the table and the picture go."""
+    """Directory of the table and the picture."""
     runs: Path = Path("runs/multimodal")
-    """Where the runs go."""
+    """Directory of the runs."""
     only: tuple[str, ...] = tuple(VARIANTS)
-    """Which variants."""
+    """Variants to run."""
+
+
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def flags(settings: dict) -> list[str]:
-    """{"a": (1, 2), "no-b": ()} -> ["--a", "1", "2", "--no-b"]; other settings as `flags_from_dict`."""
-    many = {name: value for name, value in settings.items() if isinstance(value, tuple)}
-    words = [word for name, values in many.items() for word in (f"--{name}", *map(str, values))]
-    return words + flags_from_dict(
-        {name: value for name, value in settings.items() if name not in many}
-    )
+    """Return command-line flags; a tuple becomes the values of one flag.
+
+    {"lr": 0.02, "a": (1, 2), "no-b": ()} -> ["--a", "1", "2", "--no-b", "--lr", "0.02"].
+    """
+    words, single_values = [], {}
+    for name, value in settings.items():
+        if isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            single_values[name] = value
+    return words + flags_from_dict(single_values)
 
 
 def run(args: Args, name: str, seed: int) -> dict:
-    """One run in a process of its own -> its command and its figures."""
+    """Train one variant in a process of its own -> its command and its metrics."""
     out = args.runs / f"{name.replace(' ', '-')}-{seed}"
-    command, rows = run_training(
-        out, ["v3-tiny", *flags(VARIANTS[name] | {"seed": seed, "out-dir": out})]
-    )
-    last, first = rows[-1], rows[0]
+    settings = VARIANTS[name] | {"seed": seed, "out-dir": out}
+    command, rows = run_training(out, ["v3-tiny", *flags(settings)])
+    first, last = rows[0], rows[-1]
     print(
         f"{out.name}: {last['cpu_seconds']:.0f} s, recall@1 {last['val_recall1']:.4f}", flush=True
     )
-    told = {
+    metrics = {
         "seed": seed,
         "command": command,
         "cpu_seconds": last["cpu_seconds"],
         "loss_at_step_1": first["ce_loss"],
     }
-    told |= {
-        key: value
-        for key, value in last.items()
-        if "recall" in key or key in ("val_loss", "temperature")
-    }
-    told |= {key: value for key, value in last.items() if key.startswith("val_load_")}
+    for key, value in last.items():
+        if "recall" in key or key in ("val_loss", "temperature"):
+            metrics[key] = value
+    for key, value in last.items():
+        if key.startswith("val_load_"):
+            metrics[key] = value
     task, model = load_run(out)
-    told["parameters"], told["parameters_active"] = model.count_parameters()
-    told["examples_per_second"] = median(row["examples_per_second"] for row in rows)
-    told["facts"] = fact_accuracy(task, model)
-    told["curve"] = {
-        "steps": [r["step"] for r in rows if "val_loss" in r],
-        "recall1": [r["val_recall1"] for r in rows if "val_loss" in r],
+    metrics["parameters"], metrics["parameters_active"] = model.count_parameters()
+    metrics["examples_per_second"] = median(row["examples_per_second"] for row in rows)
+    metrics["facts"] = fact_accuracy(task, model)
+    evaluations = [row for row in rows if "val_loss" in row]
+    metrics["curve"] = {
+        "steps": [row["step"] for row in evaluations],
+        "recall1": [row["val_recall1"] for row in evaluations],
     }
-    return told
+    return metrics
 
 
 def load_run(out: Path) -> tuple[ContrastiveTask, torch.nn.Module]:
-    """A finished run's task and model."""
+    """Return the task and the model of a finished run."""
     saved = checkpoint.load(out)
     task = ContrastiveTask(from_dict(saved.state["config"]), torch.device("cpu"))
     return task, checkpoint.load_model(saved)
 
 
-# ---- one fact at a time ------------------------------------------------------------------------------------------------------
+# ---- zero-shot classification of one fact --------------------------------------------------------
 
 
-def replace_fact(told: list[int], column: int) -> list[list[int]]:
-    """A scene's facts (7,) with each value that one of them can have; not where the two objects would be alike."""
-    counts = (len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SIZES), len(scenes.RELATIONS))
-    all_of_them = [[*told[:column], value, *told[column + 1 :]] for value in range(counts[column])]
-    return [each for each in all_of_them if each[:3] != each[4:]]
+def replace_fact(facts: list[int], column: int) -> list[list[int]]:
+    """Return a scene's facts (7,) with each possible value of one fact, its own included.
+
+    Scenes whose two objects would be equal are left out.
+    """
+    candidates = []
+    for value in range(FACT_COUNTS[column]):
+        candidate = [*facts[:column], value, *facts[column + 1 :]]
+        if candidate[:3] != candidate[4:]:
+            candidates.append(candidate)
+    return candidates
 
 
 def fact_accuracy(task: ContrastiveTask, model: torch.nn.Module) -> dict[str, dict[str, float]]:
-    """How often an item is nearest to the true one of the captions that differ in one fact: by fact, by modality."""
-    told = scenes.facts_of(task.gallery.ids).tolist()
+    """Classify one fact of each gallery example by prompts -> the accuracy by fact, by modality.
+
+    The prompts are captions that differ in this fact alone; the nearest one is the answer.
+    """
+    all_facts = scenes.facts_of(task.gallery.ids).tolist()
     embeddings, _ = task.embed(model, task.inputs(task.gallery))
-    right = {}
+    # Variant 1: a wording that no caption of the gallery has.
+    wordings = random_bits(11, 0, scenes.CAPTION, task.gallery.ids, 1)
+    wordings[:, -1] = 0  # name the objects in the order of the facts
+    wordings = wordings.tolist()
+    result = {}
     for fact, column in FACTS.items():
-        choices = [replace_fact(scene, column) for scene in told]
-        words = random_bits(
-            11, 0, scenes.CAPTION, task.gallery.ids, 1
-        )  # a wording that no item of the gallery has
-        words[:, -1] = 0  # as told, not from the other side
-        captions = [
-            scenes.caption(each, row)
-            for some, row in zip(choices, words.tolist(), strict=True)
-            for each in some
-        ]
-        made, _ = task.embed(
-            model, {"text": encode_captions(captions, task.tokenizer, task.config.model.context_length)}
-        )
-        right[fact] = {
-            name: accuracy(e, made["text"].split([len(some) for some in choices]), choices, told)
+        candidates = [replace_fact(facts, column) for facts in all_facts]
+        captions = []
+        for scene_candidates, wording in zip(candidates, wordings, strict=True):
+            captions += [scenes.caption(candidate, wording) for candidate in scene_candidates]
+        tokens = encode_captions(captions, task.tokenizer, task.config.model.context_length)
+        text_embeddings, _ = task.embed(model, {"text": tokens})
+        prompts = text_embeddings["text"].split([len(c) for c in candidates])
+        result[fact] = {
+            name: accuracy(e, prompts, candidates, all_facts)
             for name, e in embeddings.items()
             if name != "text"
         }
-    return right
+    return result
 
 
-def accuracy(items: Tensor, prompts: tuple[Tensor, ...], choices: list, told: list) -> float:
-    """The share of items (Q, M) nearest to their true prompt; each has its own prompts, the scenes of `choices`."""
-    best = [
-        choices[i][int((prompts[i] @ item).argmax())] == told[i] for i, item in enumerate(items)
-    ]
-    return sum(best) / len(best)
+def accuracy(
+    embeddings: Tensor, prompts: tuple[Tensor, ...], candidates: list, labels: list
+) -> float:
+    """Return the fraction of embeddings (Q, M) whose nearest prompt is the true one.
+
+    prompts: (candidates, M) for each embedding; labels: the true candidate of each.
+    """
+    correct = 0
+    for embedding, example_prompts, example_candidates, label in zip(
+        embeddings, prompts, candidates, labels, strict=True
+    ):
+        nearest = int((example_prompts @ embedding).argmax())
+        correct += example_candidates[nearest] == label
+    return correct / len(embeddings)
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def scenes_per_second(size: int = 128, turns: int = 20) -> float:
-    """What one core makes of them, all three ways: the median of some batches."""
+    """Return the scenes that one core renders per second, in all modalities (median batch)."""
     steps = count()
-    return (
-        size / median_seconds({"scenes": lambda: scenes.batch(next(steps), size)}, turns)["scenes"]
-    )
+    seconds = median_seconds({"scenes": lambda: scenes.batch(next(steps), size)}, turns)
+    return size / seconds["scenes"]
 
 
-def spread(values: list[float]) -> dict:
+def mean_and_each(values: list[float]) -> dict:
+    """Return a metric's mean over the seeds, and its values."""
     return {"mean": mean(values), "each": values}
 
 
 def summary(runs: list[dict]) -> dict:
-    """Each figure's mean over the seeds, and each."""
-    names = [
-        name for name, value in runs[0].items() if isinstance(value, int | float) and name != "seed"
-    ]
-    told = {name: spread([one[name] for one in runs]) for name in names}
-    told["facts"] = {
-        fact: {kind: spread([one["facts"][fact][kind] for one in runs]) for kind in kinds}
-        for fact, kinds in runs[0]["facts"].items()
+    """Return the mean over the seeds, and each seed's value, of all metrics that are numbers."""
+    table = {}
+    for name, value in runs[0].items():
+        if isinstance(value, int | float) and name != "seed":
+            table[name] = mean_and_each([run[name] for run in runs])
+    table["facts"] = {}
+    for fact, modalities in runs[0]["facts"].items():
+        table["facts"][fact] = {
+            name: mean_and_each([run["facts"][fact][name] for run in runs]) for name in modalities
+        }
+    return table
+
+
+def compare_trunks(shared_runs: list[dict], separate_runs: list[dict]) -> dict:
+    """Compare one shared trunk with separate ones: share of parameters, loss of recall by seed."""
+    pairs = list(zip(shared_runs, separate_runs, strict=True))
+    first_shared, first_separate = pairs[0]
+
+    def lower_by(name: str) -> dict:
+        return mean_and_each([separate[name] - shared[name] for shared, separate in pairs])
+
+    return {
+        "share_of_parameters": first_shared["parameters"] / first_separate["parameters"],
+        "recall1_lower_by": lower_by("val_recall1"),
+        "text_image_lower_by": lower_by("recall1_text_image"),
     }
-    return told
+
+
+def expected_recall(runs: list[dict], sha256: str) -> dict:
+    """Return the entry of expected.json: the mean recall and a tolerance from the seeds' spread."""
+    recalls = [run["val_recall1"] for run in runs]
+    tolerance = max(0.02, 2 * (max(recalls) - min(recalls)))
+    return {
+        "sha256": sha256,
+        "val_recall1": round(mean(recalls), 4),
+        "tolerance": round(tolerance, 4),
+    }
+
+
+def draw_recall(runs: dict[str, list[dict]], path: Path) -> None:
+    """Draw recall against the step for each variant, the mean over its seeds."""
+    curves = {}
+    for name, of_variant in runs.items():
+        recalls = [run["curve"]["recall1"] for run in of_variant]
+        curves[name] = (of_variant[0]["curve"]["steps"], np.mean(recalls, axis=0))
+    ylabel = "recall@1, mean of six directions"
+    figure = plots.curves(curves, "optimizer step", ylabel, {"chance": 1 / 512})
+    plots.save(figure, path)
 
 
 def main() -> None:
+    """Run all variants and seeds, then write the table, the picture and the expected recall."""
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
-    jobs = [
-        (name, seed)
-        for seed in range(args.seeds)
-        for name in args.only
-        if seed < FEWER.get(name, args.seeds)
-    ]
+    jobs = []
+    for seed in range(args.seeds):
+        for name in args.only:
+            if seed < MAX_SEEDS.get(name, args.seeds):
+                jobs.append((name, seed))
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda job: run(args, *job), jobs))
-    runs = {
-        name: [row for job, row in zip(jobs, rows, strict=True) if job[0] == name]
-        for name in args.only
-    }
-    made, taken = (
-        scenes_per_second(),
-        median(one["examples_per_second"] for of in runs.values() for one in of),
-    )
+        results = list(pool.map(lambda job: run(args, *job), jobs))
+    runs = {name: [] for name in args.only}
+    for (name, _), result in zip(jobs, results, strict=True):
+        runs[name].append(result)
+
+    rendered = scenes_per_second()
+    consumed = median(result["examples_per_second"] for result in results)
+    sha256 = scenes.SceneData().sha256
     table = {
         "machine": describe_machine(),
-        "data": {"name": "scenes", "sha256": scenes.SceneData().sha256},
+        "data": {"name": "scenes", "sha256": sha256},
         "steps": PRESETS["v3-tiny"].steps,
+        "pipeline": {
+            "made_per_second": rendered,
+            "taken_per_second": consumed,
+            "times": rendered / consumed,
+        },
     }
-    table |= {
-        "pipeline": {"made_per_second": made, "taken_per_second": taken, "times": made / taken}
-    }
-    if {"as it is", "separate"} <= runs.keys():
-        pairs = list(zip(runs["as it is"], runs["separate"], strict=True))
-        table["shared against separate"] = {
-            "share_of_parameters": pairs[0][0]["parameters"] / pairs[0][1]["parameters"],
-            "recall1_lower_by": spread(
-                [separate["val_recall1"] - shared["val_recall1"] for shared, separate in pairs]
-            ),
-            "text_image_lower_by": spread(
-                [b["recall1_text_image"] - a["recall1_text_image"] for a, b in pairs]
-            ),
-        }
-    table |= {"summary": {name: summary(of) for name, of in runs.items()}, "runs": runs}
+    if "as it is" in runs and "separate" in runs:
+        table["shared against separate"] = compare_trunks(runs["as it is"], runs["separate"])
+    table["summary"] = {name: summary(of_variant) for name, of_variant in runs.items()}
+    table["runs"] = runs
     write_json(args.results / "multimodal.json", table)
     if "as it is" in runs:
-        recalls = [one["val_recall1"] for one in runs["as it is"]]
-        tolerance = max(0.02, 2 * (max(recalls) - min(recalls)))
-        known = {
-            "sha256": table["data"]["sha256"],
-            "val_recall1": round(mean(recalls), 4),
-            "tolerance": round(tolerance, 4),
-        }
-        update_expected(args.results / "expected.json", {"v3-tiny/scenes": known})
-    curves = {
-        name: (of[0]["curve"]["steps"], np.mean([one["curve"]["recall1"] for one in of], axis=0))
-        for name, of in runs.items()
-    }
-    figure = plots.curves(
-        curves, "optimizer step", "recall@1, mean of six directions", {"chance": 1 / 512}
-    )
-    plots.save(figure, args.results / "multimodal.png")
+        entry = {"v3-tiny/scenes": expected_recall(runs["as it is"], sha256)}
+        update_expected(args.results / "expected.json", entry)
+    draw_recall(runs, args.results / "multimodal.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a second process brings: results/scale.json.
+"""Measure the speed of two processes against one: results/scale.json.
 
     python -m nanods.bench.scale       a few minutes on 2 cores; `make bench-scale`
 
-v2-tiny, STEPS steps of the same batch, one thread a process, on gloo: one process, two that are copies (dp), two that share
-the experts (ep) or all weights (fsdp). Medians of a step's tokens a second, and of the seconds that the optimizers took, and
-adding up the gradients (waiting for the other process included; the journeys of ep's tokens and fsdp's weights and gradients
-are part of forward and backward).
+v2-tiny for STEPS steps of the same batch on gloo, one thread per process: one process, then two
+that hold copies (dp), split the experts (ep) or shard all weights (fsdp). The table has medians of
+tokens per second, of the optimizers' seconds and of the seconds to average gradients, which include
+waiting for the other process. The exchange of tokens (ep) and of weights and gradients (fsdp) is
+part of forward and backward.
 """
 
 from dataclasses import dataclass
@@ -14,59 +15,54 @@ from statistics import median
 
 import tyro
 
-from nanods.bench.runs import describe_machine, run_training, write_json
+from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 
 STEPS = 60
+WARMUP = 5  # steps that the medians leave out
 MESHES = {"one process": None, "dp=2": "dp=2", "ep=2": "ep=2", "fsdp=2": "fsdp=2"}
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @dataclass(frozen=True)
 class Args:
     results: Path = Path("results")
-    """Where the table goes."""
+    """Directory of the table."""
     runs: Path = Path("runs/scale")
-    """Where the runs go; they are always made anew."""
+    """Directory of the runs, which are always repeated."""
 
 
 def run(args: Args, name: str, mesh: str | None) -> dict:
-    """Train for a while -> medians over the steps but for the first few."""
+    """Train for STEPS steps -> the command, and medians over the steps after the warm-up."""
     out = args.runs / name.replace(" ", "-")
-    words = [
-        "v2-tiny",
-        "--steps",
-        str(STEPS),
-        "--eval-every",
-        "1000",
-        "--micro-batch",
-        "4",
-        "--out-dir",
-        str(out),
-    ]
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if mesh else []
+    flags = {"steps": STEPS, "eval-every": 1000, "micro-batch": 4, "out-dir": out}
+    launch = []
+    if mesh:
+        flags["mesh"] = mesh
+        launch = LAUNCH
+    command, rows = run_training(
+        out, ["v2-tiny", *flags_from_dict(flags)], fresh=True, launch=launch
     )
-    command, rows = run_training(out, [*words, *(["--mesh", mesh] if mesh else [])], True, launch)
-    rows = rows[5:]
-    told = {"tokens_per_second": median(row["tokens_per_second"] for row in rows)}
+    rows = rows[WARMUP:]
+    tokens_per_second = median(row["tokens_per_second"] for row in rows)
+    tokens_per_step = rows[0]["tokens"] / rows[0]["step"]
+    metrics = {"tokens_per_second": tokens_per_second}
     for part in ("optimizer_seconds", "communication_seconds"):
-        told[part] = median(row.get(part, 0.0) for row in rows)
-    told["step_seconds"] = rows[0]["tokens"] / rows[0]["step"] / told["tokens_per_second"]
-    told["busy"] = (
-        rows[-1]["cpu_seconds"] / rows[-1]["seconds"]
-    )  # no more than the rest can be won by sending meanwhile
-    print(f"{name}: {told}", flush=True)
-    return {"command": command} | told
+        metrics[part] = median(row.get(part, 0.0) for row in rows)
+    metrics["step_seconds"] = tokens_per_step / tokens_per_second
+    # The rest of 1 is an upper bound on what overlapping communication could gain.
+    metrics["busy"] = rows[-1]["cpu_seconds"] / rows[-1]["seconds"]
+    print(f"{name}: {metrics}", flush=True)
+    return {"command": command} | metrics
 
 
 def main() -> None:
+    """Run all meshes, then write the table with their speed relative to one process."""
     args = tyro.cli(Args, description=__doc__)
-    told = {name: run(args, name, mesh) for name, mesh in MESHES.items()}
-    one = told["one process"]["tokens_per_second"]
-    times = {name: one_of["tokens_per_second"] / one for name, one_of in told.items()}
-    write_json(
-        args.results / "scale.json",
-        {"machine": describe_machine(), "steps": STEPS, "times": times, "runs": told},
-    )
+    runs = {name: run(args, name, mesh) for name, mesh in MESHES.items()}
+    base = runs["one process"]["tokens_per_second"]
+    times = {name: metrics["tokens_per_second"] / base for name, metrics in runs.items()}
+    table = {"machine": describe_machine(), "steps": STEPS, "times": times, "runs": runs}
+    write_json(args.results / "scale.json", table)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Loss against CPU-seconds at nanoGPT's CPU size, one thread: results/time_to_loss.json and .png.
+"""Loss against CPU-seconds at nanoGPT's CPU size on one thread: results/time_to_loss.json and .png.
 
-    python -m nanods.bench.time_to_loss          about 3 minutes where the CPU has bf16, 8 where not
+    python -m nanods.bench.time_to_loss      about 3 minutes on a CPU with bf16, 8 without
 
-4 layers, 4 heads, width 128, context 64, 12 sequences a step, tinyshakespeare: what nanoGPT's README proposes for a laptop,
-and reports as 1.88 after 2,000 steps. Evaluations are left out of the time. The whole schedule is run for each length, since
-a learning rate that has not come down yet hides what was learnt.
+4 layers, 4 heads, width 128, context 64, 12 sequences a step, tinyshakespeare: the size that
+nanoGPT's README proposes for a laptop, with a loss of 1.88 after 2,000 steps. Evaluations do not
+count as time. Each length is a run of its own with the whole learning-rate schedule: before the
+learning rate has decayed, the loss is higher than what the model has learnt.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,14 @@ import tyro
 from nanods import plots
 from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 
-SIZE = {"n-layer": 4, "n-head": 4, "n-embd": 128, "context-length": 64, "batch-size": 12}
-SIZE |= {"weight-decay": 0.1}  # half of the preset's: a smaller model learns less by heart (LOG.md)
+SIZE = {
+    "n-layer": 4,
+    "n-head": 4,
+    "n-embd": 128,
+    "context-length": 64,
+    "batch-size": 12,
+    "weight-decay": 0.1,  # half of the preset's: a smaller model overfits less (LOG.md)
+}
 
 
 @dataclass(frozen=True)
@@ -24,43 +31,41 @@ class Args:
     steps: tuple[int, ...] = (700, 3900)
     """Lengths of the runs, in optimizer steps."""
     results: Path = Path("results")
-    """Where the table and the picture go."""
+    """Directory of the table and the picture."""
+
+
+def train(steps: int) -> dict:
+    """Train for `steps` steps -> the command; step, CPU-seconds and loss of each evaluation."""
+    out = Path("runs/time_to_loss") / str(steps)
+    flags = SIZE | {
+        "steps": steps,
+        "eval-every": max(1, steps // 8),
+        "save-every": steps,
+        "out-dir": out,
+        "device": "cpu",
+    }
+    words = ["v0-tiny", "--data", "shakespeare", *flags_from_dict(flags)]
+    command, rows = run_training(out, words, fresh=True)
+    curve = [
+        [row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row
+    ]
+    _, seconds, loss = curve[-1]
+    print(f"{steps} steps: {seconds:.0f} CPU-seconds, validation loss {loss:.4f}", flush=True)
+    return {"command": command, "step_cpu_seconds_val_loss": curve}
 
 
 def main() -> None:
+    """Train for each length, then write the table and the picture."""
     args = tyro.cli(Args, description=__doc__)
-    runs = {}
-    for steps in args.steps:
-        out = Path("runs/time_to_loss") / str(steps)
-        flags = SIZE | {
-            "steps": steps,
-            "eval-every": max(1, steps // 8),
-            "save-every": steps,
-            "out-dir": out,
-            "device": "cpu",
-        }
-        command, rows = run_training(
-            out, ["v0-tiny", "--data", "shakespeare", *flags_from_dict(flags)], fresh=True
-        )
-        curve = [
-            [row["step"], row["cpu_seconds"], row["val_loss"]] for row in rows if "val_loss" in row
-        ]
-        runs[f"{steps} steps"] = {"command": command, "step_cpu_seconds_val_loss": curve}
-        print(
-            f"{steps} steps: {curve[-1][1]:.0f} CPU-seconds, validation loss {curve[-1][2]:.4f}",
-            flush=True,
-        )
-    table = {"machine": describe_machine(), "runs": runs}
-    write_json(args.results / "time_to_loss.json", table)
-    lines = {
-        name: tuple(zip(*[row[1:] for row in run["step_cpu_seconds_val_loss"]], strict=True))
-        for name, run in runs.items()
-    }
+    runs = {f"{steps} steps": train(steps) for steps in args.steps}
+    write_json(args.results / "time_to_loss.json", {"machine": describe_machine(), "runs": runs})
+    lines = {}
+    for name, run in runs.items():
+        _, seconds, losses = zip(*run["step_cpu_seconds_val_loss"], strict=True)
+        lines[name] = (seconds, losses)
     marks = {"nanoGPT's recipe after 2,000 steps: 1.88": 1.88}
-    plots.save(
-        plots.curves(lines, "CPU-seconds, one thread", "validation loss", marks),
-        args.results / "time_to_loss.png",
-    )
+    figure = plots.curves(lines, "CPU-seconds, one thread", "validation loss", marks)
+    plots.save(figure, args.results / "time_to_loss.png")
 
 
 if __name__ == "__main__":
