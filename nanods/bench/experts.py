@@ -1,18 +1,24 @@
-"""What experts win and lose in training: results/experts.json and .png.
+"""What experts gain and cost in training.
 
-    python -m nanods.bench.experts             about 3 hours on 2 cores, two runs at a time; `make bench-experts`
-    python -m nanods.bench.experts --seeds 1   a third of that
+    python -m nanods.bench.experts             about 3 hours on 2 cores, two runs at a time
+    python -m nanods.bench.experts --seeds 1   a third of that; also `make bench-experts`
 
-pydocs at the tiny preset, each run a train.py of its own on one thread. A finished run is taken as it is; delete its folder
-to repeat it. The runs of v1-tiny and v2-tiny as they are stand in runs/ladder (`make results`).
+Writes results/experts.json and results/experts.png.
 
-    balance     v2-tiny with the balancing loss and with none; STEPS steps with the bias alone
-    quality     V2 against V1 with hidden 2F (equal active FLOPs) and V1 as it is, at equal tokens; V1 at equal time
-    upcycling   STEPS more steps from a trained V1: as V2, as V1, as V1 for as long as V2 took; and V2 from scratch
-    stability   the article's three means together (capacity 1.25, balancing loss, warm start), a capacity without them, none
-    domains     what the experts of a trained V2 go by: how much of the choice the byte, and the kind of text, explain
+Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thread. A finished run
+is not repeated; delete its folder to repeat it. The unchanged presets v1-tiny and v2-tiny run in
+runs/ladder (`make results`).
 
-Time is CPU time of training on one thread, evaluations left out.
+    balance     v2-tiny with the load-balancing loss; without it; STEPS steps with the bias alone
+    quality     V2 against V1 with hidden width 2F (equal active FLOPs) and against unchanged V1, at
+                equal tokens; against V1 at equal time
+    upcycling   STEPS more steps from a trained V1: as V2, as V1, as V1 for as long as V2 took; and
+                V2 from scratch
+    stability   the article's three methods together (capacity 1.25, balancing loss, warm start);
+                capacity alone; none of them
+    domains     how much of a trained V2's selection the byte and the kind of text explain
+
+Time is CPU time of training on one thread, without evaluations.
 """
 
 import ast
@@ -33,203 +39,228 @@ from nanods.data.text import load_text
 from nanods.training import checkpoint
 from nanods.training.inspection import chosen_experts
 
-STEPS = 400  # of the shorter runs: upcycling and stability
-OFF = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
-FULL = PRESETS["v2-tiny"].steps
-FEWER = {"none": 1, "bias": 1}  # seeds at most, of long runs; V1 at equal time has one
-WINDOW = 50  # steps before, from which a spike stands out
-EVERY = 50  # steps averaged into one column of the load's history
+STEPS = 400  # of the short runs: upcycling and stability
+WITHOUT_LOSSES = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
+FULL_STEPS = PRESETS["v2-tiny"].steps
+MAX_SEEDS = {"none": 1, "bias": 1}  # of these variants; V1 at equal time has one seed as well
+SPIKE_WINDOW = 50  # a spike is compared with this many steps before it
+HISTORY_WINDOW = 50  # steps averaged into one column of the load's history
 
 
 @dataclass(frozen=True)
 class Args:
     seeds: int = 3
-    """Seeds of each variant, but for the few of FEWER."""
+    """Seeds of each variant, except those in MAX_SEEDS."""
     jobs: int = 2
     """Runs at a time, one thread each."""
     results: Path = Path("results")
-    """Where the table and the picture go."""
+    """Folder for the table and the plot."""
     runs: Path = Path("runs/experts")
-    """Where the runs go."""
+    """Folder for the runs."""
 
 
 def variants(seed: int) -> dict[str, tuple[str, dict]]:
-    """What is trained, by name: preset and flags."""
-    slow = {
-        "lr": 0.005,
-        "expert-lr": 0.005,
-    }  # V1 had it when three quarters of its schedule were over
-    warm = {"init-from": f"runs/ladder/v1-tiny-pydocs-{seed}", "steps": STEPS, **slow}
-    limit = {"moe.capacity-factor": 1.25}
+    """Return the preset and the flags of each variant that is trained, by name."""
+    # V1's learning rate after three quarters of its schedule.
+    low_lr = {"lr": 0.005, "expert-lr": 0.005}
+    warm_start = {"init-from": f"runs/ladder/v1-tiny-pydocs-{seed}", "steps": STEPS, **low_lr}
+    capacity = {"moe.capacity-factor": 1.25}
     return {
-        "none": ("v2-tiny", OFF),
-        "wide": ("v1-tiny", {"hidden-ratio": 8, "steps": FULL}),
-        "v1": ("v1-tiny", {"steps": FULL}),
-        "upcycled": ("v2-tiny", warm),
-        "continued": ("v1-tiny", warm),
+        "none": ("v2-tiny", WITHOUT_LOSSES),
+        "wide": ("v1-tiny", {"hidden-ratio": 8, "steps": FULL_STEPS}),
+        "v1": ("v1-tiny", {"steps": FULL_STEPS}),
+        "upcycled": ("v2-tiny", warm_start),
+        "continued": ("v1-tiny", warm_start),
         "scratch": ("v2-tiny", {"steps": STEPS}),
-        "all three": ("v2-tiny", warm | limit),
-        "capacity alone": ("v2-tiny", OFF | limit | {"steps": STEPS}),
-        "none of them": ("v2-tiny", OFF | {"steps": STEPS}),
-        "bias": ("v2-tiny", OFF | {"moe.bias-rate": 0.001, "steps": STEPS}),
+        "all three": ("v2-tiny", warm_start | capacity),
+        "capacity alone": ("v2-tiny", WITHOUT_LOSSES | capacity | {"steps": STEPS}),
+        "none of them": ("v2-tiny", WITHOUT_LOSSES | {"steps": STEPS}),
+        "bias": ("v2-tiny", WITHOUT_LOSSES | {"moe.bias-rate": 0.001, "steps": STEPS}),
     }
 
 
-def run(args: Args, name: str, preset: str, flags: dict, seed: int) -> dict:
-    """One run in a process of its own -> its command and its figures."""
-    out = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-    if "data" in flags:  # a preset as it is
-        out = Path("runs/ladder") / f"{preset}-pydocs-{seed}"
-    command, rows = run_training(
-        out, [preset, *flags_from_dict(flags | {"seed": seed, "out-dir": out})]
-    )
+# ---- one run -------------------------------------------------------------------------------------
+
+
+def run_variant(args: Args, name: str, preset: str, flags: dict, seed: int) -> dict:
+    """Train one variant in a process of its own and return its command and its figures."""
+    run_dir = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
+    if "data" in flags:  # an unchanged preset
+        run_dir = Path("runs/ladder") / f"{preset}-pydocs-{seed}"
+    flags = flags | {"seed": seed, "out-dir": run_dir}
+    command, rows = run_training(run_dir, [preset, *flags_from_dict(flags)])
+    last = rows[-1]
     print(
-        f"{out.name}: {rows[-1]['cpu_seconds']:.0f} s, {rows[-1]['val_bpb']:.4f} bits per byte",
+        f"{run_dir.name}: {last['cpu_seconds']:.0f} s, {last['val_bpb']:.4f} bits per byte",
         flush=True,
     )
-    return {"seed": seed, "command": command} | figures(rows)
+    return {"seed": seed, "command": command} | run_figures(rows)
 
 
-def figures(rows: list[dict]) -> dict:
-    """What a run's metrics say of it, the load's history among it."""
+def run_figures(rows: list[dict]) -> dict:
+    """Return the figures of a run from the rows of its metrics, with the history of its load."""
     last, steps = rows[-1], [row for row in rows if row["step"]]
-    told = {name: last[name] for name in ("step", "val_loss", "val_bpb", "cpu_seconds")}
-    if "optimizer_seconds" in last:  # not in runs older than V2
-        told["optimizer_share_of_time"] = median(row["optimizer_seconds"] for row in steps) / (
-            last["seconds"] / len(steps)
-        )
-    told["spikes"] = spikes([row.get("ce_loss", row["train_loss"]) for row in steps])
+    figures = {name: last[name] for name in ("step", "val_loss", "val_bpb", "cpu_seconds")}
+    optimizer_seconds = median(row["optimizer_seconds"] for row in steps)
+    figures["optimizer_share_of_time"] = optimizer_seconds / (last["seconds"] / len(steps))
+    figures["spikes"] = count_spikes([row.get("ce_loss", row["train_loss"]) for row in steps])
     if rows[0]["step"] == 0:
-        told["val_loss_at_step_0"] = rows[0]["val_loss"]
+        figures["val_loss_at_step_0"] = rows[0]["val_loss"]
     if "load" in last:
-        load = np.array(last["val_load"])
-        told |= {
-            name: last[name] for name in ("val_load_max_over_mean", "val_load_entropy", "val_load")
-        }
-        told["val_load_least_over_mean"] = float((load / load.mean(axis=1, keepdims=True)).min())
-        told["train_load_max_over_mean"] = mean(row["load_max_over_mean"] for row in steps)
-        told["dropped"] = mean(row["dropped"] for row in steps)
-        history = np.array([row["load"] for row in steps])  # (S, L, E)
-        parts = [part.mean(axis=0) for part in np.split(history, range(EVERY, len(history), EVERY))]
-        told["load_history"] = [
-            (part / part.mean(axis=1, keepdims=True)).round(3).tolist() for part in parts
-        ]
-    return told
+        for name in ("val_load_max_over_mean", "val_load_entropy", "val_load"):
+            figures[name] = last[name]
+        val_load = np.array(last["val_load"])  # (L, E)
+        min_over_mean = (val_load / val_load.mean(axis=1, keepdims=True)).min()
+        figures["val_load_min_over_mean"] = float(min_over_mean)
+        figures["train_load_max_over_mean"] = mean(row["load_max_over_mean"] for row in steps)
+        figures["dropped"] = mean(row["dropped"] for row in steps)
+        figures["load_history"] = load_history(np.array([row["load"] for row in steps]))
+    return figures
 
 
-def spikes(losses: list[float]) -> int:
-    """Steps whose loss stands more than 3 standard deviations above the mean of the WINDOW steps before."""
-    before = np.lib.stride_tricks.sliding_window_view(np.array(losses), WINDOW)[:-1]
-    return int((np.array(losses[WINDOW:]) > before.mean(axis=1) + 3 * before.std(axis=1)).sum())
+def load_history(load: np.ndarray) -> list:
+    """Average the load over windows of steps, relative to an even load.
+
+    load (steps, L, E) -> nested lists (windows, L, E), rounded.
+    """
+    history = []
+    for window in np.split(load, range(HISTORY_WINDOW, len(load), HISTORY_WINDOW)):
+        window_load = window.mean(axis=0)  # (L, E)
+        relative_load = window_load / window_load.mean(axis=1, keepdims=True)
+        history.append(relative_load.round(3).tolist())
+    return history
 
 
-def equal_steps(per_step: list[dict], seconds: list[dict]) -> int:
-    """Steps that fit into the mean time of `seconds`, at the pace of `per_step`."""
-    return round(
-        mean(r["cpu_seconds"] for r in seconds)
-        / mean(r["cpu_seconds"] / r["step"] for r in per_step)
-    )
+def count_spikes(losses: list[float]) -> int:
+    """Count the steps whose loss exceeds the mean of the SPIKE_WINDOW steps before by 3 standard
+    deviations of these.
+    """
+    losses = np.array(losses)
+    before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_WINDOW)[:-1]
+    limit = before.mean(axis=1) + 3 * before.std(axis=1)
+    return int((losses[SPIKE_WINDOW:] > limit).sum())
 
 
-# ---- what the experts go by --------------------------------------------------------------------------------------------------
+def equal_time_steps(per_step: list[dict], seconds: list[dict]) -> int:
+    """Return how many steps of the runs `per_step` take as long as the runs `seconds` on
+    average."""
+    target = mean(run["cpu_seconds"] for run in seconds)
+    return round(target / mean(run["cpu_seconds"] / run["step"] for run in per_step))
 
 
-def kinds_of_text(size: int = 16_384) -> dict[str, bytes]:
-    """Three domains that the interpreter brings along: the language reference, docstrings, and source code."""
+# ---- what explains the selection of experts ------------------------------------------------------
+
+
+def texts_by_kind(size: int = 16_384) -> dict[str, bytes]:
+    """Return three kinds of text that come with Python: its reference, docstrings, source code."""
     text = load_text("pydocs")
-    reference, docstrings = (
-        bytes(text.train[:size].astype("uint8")),
-        bytes(text.val[:size].astype("uint8")),
-    )
     return {
-        "reference": reference,
-        "docstrings": docstrings,
+        "reference": bytes(text.train[:size].astype("uint8")),
+        "docstrings": bytes(text.val[:size].astype("uint8")),
         "source": inspect.getsource(ast).encode()[:size],
     }
 
 
-def explained(experts: np.ndarray, by: np.ndarray) -> float:
-    """Share of the uncertainty about the expert that knowing `by` takes away: I(expert; by) / H(expert), both (N,).
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the mutual information of two samples of integers (N,), in nats."""
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), 1 / len(b))
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    occurs = joint > 0
+    return float((joint[occurs] * np.log(joint[occurs] / independent[occurs])).sum())
 
-    Less what a shuffled `by`, which knows nothing, would seem to explain: in a finite sample that is not 0.
+
+def explained_fraction(experts: np.ndarray, by: np.ndarray) -> float:
+    """Return the fraction of the experts' entropy that `by` explains: I(experts; by) / H(experts).
+
+    experts, by: integers (N,). In a finite sample even a shuffled `by` has some mutual information
+    with the experts; that much is subtracted.
     """
-
-    def information(by: np.ndarray) -> float:
-        joint = np.zeros((experts.max() + 1, by.max() + 1))
-        np.add.at(joint, (experts, by), 1 / len(by))
-        rows, columns = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
-        there = joint > 0
-        return float((joint[there] * np.log(joint[there] / (rows * columns)[there])).sum())
-
-    shares = np.bincount(experts) / len(experts)
-    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
-    return (information(by) - information(np.random.default_rng(0).permutation(by))) / entropy
+    frequencies = np.bincount(experts) / len(experts)
+    frequencies = frequencies[frequencies > 0]
+    entropy = -(frequencies * np.log(frequencies)).sum()
+    shuffled = np.random.default_rng(0).permutation(by)
+    return (mutual_information(experts, by) - mutual_information(experts, shuffled)) / entropy
 
 
-def domains(run: Path) -> dict:
-    """By layer: how much of a token's first expert its byte explains, the byte before it, and the kind of text."""
-    model = checkpoint.load_model(checkpoint.load(run))
-    bytes_, before, kind, chosen = [], [], [], []
-    for number, text in enumerate(kinds_of_text().values()):
+def explain_selections(run_dir: Path) -> dict[str, list[float]]:
+    """Return how much three features explain of each token's first expert, layer by layer.
+
+    The features are the token's byte, the byte before it, and the kind of text.
+    """
+    model = checkpoint.load_model(checkpoint.load(run_dir))
+    this_byte, byte_before, kind, experts = [], [], [], []
+    for kind_number, text in enumerate(texts_by_kind().values()):
         for window in torch.tensor(list(text)).split(model.config.context_length):
-            bytes_ += window[1:].tolist()
-            before += window[:-1].tolist()
-            kind += [number] * (len(window) - 1)
-            chosen.append(chosen_experts(model, window)[:, 1:, 0])  # (L, T - 1)
-    chosen = np.concatenate(chosen, axis=1)
-    by = {"the byte": bytes_, "the byte before": before, "the kind of text": kind}
-    return {
-        name: [explained(layer, np.array(values)) for layer in chosen]
-        for name, values in by.items()
-    }
+            this_byte += window[1:].tolist()
+            byte_before += window[:-1].tolist()
+            kind += [kind_number] * (len(window) - 1)
+            experts.append(chosen_experts(model, window)[:, 1:, 0])  # (L, T - 1)
+    features = {"the byte": this_byte, "the byte before": byte_before, "the kind of text": kind}
+    layers = np.concatenate(experts, axis=1)  # (L, tokens)
+    explained = {}
+    for name, values in features.items():
+        feature = np.array(values)
+        explained[name] = [explained_fraction(layer, feature) for layer in layers]
+    return explained
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
-def summary(runs: list[dict]) -> dict:
-    names = [
-        name
-        for name, value in runs[0].items()
-        if isinstance(value, int | float) and name not in ("seed", "step")
-    ]
-    values = {name: [run[name] for run in runs] for name in names}
-    return {name: {"mean": mean(v), "least": min(v), "most": max(v)} for name, v in values.items()}
+def summarise(runs: list[dict]) -> dict:
+    """Return mean, min and max of each figure over the seeds of a variant."""
+    summary = {}
+    for name, value in runs[0].items():
+        if isinstance(value, int | float) and name not in ("seed", "step"):
+            values = [run[name] for run in runs]
+            summary[name] = {"mean": mean(values), "min": min(values), "max": max(values)}
+    return summary
 
 
 def gap(runs: dict[str, list[dict]], a: str, b: str) -> dict:
-    """Bits per byte of a minus b, seed by seed."""
+    """Return the bits per byte of variant a minus those of b: seed by seed, and the mean."""
     each = [x["val_bpb"] - y["val_bpb"] for x, y in zip(runs[a], runs[b], strict=False)]
     return {"mean": mean(each), "each": each}
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    sha256 = load_text("pydocs").sha256  # prepared before the first run
-    ladder = {"v1 as it is": "v1-tiny", "loss": "v2-tiny"}
-    jobs = [
-        (name, preset, {"data": "pydocs"}, seed)
-        for name, preset in ladder.items()
-        for seed in range(args.seeds)
-    ]
+def list_jobs(seeds: int) -> list[tuple[str, str, dict, int]]:
+    """Return (variant, preset, flags, seed) of each run, except those at equal time."""
+    jobs = []
+    for name, preset in (("v1 as it is", "v1-tiny"), ("loss", "v2-tiny")):
+        jobs += [(name, preset, {"data": "pydocs"}, seed) for seed in range(seeds)]
     for name in variants(0):
-        jobs += [
-            (name, *variants(seed)[name], seed)
-            for seed in range(min(args.seeds, FEWER.get(name, args.seeds)))
-        ]
+        for seed in range(min(seeds, MAX_SEEDS.get(name, seeds))):
+            jobs.append((name, *variants(seed)[name], seed))
+    return jobs
+
+
+def train_all(args: Args) -> dict[str, list[dict]]:
+    """Train all variants, then V1 for as long as V2 took. Return the figures of each run."""
+
+    def train(job: tuple[str, str, dict, int]) -> dict:
+        return run_variant(args, *job)
+
+    runs = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda job: run(args, *job), jobs))
-        runs = {
-            name: [row for job, row in zip(jobs, rows, strict=True) if job[0] == name]
-            for name, *_ in jobs
-        }
-        timed = [("v1, equal time", "v1-tiny", {"steps": equal_steps(runs["v1"], runs["loss"])}, 0)]
-        more = equal_steps(runs["continued"], runs["upcycled"])
+        jobs = list_jobs(args.seeds)
+        for (name, *_), row in zip(jobs, pool.map(train, jobs), strict=True):
+            runs.setdefault(name, []).append(row)
+        steps = equal_time_steps(runs["v1"], runs["loss"])
+        jobs = [("v1, equal time", "v1-tiny", {"steps": steps}, 0)]
+        steps = equal_time_steps(runs["continued"], runs["upcycled"])
         for seed in range(args.seeds):
             preset, flags = variants(seed)["continued"]
-            timed.append(("continued, equal time", preset, flags | {"steps": more}, seed))
-        for job, row in zip(timed, pool.map(lambda job: run(args, *job), timed), strict=True):
-            runs.setdefault(job[0], []).append(row)
+            jobs.append(("continued, equal time", preset, flags | {"steps": steps}, seed))
+        for (name, *_), row in zip(jobs, pool.map(train, jobs), strict=True):
+            runs.setdefault(name, []).append(row)
+    return runs
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    sha256 = load_text("pydocs").sha256  # prepares the text before the first run
+    runs = train_all(args)
     gaps = {
         "balanced minus unbalanced": gap(runs, "loss", "none"),
         "balanced minus unbalanced, short": gap(runs, "scratch", "none of them"),
@@ -244,17 +275,20 @@ def main() -> None:
     table = {
         "machine": describe_machine(),
         "data": {"name": "pydocs", "sha256": sha256},
-        "steps": {"full": FULL, "short": STEPS},
+        "steps": {"full": FULL_STEPS, "short": STEPS},
+        "gaps": gaps,
+        "summary": {name: summarise(rows) for name, rows in runs.items()},
+        "domains": explain_selections(Path("runs/ladder/v2-tiny-pydocs-0")),
+        "runs": runs,
     }
-    table |= {"gaps": gaps, "summary": {name: summary(of) for name, of in runs.items()}}
-    table |= {"domains": domains(Path("runs/ladder/v2-tiny-pydocs-0")), "runs": runs}
-    for name, of in runs.items():
-        for row in of if name not in ("loss", "none") else of[1:]:
-            row.pop("load_history", None)  # two runs are enough for a picture
+    for name, rows in runs.items():
+        # The histories of two runs, "loss" and "none" with seed 0, are enough for a plot.
+        for row in rows[1:] if name in ("loss", "none") else rows:
+            row.pop("load_history", None)
     write_json(args.results / "experts.json", table)
-    shown = {name: [row["val_bpb"] for row in of] for name, of in runs.items()}
+    bits_per_byte = {name: [row["val_bpb"] for row in rows] for name, rows in runs.items()}
     plots.save(
-        plots.dot_plot(shown, {}, "bits per byte on validation, one dot a seed"),
+        plots.dot_plot(bits_per_byte, {}, "bits per byte on validation, one dot a seed"),
         args.results / "experts.png",
     )
 

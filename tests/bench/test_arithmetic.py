@@ -1,4 +1,4 @@
-"""Arithmetic: what the text promises, and that the score counts whole answers."""
+"""The arithmetic bench: its text, its held-out problems, and that whole answers are counted."""
 
 import json
 import re
@@ -11,12 +11,12 @@ from nanods.bench import arithmetic
 from nanods.bench.arithmetic import (
     DIGITS,
     Problem,
-    answers,
-    exam,
+    accuracy,
+    generate_answers,
+    held_out_problems,
     is_held_out,
-    practice,
-    score,
-    text_of,
+    to_text,
+    training_problems,
 )
 from nanods.gpt import GPT, GPTConfig
 
@@ -24,10 +24,14 @@ KINDS = pytest.mark.parametrize("kind", list(DIGITS))
 ORDERS = pytest.mark.parametrize("units_first", [True, False], ids=["units first", "units last"])
 
 
-class Calculator:
-    """A stand-in for a model: reads the prompts, and writes the answers as they should be, or changed."""
+def unchanged(digits):
+    return digits
 
-    def __init__(self, units_first, change=lambda digits: digits):
+
+class Calculator:
+    """Stands in for a model: reads the prompts and writes right answers, or answers changed."""
+
+    def __init__(self, units_first, change=unchanged):
         self.units_first, self.change = units_first, change
 
     def generate(self, tokens, max_new_tokens, temperature, stop):
@@ -41,17 +45,20 @@ class Calculator:
         yield from torch.tensor(rows).T
 
 
-def wrong_at(place):
+def wrong_digit_at(position):
     def change(digits):
-        at = place % len(digits)
-        return digits[:at] + str((int(digits[at]) + 1) % 10) + digits[at + 1 :]
+        i = position % len(digits)
+        return digits[:i] + str((int(digits[i]) + 1) % 10) + digits[i + 1 :]
 
     return change
 
 
+# ---- the text ------------------------------------------------------------------------------------
+
+
 @ORDERS
 def test_every_line_is_right(units_first):
-    lines = text_of(practice(3000), units_first).splitlines()
+    lines = to_text(training_problems(3000), units_first).splitlines()
     assert len(lines) == 3000
     for line in lines:
         a, kind, b, answer = re.fullmatch(r"(\d+)([+*])(\d+)=(\d+)", line).groups()
@@ -60,64 +67,79 @@ def test_every_line_is_right(units_first):
         assert value == (int(a) + int(b) if kind == "+" else int(a) * int(b))
 
 
-def test_no_pair_of_the_exam_is_in_the_text_in_either_order():
-    text = text_of(practice(30_000), True)
-    told = {tuple(sorted(pair)) for pair in re.findall(r"^(\d+)\*(\d+)=", text, re.M)}
-    assert len(told) > 3000, "nearly every product that is not held out should occur"
-    assert not told & {tuple(sorted((str(p.a), str(p.b)))) for p in exam("*", 500)}
-    told = {tuple(sorted(pair)) for pair in re.findall(r"^(\d+)\+(\d+)=", text, re.M)}
-    assert not told & {tuple(sorted((str(p.a), str(p.b)))) for p in exam("+", 500)}
+def test_no_held_out_pair_is_in_the_text_in_either_order():
+    text = to_text(training_problems(30_000), True)
+    products = {tuple(sorted(pair)) for pair in re.findall(r"^(\d+)\*(\d+)=", text, re.M)}
+    assert len(products) > 3000, "nearly every product that is not held out should occur"
+    held_out = {tuple(sorted((str(p.a), str(p.b)))) for p in held_out_problems("*", 500)}
+    assert not products & held_out
+    sums = {tuple(sorted(pair)) for pair in re.findall(r"^(\d+)\+(\d+)=", text, re.M)}
+    held_out = {tuple(sorted((str(p.a), str(p.b)))) for p in held_out_problems("+", 500)}
+    assert not sums & held_out
 
 
 @KINDS
 def test_a_pair_is_held_out_in_both_orders_or_in_none(kind):
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     low, high = 10 ** (DIGITS[kind] - 1), 10 ** DIGITS[kind]
-    pairs = torch.randint(low, high, (4000, 2), generator=random).tolist()
-    held = [is_held_out(Problem(a, kind, b)) for a, b in pairs]
-    assert held == [is_held_out(Problem(b, kind, a)) for a, b in pairs]
-    assert 0.1 < sum(held) / len(held) < 0.15  # one in 8
+    pairs = torch.randint(low, high, (4000, 2), generator=generator).tolist()
+    held_out = [is_held_out(Problem(a, kind, b)) for a, b in pairs]
+    assert held_out == [is_held_out(Problem(b, kind, a)) for a, b in pairs]
+    assert 0.1 < sum(held_out) / len(held_out) < 0.15  # one in 8
 
 
 @KINDS
-def test_the_exam_asks_nothing_twice(kind):
-    problems = exam(kind, 500)
+def test_held_out_problems_are_all_different(kind):
+    problems = held_out_problems(kind, 500)
     assert len(set(problems)) == 500 and {problem.kind for problem in problems} == {kind}
 
 
-def test_both_kinds_are_practised_equally():
-    kinds = [problem.kind for problem in practice(4000)]
+def test_both_kinds_occur_equally_often_in_training():
+    kinds = [problem.kind for problem in training_problems(4000)]
     assert 0.45 < kinds.count("*") / 4000 < 0.55
 
 
 def test_the_same_seed_gives_the_same_problems():
-    assert practice(200) == practice(200) == practice(300)[:200] != practice(200, seed=1)
-    assert exam("*", 200) == exam("*", 200) != exam("*", 200, seed=1)
+    first = training_problems(200)
+    assert first == training_problems(200) == training_problems(300)[:200]
+    assert first != training_problems(200, seed=1)
+    first = held_out_problems("*", 200)
+    assert first == held_out_problems("*", 200) != held_out_problems("*", 200, seed=1)
+
+
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 @KINDS
 @ORDERS
-def test_the_score_is_1_for_right_answers_and_0_for_one_wrong_digit(kind, units_first):
-    problems = exam(kind, 50)
-    assert score(Calculator(units_first), problems, units_first) == 1.0
-    for place in (0, 1, -1):
-        assert score(Calculator(units_first, wrong_at(place)), problems, units_first) == 0.0
-    assert score(Calculator(units_first, lambda digits: digits + "0"), problems, units_first) == 0.0
-    assert score(Calculator(units_first, lambda digits: digits[:-1]), problems, units_first) == 0.0
+def test_accuracy_is_1_for_right_answers_and_0_for_one_wrong_digit(kind, units_first):
+    problems = held_out_problems(kind, 50)
+
+    def accuracy_with(change):
+        return accuracy(Calculator(units_first, change), problems, units_first)
+
+    assert accuracy_with(unchanged) == 1.0
+    for position in (0, 1, -1):
+        assert accuracy_with(wrong_digit_at(position)) == 0.0
+    assert accuracy_with(lambda digits: digits + "0") == 0.0
+    assert accuracy_with(lambda digits: digits[:-1]) == 0.0
 
 
 def test_a_model_that_never_ends_its_line_is_cut_off_and_wrong():
     config = GPTConfig(
         n_layer=1, n_head=2, n_embd=16, context_length=64, attention=AttentionConfig("dense")
     )
-    model = GPT(
-        config
-    ).eval()  # before the first step all logits are 0, and the likeliest token is the zero byte
-    assert answers(model, ["12*34=", "56*78="]) == ["\0" * arithmetic.LONGEST] * 2
-    assert score(model, exam("*", 20), True) == 0.0
+    # Before the first step all logits are 0, and the most probable token is the zero byte.
+    model = GPT(config).eval()
+    answers = generate_answers(model, ["12*34=", "56*78="])
+    assert answers == ["\0" * arithmetic.MAX_ANSWER_LENGTH] * 2
+    assert accuracy(model, held_out_problems("*", 20), True) == 0.0
 
 
-def test_a_finished_table_says_what_v2_gains():
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def test_the_summary_compares_v2_with_both_v1s():
     def run(variant, seed, plus, times):
         scores = {"+": plus, "*": times, "both": (plus + times) / 2}
         return {"variant": variant, "seed": seed, "score": scores, "cpu_seconds": 60.0}
@@ -129,15 +151,15 @@ def test_a_finished_table_says_what_v2_gains():
         run("v2", 0, 0.75, 0.5),
     ]
     summary = arithmetic.summarise(runs)
-    assert summary["variants"]["v1"]["+"] == {"mean": 0.5, "least": 0.4, "most": 0.6}
+    assert summary["variants"]["v1"]["+"] == {"mean": 0.5, "min": 0.4, "max": 0.6}
     assert summary["variants"]["v1"]["seeds"] == 2
-    against = summary["verdict"]
-    assert against["v2 against v1"]["+"]["ratio"] == pytest.approx(1.5)
-    assert against["v2 against v1"]["*"]["ratio"] is None, "nothing can be said relative to none"
-    assert against["v2 against v1-2f"]["both"]["points"] == pytest.approx(2.5)
+    verdict = summary["verdict"]
+    assert verdict["v2 against v1"]["+"]["ratio"] == pytest.approx(1.5)
+    assert verdict["v2 against v1"]["*"]["ratio"] is None, "v1 has 0: there is no ratio"
+    assert verdict["v2 against v1-2f"]["both"]["points"] == pytest.approx(2.5)
 
 
-def test_the_table_and_the_picture_are_written(tmp_path, monkeypatch, capsys):
+def test_the_table_and_the_plot_are_written(tmp_path, monkeypatch, capsys):
     def train(args, data, variant, seed):
         assert data.read_text().count("\n") == 300
         score = {"+": 0.5, "*": 0.25 + 0.1 * seed, "both": 0.375 + 0.05 * seed}
@@ -145,23 +167,13 @@ def test_the_table_and_the_picture_are_written(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(arithmetic, "train", train)
     monkeypatch.setenv("NANODS_DATA", str(tmp_path))
-    words = [
-        "--lines",
-        "300",
-        "--seeds",
-        "2",
-        "--results",
-        str(tmp_path),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    monkeypatch.setattr("sys.argv", ["arithmetic", *words])
+    flags = ["--lines", "300", "--seeds", "2"]
+    flags += ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", ["arithmetic", *flags])
     arithmetic.main()
     table = json.loads((tmp_path / "arithmetic.json").read_text())
-    assert len(table["runs"]) == 6 and set(table["verdict"]) == {
-        "v2 against v1",
-        "v2 against v1-2f",
-    }
+    assert len(table["runs"]) == 6
+    assert set(table["verdict"]) == {"v2 against v1", "v2 against v1-2f"}
     assert table["verdict"]["v2 against v1"]["*"] == {"points": 0.0, "ratio": 1.0}
     assert (tmp_path / "arithmetic.png").stat().st_size > 10_000
     assert "v2 against v1-2f: both +0.0 points" in capsys.readouterr().out
