@@ -1,6 +1,9 @@
-"""Let a trained model write: `python sample.py v1-tiny`, `python sample.py runs/my-run --prompt
-"def " --temperature 0.5`. Or, V3, let it find: `python sample.py v3-tiny --query "a red circle left
-of a blue square"`, `--image FILE`, `--audio FILE`.
+"""Sample a trained model.
+
+V0 to V2 generate text:    python sample.py v1-tiny
+                           python sample.py runs/my-run --prompt "def " --temperature 0.5
+V3 retrieves:              python sample.py v3-tiny --query "a red circle left of a blue square"
+                           python sample.py v3-tiny --image FILE      (or --audio FILE)
 """
 
 import codecs
@@ -23,7 +26,8 @@ from nanods.data.scenes import normalized_log_mel, vocabulary
 from nanods.data.sound import write_wav
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
-from nanods.multimodal import MODALITIES
+from nanods.gpt import GPT
+from nanods.multimodal import MODALITIES, Multimodal
 from nanods.training import checkpoint
 from nanods.training.contrastive_task import (
     MAX_GALLERY,
@@ -57,230 +61,43 @@ class Args:
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     """Where to compute."""
     query: str | None = None
-    """V3: find what this text describes. Where nothing is asked, it is the first caption held out.
-    """
+    """V3: find what this text describes. Default: the first held-out caption."""
     image: Path | None = None
-    """V3: find what belongs to this JPEG or PNG."""
+    """V3: find what matches this JPEG or PNG."""
     audio: Path | None = None
-    """V3: find what belongs to this WAV file."""
+    """V3: find what matches this WAV file."""
     gallery: Path | None = None
-    """V3: where to look, a folder of images and WAV files. Default: what the training held out."""
+    """V3: where to search, a folder of images and WAV files. Default: the held-out examples."""
     top: int = 5
     """V3: how many to show, best first."""
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    check(args)
-    out = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
-    if not out.is_dir():
+    check_args(args)
+    run_dir = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
+    if not run_dir.is_dir():
         raise UserError(
-            f"{out}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: make train-v1"
+            f"{run_dir}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: "
+            "make train-v1"
         )
-    saved = checkpoint.load(out)
-    config, tokenizer = (
-        from_dict(saved.state["config"]),
-        tokenizer_from_json(saved.state["tokenizer"]),
-    )
+    saved = checkpoint.load(run_dir)
+    config = from_dict(saved.state["config"])
+    tokenizer = tokenizer_from_json(saved.state["tokenizer"])
     model = checkpoint.load_model(saved).to(args.device)
     if config.multimodal.modalities:
-        find(args, config, model, tokenizer, out)
+        retrieve(args, config, model, tokenizer, run_dir)
     elif args.query or args.image or args.audio or args.gallery:
         raise UserError(
-            f"{out} writes and does not find: drop --query, --image, --audio and --gallery, or name a run of V3"
+            f"{run_dir} generates text and does not retrieve: drop --query, --image, --audio and "
+            "--gallery, or name a run of V3"
         )
     else:
-        write(args, model, tokenizer)
+        generate(args, model, tokenizer)
 
 
-# ---- V0 to V2 write ------------------------------------------------------------------------------
-
-
-def write(args: Args, model, tokenizer) -> None:
-    """Print what the model makes of the prompt, token by token."""
-    text = read_prompt(args.prompt)
-    prompt = torch.tensor([tokenizer.encode(text).tolist()], device=args.device)
-    for number in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"---- sample {number + 1}")
-        print(text.lstrip("\n"), end="")
-        decoder, written = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
-        tokens = model.generate(
-            prompt,
-            args.max_new_tokens,
-            None,
-            args.temperature,
-            args.top_k,
-            args.top_p,
-            seed=args.seed + number,
-        )
-        for token in tokens:  # a character may need several tokens: print it when it is whole
-            piece = decoder.decode(tokenizer.decode_bytes([int(token[0])]))
-            written += piece
-            print(piece, end="", flush=True)
-            if args.stop and args.stop in written:
-                break
-        print(decoder.decode(b"", final=True))
-
-
-def read_prompt(prompt: str) -> str:
-    if prompt.startswith("FILE:"):
-        try:
-            prompt = Path(prompt[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt {prompt}: cannot be read as UTF-8 text ({error})") from None
-    if not prompt:
-        raise UserError(
-            "--prompt is empty: the model continues a text, so give it at least one character"
-        )
-    return prompt
-
-
-# ---- V3 finds ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Gallery:
-    """What there is to find, of one modality."""
-
-    inputs: Tensor  # (Q, ...): what the model reads
-    shown: list[str] | np.ndarray  # (Q, ...): what a picture shows of it
-    captions: list[str]
-    waves: np.ndarray | None = None
-
-
-def find(args: Args, config: Config, model, tokenizer, out: Path) -> None:
-    """Print what is nearest to the question, by modality; write found.png, a contact sheet, and the
-    best image and sound."""
-    galleries = (
-        folder_galleries(args.gallery, config)
-        if args.gallery
-        else held_out_galleries(config, tokenizer)
-    )
-    name, inputs, shown = question(args, config, tokenizer)
-    embedding = embed(model, {name: inputs.to(args.device)})[0][name][0]  # (M,)
-    rows, files = [], [out / "found.png"]
-    for kind in [kind for kind in galleries if kind != name] or [name]:
-        gallery = galleries[kind]
-        scores = embed(model, {kind: gallery.inputs.to(args.device)})[0][kind] @ embedding  # (Q,)
-        best = scores.argsort(descending=True, stable=True)[: args.top].tolist()
-        print(f"{kind}, the best of {len(scores)}:")
-        for rank, i in enumerate(best, start=1):
-            print(f"{rank:>4}. {scores[i]:6.3f}  {gallery.captions[i]}")
-        rows.append(
-            (
-                shown,
-                "",
-                [(gallery.shown[i], gallery.captions[i], scores[i].item()) for i in best],
-                None,
-            )
-        )
-        if kind == "image":
-            files.append(out / "found_image.png")
-            matplotlib.image.imsave(files[-1], gallery.shown[best[0]].transpose(1, 2, 0))
-        elif kind == "audio":
-            files.append(out / "found_audio.wav")
-            write_wav(files[-1], gallery.waves[best[0]])
-    plots.save(plots_multimodal.neighbours(rows, "what the question finds, best first"), files[0])
-    print(f"wrote      {', '.join(map(str, files))}")
-
-
-def question(args: Args, config: Config, tokenizer) -> tuple[str, Tensor, str | np.ndarray]:
-    """What is asked: its modality, what the model reads (a batch of one), and what a picture shows
-    of it."""
-    known, ends = config.multimodal.modalities, config.multimodal
-    asked = {"text": args.query, "image": args.image, "audio": args.audio}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not asked and "text" in known:
-        asked = {"text": load_dataset(config).gallery(1).captions[0]}
-        print(f"question   {asked['text']}")
-    flags = {"text": "--query", "image": "--image", "audio": "--audio"}
-    if len(asked) != 1 or not asked.keys() <= set(known):
-        raise UserError(
-            f"{' and '.join(flags[name] for name in asked) or 'no question'}: ask this model one thing, by "
-            f"{' or '.join(flags[name] for name in known)}"
-        )
-    ((name, value),) = asked.items()
-    if name == "image":
-        image = read_image(value, ends.image_size)
-        return name, torch.from_numpy(image)[None], image
-    if name == "audio":
-        mel = normalized_log_mel(read_sound(value, ends.frames))
-        return name, torch.from_numpy(mel)[None], mel
-    text = " ".join(value.split())
-    if config.data == "scenes":
-        text = " ".join(word.strip(",.;:!?") for word in text.lower().split())
-        for word in text.split():
-            if word not in vocabulary():
-                near = difflib.get_close_matches(word, vocabulary(), cutoff=0.7) or sorted(
-                    vocabulary()
-                )
-                raise UserError(
-                    f"--query: the model has never read {word!r}; it knows {', '.join(near)}"
-                )
-    tokens = len(tokenizer.encode(text))
-    if not 1 <= tokens <= config.model.context_length:
-        raise UserError(
-            f"--query has {tokens} tokens: this model reads 1 to {config.model.context_length}"
-        )
-    return name, encode_captions([text], tokenizer, tokens), text
-
-
-def held_out_galleries(config: Config, tokenizer) -> dict[str, Gallery]:
-    """What the training held out, in each of its modalities."""
-    data = load_dataset(config)
-    items = data.gallery(min(MAX_GALLERY, len(data.held_out)))
-    read = model_inputs(items, config, tokenizer)
-    return {
-        name: Gallery(x, getattr(items, MODALITIES[name].input_field), items.captions, items.waves)
-        for name, x in read.items()
-    }
-
-
-def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
-    """The images and sounds in a folder, under their names; files that cannot be read are counted
-    and left out."""
-    ends, found, skipped = config.multimodal, {"image": {}, "audio": {}}, []
-    if not folder.is_dir():
-        raise UserError(
-            f"--gallery {folder}: no such folder; name one that holds images (jpg, png) or sounds (wav)"
-        )
-    for path in sorted(folder.iterdir()):
-        kind = {".jpg": "image", ".jpeg": "image", ".png": "image", ".wav": "audio"}.get(
-            path.suffix.lower()
-        )
-        if kind in ends.modalities:
-            try:
-                read = (
-                    read_image(path, ends.image_size)
-                    if kind == "image"
-                    else read_sound(path, ends.frames)
-                )
-                found[kind][path.name] = read
-            except UserError as error:
-                skipped.append(str(error))
-    if skipped:
-        print(
-            f"warning: {len(skipped)} files cannot be read, the first: {skipped[0]}",
-            file=sys.stderr,
-        )
-    galleries = {}
-    if found["image"]:
-        images = np.stack(list(found["image"].values()))
-        galleries["image"] = Gallery(torch.from_numpy(images), images, list(found["image"]))
-    if found["audio"]:
-        waves = np.stack(list(found["audio"].values()))
-        mels = normalized_log_mel(waves)
-        galleries["audio"] = Gallery(torch.from_numpy(mels), mels, list(found["audio"]), waves)
-    if not galleries:
-        raise UserError(
-            f"--gallery {folder} is empty: it holds nothing that can be read and that this model knows "
-            f"({', '.join(name for name in ends.modalities if name != 'text')}); put jpg, png or wav files into it"
-        )
-    return galleries
-
-
-def check(args: Args) -> None:
+def check_args(args: Args) -> None:
+    """Raise UserError for values out of range."""
     if args.num_samples < 1 or args.max_new_tokens < 1:
         raise UserError("--num-samples and --max-new-tokens must be at least 1")
     if args.temperature < 0:
@@ -292,11 +109,213 @@ def check(args: Args) -> None:
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}: must be above 0 and at most 1")
     if args.top < 1:
-        raise UserError(f"--top {args.top}: at least 1")
+        raise UserError(f"--top {args.top}: must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: this machine has none that PyTorch can use; leave the flag out"
+        raise UserError("--device cuda: PyTorch finds none on this machine; leave the flag out")
+
+
+# ---- V0 to V2: generate text ---------------------------------------------------------------------
+
+
+def generate(args: Args, model: GPT, tokenizer) -> None:
+    """Print continuations of the prompt, token by token."""
+    text = read_prompt(args.prompt)
+    prompt = torch.tensor([tokenizer.encode(text).tolist()], device=args.device)
+    for number in range(args.num_samples):
+        if args.num_samples > 1:
+            print(f"---- sample {number + 1}")
+        print(text.lstrip("\n"), end="")
+        # A character may take several tokens: the decoder returns it when it is whole.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        tokens = model.generate(
+            prompt,
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed + number,
         )
+        generated = ""
+        for token in tokens:
+            piece = decoder.decode(tokenizer.decode_bytes([int(token[0])]))
+            generated += piece
+            print(piece, end="", flush=True)
+            if args.stop and args.stop in generated:
+                break
+        print(decoder.decode(b"", final=True))
+
+
+def read_prompt(prompt: str) -> str:
+    """Return the prompt, from a file if it is FILE:path. Raises UserError if it is empty."""
+    if prompt.startswith("FILE:"):
+        try:
+            prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt {prompt}: cannot be read as UTF-8 text ({error})") from None
+    if not prompt:
+        raise UserError(
+            "--prompt is empty: the model continues a text, so give it at least one character"
+        )
+    return prompt
+
+
+# ---- V3: retrieve --------------------------------------------------------------------------------
+
+
+@dataclass
+class Query:
+    modality: str
+    inputs: Tensor  # (1, ...): what the model reads
+    shown: str | np.ndarray  # what the picture shows
+
+
+@dataclass
+class Gallery:
+    """The examples of one modality among which to search."""
+
+    inputs: Tensor  # (Q, ...): what the model reads
+    shown: list[str] | np.ndarray  # (Q, ...): what the picture shows
+    captions: list[str]
+    waves: np.ndarray | None = None  # of sounds, to save the best one
+
+
+def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: Path) -> None:
+    """Print the examples nearest to the query, by modality, and save the best ones.
+
+    Writes found.png, a contact sheet, and found_image.png and found_audio.wav.
+    """
+    if args.gallery:
+        galleries = folder_galleries(args.gallery, config)
+    else:
+        galleries = held_out_galleries(config, tokenizer)
+    query = read_query(args, config, tokenizer)
+    embedding = embed_one_modality(model, query.modality, query.inputs, args.device)[0]  # (M,)
+    rows, files = [], [run_dir / "found.png"]
+    others = [name for name in galleries if name != query.modality]
+    for name in others or [query.modality]:
+        gallery = galleries[name]
+        scores = embed_one_modality(model, name, gallery.inputs, args.device) @ embedding  # (Q,)
+        best = scores.argsort(descending=True, stable=True)[: args.top].tolist()
+        print(f"{name}, the best of {len(scores)}:")
+        for rank, i in enumerate(best, start=1):
+            print(f"{rank:>4}. {scores[i]:6.3f}  {gallery.captions[i]}")
+        results = [(gallery.shown[i], gallery.captions[i], scores[i].item()) for i in best]
+        rows.append((query.shown, "", results, None))
+        if name == "image":
+            files.append(run_dir / "found_image.png")
+            matplotlib.image.imsave(files[-1], gallery.shown[best[0]].transpose(1, 2, 0))
+        elif name == "audio":
+            files.append(run_dir / "found_audio.wav")
+            write_wav(files[-1], gallery.waves[best[0]])
+    plots.save(plots_multimodal.neighbours(rows, "what the query finds, best first"), files[0])
+    print(f"wrote      {', '.join(map(str, files))}")
+
+
+def embed_one_modality(model: Multimodal, name: str, inputs: Tensor, device: str) -> Tensor:
+    """Return the embeddings (Q, M) of the inputs of one modality."""
+    embeddings, _ = embed(model, {name: inputs.to(device)})
+    return embeddings[name]
+
+
+QUERY_FLAGS = {"text": "--query", "image": "--image", "audio": "--audio"}
+
+
+def read_query(args: Args, config: Config, tokenizer) -> Query:
+    """Return the query of the command line. Raises UserError unless it is exactly one, of a
+    modality that the model knows."""
+    modalities, multimodal = config.multimodal.modalities, config.multimodal
+    given = {"text": args.query, "image": args.image, "audio": args.audio}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given and "text" in modalities:
+        given = {"text": load_dataset(config).gallery(1).captions[0]}
+        print(f"query      {given['text']}")
+    if len(given) != 1 or not given.keys() <= set(modalities):
+        flags = " and ".join(QUERY_FLAGS[name] for name in given) or "no query"
+        known = [QUERY_FLAGS[name] for name in modalities if name in QUERY_FLAGS]
+        raise UserError(f"{flags}: give this model one query, by {' or '.join(known)}")
+    ((name, value),) = given.items()
+    if name == "image":
+        image = read_image(value, multimodal.image_size)
+        return Query(name, torch.from_numpy(image)[None], image)
+    if name == "audio":
+        mel = normalized_log_mel(read_sound(value, multimodal.frames))
+        return Query(name, torch.from_numpy(mel)[None], mel)
+    text = " ".join(value.split())
+    if config.data == "scenes":
+        text = check_scene_words(text)
+    tokens = len(tokenizer.encode(text))
+    if not 1 <= tokens <= config.model.context_length:
+        raise UserError(
+            f"--query has {tokens} tokens: this model reads 1 to {config.model.context_length}"
+        )
+    return Query(name, encode_captions([text], tokenizer, tokens), text)
+
+
+def check_scene_words(text: str) -> str:
+    """Return a query in lower case, without punctuation. Raises UserError for a word that no
+    scene's caption contains."""
+    words = [word.strip(",.;:!?") for word in text.lower().split()]
+    known = vocabulary()
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, cutoff=0.7) or sorted(known)
+            raise UserError(
+                f"--query: the model has never read {word!r}; it knows {', '.join(near)}"
+            )
+    return " ".join(words)
+
+
+def held_out_galleries(config: Config, tokenizer) -> dict[str, Gallery]:
+    """Return the held-out examples of the run's data, by modality."""
+    data = load_dataset(config)
+    examples = data.gallery(min(MAX_GALLERY, len(data.held_out)))
+    galleries = {}
+    for name, inputs in model_inputs(examples, config, tokenizer).items():
+        shown = getattr(examples, MODALITIES[name].input_field)
+        galleries[name] = Gallery(inputs, shown, examples.captions, examples.waves)
+    return galleries
+
+
+def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
+    """Return the images and sounds in a folder, captioned by their file names.
+
+    Files that cannot be read are counted and left out. Raises UserError if none can be read.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--gallery {folder}: no such folder; name one that holds images (jpg, png) or sounds "
+            "(wav)"
+        )
+    multimodal, images, waves, skipped = config.multimodal, {}, {}, []
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        try:
+            if suffix in (".jpg", ".jpeg", ".png") and "image" in multimodal.modalities:
+                images[path.name] = read_image(path, multimodal.image_size)
+            elif suffix == ".wav" and "audio" in multimodal.modalities:
+                waves[path.name] = read_sound(path, multimodal.frames)
+        except UserError as error:
+            skipped.append(str(error))
+    if skipped:
+        print(
+            f"warning: {len(skipped)} files cannot be read, the first: {skipped[0]}",
+            file=sys.stderr,
+        )
+    galleries = {}
+    if images:
+        stacked = np.stack(list(images.values()))
+        galleries["image"] = Gallery(torch.from_numpy(stacked), stacked, list(images))
+    if waves:
+        stacked = np.stack(list(waves.values()))
+        mels = normalized_log_mel(stacked)
+        galleries["audio"] = Gallery(torch.from_numpy(mels), mels, list(waves), stacked)
+    if not galleries:
+        readable = ", ".join(name for name in multimodal.modalities if name != "text")
+        raise UserError(
+            f"--gallery {folder} is empty: it holds nothing that can be read and that this model "
+            f"knows ({readable}); put jpg, png or wav files into it"
+        )
+    return galleries
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""The trunk: a modern decoder-only transformer, from its configuration to its generated tokens.
+"""The trunk: a decoder-only transformer, from its configuration to the tokens it generates.
 
-A GPT (Radford et al. 2019) with what a decade of practice has changed since, each with its source:
+A GPT (Radford et al. 2019) with what has become standard since, each with its source:
 
-    RoPE             positions as rope_cos_sin of queries and keys           Su et al. 2021, arXiv:2104.09864
-    RMSNorm          x / rms(x), here without weights, before each layer  Zhang & Sennrich 2019, arXiv:1910.07467
-    QK-norm          queries and keys normalised, so scores stay bounded  Henry et al. 2020, arXiv:2010.04245
-    squared ReLU     max(0, x)^2 in the MLP (nanods/moe.py)               So et al. 2021, arXiv:2109.08668
+    RoPE            positions as rotations of queries and keys            arXiv:2104.09864
+    RMSNorm         x / rms(x) before each layer, here without weights    arXiv:1910.07467
+    QK-norm         normalise queries and keys, to bound the scores       arXiv:2010.04245
+    squared ReLU    max(0, x)^2 in the MLP (nanods/moe.py)                arXiv:2109.08668
     no biases; output projections start at zero, so each block starts as the identity
 
-V0 and V1 differ in one field of `GPTConfig`, `attention`; V1 and V2 in another, `moe`. Every layer returns `(x, stats)`:
-what it computed, and what it has to tell (V1's attention which blocks it chose, V2's experts their load). Nothing is kept
-in globals.
+V0 and V1 differ in one field of `GPTConfig`, `attention`; V1 and V2 in another, `moe`. Every layer
+returns `(x, stats)`: its output, and what can be measured of it (V1's attention the blocks it
+selected, V2's experts their load). There is no global state.
 
 Left out on purpose: the loss (nanods/training/language_task.py) and the training loop (train.py).
 
-Pinned by tests/test_gpt.py: cached decoding equals the full forward at every length; what follows a token, and what stands
-in other rows of the batch, changes nothing.
+Pinned by tests/test_gpt.py: cached decoding equals the full forward pass at every length; later
+tokens and other rows of the batch never change an output.
 
-Shapes: B batch, T tokens, C width (`n_embd`), H heads, D = C / H width of a head, F hidden width, V vocabulary.
+Shapes: B batch, T tokens, C width (`n_embd`), H heads, D = C / H width of a head, F hidden width,
+V vocabulary.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -53,7 +54,7 @@ class GPTConfig:
     context_length: int = 256
     """Longest sequence that the model reads, in tokens (T)."""
     vocab_size: int = 256
-    """Tokens in the vocabulary (V): 256 means bytes, more a BPE trained on the data (needs the extra `bpe`)."""
+    """Tokens in the vocabulary (V). 256: bytes. More: a BPE trained on the data (extra `bpe`)."""
     rope_base: float = 1_000.0
     """RoPE's slowest pair of channels turns once in about 2 pi x this many tokens."""
     query_gain: float = 2.0
@@ -67,87 +68,82 @@ class GPTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not self.rope_base > 1 or not self.query_gain > 0:
             raise ValueError(
-                f"rope_base = {self.rope_base} must be above 1, query_gain = {self.query_gain} above 0"
+                f"rope_base = {self.rope_base} must be above 1, query_gain = {self.query_gain} "
+                "above 0"
             )
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
-                f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads of even width: "
-                f"choose n_embd as a multiple of {2 * self.n_head}"
+                f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads of even "
+                f"width: choose n_embd as a multiple of {2 * self.n_head}"
             )
-        for name, least in (
-            ("top_k", 1),
-            ("block_size", 1),
-            ("top_blocks", 1),
-            ("beam", 1),
-            ("fan_out", 2),
-        ):
-            if getattr(self.attention, name) < least:
-                raise ValueError(
-                    f"attention.{name} = {getattr(self.attention, name)} must be at least {least}"
-                )
+        smallest = {"top_k": 1, "block_size": 1, "top_blocks": 1, "beam": 1, "fan_out": 2}
+        for name, minimum in smallest.items():
+            value = getattr(self.attention, name)
+            if value < minimum:
+                raise ValueError(f"attention.{name} = {value} must be at least {minimum}")
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = length x / rms(x) along the last dimension. The gradient is what is left of g beside y, scaled as x was.
+    """y = gain * x / rms(x) along the last dimension, with its own backward.
 
-    Written out, since autograd's own takes more passes over memory: 8-12% of a step on a CPU.
+    The gradient at x is the part of g orthogonal to y, scaled as x was. Written out because
+    autograd takes more passes over memory: that costs 8-12% of a step on a CPU.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, length: float) -> Tensor:
+    def forward(ctx, x: Tensor, gain: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = length * x.size(-1) ** 0.5 / norm.clamp_(min=1e-6)  # a vector of zeros stays one
+        scale = gain * x.size(-1) ** 0.5 / norm.clamp_(min=1e-6)  # zeros stay zeros
         y = x * scale
         ctx.save_for_backward(y, scale)
-        ctx.length = length
+        ctx.gain = gain
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
         y, scale = ctx.saved_tensors
-        along = (g * y).mean(dim=-1, keepdim=True)
-        return torch.addcmul(g, y, along, value=-1 / ctx.length**2).mul_(scale), None
+        projection = (g * y).mean(dim=-1, keepdim=True)
+        return torch.addcmul(g, y, projection, value=-1 / ctx.gain**2).mul_(scale), None
 
 
-def rms_norm(x: Tensor, length: float = 1.0) -> Tensor:
-    """Divide each vector (last dimension) by its root mean square; what comes out has `length` as its own."""
-    return RMSNorm.apply(x, length)
+def rms_norm(x: Tensor, gain: float = 1.0) -> Tensor:
+    """Scale each vector (last dimension) to the root mean square `gain`."""
+    return RMSNorm.apply(x, gain)
 
 
 def rope_cos_sin(
     positions: Tensor, D: int, dtype: torch.dtype, base: float
 ) -> tuple[Tensor, Tensor]:
-    """RoPE's angles: pair i of a head of width D turns by position * base^(-2i/D).
+    """Return the cosines and sines of RoPE's angles: pair i turns by position * base^(-2i/D).
 
-    positions (B or 1, T) -> their cosines and sines, each (B or 1, 1, T, D/2).
+    positions (B or 1, T), D the width of a head -> two tensors (B or 1, 1, T, D/2). The angles are
+    computed in fp32 or fp64: bf16 cannot resolve positions above 256.
     """
-    wide = (
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )  # bf16 angles would be off by whole turns
-    frequency = base ** (-torch.arange(0, D, 2, device=positions.device, dtype=wide) / D)  # (D/2,)
-    angle = positions[:, None, :, None].to(wide) * frequency
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    exponent = -torch.arange(0, D, 2, device=positions.device, dtype=precise) / D
+    frequency = base**exponent  # (D/2,)
+    angle = positions[:, None, :, None].to(precise) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of x (B, H, T, D) by its angle, so that q . k depends on the distance of the two alone."""
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair of channels of x (B, H, T, D) by its angle.
+
+    The product q . k then depends on the distance between their positions only.
+    """
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, dense or sparse as the configuration says; where it is not causal (V3), dense."""
+    """Multi-head self-attention, dense or sparse by configuration; without `causal` (V3), dense."""
 
     def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
-        self.config, self.n_head, self.query_gain, self.causal = (
-            config.attention,
-            config.n_head,
-            config.query_gain,
-            causal,
-        )
+        self.config, self.causal = config.attention, causal
+        self.n_head, self.query_gain = config.n_head, config.query_gain
         C = config.n_embd
         self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
 
@@ -161,25 +157,26 @@ class Attention(nn.Module):
         inspect: bool = False,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats.
+        """Attend: x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats.
 
-        Causal, what is not `valid` (B, T), the padding at the end, needs no mask; otherwise nobody reads it.
+        `valid` (B, T) marks the tokens that are not padding. Padding stands at the end of a row, so
+        causal attention needs no mask for it; otherwise its keys are masked.
 
-        Over a whole sequence the stats tell of V1: `keys_read` (H,), the share of dense attention's pairs that was read, and
-        `flops` (), the realised share of its arithmetic, the choosing included. With `inspect` also q and k (B, H, T, D) and
-        the choice itself, `blocks` (B, H, R, top_blocks).
+        For block-sparse attention over a whole sequence the stats are `keys_read` (H,), the share
+        of dense attention's query-key pairs that are read, and `flops` (), the share of its
+        arithmetic, selection included. With `inspect` also q and k (B, H, T, D) and the selection,
+        `blocks` (B, H, R, top_blocks).
         """
         B, T, _ = x.shape
         q, k, v = (
             linear(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
             for linear in (self.query, self.key, self.value)
         )
-        q, k = rms_norm(rotate(q, rope), self.query_gain), rms_norm(rotate(k, rope))
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # a CPU's bf16 attention takes four times as long backward as its fp32
+        q, k = rms_norm(apply_rope(q, rope), self.query_gain), rms_norm(apply_rope(k, rope))
+        # On a CPU, attention in bf16 takes four times as long in backward as in fp32.
+        with torch.autocast("cpu", enabled=False):
             if self.causal:
-                y, stats = self.read(q, k, v.to(q.dtype), positions, cache, layer)
+                y, stats = self.attend(q, k, v.to(q.dtype), positions, cache, layer)
             else:
                 y, stats = dense_attention(q, k, v.to(q.dtype), causal=False, valid=valid), {}
         if inspect:
@@ -188,44 +185,50 @@ class Attention(nn.Module):
             stats.pop("blocks", None)
         return self.out(y.transpose(1, 2).flatten(2)), stats
 
-    def read(
+    def attend(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cache: Cache | None, layer: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """q, k, v (B, H, T, D) of new tokens, which read each other and what the cache holds -> (B, H, T, D), stats."""
+        """Attend causally: q, k, v (B, H, T, D) of new tokens -> (B, H, T, D), stats.
+
+        With a cache the new tokens also read the tokens before them, which it holds.
+        """
         c, T, D = self.config, q.size(2), q.size(3)
-        among, summaries = (
-            None,
-            None,
-        )  # where the queries stand among the keys: by default query t is key t
+        # The position of each query among the keys. None: query t stands at key t.
+        query_positions, summaries = None, None
         if cache is not None:
-            k_all, v_all = cache.append(layer, k, v, positions)
+            all_k, all_v = cache.append(layer, k, v, positions)
             if cache.max_length:
-                k, v, among = k_all, v_all, positions
-                summaries = (
-                    cache.summaries[layer][:, :, : k.size(2) // c.block_size]
-                    if c.kind == "block"
-                    else None
-                )
+                k, v, query_positions = all_k, all_v, positions
+                if c.kind == "block":
+                    summaries = cache.summaries[layer][:, :, : k.size(2) // c.block_size]
         if c.kind == "dense":
-            return dense_attention(q, k, v, positions=among), {}
+            return dense_attention(q, k, v, positions=query_positions), {}
         if c.kind == "topk":
-            return topk_attention(q, k, v, c.top_k, positions=among), {}
-        method = "flat" if c.method == "tile" and among is not None else c.method
+            return topk_attention(q, k, v, c.top_k, positions=query_positions), {}
+        is_whole = query_positions is None
+        method = "flat" if c.method == "tile" and not is_whole else c.method
         tree = {"beam": c.beam, "fan_out": c.fan_out}
         blocks = select_blocks(
-            q, k, c.block_size, c.top_blocks, method, c.pool, True, among, summaries, **tree
+            q,
+            k,
+            c.block_size,
+            c.top_blocks,
+            method,
+            c.pool,
+            True,
+            query_positions,
+            summaries,
+            **tree,
         )
         if c.method == "tile" and cache is not None:
-            if among is not None:
-                blocks = cache.tile_selection(layer, blocks, positions)
-            else:
+            if is_whole:
                 cache.tile_selections[layer][:, :, : blocks.size(2)] = blocks
-        y = block_attention(q, k, v, blocks, c.block_size, positions=among)
-        stats = (
-            sparsity_stats(blocks, T, D, c.block_size, c.method, c.pool, **tree)
-            if among is None
-            else {}
-        )
+            else:
+                blocks = cache.tile_selection(layer, blocks, positions)
+        y = block_attention(q, k, v, blocks, c.block_size, positions=query_positions)
+        stats = {}
+        if is_whole:
+            stats = sparsity_stats(blocks, T, D, c.block_size, c.method, c.pool, **tree)
         return y, stats | {"blocks": blocks}
 
     # ---- cost ------------------------------------------------------------------------------------
@@ -265,7 +268,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Tokens talk (attention), then each thinks for itself (MLP, or its experts); both add to the residual stream."""
+    """Attention, then MLP or experts: each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config: GPTConfig, causal: bool = True) -> None:
         super().__init__()
@@ -339,7 +342,10 @@ class GPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Matrices at 1/sqrt(width of the input); what writes to the residual stream or to the logits starts at zero."""
+        """Draw matrices with standard deviation 1/sqrt(input width).
+
+        Matrices that write to the residual stream or to the logits start at zero.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith(("out.weight", "mlp.out")) or name == "head.weight":
                 nn.init.zeros_(parameter)
@@ -353,10 +359,12 @@ class GPT(nn.Module):
         lengths: Tensor | None = None,
         inspect: bool = False,
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """tokens (B, T) -> logits (B, T, V) for the token after each, and the stats of each layer (more with `inspect`).
+        """Predict the next token after each: tokens (B, T) -> logits (B, T, V), stats of each
+        layer.
 
-        With a cache the tokens continue those read before. Rows of different `lengths` (B,) are padded on the right; what is
-        computed at the padding is meaningless. ValueError if a sequence would exceed `context_length`.
+        With a cache, the tokens continue those it holds. Rows of different `lengths` (B,) are
+        padded on the right; the logits at the padding are meaningless. `inspect` asks for more
+        stats. Raises ValueError if a sequence would exceed `context_length`.
         """
         T = tokens.size(1)
         before = cache.max_length if cache is not None else 0
@@ -367,9 +375,9 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B, T)
-        valid = (
-            None if lengths is None else torch.arange(T, device=tokens.device) < lengths[:, None]
-        )  # (B, T)
+        valid = None
+        if lengths is not None:
+            valid = torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T)
         x = rms_norm(self.embedding(tokens))  # (B, T, C)
         rope = rope_cos_sin(
             positions, self.config.n_embd // self.config.n_head, x.dtype, self.config.rope_base
@@ -384,15 +392,10 @@ class GPT(nn.Module):
         return self.head(rms_norm(x)), stats
 
     def new_cache(self, B: int) -> Cache:
-        """An empty cache for B rows of up to `context_length` tokens."""
+        """Return an empty cache for B rows of up to `context_length` tokens."""
         c, weight = self.config, self.head.weight
-        return Cache(
-            c.attention,
-            c.n_layer,
-            (B, c.n_head, c.context_length, c.n_embd // c.n_head),
-            weight.device,
-            weight.dtype,
-        )
+        shape = (B, c.n_head, c.context_length, c.n_embd // c.n_head)
+        return Cache(c.attention, c.n_layer, shape, weight.device, weight.dtype)
 
     # ---- cost ------------------------------------------------------------------------------------
 
@@ -441,12 +444,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """Once after each optimizer step, from that step's load (L, E) over all its tokens; nothing where there is no bias."""
+        """Update the routers' selection biases from one optimizer step's load (L, E)."""
         if self.config.moe.bias_rate:
             for block, row in zip(self.blocks, load, strict=True):
                 block.mlp.update_bias(row)
 
-    # ---- generation ------------------------------------------------------------------------------------------------------
+    # ---- generation ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -460,14 +463,16 @@ class GPT(nn.Module):
         stop: Collection[int] = (),
         seed: int = 0,
     ) -> Iterator[Tensor]:
-        """Yield the next token of each row, one (B,) at a time, as they are made.
+        """Yield the next token of every row, (B,), as soon as it is drawn.
 
-        tokens (B, T) holds the prompts, padded on the right to equal length; `lengths` (B,) says how long each is. A row that
-        has made a token of `stop` yields -1 from then on; the iterator ends when all have, or after `max_new_tokens`.
-        Row b draws from its own random stream (seed, b): it does not depend on its neighbours.
+        tokens (B, T) holds the prompts, padded on the right; `lengths` (B,) are their lengths.
+        After a row has drawn a token of `stop` it yields -1; the iterator ends when all rows have,
+        or after `max_new_tokens`. Row b draws from its own random stream (seed, b), so its text
+        does not depend on the other rows.
 
-        Past `context_length` a row forgets: it keeps the last half of its context, which is read again as if it had been
-        the prompt, so the cost per token stays bounded and each token sees at least half a context.
+        When a row is full (`context_length`), all rows keep the last half of their context and read
+        it again as a prompt. So the cost per token stays bounded, and each token sees at least half
+        a context.
         """
         B, T = tokens.shape
         context, device = self.config.context_length, tokens.device
@@ -480,21 +485,19 @@ class GPT(nn.Module):
         stop_tokens = torch.tensor(sorted(stop), dtype=torch.long, device=device)
         cache, new = None, tokens[:, -1]
         for _ in range(max_new_tokens):
-            if (
-                cache is None or cache.max_length == context
-            ):  # the start, or a row is full: read the rows (again)
-                rows = [
-                    row if len(row) <= context else row[-max(1, context // 2) :] for row in rows
-                ]
+            if cache is None or cache.max_length == context:  # at the start, or a row is full
+                half = max(1, context // 2)
+                rows = [row if len(row) <= context else row[-half:] for row in rows]
                 cache = self.new_cache(B)
                 lengths = torch.tensor([len(row) for row in rows], device=device)
-                padded = [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
+                longest = max(map(len, rows))
+                padded = [row + [0] * (longest - len(row)) for row in rows]
                 logits, _ = self(torch.tensor(padded, device=device), cache, lengths)
                 logits = logits[torch.arange(B, device=device), lengths - 1]  # (B, V)
             else:
                 logits, _ = self(new[:, None], cache)
                 logits = logits[:, -1]
-            new = sample(logits, temperature, top_k, top_p, streams)  # (B,)
+            new = sample_token(logits, temperature, top_k, top_p, streams)  # (B,)
             for row, token in zip(rows, new.tolist(), strict=True):
                 row.append(token)
             yield new.masked_fill(done, -1)
@@ -503,17 +506,17 @@ class GPT(nn.Module):
                 return
 
 
-def sample(
+def sample_token(
     logits: Tensor,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
     streams: list[torch.Generator],
 ) -> Tensor:
-    """Draw one token a row from softmax(logits / temperature): (B, V) -> (B,). Temperature 0 takes the likeliest.
+    """Draw one token per row from softmax(logits / temperature): (B, V) -> (B,).
 
-    `top_k` keeps the k likeliest; `top_p` the fewest likeliest that together reach probability p (Holtzman et al. 2019,
-    arXiv:1904.09751).
+    Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest; `top_p` the fewest
+    likeliest that together reach probability p (Holtzman et al. 2019, arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -522,9 +525,9 @@ def sample(
     if top_k is not None:
         ordered[:, top_k:] = 0
     if top_p is not None:
-        ordered[ordered.cumsum(dim=-1) - ordered >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0
-    drawn = [
-        torch.multinomial(row, 1, generator=stream)
-        for row, stream in zip(ordered, streams, strict=True)
-    ]
+        before = ordered.cumsum(dim=-1) - ordered  # the probability of all likelier tokens
+        ordered[before >= top_p * ordered.sum(dim=-1, keepdim=True)] = 0
+    drawn = []
+    for row, stream in zip(ordered, streams, strict=True):
+        drawn.append(torch.multinomial(row, 1, generator=stream))
     return order.gather(-1, torch.stack(drawn)).squeeze(-1)

@@ -13,10 +13,10 @@ from nanods.gpt import (
     Attention,
     AttentionConfig,
     GPTConfig,
+    apply_rope,
     rms_norm,
     rope_cos_sin,
-    rotate,
-    sample,
+    sample_token,
 )
 from nanods.moe import MoEConfig
 from nanods.moe_kernel import squared_relu
@@ -165,7 +165,7 @@ def test_top_k_and_top_p_keep_what_they_say():
     def drawn(**options):
         stream = [torch.Generator().manual_seed(0)]
         return {
-            int(sample(logits, options.get("t", 1.0), options.get("k"), options.get("p"), stream))
+            int(sample_token(logits, options.get("t", 1.0), options.get("k"), options.get("p"), stream))
             for _ in range(300)
         }
 
@@ -182,7 +182,7 @@ def test_rope_depends_on_distance_alone():
 
     def score(at_q, at_k):
         turned = [
-            rotate(x, rope_cos_sin(torch.tensor([[at]]), 8, x.dtype, 1000.0))
+            apply_rope(x, rope_cos_sin(torch.tensor([[at]]), 8, x.dtype, 1000.0))
             for x, at in ((q, at_q), (k, at_k))
         ]
         return (turned[0] * turned[1]).sum()
@@ -236,9 +236,9 @@ def test_under_bf16_autocast_a_cpu_attends_in_fp32(kind, monkeypatch):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     plain, _ = model(tokens)
-    real = Attention.read
+    real = Attention.attend
     monkeypatch.setattr(
-        Attention, "read", lambda self, *args: (seen.append(args[:3]), real(self, *args))[1]
+        Attention, "attend", lambda self, *args: (seen.append(args[:3]), real(self, *args))[1]
     )
     with torch.autocast("cpu", torch.bfloat16):
         rounded, _ = model(tokens)

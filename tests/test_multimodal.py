@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanods import multimodal
 from nanods.attention import AttentionConfig
-from nanods.gpt import GPTConfig, rope_cos_sin, rotate
+from nanods.gpt import GPTConfig, apply_rope, rope_cos_sin
 from nanods.moe import MoEConfig
 from nanods.multimodal import Modality, Multimodal, MultimodalConfig, grid_rope
 
@@ -154,8 +154,8 @@ def test_grid_rope_scores_depend_on_the_offset_along_each_axis():
     rope = grid_rope((4, 5), 8)
     torch.manual_seed(0)
     q, k = torch.randn(8), torch.randn(8)
-    queries = rotate(q.expand(1, 1, 20, 8), rope)[0, 0]
-    keys = rotate(k.expand(1, 1, 20, 8), rope)[0, 0]
+    queries = apply_rope(q.expand(1, 1, 20, 8), rope)[0, 0]
+    keys = apply_rope(k.expand(1, 1, 20, 8), rope)[0, 0]
     scores = (queries @ keys.T).view(4, 5, 4, 5)  # row and column of the query, then of the key
     torch.testing.assert_close(scores[0, 0, 2, 1], scores[1, 3, 3, 4])
     torch.testing.assert_close(scores[3, 2, 1, 4], scores[2, 0, 0, 2])

@@ -14,7 +14,7 @@ Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption,
 space, L layers, E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -37,11 +37,12 @@ from nanods.contrastive import (
     surrogate_loss,
 )
 from nanods.data.caption_dataset import load_caption_dataset
+from nanods.data.examples import ExampleDataset
 from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
 from nanods.moe import entropy_loss
-from nanods.multimodal import MODALITIES, Multimodal
+from nanods.multimodal import MODALITIES, Multimodal, MultimodalConfig
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
 
@@ -83,7 +84,9 @@ class ContrastiveTask:
     headline_metric = "val_recall1"
     higher_is_better = True
 
-    def __init__(self, config: Config, device: torch.device, data=None) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, data: ExampleDataset | None = None
+    ) -> None:
         """`data` replaces the data set that the configuration names. Raises UserError if it lacks a
         modality."""
         self.config, self.device = config, device
@@ -292,14 +295,23 @@ class ContrastiveTask:
 # ---- data sets and inputs ------------------------------------------------------------------------
 
 
-def load_dataset(config: Config):
-    """Return the data set of examples that the configuration names. Raises UserError if it cannot
-    be read."""
-    if config.data == "scenes":
-        return SceneData(config.multimodal.hard_batches)
-    return load_caption_dataset(
-        Path(config.data), config.multimodal.image_size, config.multimodal.frames
-    )
+def load_dataset(config: Config) -> ExampleDataset:
+    """Return the data set that the configuration names. Raises UserError if it cannot be read.
+
+    A generated data set of another kind is one more entry in GENERATED_DATA (docs/MODIFYING.md).
+    """
+    multimodal = config.multimodal
+    if config.data in GENERATED_DATA:
+        return GENERATED_DATA[config.data](multimodal)
+    return load_caption_dataset(Path(config.data), multimodal.image_size, multimodal.frames)
+
+
+def scenes(config: MultimodalConfig) -> ExampleDataset:
+    return SceneData(config.hard_batches)
+
+
+GENERATED_DATA: dict[str, Callable[[MultimodalConfig], ExampleDataset]] = {"scenes": scenes}
+"""Data sets that need no files: from --data to a function that makes them."""
 
 
 def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from nanods.config import Config
 from nanods.data.scenes import COLOURS, PALETTE, Scenes, facts_of
 from nanods.data.text import TextData
 from nanods.gpt import GPT
+from nanods.multimodal import MODALITIES
 from nanods.training.inspection import chosen_experts, sparsity_report
 
 SHOWN_TOKENS = 384  # tokens of validation text that are coloured by their experts
@@ -85,10 +86,7 @@ def draw_scene_map(embeddings: dict[str, np.ndarray], gallery: Scenes) -> Figure
 def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
     """Draw what the gallery's first examples find in another modality: one query for each direction
     to something visible."""
-    shown = {"text": gallery.captions}
-    for name, examples in (("image", gallery.images), ("audio", gallery.mels)):
-        if examples is not None:
-            shown[name] = examples
+    shown = {name: getattr(gallery, MODALITIES[name].input_field) for name in embeddings}
     rows = []
     directions = [(a, b) for b in embeddings for a in embeddings if a != b and b != "text"]
     for i, (a, b) in enumerate(directions):  # a different example for each direction
