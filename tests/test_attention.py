@@ -140,7 +140,7 @@ def test_choosing_a_few_queries_at_a_time_changes_nothing(method, causal, monkey
     q, k, _ = random_qkv((2, 2, 45, 4))
     whole = select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2)
     for numbers in (1, 200):  # one query at a time, and some
-        monkeypatch.setattr(attention, "SCORES", numbers)
+        monkeypatch.setattr(attention, "MAX_SCORES", numbers)
         assert torch.equal(
             select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2), whole
         )
@@ -345,5 +345,5 @@ def test_decoding_reads_what_the_whole_sequence_reads(method, pool):
     ],
 )
 def test_wrong_arguments_say_so(call):
-    with pytest.raises(ValueError, match=r"at least|choices|positions|one row for each"):
+    with pytest.raises(ValueError, match=r"at least|must be one of|positions|one row for each"):
         call(*random_qkv((1, 1, 9, 4)))
