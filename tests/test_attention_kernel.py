@@ -38,8 +38,8 @@ def test_equals_the_reference_forward_and_backward(
     qkv = random_qkv(shape)
     blocks = select_blocks(*qkv[:2], block_size, top_blocks, method, causal=causal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_kernel, "CHUNK", chunk)
-        patch.setattr(attention_kernel.QueryAttention, "ROWS", 3 if chunk == 1 else 1024)
+        patch.setattr(attention_kernel, "CHUNK_SCORES", chunk)
+        patch.setattr(attention_kernel.QueryAttention, "MAX_QUERIES", 3 if chunk == 1 else 1024)
         fast = with_gradients(ROUTES[method], qkv, blocks, block_size, causal)
     for one, other in zip(
         fast,
