@@ -1,7 +1,8 @@
-"""What decoding keeps of the tokens read so far, so that each new one costs a step and not the whole context again.
+"""The key-value cache: decoding a token costs one step instead of a pass over the whole context.
 
-Pinned by tests/test_gpt.py: decoding with it equals the full forward pass at every length, ragged rows and shared tiles
-included. Left out on purpose: paging, sharing of prefixes, quantised keys.
+Tested by tests/test_gpt.py: decoding with the cache equals the full forward pass at every length,
+also with rows of different lengths and with one selection per tile. Left out on purpose: paging,
+shared prefixes, quantised keys.
 
 Shapes: B rows, H heads, T new tokens, D width of a head, N blocks, K = `top_blocks`.
 """
@@ -13,12 +14,13 @@ from nanods.attention import AttentionConfig, pool_keys, summarise
 
 
 class Cache:
-    """The keys and values of the tokens read so far, for decoding: per layer two tensors (B, H, context_length, D).
+    """Store the keys and values of past tokens: per layer two tensors (B, H, context_length, D).
 
-    Rows may differ in length: `lengths` (B,) says how many tokens of each row are real. What lies beyond is never seen,
-    because a query at position p reads the keys 0..p, and is overwritten when the row gets there. Block attention keeps beside
-    them a summary of each block, so that a step touches the summaries and the chosen blocks and nothing else; and if tiles
-    share a choice, the choice of each tile.
+    Rows may differ in length: `lengths` (B,) counts the real tokens of each row. Entries beyond a
+    row's length are never read, because a query at position p sees only the keys 0..p, and new
+    tokens overwrite them. For block attention the cache also stores a summary of each block, so
+    that a step reads only the summaries and the selected blocks, and for the method "tile" the
+    selection of each tile.
     """
 
     def __init__(
@@ -29,51 +31,57 @@ class Cache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """For keys and values of `shape` (B, H, context_length, D) in each layer."""
+        """Allocate keys and values of `shape` (B, H, context_length, D) for each layer."""
         B, H, T, D = shape
         self.attention = attention
         self.size = attention.block_size if attention.kind == "block" else 1
-        N = -(-T // self.size)  # whole blocks, so that cutting the keys into blocks copies nothing
+        N = -(-T // self.size)  # full blocks, so that splitting the keys into blocks copies nothing
 
         def per_layer(*shape: int, fill: float = 0, dtype: torch.dtype = dtype) -> list[Tensor]:
+            """Return one tensor (B, H, *shape) per layer, filled with `fill`."""
             return [
                 torch.full((B, H, *shape), fill, device=device, dtype=dtype) for _ in range(n_layer)
             ]
 
-        self.keys, self.values = per_layer(N * self.size, D), per_layer(N * self.size, D)
+        self.keys = per_layer(N * self.size, D)
+        self.values = per_layer(N * self.size, D)
         if self.attention.kind == "block":
+            top_blocks = self.attention.top_blocks
             self.summaries = per_layer(N, D if self.attention.pool == "mean" else 2 * D)
-            self.tile_selections = per_layer(N, self.attention.top_blocks, fill=-1, dtype=torch.long)
+            self.tile_selections = per_layer(N, top_blocks, fill=-1, dtype=torch.long)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)
-        self.max_length = 0  # max(lengths) as a number, so that slicing does not wait for the GPU
+        # max(lengths) as a Python number, so that slicing does not wait for the GPU.
+        self.max_length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) at `positions` (B, T); return all so far, in whole blocks (B, H, >= max_length + T, D)."""
+        """Store k and v (B, H, T, D) at `positions` (B, T) and return all keys and values so far.
+
+        The result holds full blocks, so it is at least max_length + T long: (B, H, N*size, D).
+        """
         row = torch.arange(k.size(0), device=k.device)[:, None]
         self.keys[layer][row, :, positions] = k.transpose(1, 2).to(self.keys[layer].dtype)
         self.values[layer][row, :, positions] = v.transpose(1, 2).to(self.values[layer].dtype)
         N = -(-(self.max_length + k.size(2)) // self.size)
-        keys, values = (
-            self.keys[layer][:, :, : N * self.size],
-            self.values[layer][:, :, : N * self.size],
-        )
+        keys = self.keys[layer][:, :, : N * self.size]
+        values = self.values[layer][:, :, : N * self.size]
         if self.attention.kind == "block":
-            if k.size(2) == 1:  # one block of each row has changed
-                own = positions // self.size  # (B, 1)
-                blocks = keys.unflatten(2, (N, self.size))[row, :, own]  # (B, 1, H, size, D)
-                self.summaries[layer][row, :, own] = pool_keys(blocks, self.attention.pool)
+            if k.size(2) == 1:  # one block per row has changed
+                current = positions // self.size  # (B, 1)
+                blocks = keys.unflatten(2, (N, self.size))[row, :, current]  # (B, 1, H, size, D)
+                self.summaries[layer][row, :, current] = pool_keys(blocks, self.attention.pool)
             else:
                 self.summaries[layer][:, :, :N] = summarise(keys, self.size, self.attention.pool)
         return keys, values
 
     def tile_selection(self, layer: int, blocks: Tensor, positions: Tensor) -> Tensor:
-        """The choice of each query's tile, which is that of the tile's first query: blocks (B, H, T, K) as each would choose.
+        """Return the selection of each query's tile: (B, H, T, K).
 
-        Tiles that begin at one of the `positions` (B, T) are remembered, the others were when they began.
+        blocks (B, H, T, K): what each query would select; positions (B, T). A tile uses the
+        selection of its first query. Where that query is one of these, its selection is stored; for
+        the other tiles it was stored when they began.
         """
-        row, at = (positions % self.size == 0).nonzero(as_tuple=True)
+        row, at = (positions % self.size == 0).nonzero(as_tuple=True)  # first queries of tiles
         self.tile_selections[layer][row, :, positions[row, at] // self.size] = blocks[row, :, at]
-        every = torch.arange(blocks.size(0), device=blocks.device)[:, None]
-        return self.tile_selections[layer][every, :, positions // self.size].transpose(
-            1, 2
-        )  # (B, T, H, K) -> (B, H, T, K)
+        rows = torch.arange(blocks.size(0), device=blocks.device)[:, None]
+        selections = self.tile_selections[layer][rows, :, positions // self.size]  # (B, T, H, K)
+        return selections.transpose(1, 2)  # (B, H, T, K)
