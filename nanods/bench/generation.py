@@ -1,8 +1,9 @@
-"""Time per generated token with the cache and by reading the whole context again: results/generation.json.
+"""Measure the time per generated token with and without the cache: results/generation.json.
 
     python -m nanods.bench.generation            about 1 minute
 
-4 layers, 4 heads, width 128, 1,024 tokens of context, one row, medians of the same run; dense (V0) and block-sparse (V1).
+Without the cache, each token reads the whole context again. 4 layers, 4 heads, width 128, 1,024
+tokens of context, one row, median_seconds within one run; dense (V0) and block-sparse (V1).
 """
 
 from dataclasses import replace
@@ -17,6 +18,7 @@ from nanods.gpt import GPT
 
 @torch.no_grad()
 def measure(preset: str, context: int = 1024) -> dict[str, float]:
+    """Return the milliseconds per token with and without the cache, and their ratio."""
     model = GPT(
         replace(PRESETS[preset].model, n_layer=4, n_head=4, n_embd=128, context_length=context)
     )
@@ -25,26 +27,26 @@ def measure(preset: str, context: int = 1024) -> dict[str, float]:
     model(tokens[:, :-1], cache)
     lengths, max_length = cache.lengths, cache.max_length
 
-    def cached() -> None:
-        cache.lengths, cache.max_length = lengths, max_length  # write the same last place again
+    def cached_step() -> None:
+        cache.lengths, cache.max_length = lengths, max_length  # overwrite the last position
         model(tokens[:, -1:], cache)
 
-    with_cache = 1e3 * median_seconds({"cached": cached}, 50)["cached"]
-    without = 1e3 * median_seconds({"recomputed": lambda: model(tokens)}, 20)["recomputed"]
-    return {"cached_ms": with_cache, "recomputed_ms": without, "ratio": without / with_cache}
+    def full_pass() -> None:
+        model(tokens)
+
+    cached = 1e3 * median_seconds({"cached": cached_step}, 50)["cached"]
+    recomputed = 1e3 * median_seconds({"recomputed": full_pass}, 20)["recomputed"]
+    return {"cached_ms": cached, "recomputed_ms": recomputed, "ratio": recomputed / cached}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    table = {
-        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "fp32"}
-    }
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "fp32"}
+    table = {"machine": machine}
     for preset in ("v0-tiny", "v1-tiny"):
         table[preset] = measure(preset)
-        print(
-            f"{preset}: {', '.join(f'{name} {value:.2f}' for name, value in table[preset].items())}",
-            flush=True,
-        )
+        words = (f"{name} {value:.2f}" for name, value in table[preset].items())
+        print(f"{preset}: {', '.join(words)}", flush=True)
     write_json(Path("results/generation.json"), table)
 
 
