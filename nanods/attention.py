@@ -62,6 +62,7 @@ from torch import Tensor
 from nanods.attention_kernel import flex_block_attention, query_attention, tile_attention
 
 BEAM, FAN_OUT = 16, 4  # nodes that the tree search opens on each level, children per node
+QUERY_ROUTE_MIN = 1 << 14  # T * block_size from which sorting pairs beats a mask (choose_route)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class AttentionConfig:
     def activation_bytes(
         self, T: int, C: float, H: float, device: str, itemsize: int, masked: bool
     ) -> list[float]:
-        """Return the bytes per token that the attention kernel keeps for backward, tensor by tensor.
+        """Return the bytes per token that attention keeps for backward, tensor by tensor.
 
         H heads of total width C read sequences of T tokens on a "cpu" or "cuda" device. Matrix
         products use numbers of `itemsize` bytes. `masked` says whether dense attention has a mask.
@@ -117,7 +118,7 @@ class AttentionConfig:
         if self.kind == "topk":
             return [*kept, 4 * H * T, 4 * H * T, H * T]  # scores, weights and mask
         tile = self.method == "tile"
-        if self.kind == "block" and (tile or T * self.block_size >= 1 << 14):  # see choose_route
+        if self.kind == "block" and (tile or T * self.block_size >= QUERY_ROUTE_MIN):
             sorted_pairs = 0 if tile else 8 * H * self.top_blocks
             return [*kept, 0 if autocast else 4 * C, sorted_pairs]
         if self.kind == "block":
@@ -530,7 +531,7 @@ def choose_route(
         return "flex"
     if blocks.size(2) != T:
         return "tile"
-    if T * block_size >= 1 << 14:
+    if T * block_size >= QUERY_ROUTE_MIN:
         return "query"
     return "mask"
 

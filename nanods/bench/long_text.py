@@ -3,12 +3,12 @@
     python -m nanods.bench.long_text             about 10 minutes on one thread
     python -m nanods.bench.long_text --steps 50
 
-`make bench-long-text` runs the first. Data pydocs, the tiny preset with a context of 4,096 tokens, 2 sequences per step. The dense run
-takes --steps steps. Each sparse variant (blocks of 64, 8 selected and the current one) runs twice:
-for the same number of steps as dense, and for as many steps as fit into the time of the dense run.
-Each run has its complete learning rate schedule. Time is CPU time on one thread, without the
-evaluations. One seed, so differences of a few thousandths of a bit mean nothing. Finished runs are
-reused; delete the folder of the runs to repeat them.
+`make bench-long-text` runs the first line. Data pydocs, the tiny preset with a context of 4,096
+tokens, 2 sequences per step. The dense run takes --steps steps. Each sparse variant (blocks of 64,
+8 selected and the current one) runs twice: for the same number of steps as dense, and for as many
+steps as fit into the time of the dense run. Each run has its complete learning rate schedule. Time
+is CPU time on one thread, without the evaluations. One seed, so differences of a few thousandths of
+a bit mean nothing. Finished runs are reused; delete the folder of the runs to repeat them.
 """
 
 from dataclasses import dataclass

@@ -1,25 +1,30 @@
-"""Does it matter which blocks a query reads? Associative recall at a distance: results/recall.json and .png.
+"""Compare selection methods on associative recall over a distance: results/recall.json and .png.
 
-    python -m nanods.bench.recall                about 20 minutes on one thread; `make bench-recall`
+    python -m nanods.bench.recall                about 20 minutes on one thread
     python -m nanods.bench.recall --seeds 1
 
-A sequence of 256 tokens: 16 pairs of a key and a value stand at random even places among its first 96 tokens (6 blocks of 16),
-each key is asked for once, at a random even place after token 192, and its value follows. All else is filler. The model is to
-predict those 16 values; the loss is taken there alone, since fillers are noise. Each value is drawn freely from 64, so whoever
-cannot look the pair up is right once in 64 times. Through both of its layers a window reaches back 6 blocks, and from the
-first question 6 blocks back no pair stands.
+`make bench-recall` runs the first line. Does it matter which blocks a query attends to?
 
-The lessons grow: at first 4 pairs in 64 tokens, of which 3 past blocks and the own are all there is, so that recalling can be
-learnt before it is a question of distance; then step by step more pairs in longer sequences; at last the whole task. (Started
-on the whole task, flat and bound did not come past knowing which values occur: LOG.md.)
+The task. A sequence has 256 tokens. 16 (key, value) pairs are at random even positions among the
+first 96 tokens (6 blocks of 16). Each key appears once more, as a question, at a random even
+position from token 192 on, followed by its value, the answer. All other tokens are filler. The
+model predicts the 16 answers; the loss covers only them, since fillers are noise. Each value is
+drawn independently from 64, so a model that cannot look up the pair is right once in 64 times.
+Through both of its layers a window reaches 6 blocks back, and no pair is that close to a question.
 
-Every step draws fresh sequences; what is reported is the share of right answers on held-out ones, and where it comes from:
-the share of questions whose pair stands in a block that some head reads. All sparse variants read the same number of keys, 3
-past blocks and their own, and all variants have the same steps, batches and learning rates. A finished run is kept in the
-JSON and not run again, unless --fresh.
+The curriculum. Training starts with 4 pairs in 64 tokens, which are no more than 3 past blocks and
+the current one, so the model learns recall before distance matters. Then the number of pairs and
+the length grow with every step, up to the whole task. (Without a curriculum, flat and bound learnt
+only which values occur: LOG.md.)
 
-tree: with its default beam of 16 nodes, 16 blocks need no pyramid and it would be flat under another name. Here it opens 4
-nodes of 2 blocks each.
+The results. Every step draws new sequences. The results are the accuracy on held-out sequences, and
+per layer the fraction of questions whose pair is in a block that some head attends to. All sparse
+variants attend to the same number of keys, 3 past blocks and the current one. All variants have the
+same steps, batches and learning rates. Finished runs are kept in the JSON file and not repeated,
+unless --fresh.
+
+The variant "tree" opens 4 nodes of 2 blocks each. With the default beam of 16 nodes, 16 blocks need
+no tree, and the method would equal flat.
 """
 
 import contextlib
@@ -43,8 +48,8 @@ from nanods.errors import UserError, run
 from nanods.gpt import GPT, GPTConfig
 from nanods.training.muon import Muon, fast_bf16
 
-KINDS = 64  # different keys; as many values, and fillers
-HELD_OUT = 1 << 31  # a seed that no run trains with
+KINDS = 64  # number of different keys, of different values and of different fillers
+HELD_OUT = 1 << 31  # a seed that no training run uses
 
 SPARSE = AttentionConfig("block", block_size=16, top_blocks=3)
 VARIANTS = {
@@ -55,25 +60,28 @@ VARIANTS = {
     "tile": replace(SPARSE, method="tile"),
     "window": replace(SPARSE, method="window"),
 }
-BARS = {
+BARS = {  # the accuracy that each variant should reach, or for the window not exceed
     "dense": (">=", 0.98),
     "bound": (">=", 0.97),
     "flat": (">=", 0.90),
     "tree": (">=", 0.90),
-} | {
     "tile": (">=", 0.80),
     "window": ("<=", 0.05),
 }
 
-WHY = {  # measured where a figure stands in the runs (reached_in_layer), otherwise said with "presumably"
-    "dense": "Every query reads every key: what is left to learn is recall itself.",
-    "bound": "No key of a block can score above its bound, so a strong key is seen among the 16: the last layer reads the "
-    "pair's own block more often than by the mean (reached_in_layer).",
-    "flat": "In a mean the one key counts a sixteenth: the last layer misses the blocks of many pairs. Answers right all the "
-    "same came by a token between, presumably one that had read the pair in the first layer.",
-    "tree": "As flat: it opens 4 nodes of 2 blocks of at most 8, and misses little more.",
-    "tile": "A tile chooses by its first query, which asks for another key or for none: presumably what it reads suits the "
-    "others by luck.",
+# Why each variant scores as it does. "(reached_in_layer)" marks what the runs measure, "presumably"
+# marks what they do not.
+EXPLANATIONS = {
+    "dense": "Every query attends to every key, so only recall itself is left to learn.",
+    "bound": "No key in a block scores above its bound, so no strong key among the 16 is missed. "
+    "The last layer attends to the block of the pair more often than with the mean "
+    "(reached_in_layer).",
+    "flat": "One key is only a sixteenth of its block's mean, so the last layer misses the blocks "
+    "of many pairs. Their right answers came through a token in between, presumably one that "
+    "attended to the pair in the first layer.",
+    "tree": "Like flat: it opens 4 nodes of 2 blocks, of at most 8 nodes, and misses little more.",
+    "tile": "A tile uses the selection of its first query, which asks for another key or for none: "
+    "presumably its blocks suit the other queries only by chance.",
     "window": "It never sees the pairs: six blocks, through both layers, end before them.",
 }
 
@@ -81,224 +89,259 @@ WHY = {  # measured where a figure stands in the runs (reached_in_layer), otherw
 @dataclass(frozen=True)
 class Args:
     seeds: int = 3
-    """Runs of each variant."""
+    """Runs per variant."""
     near_steps: int = 200
-    """Optimizer steps on short sequences, at first."""
+    """Optimizer steps on short sequences, at the start."""
     grow_steps: int = 300
-    """Steps in which the sequences grow."""
+    """Optimizer steps during which the sequences grow."""
     far_steps: int = 300
-    """Steps on the whole task, at last."""
+    """Optimizer steps on the whole task, at the end."""
     batch_size: int = 32
-    """Sequences in a step; the short ones, which are cheap, are twice as many."""
+    """Sequences per step; twice as many while they are short and cheap."""
     lr: float = 0.02
     """Peak learning rate of Muon, for the matrices."""
     embedding_lr: float = 0.03
-    """Peak learning rate of AdamW, for the embedding and the head. train.py's half of Muon's leaves them behind here."""
+    """Peak learning rate of AdamW, for the embedding and the head. train.py's default, half of
+    Muon's, is too low here."""
     held_out: int = 1024
-    """Sequences that the answers are counted on."""
+    """Held-out sequences that the accuracy is measured on."""
     fresh: bool = False
-    """Run everything again."""
+    """Repeat finished runs."""
     results: Path = Path("results")
-    """Where the table and the picture go."""
+    """Where to write the table and the plot."""
 
 
 class Task(NamedTuple):
-    """How far and how hard: so many pairs, before token `told`; questions and answers from token `asked` to the end, T."""
+    """The size of the task: `pairs` pairs before position `pairs_end`, questions from
+    `questions_start` to the end, in a sequence of T tokens."""
 
     pairs: int
-    told: int
-    asked: int
+    pairs_end: int
+    questions_start: int
     T: int
 
 
 NEAR, FAR = Task(4, 32, 32, 64), Task(16, 96, 192, 256)
-# Where content matters and place does not, slow rope_cos_sin and soft scores learn sooner than those that suit text (LOG.md).
-SIZE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "context_length": FAR.T, "vocab_size": 3 * KINDS}
-SIZE |= {"rope_base": 100_000.0, "query_gain": 1.0}
+# Content matters here and position does not. So slow rotations and soft scores learn faster than
+# the values that suit text (LOG.md).
+SIZE = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 64,
+    "context_length": FAR.T,
+    "vocab_size": 3 * KINDS,
+    "rope_base": 100_000.0,
+    "query_gain": 1.0,
+}
 
 
 class Batch(NamedTuple):
     tokens: Tensor  # (B, T)
-    told: Tensor  # (B, pairs) where each pair's key stands at first; its value is the next token
-    asked: Tensor  # (B, pairs) where the same key is asked for; the answer is the next token
+    pair_positions: Tensor  # (B, pairs): the key of each pair; its value is the next token
+    question_positions: Tensor  # (B, pairs): the same key again; the answer is the next token
 
 
-def draw(seed: int, step: int, B: int, task: Task = FAR) -> Batch:
-    """B sequences by (seed, step) alone. Tokens below 64 are keys, below 128 values, below 192 fillers."""
-    random, (pairs, end, first, T) = np.random.default_rng([seed, step]), task
+def draw_batch(seed: int, step: int, B: int, task: Task = FAR) -> Batch:
+    """Return B random sequences that depend on (seed, step) alone.
+
+    Tokens below 64 are keys, below 128 values, below 192 fillers.
+    """
+    random, (pairs, pairs_end, questions_start, T) = np.random.default_rng([seed, step]), task
+
+    def random_even_positions(low: int, high: int) -> np.ndarray:
+        # Even, so that no pair overlaps another one or crosses the boundary of a block.
+        positions = np.tile(np.arange((high - low) // 2), (B, 1))
+        return low + 2 * random.permuted(positions, axis=1)[:, :pairs]
+
     tokens = random.integers(2 * KINDS, 3 * KINDS, (B, T))
     keys = random.permuted(np.tile(np.arange(KINDS), (B, 1)), axis=1)[:, :pairs]
     values = random.integers(KINDS, 2 * KINDS, (B, pairs))
-    (
-        told,
-        asked,
-    ) = (  # even places, so that no pair overlaps another or is cut by the edge of a block
-        low + 2 * random.permuted(np.tile(np.arange((high - low) // 2), (B, 1)), axis=1)[:, :pairs]
-        for low, high in ((0, end), (first, T))
+    pair_positions = random_even_positions(0, pairs_end)
+    question_positions = random_even_positions(questions_start, T)
+    for positions in (pair_positions, question_positions):
+        np.put_along_axis(tokens, positions, keys, axis=1)
+        np.put_along_axis(tokens, positions + 1, values, axis=1)
+    return Batch(*map(torch.from_numpy, (tokens, pair_positions, question_positions)))
+
+
+def task_at_step(step: int, args: Args) -> Task:
+    """Return the curriculum's task at a step: first NEAR, then growing sizes, finally FAR."""
+    progress = min(1.0, max(0.0, (step - args.near_steps) / max(1, args.grow_steps)))
+    pairs, *positions = (
+        near + progress * (far - near) for near, far in zip(NEAR, FAR, strict=True)
     )
-    for at in (told, asked):
-        np.put_along_axis(tokens, at, keys, axis=1)
-        np.put_along_axis(tokens, at + 1, values, axis=1)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(told), torch.from_numpy(asked))
+    return Task(round(pairs), *(2 * round(position / 2) for position in positions))
 
 
-def lesson(step: int, args: Args) -> Task:
-    """What is practised at a step: NEAR, then what lies between, then FAR."""
-    grown = min(1.0, max(0.0, (step - args.near_steps) / max(1, args.grow_steps)))
-    pairs, *places = (near + grown * (far - near) for near, far in zip(NEAR, FAR, strict=True))
-    return Task(round(pairs), *(2 * round(place / 2) for place in places))
-
-
-def answers(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
-    """The logits at the questions (B, pairs, V), what should follow them (B, pairs), and the layers' stats."""
+def predict_answers(
+    model: nn.Module, batch: Batch
+) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+    """Return the logits at the questions (B, pairs, V), the answers (B, pairs) and the stats."""
     logits, stats = model(batch.tokens, inspect=True)
-    at = batch.asked[..., None].expand(-1, -1, logits.size(-1))
-    return logits.gather(1, at).float(), batch.tokens.gather(1, batch.asked + 1), stats
+    at = batch.question_positions[..., None].expand(-1, -1, logits.size(-1))
+    answers = batch.tokens.gather(1, batch.question_positions + 1)
+    return logits.gather(1, at).float(), answers, stats
 
 
-def reached(blocks: Tensor, batch: Batch, size: int) -> Tensor:
-    """Whether a head reads the block that holds the pair it is asked for: blocks (B, H, R, K) -> (B, H, pairs)."""
-    each = expand_to_queries(blocks, batch.tokens.size(1), size)  # (B, H, T, K)
-    at = batch.asked[:, None, :, None].expand(-1, each.size(1), -1, each.size(-1))
-    return (each.gather(2, at) == batch.told[:, None, :, None] // size).any(dim=-1)
+def reaches_pair(blocks: Tensor, batch: Batch, size: int) -> Tensor:
+    """Return whether each head selects, at each question, the block that contains the pair.
+
+    blocks (B, H, R, K), of `size` keys -> bool (B, H, pairs).
+    """
+    by_query = expand_to_queries(blocks, batch.tokens.size(1), size)  # (B, H, T, K)
+    at = batch.question_positions[:, None, :, None]
+    at = at.expand(-1, by_query.size(1), -1, by_query.size(-1))
+    pair_blocks = batch.pair_positions[:, None, :, None] // size
+    return (by_query.gather(2, at) == pair_blocks).any(dim=-1)
 
 
 @torch.no_grad()
 def evaluate(model: GPT, autocast, sequences: int, task: Task) -> dict:
-    """Shares of the held-out questions: answered rightly; in each layer, reached by some head."""
-    right, found = [], []
+    """Return metrics on held-out sequences.
+
+    `accuracy`: the fraction of questions answered correctly. `reached_in_layer`, for block
+    attention: per layer, the fraction of questions whose pair some head reaches.
+    """
+    attention = model.config.attention
+    correct, reached = [], []
     for step in range(-(-sequences // 128)):
-        batch = draw(HELD_OUT, step, min(128, sequences - 128 * step), task)
+        batch = draw_batch(HELD_OUT, step, min(128, sequences - 128 * step), task)
         with autocast:
-            logits, targets, stats = answers(model, batch)
-        right.append(logits.argmax(dim=-1) == targets)  # (B, pairs)
-        if (attention := model.config.attention).kind == "block":
-            found.append(
-                torch.stack(
-                    [
-                        reached(layer["blocks"], batch, attention.block_size).any(dim=1)
-                        for layer in stats
-                    ]
-                )
-            )
-    share = {"accuracy": torch.cat(right).double().mean().item()}
-    return share | (
-        {"reached_in_layer": torch.cat(found, dim=1).double().mean(dim=(1, 2)).tolist()}
-        if found
-        else {}
-    )
+            logits, answers, stats = predict_answers(model, batch)
+        correct.append(logits.argmax(dim=-1) == answers)  # (B, pairs)
+        if attention.kind == "block":
+            by_layer = [
+                reaches_pair(layer["blocks"], batch, attention.block_size).any(dim=1)
+                for layer in stats
+            ]
+            reached.append(torch.stack(by_layer))  # (L, B, pairs)
+    metrics = {"accuracy": torch.cat(correct).double().mean().item()}
+    if reached:
+        fractions = torch.cat(reached, dim=1).double().mean(dim=(1, 2))
+        metrics["reached_in_layer"] = fractions.tolist()
+    return metrics
 
 
 def train(variant: str, seed: int, args: Args) -> dict:
-    """One run, from its first weights to its figures."""
+    """Train one model from scratch and return its metrics."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SIZE, attention=VARIANTS[variant]))
-    others = [*model.embedding.parameters(), *model.head.parameters()]
+    muon = Muon(model.blocks.parameters(), lr=args.lr, momentum=0.9)
     adamw = torch.optim.AdamW(
-        others, lr=args.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        [*model.embedding.parameters(), *model.head.parameters()],
+        lr=args.embedding_lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
     )
-    optimizers = {
-        Muon(model.blocks.parameters(), lr=args.lr, momentum=0.9): args.lr,
-        adamw: args.embedding_lr,
-    }
+    peak_lrs = {muon: args.lr, adamw: args.embedding_lr}
     bf16 = fast_bf16(torch.device("cpu"))  # as train.py's --dtype auto
     autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
     steps = args.near_steps + args.grow_steps + args.far_steps
-    curve, start, cpu = [], time.perf_counter(), time.process_time()
+    curve, start, cpu_start = [], time.perf_counter(), time.process_time()
     for step in range(steps):
-        factor = min(
-            1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.6 * steps)
-        )  # as train.py
-        for optimizer, peak in optimizers.items():
-            optimizer.param_groups[0]["lr"] = peak * factor
-        task = lesson(step, args)
+        warmup, cooldown = (step + 1) / (0.02 * steps), (steps - step) / (0.6 * steps)
+        for optimizer, peak in peak_lrs.items():
+            optimizer.param_groups[0]["lr"] = peak * min(1.0, warmup, cooldown)  # as train.py
+        task = task_at_step(step, args)
         with autocast:
-            batch = draw(seed, step, args.batch_size * (2 if task == NEAR else 1), task)
-            logits, targets, _ = answers(model, batch)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            batch = draw_batch(seed, step, args.batch_size * (2 if task == NEAR else 1), task)
+            logits, answers, _ = predict_answers(model, batch)
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer in peak_lrs:
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            curve.append([step + 1, (logits.argmax(dim=-1) == targets).double().mean().item()])
-    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    near, far = (evaluate(model, autocast, args.held_out, task) for task in (NEAR, FAR))
-    precision = {"dtype": "bf16" if bf16 else "fp32"}
-    return (
-        far
-        | {"accuracy_near": near["accuracy"]}
-        | spent
-        | precision
-        | {"steps_and_accuracy_on_their_batch": curve}
-    )
+            accuracy = (logits.argmax(dim=-1) == answers).double().mean().item()
+            curve.append([step + 1, accuracy])
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    near = evaluate(model, autocast, args.held_out, NEAR)
+    far = evaluate(model, autocast, args.held_out, FAR)
+    return {
+        **far,
+        "accuracy_near": near["accuracy"],
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "dtype": "bf16" if bf16 else "fp32",
+        "step_batch_accuracy": curve,
+    }
+
+
+def accuracies(runs: dict[str, dict], variant: str) -> list[float]:
+    """Return the accuracy of each run of a variant; runs are named variant/seed."""
+    return [metrics["accuracy"] for name, metrics in runs.items() if name.split("/")[0] == variant]
 
 
 def summarise(runs: dict[str, dict]) -> dict[str, dict]:
-    """Over the seeds of each variant that has runs: mean, least and most of the accuracy, and whether its bar is met."""
+    """Return mean, min and max accuracy over the seeds of each variant, and whether it is met."""
     table = {}
     for variant, (sign, bar) in BARS.items():
-        values = [
-            figures["accuracy"] for name, figures in runs.items() if name.split("/")[0] == variant
-        ]
-        if values:
-            mean = statistics.mean(values)
-            met = mean >= bar if sign == ">=" else mean <= bar
-            spread = {"mean": mean, "least": min(values), "most": max(values)}
-            table[variant] = spread | {"seeds": len(values), "bar": f"{sign} {bar}", "met": met}
+        values = accuracies(runs, variant)
+        if not values:
+            continue
+        mean = statistics.mean(values)
+        table[variant] = {
+            "mean": mean,
+            "min": min(values),
+            "max": max(values),
+            "seeds": len(values),
+            "bar": f"{sign} {bar}",
+            "met": mean >= bar if sign == ">=" else mean <= bar,
+        }
     return table
 
 
-def write(path: Path, settings: dict, runs: dict[str, dict]) -> None:
-    write_json(path, {"settings": settings, "summary": summarise(runs), "why": WHY, "runs": runs})
+def write_results(path: Path, settings: dict, runs: dict[str, dict]) -> None:
+    table = {"settings": settings, "summary": summarise(runs), "why": EXPLANATIONS, "runs": runs}
+    write_json(path, table)
+
+
+def run_settings(args: Args) -> dict:
+    """Return every setting that the result of a run depends on."""
+    flags = asdict(args)
+    for name in ("seeds", "fresh", "results"):
+        del flags[name]
+    return {
+        **flags,
+        "size": SIZE,
+        "near": NEAR._asdict(),
+        "far": FAR._asdict(),
+        "variants": {name: asdict(attention) for name, attention in VARIANTS.items()},
+    }
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(1)
     path = args.results / "recall.json"
-    settings = {
-        name: value
-        for name, value in asdict(args).items()
-        if name not in ("seeds", "fresh", "results")
-    }
-    settings |= {"size": SIZE, "near": NEAR._asdict(), "far": FAR._asdict()}
-    settings["variants"] = {name: asdict(attention) for name, attention in VARIANTS.items()}
-    known = (
-        json.loads(path.read_text())
-        if path.exists() and not args.fresh
-        else {"settings": settings, "runs": {}}
-    )
-    if known["settings"] != settings:
-        raise UserError(
-            f"{path} holds runs with other settings: run them again with --fresh, or choose another --results"
-        )
-    runs = known["runs"]
+    settings, runs = run_settings(args), {}
+    if path.exists() and not args.fresh:
+        saved = json.loads(path.read_text())
+        if saved["settings"] != settings:
+            raise UserError(
+                f"{path} holds runs with other settings: repeat them with --fresh, or choose "
+                "another --results"
+            )
+        runs = saved["runs"]
     for seed in range(args.seeds):
         for variant in VARIANTS:
-            if (name := f"{variant}/{seed}") in runs:
+            name = f"{variant}/{seed}"
+            if name in runs:
                 continue
             runs[name] = {"torch": torch.__version__} | train(variant, seed, args)
-            print(
-                f"{name}: {runs[name]['accuracy']:.1%} right, {runs[name]['cpu_seconds']:.0f} CPU-seconds",
-                flush=True,
-            )
-            write(path, settings, runs)
-    write(path, settings, runs)
-    rows = {
-        v: [figures["accuracy"] for name, figures in runs.items() if name.split("/")[0] == v]
-        for v in VARIANTS
-    }
+            accuracy, cpu_seconds = runs[name]["accuracy"], runs[name]["cpu_seconds"]
+            print(f"{name}: {accuracy:.1%} right, {cpu_seconds:.0f} CPU-seconds", flush=True)
+            write_results(path, settings, runs)
+    write_results(path, settings, runs)
+    rows = {variant: accuracies(runs, variant) for variant in VARIANTS}
     bars = {variant: bar for variant, (_, bar) in BARS.items()}
-    plots.save(
-        plots.dot_plot(rows, bars, "share of right answers on held-out sequences"),
-        args.results / "recall.png",
-    )
+    figure = plots.dot_plot(rows, bars, "accuracy on held-out sequences")
+    plots.save(figure, args.results / "recall.png")
     for variant, row in summarise(runs).items():
-        print(
-            f"{variant:7} {row['mean']:.1%} ({row['least']:.1%} to {row['most']:.1%}), bar {row['bar']}: {row['met']}"
-        )
+        spread = f"{row['mean']:.1%} ({row['min']:.1%} to {row['max']:.1%})"
+        print(f"{variant:7} {spread}, bar {row['bar']}: {'met' if row['met'] else 'not met'}")
 
 
 if __name__ == "__main__":
