@@ -1,8 +1,7 @@
-"""Mixture of Experts: replace the MLP of a block by E MLPs, of which a router selects K for each
-token.
+"""Mixture of Experts: a block has E MLPs instead of one, and a router selects K for each token.
 
 V2 adds this to V1. With the probabilities p = softmax(x W_gate) and the K most probable experts
-selected, a token's output is
+selected, the output of a token is
 
     y = sum over selected e of w_e MLP_e(x),    w_e = p_e / (sum of p over the selected experts)
 
@@ -18,9 +17,9 @@ only. The file reads from top to bottom, one idea at a time:
     MoE                    the layer; its update_bias evens the load without a loss
     upcycle                start each expert as a copy of a trained MLP   (arXiv:2212.05055)
 
-No assignment is dropped unless capacity_factor is set, and then in training only. With a capacity
-limit a token's output depends on later tokens and on other rows of the batch
-(tests/test_moe_layer.py shows both), which generation cannot reproduce.
+No assignment is dropped unless capacity_factor is set, and then in training only: with a capacity
+limit a token's output can depend on later tokens and on other rows of the batch, which generation
+cannot reproduce (tests/test_moe_layer.py shows both).
 
 Left out on purpose, as exercises: sigmoid scores, router noise, shared and fine-grained experts
 (DeepSeekMoE, arXiv:2401.06066).
@@ -393,11 +392,11 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """Raise the selection bias of experts below the mean load by bias_rate, lower that of
-        experts above it.
+        """Raise the selection bias of underused experts by bias_rate, lower that of overused ones.
 
-        Call it once after each optimizer step, with the load (E,) summed over the step's
-        micro-batches and processes. DeepSeek-V3, arXiv:2412.19437.
+        An expert is underused if its load is below the mean. Call this once after each optimizer
+        step, with the load (E,) summed over the step's micro-batches and processes. DeepSeek-V3,
+        arXiv:2412.19437.
         """
         load = load.to(self.bias)
         self.bias += self.bias_rate * (load.mean() - load).sign()
