@@ -1,7 +1,6 @@
-"""Checkpoints of a sharded model: each process writes and reads its own shards, and the files are
-those of one process.
+"""Checkpoints of a sharded model: all processes write their shards; the files are those of one.
 
-    save     every process    its shards                              OUT/.shards/shard-*.safetensors
+    save     every process    its shards                              OUT/.shards/shard-*
              main process     the plain files, merged from the        OUT/step_000060/
                               shards, which it then deletes             (training/checkpoint.py)
     restore  every process    its own rows of the plain files
@@ -56,11 +55,11 @@ def save(
     state: dict,
     processes: ProcessGroups,
 ) -> None:
-    """Write training.checkpoint.save's files from the parts of all processes. Every process must
-    call it.
+    """Write the files of training.checkpoint.save from the parts of all processes.
 
-    What all processes hold (also the random state) is written as the main process has it. If a
-    process cannot write, all raise UserError, and no earlier checkpoint is lost.
+    Every process must call it. What all processes hold, the random state too, is written as the
+    main process has it. If a process cannot write, all raise UserError, and no earlier checkpoint
+    is lost.
     """
     shards = out / ".shards"
     local = {}
@@ -107,8 +106,9 @@ def restore(
 
 
 def read_local(model: nn.Module, path: Path, optimizer: bool) -> dict[str, Tensor]:
-    """Read the weights, or the optimizers' tensors, of a checkpoint: of split tensors this
-    process's part, others whole.
+    """Read the weights, or the optimizers' tensors, of a checkpoint, as this process holds them.
+
+    Of tensors that are split it reads this process's part, and all others whole.
     """
     parameters = as_dtensors(model, dict(model.named_parameters()))
     reader = HuggingFaceStorageReader(str(path))
@@ -135,8 +135,8 @@ def read_local(model: nn.Module, path: Path, optimizer: bool) -> dict[str, Tenso
 
 
 def as_local_stack(value: Tensor, stack: nn.Parameter) -> Tensor:
-    """Undo `as_dtensors` for one tensor: (E, ...) over all processes -> this rank's experts,
-    sharded as `stack` is.
+    """Undo `as_dtensor`: return this rank's experts (E/P, ...) of (E, ...), sharded like
+    `stack`.
     """
     local = to_local(value)
     if isinstance(stack, DTensor) and local.shape == to_local(stack).shape:
@@ -145,12 +145,11 @@ def as_local_stack(value: Tensor, stack: nn.Parameter) -> Tensor:
 
 
 def as_dtensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` with each stack of this rank's experts (E/P, ...) as the DTensor (E, ...) that
-    it is a part of.
+    """Return `state` with each stack of this rank's experts (E/P, ...) as a DTensor (E, ...).
 
     `state`: tensors by name, such as model.state_dict() or checkpoint.optimizer_tensors(). A tensor
-    without the name or the shape of such a stack is returned as it is. The shards of FSDP and of
-    tensor parallelism are such: they are DTensors already.
+    without the name or the shape of such a stack is returned as it is; the other shards of FSDP and
+    those of tensor parallelism are DTensors already.
     """
     stacks, result = local_expert_stacks(model), {}
     for name, value in state.items():
@@ -162,9 +161,7 @@ def as_dtensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def as_dtensor(value: Tensor, stack: nn.Parameter, group: dist.ProcessGroup) -> DTensor:
-    """Return the DTensor (E, ...) of which this process has `value`, a tensor shaped like `stack`
-    (E/P, ...).
-    """
+    """Return the DTensor (E, ...) of which this process has `value`, shaped like `stack`."""
     device = value.device.type
     if isinstance(stack, DTensor):  # each expert is also sharded by FSDP, between its replicas
         groups = [stack.device_mesh.get_group(), group]
@@ -190,9 +187,7 @@ def find_parameter(by_parameter: dict, key: str):
 
 
 def is_optimizer_name(name: str) -> bool:
-    """Return whether a name is that of an optimizer's tensor or of random state, not of a
-    weight.
-    """
+    """Return whether a name is of an optimizer's tensor or of random state, not of a weight."""
     return "/" in name
 
 
@@ -212,8 +207,9 @@ def user_error(error: CheckpointException, advice: str) -> BaseException:
 
 
 def merge(shards: Path, folder: Path) -> None:
-    """Write the plain files of the tensors in `shards`. Raises SafetensorError, OSError or
-    CheckpointException.
+    """Write the plain files of the tensors in `shards`.
+
+    Raises SafetensorError, OSError or CheckpointException if a file cannot be read or written.
     """
     reader = HuggingFaceStorageReader(str(shards))
     metadata = reader.read_metadata()
@@ -230,11 +226,10 @@ def merge(shards: Path, folder: Path) -> None:
 def write_plain(
     reader: HuggingFaceStorageReader, tensors: dict[str, TensorStorageMetadata], file: Path
 ) -> None:
-    """Write what safetensors' save_file would write, byte for byte, with about CHUNK_BYTES in
-    memory at a time.
+    """Write the bytes that safetensors' save_file would write, CHUNK_BYTES or a tensor at a
+    time.
     """
-    # Safetensors orders tensors by dtype, the widest first, then by name: let it write a header of
-    # empty tensors.
+    # Safetensors orders tensors by dtype, the widest first: let it order a header of empty tensors.
     empty = {name: torch.empty(0, dtype=t.properties.dtype) for name, t in tensors.items()}
     header = json.loads(serialize(empty)[8:])
     end = 0

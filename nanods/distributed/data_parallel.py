@@ -1,13 +1,12 @@
-"""Data parallelism: the processes are replicas, read different examples, and average their
-gradients once a step.
+"""Data parallelism: replicas of the model read different examples and average their gradients.
 
-Gradients are summed after the last micro-batch, in buckets, by all-reduce. DistributedDataParallel
-does the same while backward still runs (Li et al. 2020, arXiv:2006.15704).
+Gradients are summed once a step, after the last micro-batch, in buckets, by all-reduce.
+DistributedDataParallel does so while backward still runs (Li et al. 2020, arXiv:2006.15704).
 
 Every replica would repeat Muon's orthogonalisation of every matrix. Instead each orthogonalises its
 share of the matrices and all gather the results (`orthogonalise_distributed`).
 
-Left out on purpose: that overlap with backward, which would need a second rule for gradient caching
+Left out on purpose: that overlap with backward. It would need a second rule for gradient caching
 and for experts. Pinned by tests/distributed/test_meshes.py.
 """
 
@@ -27,13 +26,12 @@ BUCKET_SIZE = 1 << 22  # elements of one all-reduce: few enough calls, and small
 def average_gradients(
     model: nn.Module, world_size: int, expert_replicas: dist.ProcessGroup | None
 ) -> None:
-    """Replace each gradient by that of the whole batch: the sum over the processes divided by
-    `world_size`.
+    """Replace each gradient by that of the whole batch: the mean over all processes.
 
-    The gradient of an expert that one rank of an ep group holds already is the sum over that group,
-    whose tokens it has processed. It is summed over the expert's replicas alone (None: it has
-    none), and divided by the number of all processes. Shards of FSDP are left out: it averages them
-    while backward runs.
+    The gradient of an expert on one rank of an ep group already is the sum over that group, whose
+    tokens the expert has processed. So it is summed over the expert's replicas alone (None: there
+    are none), and divided by the number of all processes. The shards of FSDP are left out: FSDP
+    averages their gradients while backward runs.
     """
     experts = set(expert_parameters(model))
     parameters = [p for p in model.parameters() if not isinstance(p, DTensor)]
@@ -46,9 +44,7 @@ def average_gradients(
 def average_bucket(
     bucket: list[nn.Parameter], world_size: int, group: dist.ProcessGroup | None
 ) -> None:
-    """Sum the gradients of some parameters over a group (None: do not) and divide them by
-    `world_size`.
-    """
+    """Sum the gradients of a bucket over a group (None: do not), and divide by `world_size`."""
     grads = [p.grad for p in bucket]
     is_in_place = len(grads) == 1 and grads[0].is_contiguous()  # do not copy a large gradient
     flat = grads[0] if is_in_place else torch.cat([grad.flatten() for grad in grads])
@@ -61,8 +57,9 @@ def average_bucket(
 
 
 def gradient_buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Group parameters, in order, into buckets of about BUCKET_SIZE elements. Missing gradients
-    become zeros.
+    """Group parameters, in order, into buckets of about BUCKET_SIZE elements.
+
+    A gradient that is None becomes zeros, so that all processes reduce the same tensors.
     """
     buckets, free = [], 0
     for p in parameters:
@@ -77,8 +74,7 @@ def gradient_buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]
 
 
 def orthogonalise_distributed(stack: Tensor) -> Tensor:
-    """Orthogonalise matrices (..., R, C) that all processes hold, each process its share of them:
-    muon.orthogonalise.
+    """Compute muon.orthogonalise of (..., R, C) on all processes, each its share of the matrices.
 
     Of N matrices in a world of W, rank r orthogonalises the matrices r, r + W, r + 2 W, ... Results
     are gathered in the dtype in which they were computed. A stack of FSDP's shards goes to

@@ -1,9 +1,8 @@
-"""Expert parallelism: each process holds some of the experts, and tokens are sent to them (GShard,
-arXiv:2006.16668).
+"""Expert parallelism: each process holds some of the experts, and tokens are sent to them.
 
-Each of P processes has its own tokens and E/P of the experts: rank r holds the experts from r E/P
-to (r + 1) E/P - 1. One row for each of a token's K choices is sent to the rank that holds the
-expert, computed there, and sent back:
+GShard, arXiv:2006.16668. Each of P processes has its own tokens and E/P of the experts: rank r
+holds the experts from r E/P to (r + 1) E/P - 1. One row for each of a token's K choices is sent to
+the rank that holds the expert, computed there, and sent back:
 
     1. Sort the rows by expert: rows for one rank are then next to each other.
     2. all-to-all: how many rows there are for each expert; then the rows.
@@ -27,8 +26,7 @@ rank of its expert. So
     parameters on all processes     .grad on process s is the gradient of L_s alone:
                                     sum over all W processes, divide by W
     `expert_parameters`             .grad already is the sum over the P processes of the group:
-                                    sum over the W/P replicas of the expert, divide by W (not by
-                                    W/P)
+                                    sum over the W/P replicas of the expert, divide by W (not W/P)
 
 Clipping counts each expert once (sharding.clip_grad_norm). The balance loss, the z-loss and a
 capacity are computed for each micro-batch of each process, as one process computes them for each of
@@ -64,7 +62,7 @@ Group = dist.ProcessGroup
 
 
 class AllToAll(torch.autograd.Function):
-    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; gradients are sent
+    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ..., and gradients
     back.
     """
 
@@ -80,9 +78,7 @@ class AllToAll(torch.autograd.Function):
 
 
 def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-    """Exchange rows: (sum of sent, C) -> (sum of received, C), in the order of the ranks they come
-    from.
-    """
+    """Send (sum of sent, C) rows and return (sum of received, C), ordered by the sending rank."""
     output = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
     return output
@@ -91,8 +87,7 @@ def all_to_all(rows: Tensor, sent: list[int], received: list[int], group: Group)
 def experts_parallel(
     x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor, group: Group
 ) -> Tensor:
-    """Compute moe.experts_sorted over the processes of `group`, each with its own tokens and
-    experts.
+    """Compute experts_sorted over the processes of `group`, each with its own tokens and experts.
 
     x (N, C), weights (N, K), experts (N, K) below E, or E where an assignment is dropped -> (N, C).
     up (E/P, F, C) and out (E/P, C, F) are the experts of this process. N can differ between
@@ -106,8 +101,7 @@ def experts_parallel(
     sent, received = both_counts.sum(dim=-1).tolist()  # rows per rank
     order = order[: sum(sent)]  # the dropped assignments are last and not sent
     token = order // K  # (M,)
-    # Cast after the selection, so that backward sums the gradients of a token's rows in x's own
-    # dtype.
+    # Cast after the selection: backward then sums the gradients of a token's rows in x's dtype.
     rows = x.index_select(0, token).to(compute_dtype(x))
     rows = AllToAll.apply(rows, sent, received, group)  # (M, C) -> (R, C)
     expert_of_count = torch.arange(n_local, device=x.device).repeat(P)
@@ -122,8 +116,7 @@ def experts_parallel(
 
 
 def split_experts(model: nn.Module, group: Group) -> None:
-    """Keep only this rank's experts in each MoE layer, up (E/P, F, C) and out (E/P, C, F), and send
-    tokens within `group`.
+    """Keep this rank's experts in each MoE layer, up (E/P, F, C), out (E/P, C, F); use `group`.
 
     Call it once, on a whole model that is the same on all processes, before its optimizers are
     created. Raises ValueError if P does not divide E; a model of plain MLPs has one expert.
@@ -150,9 +143,7 @@ def local_experts(stack: Tensor, group: Group) -> Tensor:
 
 
 def local_expert_stacks(model: nn.Module) -> dict[str, tuple[nn.Parameter, Group]]:
-    """Return the split stacks of experts by their names in the model, each with its group; {}
-    before `split_experts`.
-    """
+    """Return {name: (stack, group)} of the split stacks of experts; {} before `split_experts`."""
     names = {p: name for name, p in model.named_parameters()}
     stacks = {}
     for layer in model.modules():

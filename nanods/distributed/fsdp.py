@@ -1,9 +1,9 @@
-"""Fully sharded data parallelism, FSDP (Rajbhandari et al. 2019, arXiv:1910.02054; Zhao et al.
-2023, arXiv:2304.11277).
+"""Fully sharded data parallelism (FSDP): each process keeps a shard of all weights.
 
-Each of P processes holds 1/P of every matrix, embedding table and stack of experts: consecutive
-rows of its first dimension, with the gradients and the optimizer state of those rows. torch's
-`fully_shard` gathers the rest when a block needs it:
+Rajbhandari et al. 2019, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277. Each of P processes
+holds 1/P of every matrix, embedding table and stack of experts: consecutive rows of its first
+dimension, with the gradients and the optimizer state of those rows. torch's `fully_shard` gathers
+the rest when a block needs it:
 
     before a block, forward and backward    all-gather: the block's whole weights, freed after it
     after a block's backward                reduce-scatter: each process gets its rows of the mean
@@ -39,8 +39,7 @@ from nanods.gpt import Block
 from nanods.moe import MoE
 from nanods.training.muon import orthogonalise, products_dtype
 
-# On a CPU DTensor would warn, at each redistribute, that it uses an all-gather in place of an
-# all-to-all.
+# On a CPU, DTensor would warn that `orthogonalise_shards` uses an all-gather, not an all-to-all.
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
 
 
@@ -50,13 +49,12 @@ def shard_fsdp(
     expert_replicas: DeviceMesh | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Keep this process's shards of a whole model, in place. Call it before the optimizers are
-    created.
+    """Keep this process's shards of a whole model, in place.
 
-    `mesh`: all processes. `expert_replicas`: where experts are split already (ep), the processes
-    that hold the same experts as this one. `dtype`: the dtype in which the blocks' weights are
-    gathered, that of autocast (None: their own). Raises UserError if the rows of an expert do not
-    divide over its replicas.
+    Call it before the optimizers are created. `mesh`: all processes. `expert_replicas`: where
+    experts are split already (ep), the processes that hold the same experts as this one. `dtype`:
+    the dtype in which the blocks' weights are gathered, that of autocast (None: their own). Raises
+    UserError if the rows of an expert do not divide over its replicas.
     """
     not_sharded = set()
     for name, p in model.named_parameters():
@@ -85,8 +83,8 @@ def shard_fsdp(
             ignored_params=not_sharded,
             shard_placement_fn=lambda p: Shard(dim),
         )
-        # Sum, then divide by the number of all processes: gloo has no mean, and experts need it
-        # (expert_parallel.py).
+        # Sum, then divide: gloo has no mean, and the gradients of experts too are divided by the
+        # number of all processes (expert_parallel.py).
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(mesh.size())
 
@@ -99,12 +97,11 @@ def shard_fsdp(
 
 
 def orthogonalise_shards(stack: DTensor) -> DTensor:
-    """Orthogonalise a stack of sharded matrices: muon.orthogonalise of a DTensor (..., R, C) -> the
-    same, sharded alike.
+    """Compute muon.orthogonalise of sharded matrices: (..., R, C) -> the same, sharded alike.
 
-    A stack (N, E, R, C) that is sharded along E is orthogonalised in place. Other matrices are each
-    sent whole to one process, and back in their shards, both in the dtype in which they are
-    orthogonalised (all-to-all; PyTorch uses an all-gather on a CPU).
+    A stack (N, E, R, C) that is sharded along E is computed where it is, without communication.
+    Other matrices are each sent whole to one process, and back in their shards, both in the dtype
+    in which they are orthogonalised (by all-to-all; on a CPU PyTorch uses an all-gather).
     """
     is_whole = stack.placements[0].dim < stack.ndim - 2  # a shard holds whole matrices
     matrices = stack if is_whole else stack.flatten(0, -3)

@@ -1,5 +1,6 @@
-"""torchrun, with all its flags: `python -m nanods.distributed.launch --standalone --nproc-per-node
-2 train.py v2-tiny`.
+"""Start train.py by several processes: torchrun, with all its flags.
+
+    python -m nanods.distributed.launch --standalone --nproc-per-node 2 train.py v2-tiny
 
 It differs from torchrun in how it exits: a UserError is one message and exit code 2, where torchrun
 adds a traceback and exits with 1. It refuses a mesh that does not fit before any process starts. It
@@ -67,9 +68,7 @@ def main() -> None:
 
 
 def with_timeouts(rdzv_conf: str) -> str:
-    """Return torchrun's --rdzv-conf with our timeouts before it: of two settings with one name the
-    last one counts.
-    """
+    """Return torchrun's --rdzv-conf with our timeouts before it: the last of two values counts."""
     settings = (
         f"timeout={TIMEOUT_SECONDS:.0f},join_timeout={TIMEOUT_SECONDS:.0f},"
         f"read_timeout={min(60, TIMEOUT_SECONDS):.0f}"
@@ -78,8 +77,7 @@ def with_timeouts(rdzv_conf: str) -> str:
 
 
 def exit_code(codes: dict[int, int]) -> int:
-    """Return the exit code of the run from those of the processes that failed (by rank), and report
-    fatal signals.
+    """Return the exit code of the run from those of the ranks that failed; report fatal signals.
 
     torchrun stops the other processes by SIGTERM, which is not reported.
     """
@@ -92,8 +90,9 @@ def exit_code(codes: dict[int, int]) -> int:
 
 
 def exit_if_port_in_use(endpoint: str) -> None:
-    """Exit with code 2 if a program other than torchrun listens at `endpoint`: PyTorch would wait
-    for it without limit.
+    """Exit with code 2 if a program other than torchrun listens at `endpoint`.
+
+    PyTorch would wait for its answer without limit.
     """
     address, _, port = endpoint.rpartition(":")
     try:

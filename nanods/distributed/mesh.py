@@ -1,5 +1,4 @@
-"""The mesh of a run: along which axes its processes (GPUs) split the work, and how many stand along
-each axis.
+"""The mesh of a run: the axes along which its processes (GPUs) split the work, and their sizes.
 
 Training and planning share one spelling, that of the flag --mesh: `dp=2,ep=2`.
 
@@ -10,7 +9,7 @@ Training and planning share one spelling, that of the flag --mesh: `dp=2,ep=2`.
     ep      the batch, experts                           n_expert / ep experts, the rest whole
     tp      attention heads and hidden units of MLPs     n_head / tp heads, the rest whole
 
-An axis stands alone, or ep beside dp or fsdp. In dp=2,ep=2 each group of two processes holds all
+A mesh has one axis, or ep beside dp or fsdp. In dp=2,ep=2 each group of two processes holds all
 experts, and the two groups are replicas. In fsdp=2,ep=2 the four processes shard the weights
 outside the experts, and each expert is sharded between the two processes that hold it.
 
@@ -42,12 +41,11 @@ class Mesh:
     def parse(
         cls, text: str | None, world_size: int | None = None, n_expert: int | None = None
     ) -> Self:
-        """Return the mesh that `text` spells ("dp=2,ep=2"). None is data parallelism over all
-        `world_size` processes.
+        """Return the mesh that `text` spells, such as "dp=2,ep=2".
 
-        Raises UserError if the text is not such a spelling, if the mesh is not for `world_size`
-        processes, or if `n_expert` experts do not divide over its ep axis. `world_size` and
-        `n_expert` of None are not checked.
+        A `text` of None is dp over all `world_size` processes. A `world_size` or `n_expert` of None
+        is not checked. Raises UserError if the text is not such a spelling, if the mesh is not for
+        `world_size` processes, or if `n_expert` experts do not divide over its ep axis.
         """
         if text is None:
             return cls.of(dp=world_size or 1)
@@ -84,12 +82,12 @@ class Mesh:
 
     @property
     def kind(self) -> str:
-        """The axes without their sizes, one of KINDS: "dp,ep"."""
+        """Return the axes without their sizes, one of KINDS: "dp,ep"."""
         return ",".join(self.axes)
 
     @property
     def world_size(self) -> int:
-        """The number of processes."""
+        """Return the number of processes."""
         return math.prod(self.sizes)
 
     @property
@@ -98,7 +96,7 @@ class Mesh:
 
     @property
     def fsdp(self) -> int:
-        """The size of the fsdp axis. In fsdp=1,ep=4 it is 1, and FSDP still shards: see
+        """Return the size of the fsdp axis. It is 1 in fsdp=1,ep=4, which FSDP shards:
         `is_fsdp`.
         """
         return self.size("fsdp")
@@ -117,17 +115,17 @@ class Mesh:
 
     @property
     def batch_shards(self) -> int:
-        """The number of parts into which the batch is split: the processes of a tp group read the
-        same examples.
+        """Return the number of parts of the batch: the processes of a tp group read the same
+        one.
         """
         return self.world_size // self.tp
 
     @property
     def is_fsdp(self) -> bool:
-        """Whether weights are sharded by FSDP."""
+        """Return whether FSDP shards the weights."""
         return "fsdp" in self.axes
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no process holds the whole model."""
+        """Return whether no process holds the whole model."""
         return self.world_size > 1 and (self.is_fsdp or self.ep > 1 or self.tp > 1)

@@ -1,5 +1,4 @@
-"""The processes of one run: who this process is, and how they agree: `make train-v2 PROCS=2
-ARGS="--mesh dp=2"`.
+"""The processes of one run, such as those of `make train-v2 PROCS=2 ARGS="--mesh dp=2"`.
 
 Each process reads other examples of the batch (with tp, the same ones). Together they take the step
 that one process would take with the same micro-batches one after another. What each axis of the
@@ -21,7 +20,7 @@ start, checkpoint.py how they save and restore a sharded model.
 The loss of a step is the mean over all processes, so its gradient is the sum of their gradients
 divided by their number.
 
-Left out on purpose: tp beside another axis. Run over gloo, on CPUs; never run on several GPUs.
+Left out on purpose: tp beside another axis. Tested over gloo, on CPUs; never run on several GPUs.
 Pinned by tests/distributed/test_meshes.py: in fp64 two and four processes make the steps of one, to
 1e-10.
 """
@@ -57,11 +56,10 @@ class ProcessGroups:
     def __init__(
         self, mesh: str | None = None, n_expert: int = 1, mesh_reason: str = "as requested"
     ) -> None:
-        """Connect to the other processes of the run. `mesh_reason` says why this mesh was chosen,
-        for the log.
+        """Connect to the other processes of the run.
 
-        Raises UserError if the mesh does not fit the number of processes or of experts, or if a
-        process does not connect.
+        `mesh_reason` says why this mesh was chosen, for the log. Raises UserError if the mesh does
+        not fit the number of processes or of experts, or if a process does not connect.
         """
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
@@ -82,8 +80,8 @@ class ProcessGroups:
                 kind, self.mesh.sizes, mesh_dim_names=self.mesh.axes
             )
         if not self.is_main_process:
-            # Silence stdout of all processes but the main one, so that each line is printed once.
-            # Errors go to stderr.
+            # Only the main process prints to stdout, so that each line appears once. Errors of all
+            # processes go to stderr.
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  stays open until the process exits
 
     def __str__(self) -> str:
@@ -94,7 +92,7 @@ class ProcessGroups:
 
     @property
     def device(self) -> str:
-        """The kind of device whose tensors the backend communicates."""
+        """Return the type of device whose tensors the backend communicates."""
         return "cuda" if self.world_size > 1 and dist.get_backend() == "nccl" else "cpu"
 
     @property
@@ -110,9 +108,7 @@ class ProcessGroups:
         return self.mesh.is_fsdp
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """Return this process's group along an axis of the mesh, or None if the mesh does not have
-        the axis.
-        """
+        """Return this process's group along an axis, or None if the mesh does not have the axis."""
         if self.device_mesh is None or axis not in self.mesh.axes:
             return None
         return self.device_mesh[axis].get_group()
@@ -125,8 +121,9 @@ class ProcessGroups:
     # ---- the batch, the model and its gradients ------------------------------------------------
 
     def local_batch(self, batch_size: int) -> slice:
-        """Return which examples of the batch this process reads. Raises UserError if they do not
-        divide evenly.
+        """Return which examples of the batch this process reads.
+
+        Raises UserError if the batch does not divide over the processes.
         """
         if batch_size % self.batch_shards:
             raise UserError(
@@ -140,12 +137,12 @@ class ProcessGroups:
     def shard_model(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
     ) -> nn.Module:
-        """Return this process's part of a model, on its device. Call it before the optimizers are
-        created.
+        """Return this process's part of a model, on its device.
 
-        If the mesh shards the model, the weights are those of rank 0, in main memory; of the other
-        ranks' models only the shapes are read, so they can be on the meta device. FSDP gathers
-        weights in `dtype`, the dtype of autocast (None: the weights' own).
+        Call it before the optimizers are created. If the mesh shards the model, the weights are
+        those of rank 0, in main memory; of the other ranks' models only the shapes are read, so
+        they can be on the meta device. FSDP gathers weights in `dtype`, the dtype of autocast
+        (None: the weights' own).
         """
         if not self.is_sharded:
             return model.to(device)
@@ -167,11 +164,10 @@ class ProcessGroups:
         return model
 
     def average_gradients(self, model: nn.Module) -> None:
-        """Average the gradients over all processes, in place, and set `communication_seconds`,
-        waiting included.
+        """Average the gradients over all processes, in place, and set `communication_seconds`.
 
-        FSDP averages the gradients of shards while backward runs, which `communication_seconds`
-        does not count.
+        The seconds include waiting for other processes, but not the work of FSDP, which averages
+        the gradients of its shards while backward runs.
         """
         if self.batch_shards > 1:
             start = time.perf_counter()
@@ -218,11 +214,10 @@ class ProcessGroups:
         return int(smallest)
 
     def on_main_process(self, work: Callable[[], int | None]) -> int:
-        """Run `work` on the main process while the others wait; return its result (None: 0) on all
-        processes.
+        """Run `work` on the main process while the others wait; return its result on all of them.
 
-        If it raises, every process raises: the main process the same exception, the others a
-        UserError.
+        A result of None becomes 0. If `work` raises, every process raises: the main process the
+        same exception, the others a UserError.
         """
         result_and_failed = torch.zeros(2, dtype=torch.long, device=self.device)
         exception = None

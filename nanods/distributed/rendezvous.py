@@ -36,16 +36,15 @@ CONNECTION_LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|[Tt]imed out|timeout|ncclRemoteError"
 )
 
-# The key-value stores of the processes after `rendezvous`: "run", and "attempt", the keys of this
-# attempt in it.
+# After `rendezvous`: the key-value store of the "run", and the part of it for this "attempt".
 stores: dict[str, dist.Store] = {}
 
 
 def rendezvous(backend: str) -> bool:
-    """Connect to the other processes; return whether this run had started before (`mark_started`),
-    before a process died.
+    """Connect to the other processes; return whether they were started again after a failure.
 
-    Raises UserError if a process does not connect in time, or the port is in use.
+    They were if an earlier attempt has called `mark_started`. Raises UserError if a process does
+    not connect in time, or the port is in use.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
     try:
@@ -53,6 +52,7 @@ def rendezvous(backend: str) -> bool:
             wait_for_port(address, port)
         store, rank, world_size = connect_to_store()
         store.set_timeout(TIMEOUT)
+        stores.clear()
         stores["run"] = store
         restarted = store.check(["started"])
         stores["attempt"] = dist.PrefixStore(attempt_number(store, rank, world_size), store)
@@ -71,10 +71,10 @@ def rendezvous(backend: str) -> bool:
 
 
 def connect_to_store() -> tuple[dist.Store, int, int]:
-    """Return the run's key-value store, this process's rank and the number of processes. Raises
-    TimeoutError.
+    """Return the run's key-value store, this process's rank and the number of processes.
 
-    PyTorch itself would wait without limit if a program that is not a store listens on the port.
+    Raises TimeoutError after TIMEOUT_SECONDS. PyTorch itself would wait without limit if a program
+    that is not a store listens on the port.
     """
 
     def connect() -> tuple[dist.Store, int, int]:
@@ -98,8 +98,9 @@ def first_line(error: Exception) -> str:
 
 
 def wait_for_port(address: str, port: int) -> None:
-    """Wait until a program listens on a port. Raises OSError after TIMEOUT_SECONDS. PyTorch's own
-    wait prints its stack.
+    """Wait until a program listens on a port. Raises OSError after TIMEOUT_SECONDS.
+
+    PyTorch would wait too, but print a stack of C++ when it gives up.
     """
     end = time.monotonic() + TIMEOUT_SECONDS
     while True:
@@ -130,8 +131,9 @@ def attempt_number(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 def answer_all_ranks(store: dist.Store, number: str, world_size: int) -> None:
-    """Give the number of the attempt to each other rank, until all have received it. Raises
-    RuntimeError on timeout.
+    """Give the number of the attempt to each other rank, until all have received it.
+
+    Raises RuntimeError after TIMEOUT_SECONDS.
     """
     end = time.monotonic() + TIMEOUT_SECONDS
     while True:
@@ -157,12 +159,12 @@ def mark_started() -> None:
 
 
 def run_distributed(main: Callable[[], None]) -> None:
-    """Run the `main` of a program of several processes: errors.run, but one process reports, and
-    each exits at once.
+    """Run the `main` of a program of one or several processes, and exit.
 
-    At once, by os._exit: process groups have threads, which PyTorch's caches keep alive and which
-    sometimes abort Python's own exit ("terminate called without an active exception"). And to close
-    a group can mean to wait for dead processes.
+    One process calls errors.run. Of several, one reports an error for all, and each exits at once,
+    by os._exit: process groups have threads, which PyTorch's caches keep alive and which sometimes
+    abort Python's own exit ("terminate called without an active exception"); and to close a group
+    can mean to wait for dead processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         run(main)
@@ -183,9 +185,7 @@ def run_distributed(main: Callable[[], None]) -> None:
 
 
 def report_once(main: Callable[[], None]) -> None:
-    """Run `main`. If it raises a UserError that another process has reported already, exit with
-    code 2 and no message.
-    """
+    """Run `main`; on a UserError, exit without a message if another process has reported one."""
     try:
         main()
     except Exception as error:
@@ -193,14 +193,13 @@ def report_once(main: Callable[[], None]) -> None:
         failure = connection_failure(error)
         if failure:
             error = UserError(
-                f"another process was lost ({failure}; the timeout is {TIMEOUT_SECONDS:g} s, set by "
-                "NANODS_TIMEOUT), so this process exits too. The saved checkpoints are intact: the "
-                "same command with --resume continues from the last one"
+                f"another process was lost ({failure}; the timeout is {TIMEOUT_SECONDS:g} s, "
+                "set by NANODS_TIMEOUT), so this process exits too. The saved checkpoints are "
+                "intact: the same command with --resume continues from the last one"
             )
         if isinstance(error, UserError) and not is_first:
-            time.sleep(
-                1
-            )  # torchrun kills all when one exits: let the process that reports exit first
+            # torchrun kills all processes when one exits: let the one that reports exit first.
+            time.sleep(1)
             sys.exit(2)
         raise error from None
 
@@ -214,9 +213,7 @@ def is_first_to_report() -> bool:
 
 
 def connection_failure(error: Exception) -> str | None:
-    """Return the words that say how another process was lost, or None if `error` is a bug, which
-    keeps its traceback.
-    """
+    """Return the words of `error` that say how another process was lost; None for a bug."""
     is_network_error = isinstance(error, RuntimeError) and (
         "gloo" in str(error) or isinstance(error, dist.DistError)
     )

@@ -1,5 +1,4 @@
-"""What every way of sharding a model needs: local tensors, a common start, and the norm of all
-gradients.
+"""What every kind of sharding needs: local tensors, the weights of rank 0, and the gradient norm.
 
 A tensor of a sharded model is one of three kinds:
 
@@ -54,10 +53,9 @@ def broadcast_parameters(model: nn.Module, full_state: dict[str, Tensor]) -> Non
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients so that their norm over the whole model is at most `max_norm`; return the
-    norm () before.
+    """Scale the gradients to a norm of at most `max_norm`; return the norm () they had.
 
-    It is nn.utils.clip_grad_norm_ for a sharded model: the square of the norm is that of the
+    This is nn.utils.clip_grad_norm_ for a sharded model. The square of the norm is that of the
     parameters that all processes hold, counted once, plus those of shards and experts, summed over
     the processes that hold them. Every process must call it, after the gradients are averaged, and
     gets the same norm. A model that is not sharded goes to clip_grad_norm_.
@@ -84,15 +82,12 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def parameter_groups(model: nn.Module) -> dict[nn.Parameter, dist.ProcessGroup]:
-    """Return, for each parameter that is split, the group of processes between which it is
-    split.
-    """
+    """Return the group of processes over which each split parameter is split."""
     groups = {}
     for p in model.parameters():
         if isinstance(p, DTensor):
             groups[p] = p.device_mesh.get_group()
     for p, group in local_expert_stacks(model).values():
-        # Experts that are sharded too are split over all processes: the ep groups times the
-        # replicas.
+        # With fsdp beside ep an expert is sharded over its replicas, so all processes have a part.
         groups[p] = dist.group.WORLD if p in groups else group
     return groups

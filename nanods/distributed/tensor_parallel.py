@@ -1,9 +1,8 @@
-"""Tensor parallelism: every process reads the same tokens, each with some of the heads (Shoeybi et
-al. 2019, arXiv:1909.08053).
+"""Tensor parallelism: all processes read the same tokens, each with some of the heads.
 
-Each of P processes has H/P attention heads and F/P hidden units of each MLP: rows of the first
-matrices (query, key, value; up) and columns of the last ones (out). So each process computes one of
-P terms of what a layer adds to a token:
+Shoeybi et al. 2019, arXiv:1909.08053. Each of P processes has H/P attention heads and F/P hidden
+units of each MLP: rows of the first matrices (query, key, value; up) and columns of the last ones
+(out). So each process computes one of P terms of what a layer adds to a token:
 
     forward     all-reduce: the sum of the terms, after attention and after the MLP
     backward    all-reduce: the sum of the gradients of the layer's input
@@ -32,10 +31,10 @@ from nanods.moe import MLP
 
 
 def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Keep this process's heads and hidden units of a whole GPT (V0 to V2), in place. Call it
-    before the optimizers exist.
+    """Keep this process's heads and hidden units of a whole GPT (V0 to V2), in place.
 
-    Raises UserError for V3, and if the heads do not divide over the mesh.
+    Call it before the optimizers are created. Raises UserError for V3, and if the heads do not
+    divide over the mesh.
     """
     if not isinstance(model, GPT):
         raise UserError(
@@ -67,11 +66,10 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def reduce_input_gradient(n_arguments: int) -> PrepareModuleInput:
-    """Return the plan of a layer with `n_arguments` positional arguments: all-reduce the gradient
-    of the first one.
+    """Return a plan that all-reduces the gradient of a layer's first argument, of `n_arguments`.
 
-    The layer's input becomes a replicated DTensor. So its gradient is summed over the processes
-    once for the whole layer, not once for each of the matrices that read it.
+    The argument becomes a replicated DTensor. So its gradient is summed over the processes once for
+    the whole layer, not once for each of the matrices that read it.
     """
     layouts = (Replicate(), *[None] * (n_arguments - 1))
     return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
