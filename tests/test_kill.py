@@ -1,4 +1,6 @@
-"""Killed at any moment, resumed, and still bit for bit the undisturbed run; a full disk loses nothing that was saved."""
+"""A run killed at any moment resumes and ends bit for bit as if undisturbed; a full disk loses no
+saved checkpoint.
+"""
 
 import os
 import random
@@ -16,24 +18,16 @@ from tests.test_train import metrics, weights
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
+BLOCKS = ["--attention.block-size", "8"]
 
 
-def start(workspace, *args, **options):
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "v1-tiny",
-        *TINY,
-        "--attention.block-size",
-        "8",
-        "--data",
-        "text.txt",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def start(workspace, *flags, **options):
+    """Start `train.py v1-tiny ... FLAGS` in the workspace."""
+    train = [sys.executable, str(ROOT / "train.py"), "v1-tiny", *TINY, *BLOCKS]
     return subprocess.Popen(
-        [*command, *map(str, args)],
+        [*train, "--data", "text.txt", *map(str, flags)],
         cwd=workspace,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -41,22 +35,15 @@ def start(workspace, *args, **options):
     )
 
 
-def test_killed_again_and_again_it_ends_as_if_undisturbed(workspace):
-    options = ("--steps", 400, "--save-every", 3)
-    undisturbed = start(workspace, *options, "--out-dir", "whole")
+def test_a_run_killed_again_and_again_ends_as_if_undisturbed(workspace):
+    flags = ("--steps", 400, "--save-every", 3)
+    undisturbed = start(workspace, *flags, "--out-dir", "whole")
     assert undisturbed.wait(300) == 0, undisturbed.stderr.read()
     chance, kills = random.Random(0), 0
     while True:
         resume = ["--resume"] if checkpoint.list_checkpoints(workspace / "cut") else []
-        process = start(workspace, *options, *resume, "--out-dir", "cut")
-        while process.poll() is None and not (workspace / "cut" / "metrics.jsonl").exists():
-            time.sleep(0.01)  # the first seconds are imports
-        before = (workspace / "cut" / "metrics.jsonl").stat().st_mtime_ns
-        while (
-            process.poll() is None
-            and (workspace / "cut" / "metrics.jsonl").stat().st_mtime_ns == before
-        ):
-            time.sleep(0.01)
+        process = start(workspace, *flags, *resume, "--out-dir", "cut")
+        wait_for_training(process, workspace / "cut" / "metrics.jsonl")
         try:
             process.wait(chance.uniform(0.05, 1.5) if kills < 8 else 300)
         except subprocess.TimeoutExpired:
@@ -71,66 +58,77 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(workspace):
     assert weights(workspace / "cut") == weights(workspace / "whole")
 
 
-def test_killed_in_the_middle_of_writing_a_checkpoint(workspace):
-    """The writer is killed just before the rename: the checkpoint before is the one that counts."""
+def wait_for_training(process, file):
+    """Wait until a process, after seconds of imports, writes to its metrics file, or exits."""
+    while process.poll() is None and not file.exists():
+        time.sleep(0.01)
+    before = file.stat().st_mtime_ns
+    while process.poll() is None and file.stat().st_mtime_ns == before:
+        time.sleep(0.01)
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(workspace):
+    """It is killed just before it renames the folder of step 6."""
     code = (
-        "import os, signal, sys, train\n"
+        "import os, signal, train\n"
         "from nanods.errors import run\n"
         "from nanods.training import checkpoint\n"
-        "real = checkpoint.fsync\n"
-        "checkpoint.fsync = lambda p: os.kill(os.getpid(), signal.SIGKILL) if '_000006' in str(p) else real(p)\n"
+        "fsync = checkpoint.fsync\n"
+        "def fsync_or_kill(path):\n"
+        "    if '_000006' in str(path):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    fsync(path)\n"
+        "checkpoint.fsync = fsync_or_kill\n"
         "run(train.main)\n"
     )
-    options = [*TINY, "--data", "text.txt", "--steps", "9", "--save-every", "3", "--out-dir", "cut"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", code, "v1-tiny", *options, "--attention.block-size", "8"]
-    assert (
-        subprocess.run(arguments, cwd=workspace, env=environment, capture_output=True).returncode
-        == -9
+    steps = ["--steps", "9", "--save-every", "3"]
+    flags = [*TINY, "--data", "text.txt", *steps, "--out-dir", "cut", *BLOCKS]
+    killed = subprocess.run(
+        [sys.executable, "-c", code, "v1-tiny", *flags],
+        cwd=workspace,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
     )
-    assert [path.name for path in checkpoint.list_checkpoints(workspace / "cut")] == [
-        "step_000000",
-        "step_000003",
-    ]
-    resumed = start(workspace, "--steps", 9, "--save-every", 3, "--out-dir", "cut", "--resume")
+    assert killed.returncode == -9
+    names = [path.name for path in checkpoint.list_checkpoints(workspace / "cut")]
+    assert names == ["step_000000", "step_000003"]
+    resumed = start(workspace, *steps, "--out-dir", "cut", "--resume")
     assert resumed.wait(120) == 0, resumed.stderr.read()
-    whole = start(workspace, "--steps", 9, "--save-every", 3, "--out-dir", "whole")
+    whole = start(workspace, *steps, "--out-dir", "whole")
     assert whole.wait(120) == 0
     assert weights(workspace / "cut") == weights(workspace / "whole")
     assert metrics(workspace / "cut") == metrics(workspace / "whole")
 
 
-def test_a_limit_on_the_size_of_files_is_said_and_nothing_saved_is_lost(workspace):
-    """The nearest thing to a full disk that needs no rights: the checkpoint that would cross the limit fails."""
+def test_a_limit_on_file_sizes_is_reported_and_no_saved_checkpoint_is_lost(workspace):
+    """As near to a full disk as possible without root: writing the checkpoint over the limit
+    fails.
+    """
     first = start(workspace, "--steps", 3, "--save-every", 3, "--out-dir", "run", "--seed", 1)
     assert first.wait(120) == 0
     before = weights(workspace / "run")
 
-    def limited():
+    def limit_file_size():
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
-    process = start(
-        workspace, "--steps", 9, "--save-every", 3, "--out-dir", "full", preexec_fn=limited
-    )
+    flags = ("--steps", 9, "--save-every", 3, "--out-dir", "full")
+    process = start(workspace, *flags, preexec_fn=limit_file_size)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    assert "Traceback" not in err and (
-        "refuses a file of this size" in err or "free some space" in err
-    )
-    assert (
-        not checkpoint.list_checkpoints(workspace / "full") and weights(workspace / "run") == before
-    )
+    assert "Traceback" not in err
+    assert "refuses a file of this size" in err or "free some space" in err
+    assert not checkpoint.list_checkpoints(workspace / "full")
+    assert weights(workspace / "run") == before
 
 
 @pytest.fixture
 def small_disk(workspace):
-    """A file system of 8 MB of its own."""
+    """A separate file system of 8 MB."""
     disk = workspace / "disk"
     disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]
     try:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True
-        )
+        done = subprocess.run(mount, capture_output=True, text=True)
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if done.returncode:
@@ -139,27 +137,26 @@ def small_disk(workspace):
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room_again(workspace, small_disk):
-    options = ("--steps", 9, "--save-every", 3)
-    whole = start(workspace, *options, "--out-dir", "whole")
+def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_space(workspace, small_disk):
+    flags, out = ("--steps", 9, "--save-every", 3), small_disk / "run"
+    whole = start(workspace, *flags, "--out-dir", "whole")
     assert whole.wait(120) == 0, whole.stderr.read()
-    one = sum(path.stat().st_size for path in checkpoint.load(workspace / "whole").path.iterdir())
+    saved = checkpoint.load(workspace / "whole").path
+    size = sum(path.stat().st_size for path in saved.iterdir())
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     filler = small_disk / "filler"
-    filler.write_bytes(
-        bytes(free - 2 * one)
-    )  # room for the first two checkpoints, not for a third beside them
-    full = start(workspace, *options, "--out-dir", small_disk / "run")
+    filler.write_bytes(bytes(free - 2 * size))  # space for two checkpoints, not for a third
+    full = start(workspace, *flags, "--out-dir", out)
     _, err = full.communicate(timeout=120)
     assert full.returncode == 2, err
     assert "Traceback" not in err and "space" in err
-    assert [path.name for path in checkpoint.list_checkpoints(small_disk / "run")] == [
+    assert [path.name for path in checkpoint.list_checkpoints(out)] == [
         "step_000000",
         "step_000003",
     ]
-    assert not list((small_disk / "run").glob(".writing-*"))
+    assert not list(out.glob(".writing-*"))
     filler.unlink()
-    resumed = start(workspace, *options, "--out-dir", small_disk / "run", "--resume")
+    resumed = start(workspace, *flags, "--out-dir", out, "--resume")
     assert resumed.wait(120) == 0, resumed.stderr.read()
-    assert weights(small_disk / "run") == weights(workspace / "whole")
-    assert metrics(small_disk / "run") == metrics(workspace / "whole")
+    assert weights(out) == weights(workspace / "whole")
+    assert metrics(out) == metrics(workspace / "whole")

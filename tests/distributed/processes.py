@@ -1,4 +1,4 @@
-"""Runs of train.py by several processes that meet over gloo, a number of them one after another."""
+"""Runs of train.py by several processes over gloo. Each process does all runs one after another."""
 
 import json
 import os
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+MAX_BYTES = 4096  # of a file, for the process whose disk counts as full
+DISK_FULL = "disk-full:"  # a job that begins with "disk-full:1" limits the files of process 1
 
 
 def free_port() -> int:
@@ -16,75 +18,81 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def train_by(processes: int, jobs: list[list[str]], folder: Path) -> list[list[tuple[int, str]]]:
-    """Each job's words to train.py, in `folder` -> by process, the exit code and what it said to stderr, job by job.
+def train_on_processes(
+    world_size: int, jobs: list[list[str]], folder: Path
+) -> list[list[tuple[int, str]]]:
+    """Run train.py in `folder` with the arguments of each job, by `world_size` processes.
 
-    Words that begin with "full:1" are without it train.py's; process 1 may then write no file of more than 4,096 bytes.
+    Return, for each process and each job, the exit code and the stderr. A job may begin with
+    "disk-full:1": process 1 then cannot write files of more than MAX_BYTES.
     """
     ports = [str(free_port()) for _ in jobs]
+    module = "tests.distributed.processes"
+    command = [sys.executable, "-m", module, json.dumps(jobs), json.dumps(ports)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": str(processes),
+        "WORLD_SIZE": str(world_size),
     }
-    words = [
-        sys.executable,
-        "-m",
-        "tests.distributed.processes",
-        json.dumps(jobs),
-        json.dumps(ports),
-    ]
-    started = [
-        subprocess.Popen(
-            words,
+    processes = []
+    for rank in map(str, range(world_size)):
+        process = subprocess.Popen(
+            command,
             cwd=folder,
-            env={**environment, "RANK": r, "LOCAL_RANK": r},
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for r in map(str, range(processes))
-    ]
-    told = [process.communicate(timeout=1800)[0] for process in started]
-    return [json.loads(out.splitlines()[-1]) for out in told]
+        processes.append(process)
+    outputs = [process.communicate(timeout=1800)[0] for process in processes]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def main() -> None:
+    """Run all jobs in this process, and print exit codes and stderr as JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    stdout, results = sys.stdout, []  # train.py silences sys.stdout on all ranks but 0
+    for job, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
+        os.environ["MASTER_PORT"] = port
+        results.append(run_job(job))
+    print(json.dumps(results), file=stdout, flush=True)
+    # As rendezvous.run_distributed: DTensor keeps process groups, whose threads may abort Python's
+    # own exit.
+    os._exit(0)
+
+
+def run_job(job: list[str]) -> tuple[int, str]:
+    """Run train.py once; return its exit code and the end of its stderr."""
     import contextlib
     import io
     import resource
 
-    import torch
     import torch.distributed as dist
 
     import train
     from nanods.errors import run
 
-    torch.set_num_threads(1)
-    told, said = [], sys.stdout
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    for words, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
-        os.environ["MASTER_PORT"] = port
-        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        full = words[0] == f"full:{os.environ['RANK']}"
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if full else most, most))
-        argv, sys.argv = sys.argv, ["train.py", *words[words[0].startswith("full:") :]]
-        code = 0
-        with (
-            contextlib.redirect_stderr(io.StringIO()) as err,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            try:
-                run(train.main)
-            except SystemExit as error:
-                code = error.code
-                dist.destroy_process_group()
-        told.append((code, err.getvalue()[-2000:]))
-        sys.argv = argv
-    print(json.dumps(told), file=said, flush=True)
-    os._exit(
-        0
-    )  # as meeting.together does: DTensor keeps groups, whose threads may abort a Python that ends by itself
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    is_full = job[0] == f"{DISK_FULL}{os.environ['RANK']}"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_BYTES if is_full else limit, limit))
+    arguments = job[1:] if job[0].startswith(DISK_FULL) else job
+    argv, sys.argv = sys.argv, ["train.py", *arguments]
+    code = 0
+    with (
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        try:
+            run(train.main)
+        except SystemExit as error:
+            code = error.code
+            dist.destroy_process_group()
+    sys.argv = argv
+    return code, stderr.getvalue()[-2000:]
 
 
 if __name__ == "__main__":
