@@ -140,7 +140,7 @@ def make_run_optimizers(
     among them; experts that one process holds alone it orthogonalises alone."""
     if processes.world_size == 1:
         return make_optimizers(config, model)
-    alone = processes.ep > 1 and not processes.fsdp
+    alone = processes.mesh.ep > 1 and not processes.mesh.is_fsdp
     for_experts = orthogonalise if alone else orthogonalise_distributed
     return make_optimizers(config, model, orthogonalise_distributed, for_experts)
 

@@ -38,6 +38,7 @@ from nanods.errors import UserError
 from nanods.gpt import Block
 from nanods.moe import MoE
 from nanods.training.muon import orthogonalise, products_dtype
+from nanods.training.parameter_groups import fp32_parameters
 
 # On a CPU, DTensor would warn that `orthogonalise_shards` uses an all-gather, not an all-to-all.
 logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
@@ -56,10 +57,8 @@ def shard_fsdp(
     the dtype in which the blocks' weights are gathered, that of autocast (None: their own). Raises
     UserError if the rows of an expert do not divide over its replicas.
     """
-    not_sharded = set()
-    for name, p in model.named_parameters():
-        if p.ndim == 0 or name.endswith("gate.weight"):
-            not_sharded.add(p)
+    not_sharded = {model.get_parameter(name) for name in fp32_parameters(model)}
+    not_sharded |= {p for p in model.parameters() if p.ndim == 0}
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     split_layers = []
     if expert_replicas is not None:

@@ -95,18 +95,6 @@ class ProcessGroups:
         """Return the type of device whose tensors the backend communicates."""
         return "cuda" if self.world_size > 1 and dist.get_backend() == "nccl" else "cpu"
 
-    @property
-    def mesh_sizes(self) -> dict[str, int]:
-        return dict(zip(self.mesh.axes, self.mesh.sizes, strict=True))
-
-    @property
-    def ep(self) -> int:
-        return self.mesh.ep
-
-    @property
-    def fsdp(self) -> bool:
-        return self.mesh.is_fsdp
-
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Return this process's group along an axis, or None if the mesh does not have the axis."""
         if self.device_mesh is None or axis not in self.mesh.axes:
