@@ -1,248 +1,250 @@
-"""Ways to share a step out over GPUs: what each GPU holds, what it sends and how long that takes.
+"""The cost of a mesh of GPUs: the bytes that each GPU holds and sends in a step, and the time.
 
-    dp           each GPU holds everything and computes a part of the batch           gradients are added up
-    fsdp         the same, but weights, gradients and moments are shared out          weights are gathered, block by block
-    ep           as dp, but each GPU holds E / n experts                              tokens travel to their experts and back
-    tp           all GPUs compute the same sequences, each a part of the heads        activations are added up
-    dp x ep, fsdp x ep    groups of G GPUs (neighbours) share the experts out; n / G such groups
+    dp    each GPU holds the whole model and computes a part of the batch; gradients are added up
+    fsdp  as dp, but weights, gradients and optimizer state are sharded; weights are gathered for
+          each block
+    ep    as dp, but each GPU holds n_expert / ep experts; tokens are sent to them and back
+    tp    all GPUs compute the same sequences, each with a part of the heads and of the MLPs;
+          activations are added up
 
-Bytes that one GPU sends, of a tensor of S bytes in a group of n: all-reduce 2 (n - 1) / n S (a ring), all-gather and
-reduce-scatter (n - 1) / n S, all-to-all (n - 1) / n S. A ring over machines uses all their network cards at once, an all-to-all
-its GPU's own. What gradients and weights need is hidden behind the computation as far as it goes; tokens and activations on
-their way (ep, tp) are waited for.
+In dp,ep and fsdp,ep each group of ep neighbouring GPUs shares the experts, and the groups are
+replicas. The meshes are defined in nanods/distributed/mesh.py.
 
-Left out: latencies, embeddings gathered by V3's loss, and Muon's own products and gathering, which a trainer of this size would
-share out over the GPUs (1% of v2-full's arithmetic).
+To move a tensor of S bytes in a group of n, each GPU sends 2 (n - 1) / n S in an all-reduce (a
+ring) and (n - 1) / n S in an all-gather, reduce-scatter or all-to-all. A ring over several machines
+uses all their network cards at once, an all-to-all only that of its own GPU. Gradients and weights
+travel while the GPU computes, as far as its computation lasts. Tokens (ep) and activations (tp) are
+waited for.
 
-Shapes: n GPUs, G of them a group of experts, E experts, K a token, L layers, C width.
+Left out: latencies, the embeddings that V3's loss gathers, and Muon's products and gathering, which
+the GPUs would divide (1% of v2-full's arithmetic).
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nanods.config import Config
-from nanods.planner.hardware import NODE, Device
+from nanods.distributed.mesh import Mesh
+from nanods.planner.hardware import GPUS_PER_NODE, Device
 from nanods.planner.memory import (
-    KINDS,
-    LIBRARIES,
-    Counts,
-    Setting,
-    activations,
-    logits,
+    LIBRARY_BYTES,
+    MEMORY_KINDS,
+    ModelCost,
+    StepConfig,
+    activation_bytes,
+    logit_bytes,
     optimizer_bytes,
-    scratch,
-    sequences,
+    orthogonalisation_bytes,
+    sequence_lengths,
 )
 
-REACHED = 0.7  # of a link's speed: an assumption
-MESHES = ("dp", "fsdp", "ep", "tp", "dp x ep", "fsdp x ep")
-SENT = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+LINK_EFFICIENCY = 0.7  # fraction of a link's speed that is reached: an assumption
+MESH_KINDS = ("dp", "fsdp", "ep", "tp", "dp,ep", "fsdp,ep")  # in the order of the tables
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
 
 
-@dataclass(frozen=True)
-class Mesh:
-    kind: str
-    gpus: int
-    group: int = 1
-    """GPUs that share the experts out (G)."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind} ({self.gpus // self.group} x {self.group})"
-            if "x" in self.kind
-            else self.kind
-        )
-
-    @property
-    def ranks(self) -> int:
-        """Parts into which the batch is cut."""
-        return 1 if self.kind == "tp" else self.gpus
-
-    @property
-    def sharded(self) -> bool:
-        return self.kind.startswith("fsdp")
-
-
-def possible(config: Config, gpus: int) -> tuple[list[Mesh], dict[str, str]]:
-    """All meshes of so many GPUs, and of each kind that there is none of, why."""
-    m, E = config.model, config.model.moe.n_expert
-    groups = [G for G in range(2, gpus + 1) if E % G == 0 and gpus % G == 0] if E > 1 else []
-    found, why = [Mesh("dp", gpus)], {}
-    found += [Mesh("fsdp", gpus)] if gpus > 1 else []
-    found += [Mesh("ep", gpus, gpus)] if gpus in groups else []
+def possible_meshes(config: Config, gpus: int) -> tuple[list[Mesh], dict[str, str]]:
+    """Return all meshes of `gpus` GPUs, and for each kind that has none the reason."""
+    n_expert, n_head = config.model.moe.n_expert, config.model.n_head
     multimodal = bool(config.multimodal.modalities)
-    found += [Mesh("tp", gpus)] if gpus > 1 and m.n_head % gpus == 0 and not multimodal else []
-    found += [Mesh(kind, gpus, G) for kind in ("dp x ep", "fsdp x ep") for G in groups if gpus > G]
-    for kind in MESHES:
-        if all(mesh.kind != kind for mesh in found):
-            if gpus == 1:
-                why[kind] = "one GPU has nobody to share with"
-            elif kind == "tp":
-                why[kind] = (
-                    f"{gpus} GPUs do not divide {m.n_head} heads"
-                    if not multimodal
-                    else "V3 is not split so"
-                )
-            else:
-                why[kind] = (
-                    "there are no experts"
-                    if E == 1
-                    else f"{gpus} GPUs and {E} experts have no such groups"
-                )
-    return found, why
+    groups = []  # sizes of the ep axis
+    if n_expert > 1:
+        groups = [ep for ep in range(2, gpus + 1) if n_expert % ep == 0 and gpus % ep == 0]
+    meshes = [Mesh.of(dp=gpus)]
+    if gpus > 1:
+        meshes.append(Mesh.of(fsdp=gpus))
+    if gpus in groups:
+        meshes.append(Mesh.of(ep=gpus))
+    if gpus > 1 and n_head % gpus == 0 and not multimodal:
+        meshes.append(Mesh.of(tp=gpus))
+    for axis in ("dp", "fsdp"):
+        meshes += [Mesh.of(**{axis: gpus // ep, "ep": ep}) for ep in groups if ep < gpus]
+
+    reasons = {}
+    for kind in MESH_KINDS:
+        if any(mesh.kind == kind for mesh in meshes):
+            continue
+        if gpus == 1:
+            reasons[kind] = "one GPU has no other to share with"
+        elif kind == "tp" and multimodal:
+            reasons[kind] = "tensor parallelism is not built for V3"
+        elif kind == "tp":
+            reasons[kind] = f"{gpus} GPUs do not divide {n_head} heads"
+        elif n_expert == 1:
+            reasons[kind] = "there are no experts"
+        else:
+            reasons[kind] = f"{gpus} GPUs and {n_expert} experts have no such groups"
+    return meshes, reasons
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
-def memory_per_gpu(config: Config, c: Counts, mesh: Mesh, s: Setting) -> dict[str, float]:
-    """Bytes by kind that a step needs on each GPU (with experts: the one with most tokens), s being that of one rank."""
-    s = replace(
-        s,
-        split=mesh.gpus if mesh.kind == "tp" else 1,
-        overload=s.overload if mesh.group > 1 else 1.0,
-    )
-    (outside, experts), sharded, narrow = held(config, c, mesh), mesh.sharded, s.width < 4
-    made = {"weights": 4 * (outside + experts), "gradients": 4 * (outside + experts)}
-    made["optimizer"] = optimizer_bytes(
-        config, c, outside, experts, c.adamw / (mesh.gpus if sharded else 1)
-    )
-    casts = c.linear - (c.total - c.experts - outside)  # of what it lacks, under tp, all is cast
-    if (
-        s.device == "cuda"
-    ):  # experts_sorted casts piece by piece; experts_grouped all experts of a layer, not through autocast's cache
-        casts += experts / (c.layers if s.checkpointing else 1)
-    made["copies"] = 0.0 if sharded else s.width * casts * narrow
-    unit = max(c.block + c.experts / c.layers / mesh.group, c.ends)  # what fsdp gathers at a time
-    gathered = (
-        (2 * s.width + 4) * unit if sharded else 0.0
-    )  # this unit and the next, and this one's gradient
-    made["buffers"] = (
-        gathered + exchanged(config, mesh, s) + (LIBRARIES if s.device == "cpu" else 0)
-    )
-    made["logits"] = logits(config, s, mesh.ranks)
-    dealt = sharded or mesh.kind == "tp"  # the matrices of a stack
-    updating = scratch(max(c.stack // mesh.gpus, c.matrix) if dealt else c.stack, s)
-    made["activations"] = activations(config, s)
-    made["muon"] = max(
-        0.0, updating - sum(made[kind] for kind in ("activations", "logits", "copies", "buffers"))
-    )
-    return {kind: made[kind] for kind in KINDS}
+def memory_per_gpu(
+    config: Config, cost: ModelCost, mesh: Mesh, step: StepConfig
+) -> dict[str, float]:
+    """Return the bytes by kind that a step needs on each GPU; with experts, on the busiest one."""
+    step = replace(step, tp=mesh.tp, imbalance=step.imbalance if mesh.ep > 1 else 1.0)
+    outside, experts = parameters_per_gpu(cost, mesh)
+    memory = {"weights": 4 * (outside + experts), "gradients": 4 * (outside + experts)}
+    adamw = cost.adamw / (mesh.world_size if mesh.is_fsdp else 1)
+    memory["optimizer"] = optimizer_bytes(config, cost, outside, experts, adamw)
+
+    # Under tp all parameters that a GPU lacks are of matrices that would be cast.
+    cast = cost.cast - (cost.total - cost.experts - outside)
+    if step.device == "cuda":
+        # experts_grouped casts all experts of a layer, outside of autocast's cache, and keeps the
+        # copies for backward. On a CPU experts_sorted casts piece by piece and keeps none.
+        cast += experts / (cost.n_blocks if step.checkpointing else 1)
+    has_copies = not mesh.is_fsdp and step.itemsize < 4
+    memory["copies"] = step.itemsize * cast if has_copies else 0.0
+
+    memory["buffers"] = all_to_all_bytes(config, mesh, step)
+    if mesh.is_fsdp:  # this unit and the next gathered, and the gradient of this one
+        unit = max(cost.block + cost.experts / cost.n_blocks / mesh.ep, cost.ends)
+        memory["buffers"] += (2 * step.itemsize + 4) * unit
+    if step.device == "cpu":
+        memory["buffers"] += LIBRARY_BYTES
+    memory["logits"] = logit_bytes(config, step, mesh.batch_shards)
+    memory["activations"] = activation_bytes(config, cost, step)
+
+    # Muon's update begins after backward, when these four are free.
+    freed = sum(memory[kind] for kind in ("activations", "logits", "copies", "buffers"))
+    stack = cost.largest_stack
+    if mesh.is_fsdp or mesh.tp > 1:  # each GPU orthogonalises some matrices of a stack
+        stack = max(stack // mesh.world_size, cost.largest_matrix)
+    needed = orthogonalisation_bytes(stack, step) if config.optimizer == "muon" else 0.0
+    memory["muon"] = max(0.0, needed - freed)
+    return {kind: memory[kind] for kind in MEMORY_KINDS}
 
 
-def held(config: Config, c: Counts, mesh: Mesh) -> tuple[float, float]:
-    """Parameters that each GPU has, outside the experts and in them."""
-    outside, n = c.total - c.experts, mesh.gpus
-    if mesh.kind == "tp":
-        return outside - shared_by_heads(config, c) * (1 - 1 / n), c.experts
-    return outside / (n if mesh.sharded else 1), c.experts / (n if mesh.sharded else mesh.group)
+def parameters_per_gpu(cost: ModelCost, mesh: Mesh) -> tuple[float, float]:
+    """Return the numbers of parameters that each GPU holds, outside the experts and in them."""
+    outside, n = cost.total - cost.experts, mesh.world_size
+    if mesh.tp > 1:
+        return outside - cost.tensor_parallel * (1 - 1 / n), cost.experts
+    if mesh.is_fsdp:
+        return outside / n, cost.experts / n
+    return outside, cost.experts / mesh.ep
 
 
-def shared_by_heads(config: Config, c: Counts) -> int:
-    """Parameters that tp cuts: attention's and plain MLPs' matrices; not embedding and head, nor experts and their gates."""
-    m = config.model
-    return c.layers * (c.block - (m.moe.n_expert * m.n_embd if m.moe.n_expert > 1 else 0))
-
-
-def exchanged(config: Config, mesh: Mesh, s: Setting) -> float:
-    """Bytes of the tokens of one layer on their way: sent and received, there and back."""
-    if mesh.group == 1:
+def all_to_all_bytes(config: Config, mesh: Mesh, step: StepConfig) -> float:
+    """Return the bytes of one layer's tokens in all-to-all: sent and received, there and back."""
+    if mesh.ep == 1:
         return 0.0
-    tokens = s.micro_batch * max(sequences(config).values()) * config.model.moe.top_k
-    return 2 * (1 + s.overload) * tokens * config.model.n_embd * s.width
+    tokens = step.micro_batch * max(sequence_lengths(config).values()) * config.model.moe.top_k
+    return 2 * (1 + step.imbalance) * tokens * config.model.n_embd * step.itemsize
 
 
-# ---- time --------------------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
-def sent(config: Config, c: Counts, mesh: Mesh, s: Setting) -> dict[tuple[str, str], float]:
-    """Bytes that each GPU sends in a step, by what it does and among whom: everyone, its experts' twins, its group."""
-    n, G, twins = mesh.gpus, mesh.group, mesh.gpus // mesh.group
-    m, each = config.model, math.ceil(config.batch_size / mesh.ranks)
-    pieces = math.ceil(each / s.micro_batch)
-    tokens = each * sum(sequences(config).values())
-    outside, experts = c.total - c.experts, c.experts / G
-    again = 1 if s.checkpointing else 0  # a block's forward pass once more
-    ring, twin_ring = (n - 1) / n, (twins - 1) / twins
-    if mesh.kind == "tp":
-        sums = (2 + again) * (
-            1 if m.moe.n_expert > 1 else 2
-        )  # each way of a block, after attention and after a plain MLP
-        return {
-            ("all-reduce", "everyone"): 2 * ring * sums * m.n_layer * tokens * m.n_embd * s.width
-        }
-    made = {}
-    if mesh.sharded:
-        for whom, part, size in (("everyone", ring, outside), ("twins", twin_ring, experts)):
-            made["all-gather", whom] = 2 * pieces * part * size * s.width
-            made["reduce-scatter", whom] = pieces * part * size * 4
+def local_tokens(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Return the examples and the tokens of a step that each GPU computes.
+
+    If the batch does not divide, some GPUs have one example more than the others, which wait.
+    """
+    examples = math.ceil(config.batch_size / mesh.batch_shards)
+    return examples, examples * sum(sequence_lengths(config).values())
+
+
+def bytes_sent(
+    config: Config, cost: ModelCost, mesh: Mesh, step: StepConfig
+) -> dict[tuple[str, str], float]:
+    """Return the bytes that each GPU sends in a step, by (collective, group).
+
+    The groups are "world", all GPUs; "replicas", the GPUs that hold the same experts; and "ep", the
+    GPUs that share the experts.
+    """
+    m, n = config.model, mesh.world_size
+    replicas = n // mesh.ep
+    world_ring, replica_ring = (n - 1) / n, (replicas - 1) / replicas
+    examples, tokens = local_tokens(config, mesh)
+    outside, experts = cost.total - cost.experts, cost.experts / mesh.ep
+    recomputed = 1 if step.checkpointing else 0  # the forward pass of a block, once more
+    if mesh.tp > 1:  # a sum after each layer that is split, forward and backward
+        sums = (2 + recomputed) * cost.tensor_parallel_layers
+        return {("all-reduce", "world"): 2 * world_ring * sums * tokens * m.n_embd * step.itemsize}
+    sent = {}
+    if mesh.is_fsdp:  # weights are gathered forward and backward, in each micro-batch
+        micro_batches = math.ceil(examples / step.micro_batch)
+        for group, ring, size in (
+            ("world", world_ring, outside),
+            ("replicas", replica_ring, experts),
+        ):
+            sent["all-gather", group] = 2 * micro_batches * ring * size * step.itemsize
+            sent["reduce-scatter", group] = micro_batches * ring * size * 4
     else:
-        made = {
-            ("all-reduce", "everyone"): 2 * ring * 4 * outside,
-            ("all-reduce", "twins"): 2 * twin_ring * 4 * experts,
-        }
-    if G > 1:
-        trips = 4 + 2 * again  # there and back, forward and backward
-        made["all-to-all", "group"] = (
-            trips * m.n_layer * m.moe.top_k * tokens * m.n_embd * s.width * (G - 1) / G
-        )
-    return made
+        sent["all-reduce", "world"] = 2 * world_ring * 4 * outside
+        sent["all-reduce", "replicas"] = 2 * replica_ring * 4 * experts
+    if mesh.ep > 1:  # there and back, forward and backward
+        trips = 4 + 2 * recomputed
+        copies = m.n_layer * m.moe.top_k * tokens
+        elsewhere = (mesh.ep - 1) / mesh.ep
+        sent["all-to-all", "ep"] = trips * copies * m.n_embd * step.itemsize * elsewhere
+    return sent
 
 
-def seconds(size: float, how: str, whom: str, mesh: Mesh, device: Device) -> float:
-    """How long one GPU takes to send its bytes."""
-    n, G = mesh.gpus, mesh.group
-    link, card = REACHED * device.link / 2, REACHED * device.network
+def transfer_seconds(size: float, collective: str, group: str, mesh: Mesh, device: Device) -> float:
+    """Return how long a GPU takes to send `size` bytes in a collective over a group of GPUs."""
+    link, card = LINK_EFFICIENCY * device.link / 2, LINK_EFFICIENCY * device.network
     if size == 0:
         return 0.0
-    if how == "all-to-all":
-        outside = max(0, G - NODE) / (G - 1)  # of the others, those in other machines
+    if collective == "all-to-all":
+        outside = max(0, mesh.ep - GPUS_PER_NODE) / (mesh.ep - 1)  # fraction of the other GPUs
         return size * (1 - outside) / link + (size * outside / card if outside else 0)
-    if n <= NODE:
+    if mesh.world_size <= GPUS_PER_NODE:
         return size / link
-    beside = NODE if whom == "everyone" else max(1, NODE // G)  # of the ring, in one machine
-    return size / min(link, card * beside) if beside > 1 else size / card
+    in_node = GPUS_PER_NODE  # members of the ring in one machine, each with a network card
+    if group == "replicas":
+        in_node = max(1, GPUS_PER_NODE // mesh.ep)
+    return size / min(link, card * in_node) if in_node > 1 else size / card
 
 
-def expert_share(config: Config) -> float:
-    """Of a block's arithmetic, the part of the experts, attention's pairs left out; 0 without them."""
-    m = config.model
-    mlp = 2 * m.moe.top_k * m.hidden_ratio * m.n_embd
-    return mlp / (mlp + 4 * m.n_embd) if m.moe.n_expert > 1 else 0.0
+def expert_flops_fraction(cost: ModelCost) -> float:
+    """Return the fraction of a block's matrix products that the experts compute, 0 without experts.
+
+    Attention's products of queries and keys and the router are left out.
+    """
+    if not cost.experts:
+        return 0.0
+    outside_experts = cost.block * cost.n_blocks - cost.router
+    return cost.active_experts / (cost.active_experts + outside_experts)
 
 
 def step_seconds(
     config: Config,
-    c: Counts,
+    cost: ModelCost,
     mesh: Mesh,
-    s: Setting,
+    step: StepConfig,
     device: Device,
     flops_per_token: float,
     mfu: float,
 ) -> dict[str, float]:
-    """How long a step computes, is held up by sending, and sends behind its computation; and the whole of it, "step"."""
-    each = math.ceil(
-        config.batch_size / mesh.ranks
-    )  # the batch may not divide: then some wait for the others
-    tokens = each * sum(sequences(config).values())
-    again = 1.0 + s.checkpointing / 3
-    if config.multimodal.modalities and s.micro_batch < each:
-        again += 1 / 3  # gradient caching embeds everything once more
-    uneven = 1 + expert_share(config) * (s.overload - 1) * (mesh.group > 1)
-    if (
-        mesh.kind == "tp"
-    ):  # what no one has a part of, all compute: the head, the experts and their gates
-        table = (
-            config.model.vocab_size * config.model.n_embd
-        )  # the embedding, which is read and not multiplied
-        by_all = 6 * (c.active - table - shared_by_heads(config, c))
-        flops_per_token = by_all + (flops_per_token - by_all) / mesh.gpus
-    took = {
-        "computing": tokens * flops_per_token * again * uneven / (device.flops * mfu),
+    """Return the seconds of a step.
+
+    "computing"; "waiting", the communication that computation waits for; "hidden", the
+    communication that runs beside it; and "step", the whole step.
+    """
+    examples, tokens = local_tokens(config, mesh)
+    repeats = 1.0 + step.checkpointing / 3  # a forward pass is a third of the arithmetic
+    if config.multimodal.modalities and step.micro_batch < examples:
+        repeats += 1 / 3  # gradient caching embeds every example once more
+    if mesh.ep > 1:
+        repeats *= 1 + expert_flops_fraction(cost) * (step.imbalance - 1)
+    if mesh.tp > 1:  # all GPUs compute experts and routers; the head is counted as split
+        head = config.model.vocab_size * config.model.n_embd
+        replicated = 6 * (cost.active - head - cost.tensor_parallel)
+        flops_per_token = replicated + (flops_per_token - replicated) / mesh.tp
+    seconds = {
+        "computing": tokens * flops_per_token * repeats / (device.flops * mfu),
         "waiting": 0.0,
         "hidden": 0.0,
     }
-    for (how, whom), size in sent(config, c, mesh, s).items():
-        waits = how == "all-to-all" or mesh.kind == "tp"
-        took["waiting" if waits else "hidden"] += seconds(size, how, whom, mesh, device)
-    return took | {"step": max(took["computing"] + took["waiting"], took["hidden"])}
+    for (collective, group), size in bytes_sent(config, cost, mesh, step).items():
+        waits = collective == "all-to-all" or mesh.tp > 1
+        seconds["waiting" if waits else "hidden"] += transfer_seconds(
+            size, collective, group, mesh, device
+        )
+    seconds["step"] = max(seconds["computing"] + seconds["waiting"], seconds["hidden"])
+    return seconds

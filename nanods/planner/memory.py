@@ -1,244 +1,261 @@
-"""Where the bytes of a training step go: counted from the configuration, before anything is allocated.
+"""The memory of a training step, computed before anything is allocated.
 
-By kind, at the fullest moment of a step (forward, backward and update, in train.py's mixed precision: fp32 weights, products in
-bf16 under autocast, whose residual stream stays fp32):
+Each layer reports its own parameters and the bytes it keeps for backward (nanods/gpt.py, moe.py,
+multimodal.py). This file adds them up for the fullest moment of a step: forward, backward and
+update in train.py's mixed precision, with fp32 weights, matrix products in bf16 under autocast and
+a residual stream that stays in fp32.
 
-    weights        4 bytes a parameter                              copies      the weights' casts, kept for backward
-    gradients      4 bytes                                          activations what each layer keeps for its backward
-    optimizer      4 (Muon: momentum), 8 (AdamW: two moments)       logits      thrice in fp32: log-softmax and two gradients
-    buffers        gathered weights (fsdp), tokens on their way (all-to-all)
-    muon           what updating needs, copies of up to STACKED matrices, beyond what activations and the like have left free
+    weights      4 bytes per parameter
+    gradients    4 bytes per parameter
+    optimizer    Muon 4 bytes per parameter (its momentum), AdamW 8 (two moments)
+    copies       the weights cast by autocast, kept for backward
+    activations  what each layer keeps for backward
+    logits       three fp32 tensors: log-softmax and two gradients
+    buffers      weights gathered by FSDP, tokens sent by all-to-all
+    muon         what an update needs beyond the memory that activations and the like have freed:
+                 copies of up to STACKED matrices
 
-What a layer keeps was read off the autograd graph, tensor by tensor (`torch.autograd.graph.saved_tensors_hooks`), and
-tests/planner/test_memory.py holds it to what the process really takes. On a GPU it is the eager graph's; compiled, some is
-computed again instead. Not measured on a GPU.
+What a layer keeps was read off the autograd graph, tensor by tensor, with
+`torch.autograd.graph.saved_tensors_hooks`. tests/planner/test_memory.py compares the sum with the
+memory of a CPU process. On a GPU the numbers are those of the eager graph, and were not measured: a
+compiled graph recomputes part of it.
 
-Shapes: C width, F hidden width, H heads, T tokens of a sequence, V vocabulary, E experts, K of them a token.
+Shapes: C width, T tokens of a sequence, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanods.config import Config
-from nanods.gpt import GPT
-from nanods.multimodal import tokens_per_example
+from nanods.gpt import GPT, Block
+from nanods.multimodal import Multimodal, tokens_per_example
 from nanods.training.muon import STACKED, fast_bf16
-from nanods.training.parameter_groups import optimizer_of
+from nanods.training.parameter_groups import fp32_parameters, optimizer_of
 
-LARGE = (
-    32 << 20
-)  # glibc takes a tensor beyond this from the system and gives it back; smaller ones share a heap
-HEAP = 1.45  # what that heap grows to, over what is in use: 1.25 to 1.6, measured with and without it (MALLOC_MMAP_THRESHOLD_)
-LIBRARIES = 16 << 20  # kernels that oneDNN writes, and the like, at the first step on a CPU
-KINDS = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "buffers", "muon")
+MMAP_THRESHOLD = 32 << 20  # glibc maps a larger tensor separately; smaller ones share a heap
+HEAP_OVERHEAD = 1.45  # size of that heap over what is in use: measured 1.25 to 1.6
+LIBRARY_BYTES = 16 << 20  # on a CPU, oneDNN's kernels and the like, written at the first step
+MEMORY_KINDS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "copies",
+    "activations",
+    "logits",
+    "buffers",
+    "muon",
+)
+
+
+# ---- the model -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Numbers of a model's parameters."""
+class ModelCost:
+    """Numbers of parameters, added up over the layers of a model."""
 
     total: int
     active: int
-    """Used by a token."""
+    """Used by one token."""
     experts: int
+    """In the experts."""
+    active_experts: int
+    """In the experts that one token uses."""
     adamw: int
-    """Of those outside the experts, the ones that AdamW updates; all others are Muon's."""
-    linear: int
-    """Of those outside the experts, in matrices that autocast casts."""
+    """Outside the experts, updated by AdamW even if Muon updates the matrices."""
+    cast: int
+    """Outside the experts, in matrices that autocast casts."""
+    router: int
+    """In routers, which compute in fp32."""
     block: int
-    """In the largest block, outside the experts."""
+    """Outside the experts, in the largest block."""
     ends: int
     """Outside the blocks."""
-    layers: int
-    """Blocks, of all trunks."""
-    matrix: int
-    """In the largest matrix; of experts, of one expert's."""
-    stack: int
-    """In the matrices that Muon orthogonalises at a time, at most."""
+    n_blocks: int
+    """Number of blocks, over all trunks."""
+    tensor_parallel: int
+    """Split by tensor parallelism."""
+    tensor_parallel_layers: int
+    """Number of layers that tensor parallelism splits."""
+    largest_matrix: int
+    """In the largest matrix that Muon updates; of the experts, in one expert's."""
+    largest_stack: int
+    """In the largest stack of matrices that Muon orthogonalises at once."""
+    model: GPT | Multimodal = field(repr=False, compare=False)
+    """The model itself, which reports its activations. On the meta device it takes no memory."""
 
 
-def counts(model: nn.Module) -> Counts:
-    named = dict(model.named_parameters())
-    blocks = (
-        model.blocks
-        if isinstance(model, GPT)
-        else [block for trunk in model.trunks.values() for block in trunk]
-    )
+def model_cost(model: GPT | Multimodal) -> ModelCost:
+    """Add up the parameters that the layers of a model report.
+
+    The result keeps a reference to the model. Pass one of build_meta_model, which takes no memory.
+    """
+    parameters, optimizers = dict(model.named_parameters()), optimizer_of(model)
+    experts = {p for name, p in parameters.items() if optimizers[name] == "experts"}
+    adamw = [p for name, p in parameters.items() if optimizers[name] == "adamw"]
+    muon = [p for name, p in parameters.items() if optimizers[name] != "adamw"]
+    router = count(parameters[name] for name in fp32_parameters(model))
+    linear = count(layer.weight for layer in model.modules() if isinstance(layer, nn.Linear))
+    blocks = [layer for layer in model.modules() if isinstance(layer, Block)]
+    block_sizes = [count(p for p in block.parameters() if p not in experts) for block in blocks]
+    idle = sum(total - active for total, active in (block.count_parameters() for block in blocks))
+    split = [size for block in blocks for size in block.tensor_parallel_parameters()]
     total, active = model.count_parameters()
-    outside = {name: p for name, p in named.items() if p.ndim < 3}
-    kind = optimizer_of(model)
-    adamw = {name: p for name, p in outside.items() if kind[name] == "adamw"}
-    uncast = ("embedding.weight", "position_embedding", "gate.weight")
-    block = max(sum(p.numel() for p in block.parameters() if p.ndim < 3) for block in blocks)
-    muons = {name: p for name, p in named.items() if name not in adamw}
-    stacks = {
-        p.shape: min(
-            sum(q.shape == p.shape for q in muons.values()), max(1, STACKED // p.shape[:-2].numel())
-        )
-        * p.numel()
-        for p in muons.values()
-    }
-    return Counts(
+    return ModelCost(
         total,
         active,
-        experts=sum(p.numel() for p in named.values() if p.ndim == 3),
-        adamw=sum(p.numel() for p in adamw.values()),
-        linear=sum(
-            p.numel() for name, p in outside.items() if p.ndim == 2 and not name.endswith(uncast)
-        ),
-        block=block,
-        ends=sum(p.numel() for p in outside.values()) - block * len(blocks),
-        layers=len(blocks),
-        matrix=max(p[0].numel() if p.ndim == 3 else p.numel() for p in muons.values()),
-        stack=max(stacks.values()),
+        experts=count(experts),
+        active_experts=count(experts) - idle,
+        adamw=count(adamw),
+        cast=linear - router,
+        router=router,
+        block=max(block_sizes),
+        ends=total - count(experts) - max(block_sizes) * len(blocks),
+        n_blocks=len(blocks),
+        tensor_parallel=sum(split),
+        tensor_parallel_layers=sum(size > 0 for size in split),
+        largest_matrix=max(p.shape[-2:].numel() for p in muon),
+        largest_stack=largest_stack(muon),
+        model=model,
     )
 
 
-# ---- activations -------------------------------------------------------------------------------------------------------------
+def count(parameters) -> int:
+    """Return the number of elements in some parameters."""
+    return sum(p.numel() for p in parameters)
+
+
+def largest_stack(parameters: list[Tensor]) -> int:
+    """Return the elements of the largest stack of equal matrices that Muon orthogonalises at once.
+
+    It stacks parameters of one shape, up to STACKED matrices (nanods/training/muon.py).
+    """
+    number = {}
+    for p in parameters:
+        number[p.shape] = number.get(p.shape, 0) + 1
+    sizes = []
+    for shape, n in number.items():
+        at_once = max(1, STACKED // shape[:-2].numel())
+        sizes.append(min(n, at_once) * shape.numel())
+    return max(sizes)
+
+
+def sequence_lengths(config: Config) -> dict[str, int]:
+    """Return the tokens of one example by modality. A language model has one entry, the context."""
+    lengths = tokens_per_example(config.model, config.multimodal)
+    return lengths or {"tokens": config.model.context_length}
+
+
+def tokens_per_batch(config: Config) -> int:
+    """Return the tokens of one optimizer step, over all modalities."""
+    return config.batch_size * sum(sequence_lengths(config).values())
+
+
+# ---- activations ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where and how a step is computed, and what of it one device holds."""
+class StepConfig:
+    """How one device computes its part of a step."""
 
     device: str = "cpu"
-    width: int = 4
+    """Kind of the device, "cpu" or "cuda"."""
+    itemsize: int = 4
     """Bytes of a number in matrix products: 2 for bf16 and fp16."""
     micro_batch: int = 1
     checkpointing: bool = False
-    """Keep each block's input alone, and compute the rest again in backward (Chen et al. 2016, arXiv:1604.06174)."""
-    split: int = 1
-    """Devices that share the heads, and the hidden width of plain MLPs (tensor parallelism)."""
-    overload: float = 1.0
-    """Tokens of the busiest device's experts, over the mean."""
+    """Keep only the input of each block and recompute the rest in backward."""
+    tp: int = 1
+    """Devices that share the heads and the hidden units of MLPs (tensor parallelism)."""
+    imbalance: float = 1.0
+    """Tokens of the device with the busiest experts, over the mean of all devices."""
 
 
-def setting(config: Config, device: str, micro_batch: int) -> Setting:
-    """As train.py would compute it on this kind of device; another machine's GPUs are taken to multiply bf16 or fp16."""
-    auto = device == "cuda" or fast_bf16(torch.device(device))
-    narrow = config.dtype in ("bf16", "fp16") or (config.dtype == "auto" and auto)
-    return Setting(device, 2 if narrow else 4, micro_batch, config.activation_checkpointing)
+def step_config(config: Config, device: str, micro_batch: int) -> StepConfig:
+    """Return how train.py computes a step on a "cpu" or "cuda" device.
+
+    With --dtype auto, GPUs are taken to multiply bf16 or fp16 in hardware.
+    """
+    narrow = config.dtype in ("bf16", "fp16")
+    if config.dtype == "auto":
+        narrow = device == "cuda" or fast_bf16(torch.device(device))
+    return StepConfig(device, 2 if narrow else 4, micro_batch, config.activation_checkpointing)
 
 
-def sequences(config: Config) -> dict[str, int]:
-    """Tokens of an item by modality; of a language model the context."""
-    return tokens_per_example(config.model, config.multimodal) or {
-        "tokens": config.model.context_length
-    }
+def allocated_bytes(tensors: list[float], step: StepConfig, tokens: float) -> float:
+    """Return what tensors take from the system, each given in bytes per token.
+
+    On a CPU the smaller tensors share a heap, which is larger than their sum.
+    """
+    total = 0.0
+    for per_token in tensors:
+        size = per_token * tokens
+        shares_heap = step.device == "cpu" and size < MMAP_THRESHOLD
+        total += size * (HEAP_OVERHEAD if shares_heap else 1)
+    return total
 
 
-def attention_activation_bytes(config: Config, T: int, s: Setting, padded: bool) -> list[float]:
-    """Bytes a token that an attention layer keeps, tensor by tensor. `padded`: its keys are masked, as V3's text."""
-    m, a = config.model, config.model.attention
-    C, H, cast = m.n_embd / s.split, m.n_head / s.split, s.width if s.width < 4 else 0
-    whole = m.n_embd
-    kept = [
-        4 * whole,
-        *[cast * whole] * 3,
-        4 * C,
-        4 * C,
-        12 * H,
-    ]  # normalised x, its casts, normalised q and k, norms
-    if (
-        s.device == "cuda"
-    ):  # the fused kernels' q, k, v and output, in the narrow type, and one fp32 number a query
-        return [*kept, *[s.width * C] * 4, 4 * H] if cast else [*kept, 4 * C, 4 * C, 4 * H]
-    kept += [
-        4 * C,
-        4 * C,
-        4 * H,
-        cast * C,
-    ]  # v, output and lse in fp32 (train.py does not trust a CPU's bf16 there)
-    if a.kind == "topk":
-        return [*kept, 4 * H * T, 4 * H * T, H * T]
-    if a.kind == "block" and (a.method == "tile" or T * a.block_size >= 1 << 14):
-        pairs = 8 * H * a.top_blocks if a.method != "tile" else 0
-        return [*kept, 0 if cast else 4 * C, pairs]
-    return [*kept, 4 * H * T if a.kind == "block" else 4 * T if padded else 0]  # the mask, in fp32
+def activation_bytes(config: Config, cost: ModelCost, step: StepConfig) -> float:
+    """Return the bytes of a micro-batch's activations, and of the gradients of the fullest block.
+
+    With checkpointing each block keeps only its input. Backward then computes the rest again, one
+    block at a time, so the activations of the fullest block are added once.
+    """
+    C, cast = config.model.n_embd, step.itemsize if step.itemsize < 4 else 0
+    layer = {"itemsize": step.itemsize, "tp": step.tp, "imbalance": step.imbalance}
+    kept, fullest = 0.0, 0.0
+    for name, T in cost.model.tokens_per_example().items():
+        tokens, masked = step.micro_batch * T, name in cost.model.masked_inputs()
+        kept += allocated_bytes([4 * C, 4 * C, cast * C], step, tokens)  # embedding, last norm
+        for block in cost.model.trunk_blocks(name):
+            saved = block.activation_bytes(T, step.device, masked=masked, **layer)
+            activations = allocated_bytes(saved, step, tokens)
+            gradients = allocated_bytes(block.backward_bytes(**layer), step, tokens)
+            if step.checkpointing:
+                kept += allocated_bytes([4 * C], step, tokens)  # the block's input
+                fullest = max(fullest, gradients + activations)
+            else:
+                kept += activations
+                fullest = max(fullest, gradients)
+    return kept + fullest
 
 
-def mlp_activation_bytes(config: Config, s: Setting) -> list[float]:
-    """Bytes a token that an MLP, or a layer of experts, keeps."""
-    m = config.model
-    C, F, cast = m.n_embd, m.hidden_ratio * m.n_embd, s.width if s.width < 4 else 0
-    if m.moe.n_expert == 1:
-        return [
-            4 * C,
-            cast * C,
-            *[s.width * F / s.split] * 2,
-        ]  # normalised x, its cast, relu and its square
-    K, E = m.moe.top_k * s.overload, m.moe.n_expert
-    router = [4 * C, 8 * E, 32 * m.moe.top_k]
-    if s.device == "cuda":
-        return [
-            *router,
-            s.width * K * C,
-            s.width * K * F,
-            s.width * K * F,
-            4 * K * C,
-        ]  # experts_grouped
-    return [*router, s.width * K * F]  # experts_sorted, in pieces: never large
+def logit_bytes(config: Config, step: StepConfig, batch_shards: int = 1) -> float:
+    """Return the bytes of the loss: logits and their gradients.
 
-
-def grown(tensors: list[float], s: Setting, tokens: float) -> float:
-    """Bytes of tensors with so many bytes a token each, and on a CPU what its heap loses between the smaller ones."""
-    sizes = [per_token * tokens for per_token in tensors]
-    return sum(size * (HEAP if s.device == "cpu" and size < LARGE else 1) for size in sizes)
-
-
-def activations(config: Config, s: Setting) -> float:
-    """Bytes that a micro-batch's forward pass keeps for its backward, and what the fullest layer needs beside them."""
-    m, total, fullest = config.model, 0.0, 0.0
-    for name, T in sequences(config).items():
-        tokens = s.micro_batch * T
-        layer = grown(
-            [
-                *attention_activation_bytes(config, T, s, name == "text"),
-                *mlp_activation_bytes(config, s),
-            ],
-            s,
-            tokens,
-        )
-        ends = grown(
-            [4 * m.n_embd, 4 * m.n_embd, s.width * m.n_embd if s.width < 4 else 0], s, tokens
-        )  # embedding, last norm
-        total += ends + m.n_layer * (grown([4 * m.n_embd], s, tokens) if s.checkpointing else layer)
-        F = (
-            m.hidden_ratio
-            * m.n_embd
-            * (m.moe.top_k * s.overload if m.moe.n_expert > 1 else 1 / s.split)
-        )
-        transient = grown(
-            [4 * m.n_embd, s.width * F, s.width * F], s, tokens
-        )  # a layer's own gradients
-        fullest = max(fullest, transient + (layer if s.checkpointing else 0))
-    return total + fullest
-
-
-def logits(config: Config, s: Setting, ranks: int = 1) -> float:
-    """Bytes of the scores and their gradients: next tokens', or (V3) similarities of the own items with the whole batch's."""
+    A language model's logits score each next token. V3's are the similarities of a process's
+    examples with the whole batch, for each pair of modalities.
+    """
     if not config.multimodal.modalities:
-        return grown(
-            [4 * config.model.vocab_size] * 3, s, s.micro_batch * config.model.context_length
-        )
-    rows = math.ceil(config.batch_size / ranks)
-    return 24.0 * rows * config.batch_size * len(config.multimodal.pair_weights())
+        tokens = step.micro_batch * config.model.context_length
+        return allocated_bytes([4 * config.model.vocab_size] * 3, step, tokens)
+    local_batch = math.ceil(config.batch_size / batch_shards)
+    return 24.0 * local_batch * config.batch_size * len(config.multimodal.pair_weights())
 
 
-# ---- the optimizers ----------------------------------------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------
 
 
-def scratch(stack: int, s: Setting) -> float:
-    """Bytes while Muon orthogonalises matrices of so many numbers: two stacks in fp32, then X, its products and the next X."""
-    return (8 + 6 * s.width) * stack
+def orthogonalisation_bytes(elements: int, step: StepConfig) -> float:
+    """Return the bytes that Muon needs to orthogonalise matrices of so many elements in all.
+
+    These are two fp32 stacks, and in the dtype of the products X, the products and the next X.
+    """
+    return (8 + 6 * step.itemsize) * elements
 
 
 def optimizer_bytes(
-    config: Config, c: Counts, outside: float, experts: float, adamw: float
+    config: Config, cost: ModelCost, outside: float, experts: float, adamw: float
 ) -> float:
-    """Bytes of the optimizers' state, where a device holds so many parameters outside and inside the experts, and so many of
-    those outside are AdamW's."""
-    return 4 * (outside - adamw) + 8 * adamw + (4 if config.expert_optimizer == "muon" else 8) * experts
+    """Return the bytes of the optimizers' state on one device.
+
+    The device holds `outside` parameters outside the experts, and `experts` in them. Of those
+    outside, `adamw` are AdamW's even if Muon updates the matrices.
+    """
+    if config.optimizer == "adamw":
+        return 8 * (outside + experts)
+    expert_state = 4 if config.expert_optimizer == "muon" else 8
+    return 4 * (outside - adamw) + 8 * adamw + expert_state * experts

@@ -1,367 +1,369 @@
-"""Which ways to share out a training step fit, which is the quickest, and what to change where none does.
+"""Search for the fastest mesh and micro-batch that fit, or for a change that makes them fit.
 
-A `Job` (what, on what, how long) -> `plan` -> a `Plan`: for each kind of mesh the best `Option`, and the one chosen or the
-smallest change that would help. All of it is arithmetic, on nanods/planner/memory.py (bytes) and meshes.py (sending, seconds).
+A `Job` says what to train, on what and for how long. `plan(job)` evaluates the possible meshes and
+returns a `Plan`: the best `Candidate` of each kind of mesh and the chosen one, or else the smallest
+change after which one fits. Everything is arithmetic on memory.py (bytes) and cost.py (bytes sent,
+seconds).
 
-Pinned by tests/planner/test_plan.py: more memory never fits less, more GPUs never hold more each (fsdp), a suggest mends.
+train.py asks `choose_mesh` and `largest_micro_batch` what its flags leave open.
+
+Pinned by tests/planner/test_plan.py: with fsdp more GPUs never hold more each, a larger micro-batch
+never takes less memory, and a suggested change makes the job fit.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from nanods.build import build_meta_model
-from nanods.config import PRESETS, Config
-from nanods.distributed.mesh import Mesh as RunMesh
+from nanods.config import Config
+from nanods.distributed.mesh import Mesh
 from nanods.errors import UserError
-from nanods.gpt import GPT
-from nanods.planner.cost import MESHES, Mesh, memory_per_gpu, possible, sent, step_seconds
-from nanods.planner.hardware import GPUS, Device, device_here, main_memory, room
+from nanods.planner.cost import (
+    MESH_KINDS,
+    bytes_sent,
+    memory_per_gpu,
+    possible_meshes,
+    step_seconds,
+)
+from nanods.planner.hardware import GPUS, Device, local_device, main_memory, usable_memory
 from nanods.planner.memory import (
-    Counts,
-    Setting,
-    activations,
-    counts,
-    sequences,
-    setting,
+    ModelCost,
+    StepConfig,
+    model_cost,
+    sequence_lengths,
+    step_config,
+    tokens_per_batch,
 )
 
-MOST = 1 << 16  # GPUs that a suggest may ask for
-SERVING = (
-    "1 x v100-32gb",
-    "1 x rtx4090-24gb",
-    "1 x h100-80gb",
-    "8 x a100-80gb",
-    "16 x a100-80gb",
-    "8 x h200-141gb",
-)
+MAX_GPUS = 1 << 16  # the most that a suggestion asks for
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned."""
+    """What to plan."""
 
     config: Config
-    counts: Counts
+    cost: ModelCost
     flops_per_token: float
     device: Device
     gpus: int
     tokens: float
+    """Tokens of the whole run, over all modalities."""
     mfu: float = 0.4
+    """Fraction of its peak FLOP/s that a device reaches (model FLOPs utilization)."""
     load: list[list[int]] | None = None
-    """Of each layer's experts."""
-    mesh: str = "auto"
-    checkpointing: str = "auto"
+    """Tokens of each expert in each layer. None: an even load."""
+    mesh: Mesh | None = None
+    """None: any."""
+    checkpointing: bool | None = None
+    """Whether to use activation checkpointing. None: either."""
 
 
 @dataclass(frozen=True)
-class Option:
-    """A mesh, with the micro-batch that suits it, and what that means for each GPU."""
+class Candidate:
+    """A mesh and a micro-batch, and what they mean for each GPU."""
 
     mesh: Mesh
-    setting: Setting
+    step: StepConfig
     memory: dict[str, float]
     """Bytes by kind."""
-    sent: dict[tuple[str, str], float]
-    """Bytes in a step, by what is done and among whom."""
-    took: dict[str, float]
-    """Seconds of a step: computing, waiting, hidden, and "step", the whole."""
+    bytes_sent: dict[tuple[str, str], float]
+    """Bytes sent in a step, by collective and group."""
+    seconds: dict[str, float]
+    """Seconds of a step: "computing", "waiting", "hidden" and "step", the whole."""
     fits: bool
 
     @property
-    def bytes(self) -> float:
+    def total_bytes(self) -> float:
         return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        checkpointing = ", activation checkpointing" if self.step.checkpointing else ""
+        return (
+            f"{self.mesh}, micro-batch {self.step.micro_batch}{checkpointing}, "
+            f"{self.total_bytes / 1e9:.3g} GB"
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
     job: Job
-    options: dict[str, Option]
-    """The best of each kind of mesh: the quickest that fits, else the smallest."""
-    why: dict[str, str]
-    """Of the other kinds, why there is none."""
-    chosen: Option | None
+    candidates: dict[str, Candidate]
+    """The best of each kind of mesh: the fastest that fits, or else the smallest."""
+    unavailable: dict[str, str]
+    """The kinds of which there is no mesh, and why."""
+    chosen: Candidate | None
+    """The fastest that fits."""
     suggestion: str | None
-    """Where nothing fits: the smallest change that does."""
+    """If none fits, the smallest change after which one does."""
 
     @property
     def hours(self) -> float | None:
-        return hours(self.job, self.chosen) if self.chosen else None
+        return training_hours(self.job, self.chosen) if self.chosen else None
 
 
-def make_job(config: Config, device: Device, gpus: int, tokens: float | None = None, **rest) -> Job:
-    """Raises UserError for a model that cannot be, and for numbers that mean nothing."""
+def make_job(
+    config: Config,
+    device: Device,
+    gpus: int,
+    tokens: float | None = None,
+    mfu: float = 0.4,
+    load: list[list[int]] | None = None,
+    mesh: Mesh | None = None,
+    checkpointing: bool | None = None,
+) -> Job:
+    """Return the job of training `config`, by default for the tokens of its steps.
+
+    Raises UserError for a model that cannot be built, and for numbers out of range.
+    """
     if gpus < 1:
-        raise UserError(f"--gpus {gpus}: at least one must compute")
+        raise UserError(f"--gpus {gpus}: at least one GPU must compute")
     if gpus > 1 and not device.link:
         raise UserError(
-            f"--gpus {gpus}: {device.name} is no GPU of the table; name one with --gpu ({', '.join(GPUS)})"
+            f"--gpus {gpus}: {device.name} is not a GPU of the table; "
+            f"name one with --gpu ({', '.join(GPUS)})"
         )
-    if tokens is not None and not 0 < tokens < float("inf"):
-        raise UserError(f"--tokens {tokens:g}: must be above 0, such as 100e9")
-    if not 0 < rest.get("mfu", 0.4) <= 1:
+    if mesh and mesh.world_size != gpus:
         raise UserError(
-            f"--mfu {rest['mfu']:g}: a share of the peak, above 0 and at most 1; 0.3 to 0.5 is usual"
+            f"--mesh {mesh} is for {mesh.world_size} GPUs, not for --gpus {gpus}: leave --gpus out"
+        )
+    if tokens is not None and not 0 < tokens < math.inf:
+        raise UserError(f"--tokens {tokens:g}: must be above 0, such as 100e9")
+    if not 0 < mfu <= 1:
+        raise UserError(
+            f"--mfu {mfu:g}: a fraction of the peak, above 0 and at most 1; 0.3 to 0.5 is usual"
         )
     model = build_meta_model(config)
-    a_step = config.batch_size * sum(sequences(config).values())
-    flops = (
-        model.flops_per_token()
-        if isinstance(model, GPT)
-        else model.flops_per_example() / sum(sequences(config).values())
-    )
-    return Job(config, counts(model), flops, device, gpus, tokens or config.steps * a_step, **rest)
+    flops_per_token = model.flops_per_example() / sum(sequence_lengths(config).values())
+    tokens = tokens or config.steps * tokens_per_batch(config)
+    cost = model_cost(model)
+    return Job(config, cost, flops_per_token, device, gpus, tokens, mfu, load, mesh, checkpointing)
 
 
-# ---- the experts' load -------------------------------------------------------------------------------------------------------
+def training_hours(job: Job, candidate: Candidate) -> float:
+    """Return the hours that the whole run takes."""
+    return job.tokens / tokens_per_batch(job.config) * candidate.seconds["step"] / 3600
 
 
-def overload(load: list[list[int]], devices: int) -> float:
-    """Tokens of the busiest of some devices over the mean, a mean over the layers: load (L, E), the experts dealt out in order.
+def load_imbalance(load: list[list[int]], devices: int) -> float:
+    """Return the tokens of the busiest device over the mean of all, averaged over the layers.
 
-    Where E experts cannot be dealt out evenly, each counts as a device of its own, which is the worst case.
+    `load` (L, E) counts the tokens of each expert in each layer. The devices hold the experts in
+    order, E / devices each. If E does not divide, each expert counts as a device, the worst case.
     """
-    worst = []
-    for row in load:
-        E = len(row)
-        each = E // devices if E % devices == 0 else 1
-        sums = [sum(row[i : i + each]) for i in range(0, E, each)]
-        worst.append(max(sums) * len(sums) / max(1, sum(sums)))
-    return sum(worst) / len(worst)
+    imbalances = []
+    for layer in load:
+        E = len(layer)
+        size = E // devices if E % devices == 0 else 1
+        tokens = [sum(layer[i : i + size]) for i in range(0, E, size)]
+        imbalances.append(max(tokens) * len(tokens) / max(1, sum(tokens)))
+    return sum(imbalances) / len(imbalances)
 
 
-# ---- what is possible --------------------------------------------------------------------------------------------------------
+# ---- candidates ----------------------------------------------------------------------------------
 
 
-def option(job: Job, mesh: Mesh, micro_batch: int, checkpointing: bool) -> Option:
-    base = setting(job.config, job.device.kind, micro_batch)
-    uneven = overload(job.load, mesh.group) if mesh.group > 1 and job.load else 1.0
-    s = replace(base, checkpointing=checkpointing, overload=uneven)
-    memory = memory_per_gpu(job.config, job.counts, mesh, s)
-    moved = sent(job.config, job.counts, mesh, s)
-    took = step_seconds(job.config, job.counts, mesh, s, job.device, job.flops_per_token, job.mfu)
-    return Option(mesh, s, memory, moved, took, sum(memory.values()) <= job.device.room)
-
-
-def options(job: Job, mesh: Mesh) -> list[Option]:
-    """With and without checkpointing, each with the largest micro-batch that fits, or else with the smallest."""
-    each = -(-job.config.batch_size // mesh.ranks)
-    sizes = (
-        [job.config.micro_batch]
-        if job.config.micro_batch
-        else [n for n in range(each, 0, -1) if each % n == 0]
+def evaluate(job: Job, mesh: Mesh, micro_batch: int, checkpointing: bool) -> Candidate:
+    """Return the candidate with this mesh, micro-batch and use of activation checkpointing."""
+    imbalance = load_imbalance(job.load, mesh.ep) if mesh.ep > 1 and job.load else 1.0
+    step = replace(
+        step_config(job.config, job.device.kind, micro_batch),
+        checkpointing=checkpointing,
+        imbalance=imbalance,
     )
-    found = []
-    for checkpointing in {"auto": (False, True), "on": (True,), "off": (False,)}[job.checkpointing]:
-        tried = (option(job, mesh, min(n, each), checkpointing) for n in sizes)
-        found.append(
-            next((o for o in tried if o.fits), None)
-            or option(job, mesh, min(sizes[-1], each), checkpointing)
-        )
-    return found
+    memory = memory_per_gpu(job.config, job.cost, mesh, step)
+    sent = bytes_sent(job.config, job.cost, mesh, step)
+    seconds = step_seconds(
+        job.config, job.cost, mesh, step, job.device, job.flops_per_token, job.mfu
+    )
+    fits = sum(memory.values()) <= job.device.usable_memory
+    return Candidate(mesh, step, memory, sent, seconds, fits)
 
 
-def better(o: Option) -> tuple:
-    """What orders options: those that fit by time, the others by memory."""
-    return not o.fits, o.took["step"] if o.fits else o.bytes, MESHES.index(o.mesh.kind), o.bytes
+def evaluate_mesh(job: Job, mesh: Mesh) -> list[Candidate]:
+    """Return the candidates of a mesh, with and without activation checkpointing.
+
+    Each has the largest micro-batch with which it fits, or else the smallest micro-batch.
+    """
+    local_batch = math.ceil(job.config.batch_size / mesh.batch_shards)
+    micro_batches = divisors(local_batch)
+    if job.config.micro_batch:
+        micro_batches = [min(job.config.micro_batch, local_batch)]
+    candidates = []
+    for checkpointing in (False, True) if job.checkpointing is None else (job.checkpointing,):
+        for micro_batch in micro_batches:
+            candidate = evaluate(job, mesh, micro_batch, checkpointing)
+            if candidate.fits:
+                break
+        candidates.append(candidate)
+    return candidates
 
 
-def best_per_kind(job: Job) -> tuple[dict[str, Option], dict[str, str]]:
-    meshes, why = possible(job.config, job.gpus)
-    if job.mesh != "auto":
-        meshes = [mesh for mesh in meshes if mesh.kind == job.mesh]
-        if not meshes:
-            raise UserError(
-                f"--mesh {job.mesh}: {why[job.mesh]}; choose another, or leave the flag out"
-            )
-        why = {}
+def divisors(n: int) -> list[int]:
+    """Return the divisors of n, the largest first."""
+    return [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def preference(candidate: Candidate) -> tuple:
+    """Return the key that sorts candidates: those that fit by time, then the others by memory."""
+    amount = candidate.seconds["step"] if candidate.fits else candidate.total_bytes
+    kind = MESH_KINDS.index(candidate.mesh.kind)
+    return not candidate.fits, amount, kind, candidate.total_bytes
+
+
+def best_per_kind(job: Job) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """Return the best candidate of each kind of mesh, and why the other kinds have none.
+
+    Raises UserError if the job asks for a mesh that is not possible.
+    """
+    meshes, unavailable = possible_meshes(job.config, job.gpus)
+    if job.mesh:
+        if job.mesh not in meshes:
+            choices = f"the choices are {', '.join(map(str, meshes))}"
+            reason = unavailable.get(job.mesh.kind, choices)
+            raise UserError(f"--mesh {job.mesh}: {reason}; choose another, or leave the flag out")
+        meshes, unavailable = [job.mesh], {}
     best = {}
     for mesh in meshes:
-        best[mesh.kind] = min(
-            [*options(job, mesh), *filter(None, [best.get(mesh.kind)])], key=better
-        )
-    return best, why
+        candidates = evaluate_mesh(job, mesh)
+        if mesh.kind in best:
+            candidates.append(best[mesh.kind])
+        best[mesh.kind] = min(candidates, key=preference)
+    return best, unavailable
 
 
 def plan(job: Job) -> Plan:
-    best, why = best_per_kind(job)
-    fitting = [o for o in best.values() if o.fits]
-    chosen = min(fitting, key=better) if fitting else None
-    return Plan(job, best, why, chosen, None if chosen else suggest(job))
+    """Return the best candidates for a job, and the choice among them or a suggestion."""
+    best, unavailable = best_per_kind(job)
+    fitting = [candidate for candidate in best.values() if candidate.fits]
+    if fitting:
+        return Plan(job, best, unavailable, min(fitting, key=preference), None)
+    return Plan(job, best, unavailable, None, suggest(job))
+
+
+# ---- suggestions ---------------------------------------------------------------------------------
 
 
 def suggest(job: Job) -> str:
-    """The smallest change after which a job fits that does not, in words; by trying them one after the other."""
-    micro = job.config.micro_batch or 1
-    smaller = [n for n in range(micro - 1, 0, -1) if micro % n == 0]
-    changes = [
-        (f"--micro-batch {n}", replace(job, config=replace(job.config, micro_batch=n)))
-        for n in smaller
-    ]
-    if job.checkpointing == "off":
-        changes.append(
-            ("activation checkpointing (--checkpointing on)", replace(job, checkpointing="on"))
-        )
-    if job.mesh != "auto":
-        kinds = [
-            kind
-            for kind in MESHES
-            if kind != job.mesh and kind not in possible(job.config, job.gpus)[1]
-        ]
-        changes += [
-            (f"--mesh '{kind}' instead of {job.mesh}", replace(job, mesh=kind)) for kind in kinds
-        ]
-    free = replace(
-        job, mesh="auto", checkpointing="auto", config=replace(job.config, micro_batch=None)
-    )
-    flags = {
-        "mesh": job.mesh != "auto",
-        "checkpointing": job.checkpointing != "auto",
-        "micro-batch": job.config.micro_batch,
-    }
-    without = (
-        f" without --{', --'.join(flag for flag, given in flags.items() if given)}"
-        if free != job
-        else ""
-    )
-    changes += [(without.strip(), free)] if without else []
-    changes += [(f"--gpus {n}", replace(job, gpus=n)) for n in more(job)]
-    changes += (
-        [(f"--gpus {n}{without}", replace(free, gpus=n)) for n in more(job)] if without else []
-    )
-    larger = sorted(
-        (g for g in GPUS.values() if g.memory > job.device.memory), key=lambda g: g.memory
-    )
-    changes += [(f"--gpu {gpu.name}{without}", replace(free, device=gpu)) for gpu in larger]
-    changes += [
-        (f"--gpu {g.name} --gpus {n}{without}", replace(free, device=g, gpus=n))
-        for g in larger[-1:]
-        for n in more(job, True)
-    ]
-    for words, changed in changes:
-        fits = (
-            [o for o in best_per_kind(changed)[0].values() if o.fits] if has_mesh(changed) else []
-        )
-        if fits:
-            return f"{words}, then {in_short(min(fits, key=better))}"
-    return (
-        f"nothing up to {MOST:,} GPUs: make the model smaller (--n-layer, --n-embd, --moe.n-expert)"
-    )
+    """Return the smallest change after which a job fits, for a job that does not.
 
-
-def more(job: Job, anyway: bool = False) -> list[int]:
-    """Twice, four times, ... as many GPUs; none where there are no links to others."""
-    return (
-        [job.gpus << i for i in range(1, 17) if job.gpus << i <= MOST]
-        if anyway or job.device.link
-        else []
-    )
-
-
-def has_mesh(job: Job) -> bool:
-    return job.mesh == "auto" or job.mesh not in possible(job.config, job.gpus)[1]
-
-
-def hours(job: Job, o: Option) -> float:
-    return (
-        job.tokens
-        / (job.config.batch_size * sum(sequences(job.config).values()))
-        * o.took["step"]
-        / 3600
-    )
-
-
-def in_short(o: Option) -> str:
-    kept = ", checkpointing" if o.setting.checkpointing else ""
-    return f"{o.mesh}, micro-batch {o.setting.micro_batch}{kept}, {o.bytes / 1e9:.3g} GB"
-
-
-def choose_mesh(config: Config, processes: int) -> tuple[str | None, str]:
-    """The mesh of a training run, and why: what --mesh says, else copies where a step fits so, if only item by item, else fsdp.
-
-    By all of a device's memory, not by what is free: the processes must come to the same.
+    Tries one change after another.
     """
-    if config.mesh or processes == 1:
-        return config.mesh, "as asked"
-    kind, memory = device_here()
-    held, how, has = counts(build_meta_model(config)), setting(config, kind, 1), room(kind, memory) / 1e9
-    copy, part = (
-        sum(memory_per_gpu(config, held, Mesh(name, processes), how).values()) / 1e9
-        for name in ("dp", "fsdp")
-    )
-    if copy <= has:
-        return (
-            f"dp={processes}",
-            f"a copy's step needs {copy:.3g} GB at least, a process has {has:.3g}",
-        )
-    return (
-        f"fsdp={processes}",
-        f"a copy's step needs {copy:.3g} GB, a process has {has:.3g}; shared out {part:.3g}",
-    )
-
-
-# ---- inference ---------------------------------------------------------------------------------------------------------------
-
-
-def cache_bytes(config: Config) -> int:
-    """Bytes of one sequence's cache at full context, as nanods/cache.py keeps it, in bf16; V3 keeps none."""
-    m, a = config.model, config.model.attention
-    if config.multimodal.modalities:
-        return 0
-    size = a.block_size if a.kind == "block" else 1
-    N = -(-m.context_length // size)
-    summaries = N * (2 if a.pool == "bound" else 1) * m.n_embd * 2 + N * m.n_head * a.top_blocks * 8
-    return m.n_layer * (4 * m.n_embd * N * size + (summaries if a.kind == "block" else 0))
-
-
-def served(config: Config, c: Counts, device: Device, gpus: int) -> int:
-    """Sequences of full context (V3: items) at a time, weights in bf16 shared out over the GPUs; 0 where they do not fit."""
-    free = gpus * device.room - 2 * c.total
-    return max(
-        0,
-        int(free // (cache_bytes(config) or activations(config, setting(config, device.kind, 1)))),
-    )
-
-
-def where(hardware_names: tuple[str, ...] = SERVING) -> list[dict[str, str]]:
-    """For each preset of V1 to V3 from small on: how it trains on some hardware, and how many sequences it serves there."""
-    rows = []
-    for name, config in PRESETS.items():
-        if name[:2] == "v0" or name.endswith("tiny"):
+    for flags, changed in possible_changes(job):
+        if changed.mesh and changed.mesh not in possible_meshes(changed.config, changed.gpus)[0]:
             continue
-        row = {"preset": name}
-        for words in hardware_names:
-            number, gpu = words.split(" x ")
-            job = make_job(config, GPUS[gpu], int(number))
-            best = [o for o in best_per_kind(job)[0].values() if o.fits]
-            trains = (
-                "no" if not best else "yes" if job.gpus == 1 else min(best, key=better).mesh.kind
-            )
-            row[words] = f"{trains} / {served(config, job.counts, job.device, job.gpus):,}"
-        rows.append(row)
-    return rows
+        fitting = [c for c in best_per_kind(changed)[0].values() if c.fits]
+        if fitting:
+            return f"{flags}, then {min(fitting, key=preference)}"
+    return (
+        f"nothing fits on up to {MAX_GPUS:,} GPUs: make the model smaller "
+        "(--n-layer, --n-embd, --moe.n-expert)"
+    )
 
 
-# ---- for a run of train.py -------------------------------------------------------------------
+def possible_changes(job: Job) -> Iterator[tuple[str, Job]]:
+    """Yield changes of a job with the flags that make them, the smallest change first."""
+    for n in divisors(job.config.micro_batch or 1)[1:]:
+        yield f"--micro-batch {n}", replace(job, config=replace(job.config, micro_batch=n))
+    if job.checkpointing is False:
+        yield "--activation-checkpointing", replace(job, checkpointing=True)
+    if job.mesh:
+        for candidate in best_per_kind(replace(job, mesh=None))[0].values():
+            if candidate.fits:
+                flags = f"--mesh {candidate.mesh} instead of {job.mesh}"
+                yield flags, replace(job, mesh=candidate.mesh)
+
+    typed = typed_flags(job)
+    without = f" without {', '.join(typed)}" if typed else ""
+    config = replace(job.config, micro_batch=None)
+    free = replace(job, mesh=None, checkpointing=None, config=config)
+    if typed:
+        yield without.strip(), free
+    numbers = larger_numbers(job.gpus) if job.device.link else []
+    for n in numbers:
+        if job.mesh:  # the outer axis grows
+            mesh = Mesh(job.mesh.axes, (job.mesh.sizes[0] * n // job.gpus, *job.mesh.sizes[1:]))
+            yield f"--gpus {n} --mesh {mesh}", replace(job, gpus=n, mesh=mesh)
+        else:
+            yield f"--gpus {n}", replace(job, gpus=n)
+    if typed:
+        for n in numbers:
+            yield f"--gpus {n}{without}", replace(free, gpus=n)
+    larger = [gpu for gpu in GPUS.values() if gpu.memory > job.device.memory]
+    larger.sort(key=lambda gpu: gpu.memory)
+    for gpu in larger:
+        yield f"--gpu {gpu.name}{without}", replace(free, device=gpu)
+    for gpu in larger[-1:]:
+        for n in larger_numbers(job.gpus):
+            yield f"--gpu {gpu.name} --gpus {n}{without}", replace(free, device=gpu, gpus=n)
 
 
-def step_memory(config: Config, mesh: RunMesh, device_kind: str, micro_batch: int) -> float:
-    """Return the estimated bytes of a training step on each process."""
-    model_counts = counts(build_meta_model(config))
-    planned = Mesh(" x ".join(mesh.axes), mesh.world_size, mesh.ep)
-    setup = setting(config, device_kind, micro_batch)
-    return sum(memory_per_gpu(config, model_counts, planned, setup).values())
+def typed_flags(job: Job) -> list[str]:
+    """Return the flags that limit the search."""
+    flags = []
+    if job.mesh:
+        flags.append("--mesh")
+    if job.checkpointing is not None:
+        flags.append(f"--{'' if job.checkpointing else 'no-'}activation-checkpointing")
+    if job.config.micro_batch:
+        flags.append("--micro-batch")
+    return flags
 
 
-def largest_micro_batch(config: Config, mesh: RunMesh, device: torch.device) -> int:
-    """Return the largest divisor of a process's batch whose step should take at most 80% of the free memory, at least 1."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = main_memory()
-    local_batch_size = config.batch_size // mesh.batch_shards
-    for micro_batch in range(local_batch_size, 0, -1):
-        divides = local_batch_size % micro_batch == 0
-        if divides and step_memory(config, mesh, device.type, micro_batch) <= 0.8 * free:
+def larger_numbers(gpus: int) -> list[int]:
+    """Return twice, four times, ... as many GPUs, up to MAX_GPUS."""
+    return [gpus << i for i in range(1, 17) if gpus << i <= MAX_GPUS]
+
+
+# ---- for train.py --------------------------------------------------------------------------------
+
+
+def step_memory(
+    config: Config, mesh: Mesh, device: str, micro_batch: int, cost: ModelCost | None = None
+) -> float:
+    """Return the bytes that a step needs on each "cpu" or "cuda" device.
+
+    `cost` is that of the configuration's model, which is otherwise computed.
+    """
+    cost = cost or model_cost(build_meta_model(config))
+    step = step_config(config, device, micro_batch)
+    return sum(memory_per_gpu(config, cost, mesh, step).values())
+
+
+def choose_mesh(config: Config, world_size: int) -> tuple[str | None, str]:
+    """Return the mesh of a training run, as --mesh spells it, and the reason.
+
+    Without --mesh it is dp if a step with one example fits a process that holds the whole model,
+    otherwise fsdp. This compares with all of a device's memory, not with what is free, since all
+    processes must choose the same mesh.
+    """
+    if config.mesh or world_size == 1:
+        return config.mesh, "as asked"
+    kind, memory = local_device()
+    cost, available = model_cost(build_meta_model(config)), usable_memory(kind, memory) / 1e9
+    dp, fsdp = Mesh.of(dp=world_size), Mesh.of(fsdp=world_size)
+    whole = step_memory(config, dp, kind, 1, cost) / 1e9
+    sharded = step_memory(config, fsdp, kind, 1, cost) / 1e9
+    if whole <= available:
+        return str(dp), f"a step needs {whole:.3g} GB at least, a process has {available:.3g}"
+    return (
+        str(fsdp),
+        f"a step with the whole model needs {whole:.3g} GB, a process has {available:.3g}; "
+        f"sharded it needs {sharded:.3g}",
+    )
+
+
+def largest_micro_batch(config: Config, mesh: Mesh, device: torch.device) -> int:
+    """Return the largest micro-batch whose step should take at most 80% of the free memory.
+
+    It divides the examples of a process. If none fits, it is 1.
+    """
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else main_memory()
+    cost = model_cost(build_meta_model(config))
+    for micro_batch in divisors(config.batch_size // mesh.batch_shards):
+        if step_memory(config, mesh, device.type, micro_batch, cost) <= 0.8 * free:
             return micro_batch
     return 1

@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from nanods.build import build_meta_model, build_model
 from nanods.config import from_command_line
+from nanods.distributed.mesh import Mesh
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
-from nanods.planner.cost import Mesh, held
-from nanods.planner.memory import counts
+from nanods.planner.cost import parameters_per_gpu
+from nanods.planner.memory import model_cost
 from tests.distributed.processes import free_port
 
 SMALL = ["--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--context-length", "32"]
@@ -110,9 +111,8 @@ def local_sizes(tmp_path_factory):
 @pytest.mark.parametrize(("world_size", "preset", "mesh"), CASES)
 def test_each_process_holds_what_the_planner_computes(local_sizes, world_size, preset, mesh):
     config = from_command_line("", MODELS[preset])
-    sizes = dict(part.split("=") for part in mesh.split(","))
-    planned = Mesh(" x ".join(sizes), world_size, int(sizes.get("ep", 1)))
-    expected = sum(held(config, counts(build_meta_model(config)), planned))
+    cost = model_cost(build_meta_model(config))
+    expected = sum(parameters_per_gpu(cost, Mesh.parse(mesh, world_size)))
     if preset == "v2-tiny" and "fsdp" in mesh:  # gates are not sharded, which the planner ignores
         gates = config.model.n_layer * config.model.n_embd * 4
         expected += gates * (1 - 1 / world_size)

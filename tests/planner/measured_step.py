@@ -1,4 +1,7 @@
-"""Two steps of train.py, on made-up data: test_memory.py starts them in processes of their own, to weigh them."""
+"""Train two steps as train.py does, on random data, and print the memory that they took in bytes.
+
+test_memory.py starts it in a process of its own.
+"""
 
 import contextlib
 import json
@@ -15,7 +18,7 @@ from nanods.training.optimizers import make_optimizers
 from nanods.training.task import accumulate_gradients
 
 
-def made_up(config):
+def task_and_batch(config):
     """Return a task without a data set, and a batch of random inputs of the right shapes."""
     m, c, B = config.model, config.multimodal, config.batch_size
     cpu = torch.device("cpu")
@@ -33,20 +36,22 @@ def made_up(config):
     return task, Batch({name: inputs[name] for name in c.modalities}, torch.arange(B))
 
 
-def autocast_of(config):
+def autocast(config):
+    """Return the context in which the forward pass runs."""
     enabled = config.dtype == "bf16"
     return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def steps(config):
+def train_two_steps(config):
+    """Return the model and its optimizers after two steps."""
     model = build_model(config)
     if config.activation_checkpointing:
         checkpoint_blocks(model)
     optimizers = make_optimizers(config, model)
-    task, batch = made_up(config)
+    task, batch = task_and_batch(config)
     for _ in range(2):
         micro_batch = config.micro_batch or config.batch_size
-        accumulate_gradients(task, model, batch, micro_batch, autocast_of(config))
+        accumulate_gradients(task, model, batch, micro_batch, autocast(config))
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -61,4 +66,4 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     config = ladder.from_command_line("", sys.argv[1:])
-    print(json.dumps(peak_memory_increase(lambda: steps(config))))
+    print(json.dumps(peak_memory_increase(lambda: train_two_steps(config))))

@@ -8,7 +8,7 @@ from nanods.config import from_command_line
 from nanods.gpt import Block
 from nanods.training.activation_checkpointing import checkpoint_blocks
 from nanods.training.task import accumulate_gradients
-from tests.planner.measured_step import autocast_of, made_up
+from tests.planner.measured_step import autocast, task_and_batch
 
 SMALL = ["--n-layer", "3", "--n-embd", "24", "--n-head", "2", "--batch-size", "4"]
 MODELS = {
@@ -38,10 +38,10 @@ def gradients(config, micro_batch, recompute):
     block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
     if recompute:
         checkpoint_blocks(model)
-    task, batch = made_up(config)
+    task, batch = task_and_batch(config)
     pack = lambda t: kept.append(t.numel() * t.element_size()) or t  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        metrics = accumulate_gradients(task, model, batch, micro_batch, autocast_of(config))
+        metrics = accumulate_gradients(task, model, batch, micro_batch, autocast(config))
     return (
         {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
         metrics["train_loss"].item(),
