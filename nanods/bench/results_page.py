@@ -172,9 +172,7 @@ def expert_results() -> list[Result]:
         largest = row["val_load_max_over_mean"]["mean"]
         return f"{largest:.2f} and {row['val_load_entropy']['mean']:.3f}"
 
-    right = {
-        name: 100 * row["both"]["mean"] for name, row in arithmetic["variants"].items()
-    }
+    right = {name: 100 * row["both"]["mean"] for name, row in arithmetic["variants"].items()}
     return [
         Result(
             "make bench-experts",

@@ -1,0 +1,175 @@
+"""Draw the pictures of README.md and docs/ARCHITECTURE.md: `make docs`.
+
+    docs/architecture.png    V0 to V3, and what each version adds
+    docs/overview.png        what the experts of runs/v2-tiny did, and what runs/v3-tiny finds
+
+The second needs the two finished runs (`make train-v2 train-v3`) and is left as it is without them.
+"""
+
+import io
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from nanods import plots
+from nanods.config import Config, from_dict
+from nanods.data.text import load_text
+from nanods.training import checkpoint
+from nanods.training.contrastive_task import ContrastiveTask
+from nanods.training.inspection import chosen_experts
+from nanods.training.metrics import read_metrics
+from nanods.training.pictures import draw_neighbours
+
+DOCS = Path(__file__).parents[1] / "docs"
+RUNS = Path("runs")
+PLAIN, NEW = "#e8ebef", "#ffd9a8"  # what a version takes over, and what it adds
+LAYER = 3  # the layer of V2 whose experts colour the text
+
+
+# ---- architecture ----------------------------------------------------------------------------
+
+
+def draw_box(axes: Axes, x: float, y: float, text: str, is_new: bool, height: float = 0.8) -> None:
+    """Draw a box of width 2.6 centred at (x, y)."""
+    box = FancyBboxPatch(
+        (x - 1.3, y - height / 2),
+        2.6,
+        height,
+        boxstyle="round,pad=0.02,rounding_size=0.12",
+        facecolor=NEW if is_new else PLAIN,
+        edgecolor="#7d8590",
+    )
+    axes.add_patch(box)
+    axes.text(x, y, text, ha="center", va="center", fontsize=9)
+
+
+def draw_version(axes: Axes, x: float, title: str, boxes: list[tuple[str, bool]]) -> None:
+    """Draw one version as a stack of boxes, bottom to top: (text, whether the version adds it)."""
+    for row, (text, is_new) in enumerate(boxes):
+        draw_box(axes, x, row * 1.25, text, is_new)
+        if row:
+            arrow = FancyArrowPatch(
+                (x, row * 1.25 - 0.83),
+                (x, row * 1.25 - 0.42),
+                arrowstyle="-|>",
+                mutation_scale=10,
+                color="#7d8590",
+            )
+            axes.add_patch(arrow)
+    axes.text(x, 5.95, title, ha="center", va="bottom", fontsize=11, fontweight="bold")
+
+
+def architecture() -> Figure:
+    """Draw V0 to V3 side by side; what a version adds to the one before is orange."""
+    versions = {
+        "V0: dense GPT": [
+            ("tokens (B, T)", False),
+            ("embedding (B, T, C)", False),
+            ("dense attention", False),
+            ("MLP", False),
+            ("next token: logits (B, T, V)\ncross-entropy", False),
+        ],
+        "V1: sparse attention": [
+            ("tokens (B, T)", False),
+            ("embedding (B, T, C)", False),
+            ("select blocks of keys,\nattend to these only", True),
+            ("MLP", False),
+            ("next token: logits (B, T, V)\ncross-entropy", False),
+        ],
+        "V2: Mixture of Experts": [
+            ("tokens (B, T)", False),
+            ("embedding (B, T, C)", False),
+            ("select blocks of keys,\nattend to these only", False),
+            ("router: 2 of 16 experts\nper token", True),
+            ("next token: logits (B, T, V)\n+ balancing losses", True),
+        ],
+        "V3: text, image, audio": [
+            ("caption, image, sound", True),
+            ("tokens per modality\n(B, T, C)", True),
+            ("dense attention,\nin both directions", True),
+            ("MLP, or V2's experts", False),
+            ("one embedding each (B, M)\ncontrastive loss", True),
+        ],
+    }
+    figure = Figure(figsize=(12, 5.4))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    for column, (title, boxes) in enumerate(versions.items()):
+        draw_version(axes, 3.4 * column, title, boxes)
+    repeated = "n_layer blocks: each reads the residual stream and adds to it"
+    axes.annotate(
+        "", (-1.55, 1.95), (-1.55, 4.3), arrowprops={"arrowstyle": "-", "color": "#7d8590"}
+    )
+    axes.text(-1.75, 3.1, repeated, rotation=90, ha="center", va="center", fontsize=8)
+    axes.text(
+        5.1, -0.95, "orange: what this version changes", ha="center", fontsize=9, color="#9a5b00"
+    )
+    axes.set(xlim=(-2.1, 11.8), ylim=(-1.2, 6.5))
+    axes.axis("off")
+    return figure
+
+
+# ---- overview --------------------------------------------------------------------------------
+
+
+def load_run(run_dir: Path) -> tuple[Config, torch.nn.Module, list[dict]]:
+    """Return the configuration, model and metrics of a finished run."""
+    saved = checkpoint.load(run_dir)
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return from_dict(saved.state["config"]), checkpoint.load_model(saved), rows
+
+
+def overview(v2_dir: Path, v3_dir: Path) -> Figure:
+    """Draw what the experts of a V2 run did, and what a V3 run finds."""
+    figure = Figure(figsize=(15, 6.6))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.12), wspace=0.06, hspace=0.32)
+
+    config, model, rows = load_run(v2_dir)
+    trained = [row for row in rows if row["step"]]
+    load = np.array([row["load"] for row in trained])
+    plots.draw_load_over_time(
+        figure.add_subplot(grid[0, 0]), [row["step"] for row in trained], load
+    )
+    data = load_text(config.data, config.model.vocab_size)
+    window = torch.from_numpy(data.val[:256].astype("int64"))
+    text = [data.tokenizer.decode([token]) for token in window.tolist()]
+    first_choice = chosen_experts(model, window)[LAYER, :, 0]  # (T,)
+    title = f"validation text, each byte coloured by its first expert in layer {LAYER}"
+    plots.draw_text_by_expert(figure.add_subplot(grid[1, 0]), text, first_choice, title)
+
+    config, model, _ = load_run(v3_dir)
+    task = ContrastiveTask(config, torch.device("cpu"))
+    embeddings, _ = task.embed(model, task.inputs(task.gallery))
+    arrays = {name: e.double().numpy() for name, e in embeddings.items()}
+    picture = io.BytesIO()
+    draw_neighbours(arrays, task.gallery).savefig(picture, dpi=150, bbox_inches="tight")
+    picture.seek(0)
+    axes = figure.add_subplot(grid[:, 1])
+    axes.imshow(matplotlib.image.imread(picture))
+    axes.axis("off")
+    figure.text(0.125, 0.95, "make train-v2: what each of 16 experts did", fontsize=13)
+    figure.text(0.525, 0.95, "make train-v3: what each query finds", fontsize=13)
+    return figure
+
+
+def main() -> None:
+    DOCS.mkdir(exist_ok=True)
+    plots.save(architecture(), DOCS / "architecture.png")
+    print("wrote      docs/architecture.png")
+    v2_dir, v3_dir = RUNS / "v2-tiny", RUNS / "v3-tiny"
+    missing = [str(path) for path in (v2_dir, v3_dir) if not (path / "loss.png").exists()]
+    if missing:
+        print(
+            f"kept       docs/overview.png ({' and '.join(missing)} not found: make train-v2 train-v3)"
+        )
+        return
+    plots.save(overview(v2_dir, v3_dir), DOCS / "overview.png")
+    print("wrote      docs/overview.png")
+
+
+if __name__ == "__main__":
+    main()
