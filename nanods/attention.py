@@ -53,7 +53,7 @@ default query t is at position t.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,9 @@ from nanods.attention_kernel import flex_block_attention, query_attention, tile_
 
 BEAM, FAN_OUT = 16, 4  # nodes that the tree search opens on each level, children per node
 QUERY_ROUTE_MIN = 1 << 14  # T * block_size from which sorting pairs beats a mask (choose_route)
+
+Method = Literal["flat", "tile", "tree", "window"]
+METHODS, POOLS = get_args(Method), ("mean", "bound")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class AttentionConfig:
     """Keys per block (block only)."""
     top_blocks: int = 4
     """Past blocks selected per query, in addition to its current block (block only)."""
-    method: Literal["flat", "tile", "tree", "window"] = "flat"
+    method: Method = "flat"
     """How blocks are selected. flat: per query. tile: per tile of queries. tree: per query, by tree
     search. window: the nearest blocks, without scores (block only)."""
     pool: Literal["mean", "bound"] = "mean"
@@ -216,7 +219,6 @@ def topk_attention(
 
 # ---- V1: select blocks ---------------------------------------------------------------------------
 
-METHODS, POOLS = ("flat", "tile", "tree", "window"), ("mean", "bound")
 MAX_SCORES = 1 << 20  # scores in memory at once during selection, so that memory is linear in T
 
 
@@ -265,8 +267,9 @@ def select_blocks(
         )
     current = query_positions(q, k, positions) // block_size  # (B or 1, T)
     N = -(-k.size(-2) // block_size)
-    if method == "window":
-        return window_blocks(current, N, top_blocks, causal).expand(*q.shape[:2], -1, -1)
+    if method in POSITION_METHODS:
+        blocks = POSITION_METHODS[method](current, N, top_blocks, causal)
+        return blocks.expand(*q.shape[:2], -1, -1)
     if method == "tile":
         current = current[:, ::block_size]
         q = q[:, :, ::block_size] if causal else summarise(q, block_size, "mean")
@@ -338,6 +341,11 @@ def window_blocks(current: Tensor, N: int, top_blocks: int, causal: bool) -> Ten
     offset = -1 - rank if causal else alternating
     blocks = current[:, None, :, None] + offset
     return blocks.masked_fill((blocks < 0) | (blocks >= N), -1)
+
+
+POSITION_METHODS = {"window": window_blocks}
+"""Methods that select by position alone, without scores: from the name to a function of (current,
+N, top_blocks, causal)."""
 
 
 def descend_tree(
@@ -434,7 +442,7 @@ def sparsity_stats(
     current_keys = torch.arange(T, device=blocks.device) % block_size + 1  # (T,)
     keys_read = (selected_keys + current_keys).double().mean(dim=(0, 2)) * 2 / (T + 1)
     N = -(-T // block_size)
-    scored = {"flat": T * (N - 1) / 2, "tile": N * (N - 1) / 2, "window": 0, "tree": 0}[method]
+    scored = {"flat": T * (N - 1) / 2, "tile": N * (N - 1) / 2}.get(method, 0)
     while method == "tree" and beam * fan_out < N:
         scored, N = scored + T * (beam + 1) * fan_out, -(-N // fan_out)
     if method == "tree":
