@@ -33,6 +33,7 @@ from nanods.config import Config
 from nanods.gpt import GPT, Block
 from nanods.multimodal import Multimodal, tokens_per_example
 from nanods.training.muon import STACKED, fast_bf16
+from nanods.training.optimizers import STATE_BYTES
 from nanods.training.parameter_groups import fp32_parameters, optimizer_of
 
 MMAP_THRESHOLD = 32 << 20  # glibc maps a larger tensor separately; smaller ones share a heap
@@ -255,7 +256,7 @@ def optimizer_bytes(
     The device holds `outside` parameters outside the experts, and `experts` in them. Of those
     outside, `adamw` are AdamW's even if Muon updates the matrices.
     """
-    if config.optimizer == "adamw":
-        return 8 * (outside + experts)
-    expert_state = 4 if config.expert_optimizer == "muon" else 8
-    return 4 * (outside - adamw) + 8 * adamw + expert_state * experts
+    if config.optimizer != "muon":
+        return STATE_BYTES[config.optimizer] * (outside + experts)
+    muon = STATE_BYTES["muon"] * (outside - adamw)
+    return muon + STATE_BYTES["adamw"] * adamw + STATE_BYTES[config.expert_optimizer] * experts

@@ -2,8 +2,9 @@
 
 By default Muon updates the weight matrices, and AdamW everything else: embeddings, the output head,
 routers' gates and single numbers (nanods/training/parameter_groups.py). With `--optimizer adamw`,
-AdamW updates everything. Another optimizer is one more branch in `make_optimizers`
-(docs/MODIFYING.md); checkpoints need no change, since they store whatever state an optimizer keeps.
+AdamW updates everything. Another optimizer is one more branch in `make_optimizers` and one more row
+of `STATE_BYTES` (docs/MODIFYING.md); checkpoints need no change, since they store whatever state an
+optimizer keeps.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from torch.distributed.tensor import DTensor
 from nanods.config import Config
 from nanods.training.muon import Muon, orthogonalise
 from nanods.training.parameter_groups import optimizer_of
+
+STATE_BYTES = {"muon": 4, "adamw": 8}
+"""Bytes of an optimizer's state per parameter, which the planner adds up: Muon keeps one fp32
+tensor of the parameter's shape, AdamW two."""
 
 
 def make_optimizers(
