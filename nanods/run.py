@@ -75,6 +75,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
                 f"Sample it: python sample.py {config.run_dir}"
             )
             return None
+    build_meta_model(config)  # refuses sizes that do not fit together, before any data is loaded
     device = choose_device(config)
     precision = choose_precision(config, device)
     task = make_task(config, device)

@@ -28,7 +28,8 @@ class MetricsLog:
         """`rows`: those of the steps before, where a run resumes. They replace what metrics.jsonl
         holds, since a killed run may have written steps there that came after its last checkpoint.
         """
-        self.task, self.rows, self.is_main_process = task, rows, is_main_process
+        self.config, self.task, self.rows = config, task, rows
+        self.is_main_process = is_main_process
         self.file = None
         if is_main_process:
             path = config.run_dir / "metrics.jsonl"
