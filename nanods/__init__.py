@@ -1,1 +1,1 @@
-"""nanods: sparse attention, Mixture of Experts and multimodal contrastive learning, written to be read."""
+"""nanods: sparse attention, Mixture of Experts and multimodal contrastive learning, to be read."""

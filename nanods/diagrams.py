@@ -163,9 +163,8 @@ def main() -> None:
     v2_dir, v3_dir = RUNS / "v2-tiny", RUNS / "v3-tiny"
     missing = [str(path) for path in (v2_dir, v3_dir) if not (path / "loss.png").exists()]
     if missing:
-        print(
-            f"kept       docs/overview.png ({' and '.join(missing)} not found: make train-v2 train-v3)"
-        )
+        names = " and ".join(missing)
+        print(f"kept       docs/overview.png ({names} not found: make train-v2 train-v3)")
         return
     plots.save(overview(v2_dir, v3_dir), DOCS / "overview.png")
     print("wrote      docs/overview.png")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and sample.py stand at the top
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where train.py and sample.py are
 
 SIZE = {
     "n-layer": 2,
@@ -36,7 +36,7 @@ def _one_thread():
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """An empty current folder with a text to learn from, text.txt."""
+    """Change to an empty folder that holds a text, text.txt."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NANODS_DATA", str(tmp_path / "data"))
     (tmp_path / "text.txt").write_text(
@@ -47,7 +47,8 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def program(workspace, monkeypatch, capsys):
-    """Run train.py or sample.py in this process: program("train", "v1-tiny", ...) -> (exit code, stdout, stderr)."""
+    """Run train.py or sample.py in this process: program("train", "v1-tiny", ...) -> (exit code,
+    stdout, stderr)."""
     import sample
     import train
     from nanods.errors import run
@@ -74,7 +75,7 @@ def program(workspace, monkeypatch, capsys):
 
 @pytest.fixture
 def train_tiny(program):
-    """A run of seconds on text.txt: train_tiny("v1-tiny", "--steps", 6)."""
+    """Train for some seconds on text.txt: train_tiny("v1-tiny", "--steps", 6)."""
 
     def call(preset, *args):
         sparse = ["--attention.block-size", "8"] if preset >= "v1" else []

@@ -1,4 +1,5 @@
-"""The ladder: each version is the one before with one field replaced, and configurations survive JSON."""
+"""The ladder: each version is the one before with one field replaced, and configurations survive
+JSON."""
 
 import json
 from dataclasses import replace
@@ -25,12 +26,13 @@ def test_small_is_gpt2s_size():
 
     with device("meta"):
         total, _ = GPT(PRESETS["v0-small"].model).count_parameters()
-    # GPT-2 ties its embedding to its head and has biases and learnt positions; ours unties them: one 38.6M table more
+    # GPT-2 ties its embedding to its head and has biases and learnt positions; ours unties them:
+    # one 38.6M table more
     assert total - 50304 * 768 == pytest.approx(124e6, rel=0.02)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_configuration_survives_json(name):
+def test_a_configuration_survives_a_round_trip_through_json(name):
     assert from_dict(json.loads(json.dumps(to_dict(PRESETS[name])))) == PRESETS[name]
 
 
@@ -50,10 +52,10 @@ def test_resuming_takes_the_saved_values_and_refuses_conflicts():
         resolve_resume(PRESETS["v0-tiny"], saved)
 
 
-def test_flags_do_not_clash():
+def test_flag_names_are_unique():
     saved = to_dict(PRESETS["v2-tiny"])
     model = saved["model"]
     parts = [saved, model, model["attention"], model["moe"], saved["multimodal"]]
     assert (
         len(flatten(PRESETS["v2-tiny"])) == sum(map(len, parts)) - 4
-    )  # less the names of the parts themselves
+    )  # without the names of the nested configurations

@@ -1,4 +1,5 @@
-"""The trunk: cached decoding equals the full forward, nothing looks ahead or sideways, and the counts are right."""
+"""The trunk: cached decoding equals the full forward, no output depends on later tokens or other
+rows, and the counts are right."""
 
 from dataclasses import replace
 
@@ -44,7 +45,7 @@ CONFIGS = {
 def model_of(config, seed=0):
     torch.manual_seed(seed)
     model = GPT(config).double()
-    for p in model.parameters():  # zeros would hide mistakes
+    for p in model.parameters():  # weights that start at zero would hide mistakes
         torch.nn.init.normal_(p, std=0.3)
     return model
 
@@ -59,7 +60,7 @@ def tokens_of(B, T, seed=1):
 
 
 @torch.no_grad()
-def test_the_future_changes_nothing(model):
+def test_later_tokens_change_nothing(model):
     tokens = tokens_of(2, 24)
     before, _ = model(tokens)
     for p in range(1, 24):
@@ -71,7 +72,7 @@ def test_the_future_changes_nothing(model):
 
 
 @torch.no_grad()
-def test_rows_do_not_influence_each_other(model):
+def test_rows_of_a_batch_do_not_influence_each_other(model):
     tokens = tokens_of(3, 24)
     changed = tokens.clone()
     changed[1:] = tokens_of(2, 24, seed=9)
@@ -93,7 +94,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_length(model):
 
 
 @torch.no_grad()
-def test_a_prompt_read_in_pieces_equals_the_full_forward(model):
+def test_a_prompt_read_in_chunks_equals_the_full_forward(model):
     tokens = tokens_of(2, 24)
     full, _ = model(tokens)
     for first, second in ((5, 3), (8, 7), (4, 13)):
@@ -106,7 +107,7 @@ def test_a_prompt_read_in_pieces_equals_the_full_forward(model):
 
 
 @torch.no_grad()
-def test_ragged_prompts_decode_as_each_alone(model):
+def test_prompts_of_different_lengths_decode_as_each_does_alone(model):
     tokens, lengths = tokens_of(3, 24), torch.tensor([3, 11, 7])
     full, _ = model(tokens)
     cache = model.new_cache(3)
@@ -148,7 +149,7 @@ def test_greedy_generation_equals_recomputing_the_whole_context(model):
         context.append(token)
 
 
-def test_stop_ends_a_row_and_then_the_generation(model):
+def test_stop_tokens_end_a_row_and_then_the_generation(model):
     prompts = [[1, 2, 3], [4, 5, 6]]
     free = generate(model, prompts, 12, temperature=0)
     stop = free[0][4]
@@ -159,13 +160,17 @@ def test_stop_ends_a_row_and_then_the_generation(model):
         assert set(stopped[end:]) <= {-1}
 
 
-def test_top_k_and_top_p_keep_what_they_say():
+def test_top_k_and_top_p_keep_the_right_tokens():
     logits = torch.log(torch.tensor([[0.5, 0.05, 0.3, 0.15]]))
 
     def drawn(**options):
         stream = [torch.Generator().manual_seed(0)]
         return {
-            int(sample_token(logits, options.get("t", 1.0), options.get("k"), options.get("p"), stream))
+            int(
+                sample_token(
+                    logits, options.get("t", 1.0), options.get("k"), options.get("p"), stream
+                )
+            )
             for _ in range(300)
         }
 
@@ -197,7 +202,7 @@ def test_a_new_model_is_uniform_and_its_blocks_are_the_identity():
 
 
 @pytest.mark.parametrize("name", ["norm", "longer norm", "squared ReLU"])
-def test_gradients_by_hand_are_autograds(name):
+def test_handwritten_gradients_equal_autograds(name):
     function, naive = {
         "norm": (rms_norm, lambda x: x / x.square().mean(-1, keepdim=True).sqrt()),
         "longer norm": (
@@ -216,13 +221,13 @@ def test_gradients_by_hand_are_autograds(name):
         torch.autograd.grad(plain, x, g),
     )
     assert (ours - theirs).abs().max() < 1e-14
-    assert not ours.requires_grad  # a second derivative is refused, not wrong
+    assert not ours.requires_grad  # a second derivative is refused
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_vector_of_zeros_is_normalised_to_zeros(dtype):
     x = torch.zeros(2, 16, dtype=dtype)
-    x[1] = 1e-3  # small, but not nothing
+    x[1] = 1e-3  # small, but not zero
     x.requires_grad_()
     y = rms_norm(x)
     y.sum().backward()
@@ -245,7 +250,7 @@ def test_under_bf16_autocast_a_cpu_attends_in_fp32(kind, monkeypatch):
     assert rounded.dtype == torch.bfloat16 and {x.dtype for qkv in seen for x in qkv} == {
         torch.float32
     }
-    if kind == "dense":  # a rounded score may choose another block
+    if kind == "dense":  # rounding may select another block
         assert (rounded - plain).abs().max() < 0.1 * plain.abs().max()
 
 
@@ -255,7 +260,7 @@ def test_flops_agree_with_counting_them():
     with (
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
-    ):  # it does not see the fused kernel on CPU
+    ):  # it does not count the fused kernel on a CPU
         logits, _ = model(tokens_of(1, 32))
         logits.sum().backward()
     pairs = (
@@ -278,7 +283,7 @@ def test_pairs_agree_with_the_mask():
 
 @pytest.mark.parametrize("method", ["flat", "tile", "tree", "window"])
 @torch.no_grad()
-def test_the_stats_tell_what_was_read(method):
+def test_stats_report_what_was_read(method):
     from nanods.attention import block_mask
 
     model = model_of(
@@ -296,20 +301,21 @@ def test_the_stats_tell_what_was_read(method):
     assert "blocks" not in model(tokens_of(2, 22))[1][0]
 
 
-def test_v1_tiny_is_truly_sparse():
+def test_v1_tiny_reads_a_small_share_of_its_past():
     model = PRESETS["v1-tiny"].model
     T = model.context_length
     assert (model.attention.block_size, model.attention.top_blocks) == (16, 2)
     assert model.attention.pairs(T) <= 0.4 * T * (T + 1) / 2
 
 
-def test_too_long_a_sequence_says_so(model):
+def test_a_sequence_that_is_too_long_is_refused(model):
     with pytest.raises(ValueError, match="context_length"):
         model(tokens_of(1, 25))
 
 
-def test_the_trees_beam_and_fan_out_reach_the_choice():
-    """16 blocks under the default beam need no pyramid, so a tree is flat; a beam of one over pairs is not."""
+def test_beam_and_fan_out_of_the_tree_reach_the_selection():
+    """16 blocks under the default beam need no pyramid, so a tree is flat; a beam of one over pairs
+    is not."""
     torch.manual_seed(0)
     flat = AttentionConfig("block", block_size=2, top_blocks=3)
     tokens, chosen = torch.randint(0, 61, (2, 32)), {}

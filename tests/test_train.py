@@ -1,4 +1,5 @@
-"""train.py and sample.py from the outside: what they write, how they resume, and what they say to mistakes."""
+"""train.py and sample.py from the outside: what they write, how they resume, and how they refuse
+mistakes."""
 
 import json
 import os
@@ -30,7 +31,7 @@ def weights(out):
 
 
 @pytest.mark.parametrize("preset", ["v0-tiny", "v1-tiny", "v2-tiny"])
-def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace, preset):
+def test_a_run_learns_and_writes_its_files(train_tiny, workspace, preset):
     code, out, err = train_tiny(preset, "--steps", 30, "--save-every", 20)
     assert code == 0, err
     for word in (
@@ -92,8 +93,10 @@ def test_each_dtype_trains(train_tiny, workspace, dtype):
         ),
     ],
 )
-def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatch, preset, flags):
-    """With experts that take turns under Muon, their load, its alarms and the bias too."""
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    train_tiny, workspace, monkeypatch, preset, flags
+):
+    """Also with Muon updating the experts in turns, the load, its alarms and the selection bias."""
     import train
 
     assert (
@@ -101,7 +104,7 @@ def test_resume_is_bitwise_the_undisturbed_run(train_tiny, workspace, monkeypatc
     )
     real = train.set_learning_rate
 
-    def interrupted(optimizers, step, config):  # at step 29, after a checkpoint and one step more
+    def interrupted(optimizers, step, config):  # at step 29, one step after a checkpoint
         if step == 29:
             raise KeyboardInterrupt
         return real(optimizers, step, config)
@@ -137,7 +140,7 @@ def test_a_signal_saves_and_ends_cleanly(train_tiny, workspace, monkeypatch, num
     assert checkpoint.load(workspace / "runs/v0-tiny").state["step"] == 4
 
 
-def test_a_run_in_the_way_is_moved_aside(train_tiny, workspace):
+def test_an_existing_run_is_renamed(train_tiny, workspace):
     assert train_tiny("v0-tiny", "--steps", 2)[0] == 0
     before = weights(workspace / "runs/v0-tiny")
     code, out, _ = train_tiny("v0-tiny", "--steps", 2, "--seed", 1)
@@ -146,7 +149,7 @@ def test_a_run_in_the_way_is_moved_aside(train_tiny, workspace):
     assert weights(aside) == before != weights(workspace / "runs/v0-tiny")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(train_tiny, workspace):
+def test_a_loss_that_is_not_finite_stops_the_run(train_tiny, workspace):
     code, _, err = train_tiny("v0-tiny", "--steps", 50, "--lr", "1e38", "--save-every", 1000)
     assert code == 2
     assert "at step" in err and "learning rate" in err and "layer" in err and "Traceback" not in err
@@ -184,7 +187,7 @@ def test_the_verdict_passes_and_fails(train_tiny, workspace, monkeypatch):
         assert report.verdict(asked, Task(), row).endswith(word)
 
 
-# ---- sample.py ------------------------------------------------------------------------------------------------------------
+# ---- sample.py -----------------------------------------------------------------------------------
 
 
 def test_sampling_streams_text_and_is_reproducible(train_tiny, program, workspace):
@@ -223,7 +226,7 @@ def test_sampling_streams_text_and_is_reproducible(train_tiny, program, workspac
     assert code == 0 and "sample 1" in out and "sample 2" in out
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = {
     "no preset": ([], "v1-tiny"),
@@ -255,17 +258,17 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_exit_code_2_and_the_mend(program, workspace, mistake):
+def test_a_user_mistake_gets_exit_code_2_and_a_fix(program, workspace, mistake):
     if "cuda" in mistake and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     (workspace / "empty.txt").write_text("")
     (workspace / "binary.txt").write_bytes(b"\x00\x01" * 500)
     (workspace / "latin.txt").write_bytes("é".encode("latin-1") * 500)
     (workspace / "short.txt").write_text("too short")
-    args, mend = MISTAKES[mistake]
+    args, fix = MISTAKES[mistake]
     code, out, err = program("train", *args)
     assert code == 2
-    assert mend in " ".join((out + err).split())
+    assert fix in " ".join((out + err).split())
     assert "Traceback" not in err
     assert not list((workspace / "runs").glob("*/step_*"))
 
@@ -291,7 +294,7 @@ def test_resuming_on_a_changed_text_is_refused(train_tiny, workspace):
 
 
 @pytest.mark.parametrize(
-    ("args", "mend"),
+    ("args", "fix"),
     [
         (["v1-tiny"], "make train-v1"),
         (["no/such/run"], "no such run"),
@@ -303,12 +306,12 @@ def test_resuming_on_a_changed_text_is_refused(train_tiny, workspace):
         (["."], "no checkpoint"),
     ],
 )
-def test_sampling_mistakes(program, args, mend):
+def test_sampling_mistakes(program, args, fix):
     code, out, err = program("sample", *args)
-    assert code == 2 and mend.lower() in (out + err).lower() and "Traceback" not in err
+    assert code == 2 and fix.lower() in (out + err).lower() and "Traceback" not in err
 
 
-def test_an_edited_checkpoint_is_passed_over_or_refused(train_tiny, program, workspace):
+def test_an_edited_checkpoint_is_skipped_or_refused(train_tiny, program, workspace):
     assert train_tiny("v0-tiny", "--steps", 4, "--save-every", 2)[0] == 0
     first, last = checkpoint.list_checkpoints(workspace / "runs/v0-tiny")
     data = (last / "model.safetensors").read_bytes()

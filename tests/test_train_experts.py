@@ -1,4 +1,4 @@
-"""train.py with experts: what it logs, the warm start, the alarm, and the mistakes that it refuses."""
+"""train.py with experts: what it logs, the warm start, the alarm, and the mistakes it refuses."""
 
 import json
 import math
@@ -13,7 +13,7 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_losses_are_logged_apart_and_validation_is_pure(train_tiny, workspace):
+def test_losses_are_logged_separately_and_validation_is_pure_cross_entropy(train_tiny, workspace):
     flags = (
         "--moe.balance-coefficient",
         0.5,
@@ -46,7 +46,8 @@ def test_the_losses_are_logged_apart_and_validation_is_pure(train_tiny, workspac
 
 
 def test_capacity_drops_in_training_and_never_in_validation(train_tiny, workspace):
-    """With lr near 0 two runs have the same weights: their validation agrees although one dropped half of its assignments."""
+    """With lr near 0 two runs have the same weights: their validation agrees although one dropped
+    half of its assignments."""
     for name, flags in (("limited", ("--moe.capacity-factor", 0.5)), ("free", ())):
         code, _, err = train_tiny(
             "v2-tiny", *flags, "--steps", 2, "--lr", 1e-12, "--expert-lr", 1e-12, "--out-dir", name
@@ -57,7 +58,7 @@ def test_capacity_drops_in_training_and_never_in_validation(train_tiny, workspac
     assert limited["val_loss"] == pytest.approx(free["val_loss"], abs=1e-6)
 
 
-def test_the_bias_moves_once_a_step_however_many_micro_batches(train_tiny, workspace):
+def test_the_bias_is_updated_once_per_step_whatever_the_micro_batches(train_tiny, workspace):
     for name, size in (("whole", 4), ("parts", 1)):
         flags = (
             "--moe.bias-rate",
@@ -102,7 +103,7 @@ def test_upcycling_starts_where_the_dense_run_ended(train_tiny, workspace):
         assert (abs(first["val_loss"] - ended) <= 1e-6) == (noise == 0)
 
 
-def test_a_dense_run_goes_on_from_another_and_experts_from_experts(train_tiny, workspace):
+def test_a_run_starts_from_another_of_the_same_architecture(train_tiny, workspace):
     for preset in ("v1-tiny", "v2-tiny"):
         assert train_tiny(preset, "--steps", 5, "--dtype", "fp32")[0] == 0
         ended = rows_of(workspace / "runs" / preset)[-1]["val_loss"]
@@ -131,7 +132,9 @@ def test_a_router_that_starves_experts_raises_an_alarm(train_tiny, workspace, mo
 
     monkeypatch.setattr(moe, "select_experts", to_two)
     code, _, err = train_tiny("v2-tiny", "--steps", 30)
-    assert code == 0 and err.count("expert 3 starves") == 2, err  # told once for each of two layers
+    assert code == 0 and err.count("expert 3 starves") == 2, (
+        err
+    )  # reported once for each of two layers
     rows = rows_of(workspace / "runs/v2-tiny")
     assert all(("alarm" in row) == (row["step"] >= 20) for row in rows)
 
@@ -155,7 +158,7 @@ def test_a_router_that_starves_experts_raises_an_alarm(train_tiny, workspace, mo
         (("--init-from", "experts"), "--moe.n-expert 3"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_mend(train_tiny, workspace, flags, words):
+def test_impossible_settings_are_refused_with_a_fix(train_tiny, workspace, flags, words):
     if "dense" in flags:
         assert train_tiny("v1-tiny", "--steps", 1, "--out-dir", "dense")[0] == 0
     if "experts" in flags:

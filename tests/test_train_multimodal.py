@@ -1,4 +1,5 @@
-"""V3 from the outside: what a run of train.py leaves, what sample.py finds, and what they say to mistakes."""
+"""V3 from the outside: what a run of train.py writes, what sample.py finds, and how they refuse
+mistakes."""
 
 import json
 import wave
@@ -20,7 +21,7 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_learns_and_leaves_what_it_promises(train_tiny, workspace):
+def test_a_run_learns_and_writes_its_files(train_tiny, workspace):
     few = (
         "--steps",
         30,
@@ -88,7 +89,7 @@ def test_the_load_is_logged_by_modality(train_tiny, workspace):
     assert (workspace / "runs/v3-tiny/experts.png").exists()
 
 
-def test_only_the_pairs_that_are_asked_for_are_compared(train_tiny, workspace):
+def test_only_the_requested_pairs_are_compared(train_tiny, workspace):
     code, _, err = train_tiny(
         "v3-tiny", "--steps", 2, "--multimodal.pairs", "text-image", "audio-text"
     )
@@ -103,7 +104,7 @@ def test_only_the_pairs_that_are_asked_for_are_compared(train_tiny, workspace):
     )
 
 
-def test_a_run_starts_from_another_of_the_same_ends(train_tiny, workspace):
+def test_a_run_starts_from_another_with_the_same_modalities(train_tiny, workspace):
     assert train_tiny("v3-tiny", "--steps", 2, "--moe.n-expert", 1)[0] == 0
     code, out, err = train_tiny(
         "v3-tiny", "--steps", 1, "--init-from", "runs/v3-tiny", "--out-dir", "on"
@@ -117,7 +118,7 @@ def test_a_run_starts_from_another_of_the_same_ends(train_tiny, workspace):
     assert code == 2 and "--multimodal.width 128 (asked for: 7)" in err
 
 
-def test_captions_on_disk_train_too(train_tiny, program, workspace):
+def test_training_on_a_folder_of_captioned_files(train_tiny, program, workspace):
     (workspace / "birds").mkdir()
     random = np.random.default_rng(0)
     for number in range(40):
@@ -149,7 +150,7 @@ def test_captions_on_disk_train_too(train_tiny, program, workspace):
     assert code == 2 and "has no audio" in err
 
 
-# ---- sample.py ---------------------------------------------------------------------------------------------------------------
+# ---- sample.py -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def trained(train_tiny, workspace):
     return workspace / "runs/v3-tiny"
 
 
-def test_each_modality_asks(trained, program, workspace):
+def test_each_modality_can_be_the_query(trained, program, workspace):
     shown = scenes.gallery(4)
     code, out, err = program(
         "sample", "v3-tiny", "--query", "A small RED circle, left of a  big blue square."
@@ -190,7 +191,7 @@ def test_each_modality_asks(trained, program, workspace):
     assert code == 0 and f"question   {shown.captions[0]}" in out
 
 
-def test_a_folder_is_a_gallery(trained, program, workspace):
+def test_a_folder_can_be_the_gallery(trained, program, workspace):
     folder, shown = workspace / "mine", scenes.gallery(4)
     folder.mkdir()
     for i in range(3):
@@ -213,12 +214,12 @@ def test_a_folder_is_a_gallery(trained, program, workspace):
     (folder / "one.wav").unlink()
     code, out, _ = program(
         "sample", "v3-tiny", "--image", folder / "1.png", "--gallery", folder
-    )  # images alone: their like
+    )  # a gallery of images only
     score, name = out.splitlines()[1].split()[1:]
     assert code == 0 and name == "1.png" and float(score) == pytest.approx(1, abs=1e-3)
 
 
-def test_questions_that_cannot_be_answered_end_with_the_mend(trained, program, workspace):
+def test_bad_queries_are_refused_with_a_fix(trained, program, workspace):
     (workspace / "empty").mkdir()
     (workspace / "text.png").write_text("not an image")
     (workspace / "cut.wav").write_bytes(b"RIFF")
@@ -247,13 +248,13 @@ def test_questions_that_cannot_be_answered_end_with_the_mend(trained, program, w
         assert code == 2 and message in err and "Traceback" not in err, (flags, err)
 
 
-def test_a_model_that_writes_does_not_find(train_tiny, program):
+def test_a_language_model_refuses_queries(train_tiny, program):
     assert train_tiny("v0-tiny", "--steps", 1)[0] == 0
     code, _, err = program("sample", "v0-tiny", "--query", "a circle")
     assert code == 2 and "writes and does not find" in err
 
 
-def test_settings_that_cannot_be_end_with_the_mend(train_tiny):
+def test_impossible_settings_are_refused_with_a_fix(train_tiny):
     for flags, message in (
         (("--attention.kind", "block"), "take dense"),
         (("--n-head", 8), "multiple of 4"),

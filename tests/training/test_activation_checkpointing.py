@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, and much less that autograd keeps."""
+"""Activation checkpointing: the same gradients, and fewer bytes kept for backward."""
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ MODELS = {
 
 
 def gradients(config, micro_batch, recompute):
-    """Gradients by name, the loss, bytes that autograd keeps outside the blocks, and how often a block computes."""
+    """Gradients by name, the loss, bytes that autograd keeps outside the blocks, and how often
+    a block is computed."""
     torch.manual_seed(0)
     model, kept, calls = build_model(config), [], []
     with torch.no_grad():
@@ -52,21 +53,21 @@ def gradients(config, micro_batch, recompute):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("words", MODELS.values(), ids=MODELS)
-def test_the_gradients_are_the_same_and_blocks_keep_nothing(words, dtype):
+def test_gradients_are_equal_and_blocks_keep_only_their_input(words, dtype):
     config = from_command_line("", [*words, "--dtype", dtype])
     ours, loss, kept, calls = gradients(config, 2, recompute=True)
-    believed, right, all_kept, once = gradients(config, 2, recompute=False)
-    assert loss == right and ours.keys() == believed.keys()
-    for name, gradient in believed.items():
+    expected_grads, right, all_kept, once = gradients(config, 2, recompute=False)
+    assert loss == right and ours.keys() == expected_grads.keys()
+    for name, gradient in expected_grads.items():
         assert torch.equal(ours[name], gradient), name
     assert kept < all_kept / 2  # the logits of V0 to V2 are much of what is left
     in_pieces = bool(
         config.multimodal.modalities
-    )  # of two passes, one without a graph, which there is nothing to keep of
+    )  # two passes, one of them without a graph, where nothing is kept
     assert calls == once + once // (2 if in_pieces else 1)
 
 
-def test_the_weights_keep_their_names_and_generation_its_cache():
+def test_parameter_names_and_cached_generation_stay_as_they_are():
     config = from_command_line("", MODELS["v1"])
     torch.manual_seed(0)
     plain, ours = build_model(config), build_model(config)

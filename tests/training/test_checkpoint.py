@@ -1,4 +1,5 @@
-"""Checkpoints: what is saved comes back, what is broken is passed over, and a failed write loses nothing."""
+"""Checkpoints: loading gives what was saved, broken ones are skipped, and a failed write loses
+nothing."""
 
 import json
 import shutil
@@ -18,7 +19,7 @@ def save(out, step, value=0.0):
     return out / f"step_{step:06d}"
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_saving_and_loading_gives_the_same_tensors(tmp_path):
     save(tmp_path, 7, 2.5)
     loaded = checkpoint.load(tmp_path)
     assert loaded.model["w"].tolist() == [2.5] * 3
@@ -26,7 +27,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert loaded.state == {"step": 7, "note": "é"}
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     for step in (0, 5, 200000, 1000000):
         save(tmp_path, step)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
@@ -38,7 +39,7 @@ def test_the_last_two_are_kept(tmp_path):
 
 @pytest.mark.parametrize("file", [*checkpoint.FILES, "SHA256SUMS"])
 @pytest.mark.parametrize("harm", ["truncate", "edit", "delete"])
-def test_a_broken_newest_falls_back_to_the_one_before(tmp_path, capsys, file, harm):
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, file, harm):
     save(tmp_path, 1, 1.0)
     path = save(tmp_path, 2, 2.0) / file
     data = path.read_bytes()
@@ -52,7 +53,7 @@ def test_a_broken_newest_falls_back_to_the_one_before(tmp_path, capsys, file, ha
     assert "step_000002 is broken" in capsys.readouterr().err
 
 
-def test_none_or_none_whole_is_the_users_to_mend(tmp_path):
+def test_no_checkpoint_or_no_whole_one_raises_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.load(tmp_path)
     (save(tmp_path, 1) / "state.json").write_text("{}")
@@ -60,7 +61,7 @@ def test_none_or_none_whole_is_the_users_to_mend(tmp_path):
         checkpoint.load(tmp_path)
 
 
-def test_a_failed_write_leaves_the_others_and_no_rubbish(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_earlier_checkpoints_and_no_temporary_files(tmp_path, monkeypatch):
     save(tmp_path, 1, 1.0)
 
     def full(*args):
@@ -73,7 +74,7 @@ def test_a_failed_write_leaves_the_others_and_no_rubbish(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path).state["step"] == 1
 
 
-def test_what_a_killed_writer_left_is_cleared(tmp_path):
+def test_files_left_by_a_killed_writer_are_removed(tmp_path):
     done = save(tmp_path, 1)
     shutil.copytree(done, tmp_path / ".writing-step_000002")
     assert len(checkpoint.list_checkpoints(tmp_path)) == 1
@@ -90,7 +91,7 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
         checkpoint.restore_model(model, checkpoint.load(tmp_path).model, tmp_path)
 
 
-def test_sums_are_sha256sums_own_format(tmp_path):
+def test_checksums_have_the_format_of_sha256sum(tmp_path):
     path = save(tmp_path, 3)
     sums = (path / "SHA256SUMS").read_text().splitlines()
     assert [line.split("  ")[1] for line in sums] == list(checkpoint.FILES)

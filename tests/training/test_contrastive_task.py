@@ -1,4 +1,5 @@
-"""V3's task: a batch is compared as a whole however it is cut, experts are balanced over all modalities, the gallery is unseen."""
+"""V3's task: micro-batches give the loss of the whole batch, experts are balanced over all
+modalities, the gallery is held out."""
 
 from dataclasses import replace
 
@@ -72,12 +73,12 @@ def test_the_gallery_is_held_out():
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_pieces_of_a_batch_have_the_gradients_of_the_whole(size):
+def test_micro_batches_have_the_gradients_of_the_whole_batch(size):
     whole, parts, slopes = gradients(SMALL, 8)
-    loss, told, cached = gradients(SMALL, size)
-    assert abs(loss - whole) < 1e-12 and loss == pytest.approx(told["ce_loss"].item())
+    loss, metrics, cached = gradients(SMALL, size)
+    assert abs(loss - whole) < 1e-12 and loss == pytest.approx(metrics["ce_loss"].item())
     near(cached, slopes)
-    near(told, parts)
+    near(metrics, parts)
     embeddings, _ = model_of()(task_of().batch(0)[0])
     expected, by_pair = all_pairs_loss(
         embeddings, model_of().temperature(), SMALL.multimodal.pair_weights()
@@ -88,8 +89,8 @@ def test_pieces_of_a_batch_have_the_gradients_of_the_whole(size):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_experts_losses_reach_the_gates_in_pieces_too(shared):
-    """Their unit is the piece: what is minimised is the contrastive loss of the whole and the mean of theirs."""
+def test_the_experts_losses_reach_the_gates_with_micro_batches_too(shared):
+    """The loss is the contrastive loss of the batch plus the mean of the micro-batches' MoE losses."""
     config = replace(
         EXPERTS, multimodal=replace(EXPERTS.multimodal, shared=shared, entropy_coefficient=0.5)
     )
@@ -116,7 +117,7 @@ def test_the_experts_losses_reach_the_gates_in_pieces_too(shared):
     assert parts["load"].sum() == 2 * 2 * sum(tokens.values())
 
 
-def test_the_balance_is_that_of_all_tokens_together():
+def test_the_balancing_loss_counts_the_tokens_of_all_modalities_together():
     torch.manual_seed(0)
     counts = {"text": 50, "image": 20, "audio": 7}
     probs = {name: torch.randn(n, 4, dtype=torch.float64).softmax(-1) for name, n in counts.items()}
@@ -124,14 +125,14 @@ def test_the_balance_is_that_of_all_tokens_together():
     for name, p in probs.items():
         load = torch.bincount(p.topk(2).indices.flatten(), minlength=4)
         zero = torch.zeros((), dtype=torch.float64)
-        told = {
+        metrics = {
             "load": load,
             "importance": p.mean(0),
             "token_entropy": zero,
             "z_loss": zero + len(p),
             "dropped": zero,
         }
-        stats[name] = [told]
+        stats[name] = [metrics]
     together = torch.cat(list(probs.values()))
     _, parts = moe_losses(stats, EXPERTS)
     assert parts["balance_loss"].item() == pytest.approx(
@@ -139,7 +140,7 @@ def test_the_balance_is_that_of_all_tokens_together():
     )
     assert parts["z_loss"].item() == pytest.approx(
         (50 * 50 + 20 * 20 + 7 * 7) / 77
-    )  # each token's alike
+    )  # the mean over all tokens
     apart = replace(EXPERTS, multimodal=replace(EXPERTS.multimodal, shared=False))
     alone = [load_balancing_loss(p, p.topk(2).indices).item() for p in probs.values()]
     assert moe_losses(stats, apart)[1]["balance_loss"].item() == pytest.approx(np.mean(alone))
@@ -150,7 +151,7 @@ def test_the_balance_is_that_of_all_tokens_together():
 
 
 class Known(torch.nn.Module):
-    """Embeds every item at random, by its content, but for one modality whose items all lie on one point."""
+    """Embeds each example at a random point, the `collapsed` modality at one point."""
 
     def __init__(self, collapsed=None):
         super().__init__()
@@ -174,7 +175,7 @@ class Known(torch.nn.Module):
         return made, {name: [{}] for name in inputs}
 
 
-def test_evaluation_finds_what_is_there_and_gives_no_credit_for_a_collapse():
+def test_evaluation_measures_recall_and_gives_no_credit_for_a_collapse():
     task = task_of()
     model = Known()
     model.keys = torch.arange(512).split(64)
@@ -200,15 +201,15 @@ def test_evaluation_finds_what_is_there_and_gives_no_credit_for_a_collapse():
     )
     assert (
         row["recall1_audio_text"] == 1 / 512 and row["recall1_text_image"] == 1
-    )  # one question, asked 512 times
+    )  # all 512 queries are the same
 
 
-def test_captions_become_padded_rows():
+def test_captions_are_encoded_as_padded_rows():
     tokens = encode_captions(["ab", "", "abcdef"], task_of().tokenizer, 4)
     assert tokens.tolist() == [[97, 98, -1, -1], [-1] * 4, [97, 98, 99, 100]]
 
 
-def test_data_without_a_modality_is_refused_with_the_mend():
+def test_data_without_a_modality_is_refused_with_a_fix():
     class Mute(SceneData):
         modalities = ("text", "image")
 

@@ -1,4 +1,4 @@
-"""What the report says of a selection, where the answer is known."""
+"""The sparsity report, where the answer is known."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from tests.test_gpt import DENSE, model_of, tokens_of
 
 
 @pytest.mark.parametrize("method", ["flat", "tile"])
-def test_who_reads_everything_misses_nothing(method):
+def test_selecting_all_blocks_misses_nothing(method):
     model = model_of(
         replace(
             DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=6, method=method)
@@ -25,7 +25,7 @@ def test_who_reads_everything_misses_nothing(method):
     assert report["tokens"] == 24 and report["blocks"].shape == (24 if method == "flat" else 6, 6)
 
 
-def test_who_reads_little_misses_some():
+def test_selecting_few_blocks_misses_some():
     model = model_of(
         replace(
             DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=1, method="window")
@@ -38,7 +38,7 @@ def test_who_reads_little_misses_some():
     assert report["weight_read"][report["layer"], report["head"]] == report["weight_read"].min()
 
 
-def test_found_counts_the_heaviest_past_blocks():
+def test_best_blocks_found_counts_the_heaviest_past_blocks():
     weights, read = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     weights[..., 0:2], weights[..., 2:4], weights[..., 4:6] = (
         0.3,

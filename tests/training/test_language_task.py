@@ -1,4 +1,5 @@
-"""Language modelling: batches by step, and a validation that is pure cross-entropy over every token."""
+"""Language modelling: batches by step, and a validation that is pure cross-entropy over every
+token."""
 
 import math
 from dataclasses import replace
@@ -46,7 +47,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not torch.equal(task_of(seed=1).batch(3), later[3])
 
 
-def test_every_window_of_the_text_can_be_drawn():
+def test_every_window_of_the_text_can_be_sampled():
     task = task_of(train=12)  # T + 1 = 9: four windows
     text = torch.from_numpy(task.data.train.astype(np.int64))
     seen = {tuple(row.tolist()) for step in range(60) for row in task.batch(step)}

@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates, the same as PyTorch's up to its bf16."""
+"""Muon: orthogonal updates, equal to PyTorch's up to bf16 rounding."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from nanods.training.muon import Muon, fast_bf16, orthogonalise
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (40, 10)])
-def test_the_updates_are_nearly_orthogonal(shape, dtype):
+def test_updates_are_nearly_orthogonal(shape, dtype):
     G = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    G[1] *= 1e3  # each matrix of a stack has a scale of its own
+    G[1] *= 1e3  # the matrices of a stack differ in scale
     update = orthogonalise(G.to(dtype))
     assert update.dtype == dtype
     singular = torch.linalg.svdvals(update)
@@ -22,11 +22,11 @@ def test_the_updates_are_nearly_orthogonal(shape, dtype):
     )
 
 
-def test_a_stack_is_each_matrix_alone():
+def test_a_stack_gives_what_each_matrix_gives_alone():
     G = torch.randn(5, 12, 30, dtype=torch.float64)
     alone = torch.cat([orthogonalise(matrix[None]) for matrix in G])
     assert (orthogonalise(G) - alone).abs().max() < 1e-12
-    assert (orthogonalise(torch.zeros(2, 4, 4)) == 0).all()  # nothing learnt, nothing moved
+    assert (orthogonalise(torch.zeros(2, 4, 4)) == 0).all()  # no gradient, no update
 
 
 def test_fp64_is_not_rounded_and_bf16_is_used_where_it_is_fast(monkeypatch):
@@ -48,7 +48,7 @@ def test_fp64_is_not_rounded_and_bf16_is_used_where_it_is_fast(monkeypatch):
 
 
 @pytest.mark.parametrize("stacked", [32, 2])
-def test_it_agrees_with_torchs_own_within_bf16(monkeypatch, stacked):
+def test_muon_agrees_with_pytorchs_within_bf16(monkeypatch, stacked):
     monkeypatch.setattr("nanods.training.muon.STACKED", stacked)
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in [(16, 16), (12, 48), (16, 16), (48, 12), (16, 16)]]
@@ -69,7 +69,7 @@ def test_it_agrees_with_torchs_own_within_bf16(monkeypatch, stacked):
 
 
 @pytest.mark.parametrize("stacked", [32, 3])
-def test_a_stacked_parameter_moves_as_its_matrices_would(monkeypatch, stacked):
+def test_a_stacked_parameter_is_updated_as_its_matrices_would_be(monkeypatch, stacked):
     monkeypatch.setattr("nanods.training.muon.STACKED", stacked)
     torch.manual_seed(0)
     start = [torch.randn(4, R, C, dtype=torch.float64) for R, C in [(12, 30), (30, 12), (12, 30)]]
