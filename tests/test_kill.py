@@ -1,6 +1,4 @@
-"""A run killed at any moment resumes and ends bit for bit as if undisturbed; a full disk loses no
-saved checkpoint.
-"""
+"""A run killed at any moment resumes, and ends bit for bit as if undisturbed."""
 
 import os
 import random
@@ -101,9 +99,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(w
 
 
 def test_a_limit_on_file_sizes_is_reported_and_no_saved_checkpoint_is_lost(workspace):
-    """As near to a full disk as possible without root: writing the checkpoint over the limit
-    fails.
-    """
+    """The checkpoint over the limit cannot be written: as on a full disk, but without root."""
     first = start(workspace, "--steps", 3, "--save-every", 3, "--out-dir", "run", "--seed", 1)
     assert first.wait(120) == 0
     before = weights(workspace / "run")

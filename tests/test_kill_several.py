@@ -1,6 +1,4 @@
-"""One of two processes is killed: started again by torchrun they end as if undisturbed; else all
-exit, and --resume continues.
-"""
+"""One of two processes is killed: torchrun restarts them, or all exit and --resume continues."""
 
 import json
 import os
@@ -53,8 +51,9 @@ def arguments(mesh, out, *more):
 
 
 def launch(mesh, out, *more, restarts=0, flags=("--standalone", "--nproc-per-node", "2"), log=None):
-    """Start train.py by nanods.distributed.launch, with stdout in LOG.out and stderr in LOG.err
-    (default of LOG: out).
+    """Start train.py by nanods.distributed.launch.
+
+    stdout goes to LOG.out and stderr to LOG.err; `log` is `out` by default.
     """
     log = log or out
     module = ["-m", "nanods.distributed.launch", *flags, "--max-restarts", str(restarts)]
@@ -71,7 +70,7 @@ def launch(mesh, out, *more, restarts=0, flags=("--standalone", "--nproc-per-nod
 
 
 def pids_by_rank(launcher):
-    """The processes that a launcher has started: {rank: process id}."""
+    """Return {rank: process id} of the processes that a launcher has started."""
     pids = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -101,9 +100,7 @@ def wait_for_steps(launcher, out):
 
 
 def wait_for_exit(launcher, log):
-    """Wait until a launcher and all its processes have exited; return exit code, stdout and
-    stderr.
-    """
+    """Wait until a launcher and all its processes exit; return exit code, stdout and stderr."""
     code = launcher.wait(BOUND)
     with pytest.raises(ProcessLookupError):
         os.killpg(launcher.pid, 0)
@@ -136,8 +133,9 @@ def test_restarted_processes_end_as_if_undisturbed(folder, mesh, rank):
 
 
 def test_two_machines_restart_together(folder):
-    """Two launchers, as on two machines. One sees the processes of the other restart, and does not
-    count it as its own restart.
+    """Two launchers, as on two machines.
+
+    One sees the processes of the other restart, and does not count it as a restart of its own.
     """
     flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "x", "--rdzv-backend", "c10d"]
     flags += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]

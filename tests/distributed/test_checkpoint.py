@@ -1,6 +1,4 @@
-"""Merged shards are the files of one process, byte for byte, in all shapes and dtypes; an error on
-one process stops all.
-"""
+"""Shards merge into the files of one process, byte for byte; an error on one process stops all."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +26,7 @@ FAULTS = ("disk of rank 2", "disk of rank 0", "bug on rank 2")
 
 
 def tensors():
-    """Weights and optimizer tensors by name, each with the dimension along which it is sharded
-    (None: whole).
-    """
+    """Return weights and optimizer tensors: {name: (tensor, dimension of sharding or None)}."""
     random = torch.Generator().manual_seed(0)
     weights = {
         "rows": (torch.randn(8, 3, generator=random), 0),
@@ -49,15 +45,13 @@ def tensors():
 
 
 def whole_tensors():
-    """The same without the dimensions: [weights, optimizer tensors]."""
+    """Return the weights and the optimizer tensors of `tensors`, without the dimensions."""
     return [{name: value for name, (value, _) in group.items()} for group in tensors()]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A folder with two checkpoints of four processes, and what each process raised for each
-    fault.
-    """
+    """Return a folder with two checkpoints of four processes, and what each process raised."""
     out = tmp_path_factory.mktemp("shards")
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     torch.multiprocessing.start_processes(

@@ -1,6 +1,4 @@
-"""Experts split over processes give the results of one process: outputs bit for bit, gradients,
-whole runs, checkpoints.
-"""
+"""Experts split over processes give the outputs, gradients and runs of one process."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -55,7 +53,7 @@ CASES += [(load, 2, torch.float32, True) for load in LOADS]  # under autocast
 
 
 def make_case(load, K, dtype):
-    """x, weights, experts, up, out of one process with all tokens."""
+    """Return x, weights, experts, up, out of one process with all tokens."""
     N = sum(TOKENS[2])
     drop = {"dropped": 0.4, "none": 1.0}.get(load, 0.0)
     x, weights, experts, up, out = random_case(N, C, E, K, F, drop, dtype=dtype)
@@ -102,8 +100,9 @@ def run_layers(rank, groups):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The results of four processes, by rank. They start once, from a server that has imported
-    torch: the slowest part.
+    """Return the results of four processes, by rank.
+
+    They start once, from a server that has imported torch, which is the slowest part.
     """
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
@@ -206,8 +205,8 @@ def random_model(seed=0):
 def train_steps(model, optimizers, steps, place=None):
     """Take steps as train.py does; return the metrics and gradients of each.
 
-    `place`: (this process's number, the group of all that train, the group of the replicas of its
-    experts), or None: alone.
+    `place`: this process's number, the group of all that train, and the group of the replicas of
+    its experts; None for one process alone.
     """
     text = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint16)
     data = TextData("x", "hash", text, text, ByteTokenizer(), len(text))
@@ -251,9 +250,7 @@ def with_all_experts(model, state):
 
 
 def split_model(group, saved=None):
-    """Return a model whose experts are split, and its optimizers, both restored from `saved` if it
-    is not None.
-    """
+    """Return a model whose experts are split, and its optimizers, restored if there is `saved`."""
     model = random_model(seed=0 if saved is None else 1)
     split_experts(model, group)
     optimizers = make_optimizers(CONFIG, model)
@@ -263,9 +260,7 @@ def split_model(group, saved=None):
 
 
 def train_on_groups(rank, half, replicas):
-    """Train with one ep group of 4; with one of 2; and with two of 2, each a replica of the
-    other.
-    """
+    """Train with one ep group of 4; with one of 2; and with two of 2, which are replicas."""
     world, results = dist.group.WORLD, {}
     for name, ep_group, place in (
         ("4", world, (rank, world, None)),
@@ -279,9 +274,7 @@ def train_on_groups(rank, half, replicas):
 
 
 def train_and_resume(rank, half, folder):
-    """Take two steps on 4 processes, save, restore on 4 and compare; then restore on 2, take two
-    more steps, and save.
-    """
+    """Take two steps on 4 processes, save, restore and compare; then go on with 2, and save."""
     processes, world = ProcessGroups.__new__(ProcessGroups), dist.group.WORLD
     processes.world_size, processes.is_main_process = 4, rank == 0
     out = Path(folder) / "run"
@@ -309,9 +302,7 @@ def train_and_resume(rank, half, folder):
 
 @pytest.fixture(scope="module")
 def one_process():
-    """One process with all experts and all micro-batches: its history, and its weights at the
-    end.
-    """
+    """Return the history and the final weights of one process with all experts and tokens."""
     model = random_model()
     history = train_steps(model, make_optimizers(CONFIG, model), range(STEPS))
     return history, model.state_dict()
@@ -326,9 +317,7 @@ def assert_close(actual, expected, tolerance=1e-10):
 
 @pytest.mark.parametrize("groups", ["4", "2", "2 x 2"])
 def test_a_run_on_several_processes_is_that_of_one(results, one_process, groups):
-    """Loss, load, dropped assignments, gradients and their norm at each step, and the weights at
-    the end.
-    """
+    """Compare loss, load, drops, gradients and their norm at each step, and the weights."""
     history, weights = results[0][groups]
     expected_history, expected_weights = one_process
     assert len(history) == STEPS

@@ -1,5 +1,4 @@
-"""What each process holds of a sharded model is what the planner computes, and weights are gathered
-in the right dtype.
+"""Processes hold what the planner computes of a sharded model, and gather it in the right dtype.
 
 tests/distributed/test_meshes.py shows that the results are right.
 """
@@ -61,7 +60,7 @@ def run_rank(rank, folder, world_size, ports):
 
 
 def check_weights(model, whole, has_ep):
-    """The weights of rank 0 have arrived on this process."""
+    """Check that the weights of rank 0 have arrived on this process."""
     for name, p in model.named_parameters():
         expected = whole.get_parameter(name)
         if isinstance(p, DTensor):
@@ -72,8 +71,9 @@ def check_weights(model, whole, has_ep):
 
 
 def check_dtypes(model):
-    """While a block computes, its weights are in bf16, as under autocast; its gate and all local
-    weights stay fp32.
+    """Check that a block computes in bf16, as under autocast, but its gate in fp32.
+
+    All local weights and gradients stay in fp32.
     """
     block, dtypes = model.blocks[0], {}
     names = []
@@ -96,7 +96,7 @@ def check_dtypes(model):
 
 @pytest.fixture(scope="module")
 def local_sizes(tmp_path_factory):
-    """Local elements of each case, by the number of processes and by rank."""
+    """Return the local elements of each case, by the number of processes and by rank."""
     folder, sizes = tmp_path_factory.mktemp("fsdp"), {}
     for world_size, cases in MESHES.items():
         ports = [free_port() for _ in cases]

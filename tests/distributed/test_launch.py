@@ -1,6 +1,4 @@
-"""Processes that cannot start, connect or go on: one message that says what to change, exit code 2,
-and all processes exit.
-"""
+"""Processes that cannot start, connect or go on: one message with a suggestion, and all exit."""
 
 import os
 import re
@@ -81,9 +79,7 @@ def start_rank(rank, port, *flags):
 
 
 def error_message(process):
-    """Wait for a process that must exit with code 2; return its error message, or None if it has
-    none.
-    """
+    """Wait for a process that must exit with code 2; return its error message or None."""
     try:
         _, err = process.communicate(timeout=BOUND)
     finally:
@@ -163,9 +159,7 @@ def test_a_port_in_use_is_reported(short_timeout, port_in_use):
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_if_one_process_fails_the_other_exits_too(folder, failing):
-    """Rank 0 hosts the store, by which rank 1 knows that the error is reported; without it, rank 1
-    reports what it sees.
-    """
+    """Rank 1 learns from the store of rank 0 that the error is reported, if rank 0 still runs."""
     port = free_port()
     processes = []
     for rank in (0, 1):
@@ -220,9 +214,7 @@ def test_a_faulty_data_shard_is_reported_once_and_all_processes_exit(folder, fau
 
 @pytest.mark.parametrize("last", [0, 1, 2])
 def test_live_processes_agree_on_the_attempt_number_whatever_dead_ones_have_left(last):
-    """The store has the keys of a finished attempt and of one that broke off; each rank in turn
-    comes last.
-    """
+    """The store has keys of two attempts, the second of which broke off; each rank is last once."""
     store, numbers = dist.HashStore(), {}
 
     def ask(rank):

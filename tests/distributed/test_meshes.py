@@ -1,7 +1,6 @@
-"""Several processes make the steps of one: every version on every mesh, and resumed on another
-mesh.
+"""Several processes make the steps of one, for every version on every mesh, also when resumed.
 
-Also: errors on one process stop all of them.
+An error on one process stops all of them.
 """
 
 import json
@@ -70,7 +69,7 @@ def arguments(preset, out, *more):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All runs by one, four and two processes: (their folder, {run: stderr of each process}).
+    """Return the folder of all runs by one, four and two processes, and {run: stderr by process}.
 
     Processes start slowly, so each number of processes starts once, for all its runs.
     """
@@ -153,7 +152,7 @@ def read_rows(out):
 
 
 def max_relative_difference(a, b):
-    """The largest difference between two dicts of tensors, relative to each tensor's maximum."""
+    """Return the largest difference of two dicts of tensors, relative to each tensor's maximum."""
     assert a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
     differences = []
     for name in a:
@@ -167,9 +166,7 @@ ALL_MESHES = [(preset, mesh) for cases in MESHES.values() for preset, mesh in ca
 
 @pytest.mark.parametrize(("preset", "mesh"), ALL_MESHES)
 def test_several_processes_make_the_steps_of_one(folder, preset, mesh):
-    """Weights, optimizer state, losses, loads and validation, after five clipped, accumulated
-    steps.
-    """
+    """Compare weights, optimizer state, losses, loads and validation after five clipped steps."""
     assert_same_run(folder / f"{preset}-{mesh}", folder / f"{preset}-1")
 
 
