@@ -67,7 +67,7 @@ def check_scale(answer: Answer) -> None:
     def scale_of(
         value: float, dtype: torch.dtype = torch.float64, when: str = ""
     ) -> tuple[nn.Parameter, Tensor]:
-        """Call the answer with a new parameter of this value. Return the parameter and the scale."""
+        """Call the answer with a new parameter of this value. Return both."""
         parameter = nn.Parameter(torch.tensor(value, dtype=dtype))
         try:
             scale = answer(parameter, MAX_SCALE, when=when)
