@@ -90,7 +90,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(size):
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_experts_losses_reach_the_gates_with_micro_batches_too(shared):
-    """The loss is the contrastive loss of the batch plus the mean of the micro-batches' MoE losses."""
+    """The loss is the contrastive loss of the batch plus the mean of the micro-batches' losses."""
     config = replace(
         EXPERTS, multimodal=replace(EXPERTS.multimodal, shared=shared, entropy_coefficient=0.5)
     )
