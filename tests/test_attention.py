@@ -1,4 +1,7 @@
-"""The ladder of attention: each step equals the one before at its limit, and nothing looks ahead."""
+"""The ladder of attention: each step equals the step before it in a limit case.
+
+No selection and no output depends on later tokens.
+"""
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from nanods.attention import (
     visible_mask,
 )
 
-FAST = (block_attention, gathered_block_attention)
+FAST = (block_attention, gathered_block_attention)  # to compare with the reference
 methods, pools = st.sampled_from(METHODS), st.sampled_from(POOLS)
 shapes = st.tuples(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.sampled_from([2, 4, 8])
@@ -31,11 +34,13 @@ shapes = st.tuples(
 
 
 def random_qkv(shape, seed=0, dtype=torch.float64):
+    """Return normally distributed q, k and v of one shape."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3)]
 
 
 def close(a, b, tolerance=1e-12):
+    """Check that two tensors have one shape and differ by at most `tolerance`."""
     assert a.shape == b.shape
     assert (a - b).abs().max() <= tolerance
 
@@ -56,14 +61,14 @@ def test_dense_equals_a_loop_over_queries(shape, causal):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(0, 30), st.booleans())
-def test_topk_of_all_keys_equals_dense(shape, more, causal):
+def test_topk_of_all_keys_equals_dense(shape, excess, causal):
     q, k, v = random_qkv(shape)
-    close(topk_attention(q, k, v, shape[2] + more, causal), dense_attention(q, k, v, causal))
+    close(topk_attention(q, k, v, shape[2] + excess, causal), dense_attention(q, k, v, causal))
 
 
 @settings(max_examples=30, deadline=None)
 @given(shapes, st.integers(1, 12), st.booleans())
-def test_topk_equals_sorting_each_query_by_hand(shape, top_k, causal):
+def test_topk_equals_sorting_the_scores_of_each_query(shape, top_k, causal):
     q, k, v = random_qkv(shape)
     (B, H, T, D), out = shape, torch.zeros(shape, dtype=torch.float64)
     for b in range(B):
@@ -80,7 +85,7 @@ def test_topk_equals_sorting_each_query_by_hand(shape, top_k, causal):
 @given(
     shapes, st.integers(1, 12), st.booleans(), st.sampled_from([*FAST, block_attention_reference])
 )
-def test_all_blocks_chosen_equals_dense(shape, block_size, causal, attend):
+def test_all_blocks_selected_equals_dense(shape, block_size, causal, attend):
     q, k, v = random_qkv(shape)
     blocks = select_blocks(q, k, block_size, -(-shape[2] // block_size), causal=causal)
     close(attend(q, k, v, blocks, block_size, causal), dense_attention(q, k, v, causal))
@@ -92,9 +97,8 @@ def test_fast_equals_reference_forward_and_backward(shape, block_size, top_block
     results = []
     for function in (attend, block_attention_reference):
         q, k, v = (x.requires_grad_() for x in random_qkv(shape))
-        out = function(
-            q, k, v, select_blocks(q, k, block_size, top_blocks, causal=causal), block_size, causal
-        )
+        blocks = select_blocks(q, k, block_size, top_blocks, causal=causal)
+        out = function(q, k, v, blocks, block_size, causal)
         weight = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view_as(out)
         results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
     for fast, reference in zip(*results, strict=True):
@@ -102,7 +106,7 @@ def test_fast_equals_reference_forward_and_backward(shape, block_size, top_block
 
 
 @pytest.mark.parametrize("attend", FAST)
-def test_gradients_are_right(attend):
+def test_gradients_match_finite_differences(attend):
     q, k, v = (x.requires_grad_() for x in random_qkv((1, 2, 7, 2)))
     blocks = select_blocks(q, k, 2, 2)
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, blocks, 2), (q, k, v))
@@ -110,18 +114,16 @@ def test_gradients_are_right(attend):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(1, 12), st.integers(1, 4), st.booleans(), pools)
-def test_flat_selection_is_the_best_of_the_candidates(shape, block_size, top_blocks, causal, pool):
+def test_flat_selects_the_highest_scoring_candidates(shape, block_size, top_blocks, causal, pool):
     q, k, _ = random_qkv(shape)
-    (B, H, T, _), blocks = (
-        shape,
-        select_blocks(q, k, block_size, top_blocks, pool=pool, causal=causal),
-    )
+    B, H, T, _ = shape
+    blocks = select_blocks(q, k, block_size, top_blocks, pool=pool, causal=causal)
     assert blocks.shape == (B, H, T, top_blocks)
     for b in range(B):
         for h in range(H):
             keys = k[b, h].split(block_size)
             for t in range(T):
-                own, query = t // block_size, q[b, h, t]
+                current, query = t // block_size, q[b, h, t]
                 if pool == "mean":
                     scores = [float(query @ block.mean(0)) for block in keys]
                 else:
@@ -129,33 +131,33 @@ def test_flat_selection_is_the_best_of_the_candidates(shape, block_size, top_blo
                         float(torch.maximum(query * block.amax(0), query * block.amin(0)).sum())
                         for block in keys
                     ]
-                candidates = [n for n in range(len(keys)) if (n < own if causal else n != own)]
+                candidates = [
+                    n for n in range(len(keys)) if (n < current if causal else n != current)
+                ]
                 best = sorted(candidates, key=lambda n: -scores[n])[:top_blocks]
                 assert blocks[b, h, t].tolist() == best + [-1] * (top_blocks - len(best))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_choosing_a_few_queries_at_a_time_changes_nothing(method, causal, monkeypatch):
+def test_selecting_for_a_few_queries_at_a_time_gives_the_same_blocks(method, causal, monkeypatch):
     q, k, _ = random_qkv((2, 2, 45, 4))
-    whole = select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2)
-    for numbers in (1, 200):  # one query at a time, and some
-        monkeypatch.setattr(attention, "MAX_SCORES", numbers)
-        assert torch.equal(
-            select_blocks(q, k, 4, 5, method, causal=causal, beam=2, fan_out=2), whole
-        )
+    options = {"causal": causal, "beam": 2, "fan_out": 2}
+    at_once = select_blocks(q, k, 4, 5, method, **options)
+    for max_scores in (1, 200):  # one query at a time, and several
+        monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
+        assert torch.equal(select_blocks(q, k, 4, 5, method, **options), at_once)
 
 
 @settings(max_examples=30, deadline=None)
 @given(shapes, st.integers(1, 12))
-def test_no_key_scores_above_its_blocks_bound(shape, block_size):
+def test_no_key_scores_above_the_bound_of_its_block(shape, block_size):
     q, k, _ = random_qkv(shape)
-    bound = (
-        torch.cat([q.clamp(min=0), q.clamp(max=0)], -1) @ summarise(k, block_size, "bound").mT
-    )  # (B, H, T, N)
+    signed_q = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+    bound = signed_q @ summarise(k, block_size, "bound").mT  # (B, H, T, N)
     scores = q @ k.mT
-    for n, of_block in enumerate(scores.split(block_size, dim=-1)):
-        assert (of_block.amax(-1) <= bound[..., n] + 1e-12).all()
+    for n, block_scores in enumerate(scores.split(block_size, dim=-1)):
+        assert (block_scores.amax(-1) <= bound[..., n] + 1e-12).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -166,7 +168,7 @@ def test_a_beam_as_wide_as_the_tree_equals_flat(
     q, k, _ = random_qkv(shape)
     N = -(-shape[2] // block_size)
     flat = select_blocks(q, k, block_size, top_blocks, "flat", pool, causal)
-    for beam in (max(1, N // fan_out), N):  # the first still has a level or two to descend
+    for beam in (max(1, N // fan_out), N):  # with the first, the tree still has a level or two
         tree = select_blocks(
             q, k, block_size, top_blocks, "tree", pool, causal, beam=beam, fan_out=fan_out
         )
@@ -174,11 +176,10 @@ def test_a_beam_as_wide_as_the_tree_equals_flat(
 
 
 def test_a_narrow_beam_finds_the_blocks_of_a_topic():
-    """Keys that come in topics: whoever looks for a topic finds it from the top of the pyramid down."""
+    """When neighbouring keys share a topic, the summaries on every level point to it."""
     topics = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).double()
-    k = topics.repeat_interleave(32, dim=0)[
-        None, None
-    ]  # (1, 1, 256, 16): 8 topics of 8 blocks of 4 keys
+    # (1, 1, 256, 16): 8 topics of 8 blocks of 4 keys
+    k = topics.repeat_interleave(32, dim=0)[None, None]
     q = topics[2].expand(1, 1, 256, 16)
     tree = select_blocks(q, k, 4, 8, "tree", beam=4, fan_out=2)
     assert sorted(tree[0, 0, 255].tolist()) == list(range(16, 24))
@@ -186,19 +187,15 @@ def test_a_narrow_beam_finds_the_blocks_of_a_topic():
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.integers(1, 12), st.integers(1, 4), pools)
-def test_shared_is_the_choice_of_the_tiles_first_query(shape, block_size, top_blocks, pool):
+def test_a_tile_uses_the_selection_of_its_first_query(shape, block_size, top_blocks, pool):
     q, k, _ = random_qkv(shape)
-    flat, shared = (
-        select_blocks(q, k, block_size, top_blocks, method, pool) for method in ("flat", "tile")
-    )
-    assert torch.equal(shared, flat[:, :, ::block_size])
-    assert torch.equal(
-        select_blocks(q, k, 1, top_blocks, "tile", pool),
-        select_blocks(q, k, 1, top_blocks, "flat", pool),
-    )
+    for size in (block_size, 1):  # blocks of one query each: tile equals flat
+        flat = select_blocks(q, k, size, top_blocks, "flat", pool)
+        tile = select_blocks(q, k, size, top_blocks, "tile", pool)
+        assert torch.equal(tile, flat[:, :, ::size])
 
 
-def test_window_takes_the_nearest():
+def test_window_selects_the_nearest_blocks():
     q, k, _ = random_qkv((1, 1, 22, 4))
     assert select_blocks(q, k, 4, 3, "window")[0, 0, [0, 5, 21]].tolist() == [
         [-1, -1, -1],
@@ -213,7 +210,7 @@ def test_window_takes_the_nearest():
 
 
 def leaks(select, T=26, dtype=torch.float64):
-    """Does what comes at or after token p change the choice or the output before p, for any p?"""
+    """Return whether tokens from any position p on change the selection or output before p."""
     q, k, v = random_qkv((1, 2, T, 4), dtype=dtype)
     for p in range(1, T):
         q2, k2, v2 = q.clone(), k.clone(), v.clone()
@@ -224,11 +221,8 @@ def leaks(select, T=26, dtype=torch.float64):
         if not torch.equal(before[:, :, :rows], after[:, :, :rows]):
             return True
         for attend in (block_attention, block_attention_reference):
-            one, other = (
-                attend(q, k, v, before, 4)[:, :, :p],
-                attend(q2, k2, v2, after, 4)[:, :, :p],
-            )
-            close(one, other, 1e-12 if dtype == torch.float64 else 1e-5)
+            out, out2 = attend(q, k, v, before, 4), attend(q2, k2, v2, after, 4)
+            close(out[:, :, :p], out2[:, :, :p], 1e-12 if dtype == torch.float64 else 1e-5)
     return False
 
 
@@ -236,95 +230,93 @@ def leaks(select, T=26, dtype=torch.float64):
 @pytest.mark.parametrize("T", [3, 16, 26])
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_future_changes_nothing(method, pool, T, dtype):
+def test_later_tokens_change_neither_selection_nor_output(method, pool, T, dtype):
     def select(q, k, block_size, top_blocks):
         return select_blocks(q, k, block_size, top_blocks, method, pool, beam=2, fan_out=2)
 
     assert not leaks(select, T, dtype)
 
 
-def by_own_block(q, k, block_size, top_blocks):
-    """Scores the own block, whose mean holds keys of the future."""
+def select_with_current_block(q, k, block_size, top_blocks):
+    """Leak: score the current block too, whose mean contains keys of the future."""
     scores = q @ summarise(k, block_size, "mean").mT
-    own = torch.arange(q.size(2))[:, None] // block_size
-    scores = scores.masked_fill(torch.arange(scores.size(-1)) > own, float("-inf"))
+    current = torch.arange(q.size(2))[:, None] // block_size
+    scores = scores.masked_fill(torch.arange(scores.size(-1)) > current, float("-inf"))
     best, blocks = scores.topk(top_blocks, dim=-1)
     return blocks.masked_fill(best == float("-inf"), -1)
 
 
-def by_tile_mean(q, k, block_size, top_blocks):
-    """Takes past blocks alone, but by the mean of the tile's queries, most of which are in the first one's future."""
+def select_by_tile_mean(q, k, block_size, top_blocks):
+    """Leak: select with the mean of the tile's queries, most of them in the future of the first."""
     scores = summarise(q, block_size, "mean") @ summarise(k, block_size, "mean").mT
     N = scores.size(-1)
-    best, blocks = scores.masked_fill(
-        torch.ones(N, N, dtype=torch.bool).triu(), float("-inf")
-    ).topk(top_blocks, dim=-1)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu()
+    best, blocks = scores.masked_fill(hidden, float("-inf")).topk(top_blocks, dim=-1)
     return blocks.masked_fill(best == float("-inf"), -1)
 
 
-@pytest.mark.parametrize("leaky", [by_own_block, by_tile_mean])
-def test_a_leaky_selection_is_caught(leaky):
+@pytest.mark.parametrize("leaky", [select_with_current_block, select_by_tile_mean])
+def test_leaks_detects_a_leaky_selection(leaky):
     assert leaks(leaky)
 
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-def test_a_poisoned_key_reaches_only_those_who_see_it(method, pool, poison):
-    """By every route but PyTorch's kernel with a mask, which is added to the scores: nan - inf is nan."""
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_key_affects_only_the_queries_that_see_it(method, pool, value):
+    """In every route but "mask", which adds its mask to the scores: nan - inf is nan."""
     q, k, v = random_qkv((2, 1, 24, 4))
     k2 = k.clone()
-    k2[0, 0, 13] = poison
-    for attend in (
-        (tile_attention,) if method == "tile" else (query_attention, gathered_block_attention)
-    ):
-        clean = attend(q, k, v, select_blocks(q, k, 4, 2, method, pool), 4)
+    k2[0, 0, 13] = value
+    routes = (query_attention, gathered_block_attention)
+    if method == "tile":
+        routes = (tile_attention,)
+    for attend in routes:
+        finite = attend(q, k, v, select_blocks(q, k, 4, 2, method, pool), 4)
         blocks = select_blocks(q, k2, 4, 2, method, pool)
-        poisoned, reference = (
-            attend(q, k2, v, blocks, 4),
-            block_attention_reference(q, k2, v, blocks, 4),
-        )
-        close(poisoned[0, :, :13], clean[0, :, :13])
-        close(poisoned[1], clean[1])
-        assert torch.allclose(poisoned, reference, rtol=0, atol=1e-12, equal_nan=True)
+        affected = attend(q, k2, v, blocks, 4)
+        reference = block_attention_reference(q, k2, v, blocks, 4)
+        close(affected[0, :, :13], finite[0, :, :13])
+        close(affected[1], finite[1])
+        assert torch.allclose(affected, reference, rtol=0, atol=1e-12, equal_nan=True)
 
 
-def test_the_own_block_is_always_read():
+def test_the_current_block_is_always_attended_to():
     q, k, _ = random_qkv((1, 1, 13, 4))
-    nothing = torch.full((1, 1, 13, 2), -1)
-    mask = block_mask(q, k, nothing, 4, causal=True)[0, 0]
+    no_blocks = torch.full((1, 1, 13, 2), -1)
+    mask = block_mask(q, k, no_blocks, 4, causal=True)[0, 0]
     for t in range(13):
         assert mask[t].nonzero().flatten().tolist() == list(range(t // 4 * 4, t + 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_lower_precision_stays_near(dtype):
+def test_lower_precision_is_close_to_fp64(dtype):
     q, k, v = random_qkv((2, 2, 50, 16), dtype=dtype)
     blocks = select_blocks(q, k, 8, 2)
     exact = block_attention_reference(q.double(), k.double(), v.double(), blocks, 8)
-    assert (block_attention(q, k, v, blocks, 8).double() - exact).abs().max() < (
-        0.05 if dtype == torch.bfloat16 else 1e-5
-    )
+    error = (block_attention(q, k, v, blocks, 8).double() - exact).abs().max()
+    assert error < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("method", ["flat", "tree", "window"])
 @pytest.mark.parametrize("pool", POOLS)
-def test_decoding_reads_what_the_whole_sequence_reads(method, pool):
+def test_decoding_selects_and_computes_what_the_full_sequence_does(method, pool):
     q, k, v = random_qkv((2, 2, 23, 4))
     options = {"method": method, "pool": pool, "beam": 2, "fan_out": 2}
-    whole = select_blocks(q, k, 4, 2, **options)
-    out = block_attention_reference(q, k, v, whole, 4)
-    at = torch.tensor([[9], [21]])  # each row of the batch stands somewhere else
+    all_blocks = select_blocks(q, k, 4, 2, **options)
+    out = block_attention_reference(q, k, v, all_blocks, 4)
+    positions = torch.tensor([[9], [21]])  # a different one for each row of the batch
     last = torch.stack([q[0, :, 9:10], q[1, :, 21:22]])
-    blocks = select_blocks(last, k, 4, 2, positions=at, **options)
-    assert torch.equal(
-        blocks,
-        select_blocks(last, k, 4, 2, positions=at, summaries=summarise(k, 4, pool), **options),
+    blocks = select_blocks(last, k, 4, 2, positions=positions, **options)
+    summaries = summarise(k, 4, pool)
+    from_summaries = select_blocks(
+        last, k, 4, 2, positions=positions, summaries=summaries, **options
     )
+    assert torch.equal(blocks, from_summaries)
     for row, p in enumerate((9, 21)):
-        assert torch.equal(blocks[row, :, 0], whole[row, :, p])
+        assert torch.equal(blocks[row, :, 0], all_blocks[row, :, p])
         for attend in (*FAST, block_attention_reference):
-            close(attend(last, k, v, blocks, 4, positions=at)[row, :, 0], out[row, :, p])
+            close(attend(last, k, v, blocks, 4, positions=positions)[row, :, 0], out[row, :, p])
 
 
 @pytest.mark.parametrize(
@@ -344,6 +336,6 @@ def test_decoding_reads_what_the_whole_sequence_reads(method, pool):
         ),
     ],
 )
-def test_wrong_arguments_say_so(call):
+def test_wrong_arguments_raise_value_errors(call):
     with pytest.raises(ValueError, match=r"at least|must be one of|positions|one row for each"):
         call(*random_qkv((1, 1, 9, 4)))

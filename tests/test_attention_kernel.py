@@ -1,4 +1,7 @@
-"""The fast routes equal the masked reference, forward and backward, whatever the choice and the length."""
+"""The fast implementations equal the masked reference, forward and backward.
+
+For every selection method and every length.
+"""
 
 import pytest
 import torch
@@ -22,13 +25,14 @@ ROUTES = {
 
 
 def with_gradients(attend, qkv, blocks, block_size, causal):
+    """Return the output of `attend` and the gradients of q, k and v for a weighted sum of it."""
     q, k, v = (x.clone().requires_grad_() for x in qkv)
     out = attend(q, k, v, blocks, block_size, causal)
     weight = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view_as(out).to(out.dtype)
     return [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))]
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 18])  # tile by tile, and all at once
+@pytest.mark.parametrize("chunk", [1, 1 << 18])  # one tile per chunk, and all in one
 @pytest.mark.parametrize("method", ROUTES)
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.integers(1, 12), st.integers(0, 5), st.booleans())
@@ -41,34 +45,32 @@ def test_equals_the_reference_forward_and_backward(
         patch.setattr(attention_kernel, "CHUNK_SCORES", chunk)
         patch.setattr(attention_kernel.QueryAttention, "MAX_QUERIES", 3 if chunk == 1 else 1024)
         fast = with_gradients(ROUTES[method], qkv, blocks, block_size, causal)
-    for one, other in zip(
-        fast,
-        with_gradients(block_attention_reference, qkv, blocks, block_size, causal),
-        strict=True,
-    ):
-        close(one, other, 1e-11)
+    reference = with_gradients(block_attention_reference, qkv, blocks, block_size, causal)
+    for a, b in zip(fast, reference, strict=True):
+        close(a, b, 1e-11)
 
 
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.integers(1, 8), st.booleans(), st.randoms(use_true_random=False))
-def test_any_choice_will_do(shape, block_size, causal, random):
-    """Rows of distinct blocks in any order, -1s among them, the own and future ones too: not read twice, or not at all."""
+def test_any_selection_gives_the_result_of_the_reference(shape, block_size, causal, random):
+    """Rows may be in any order and contain -1s, the current block and blocks of the future.
+
+    The current block must still count once, and the blocks of the future not at all.
+    """
     B, H, T, _ = shape
     N, qkv = -(-T // block_size), random_qkv(shape)
     for rows, attend in ((T, query_attention), (N, tile_attention)):
-        listed = [random.sample([*range(N), *[-1] * 3], 3) for _ in range(B * H * rows)]
-        blocks = torch.tensor(listed).view(B, H, rows, 3)
-        results = (
-            with_gradients(f, qkv, blocks, block_size, causal)
-            for f in (attend, block_attention_reference)
-        )
-        for one, other in zip(*results, strict=True):
-            close(one, other, 1e-11)
+        entries = [random.sample([*range(N), *[-1] * 3], 3) for _ in range(B * H * rows)]
+        blocks = torch.tensor(entries).view(B, H, rows, 3)
+        fast = with_gradients(attend, qkv, blocks, block_size, causal)
+        reference = with_gradients(block_attention_reference, qkv, blocks, block_size, causal)
+        for a, b in zip(fast, reference, strict=True):
+            close(a, b, 1e-11)
 
 
 @pytest.mark.parametrize("method", ["flat", "tile"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_gradients_are_right(method, causal):
+def test_gradients_match_finite_differences(method, causal):
     qkv = [x.requires_grad_() for x in random_qkv((1, 2, 7, 2))]
     blocks = select_blocks(*qkv[:2], 2, 2, method, causal=causal)
     assert torch.autograd.gradcheck(lambda q, k, v: ROUTES[method](q, k, v, blocks, 2, causal), qkv)
@@ -76,22 +78,19 @@ def test_gradients_are_right(method, causal):
 
 @pytest.mark.parametrize("method", ["flat", "tile"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_lower_precision_stays_near(method, dtype):
+def test_lower_precision_is_close_to_fp64(method, dtype):
     qkv = random_qkv((2, 2, 150, 16), dtype=dtype)
     blocks = select_blocks(*qkv[:2], 16, 2, method)
     fast = with_gradients(ROUTES[method], qkv, blocks, 16, True)
     exact = with_gradients(block_attention_reference, [x.double() for x in qkv], blocks, 16, True)
-    for one, other in zip(fast, exact, strict=True):
-        assert one.dtype == dtype
-        assert (one.double() - other).abs().max() < {
-            torch.bfloat16: 0.06,
-            torch.float16: 0.01,
-            torch.float32: 1e-4,
-        }[dtype]
+    tolerance = {torch.bfloat16: 0.06, torch.float16: 0.01, torch.float32: 1e-4}[dtype]
+    for a, b in zip(fast, exact, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("attend", [query_attention, tile_attention])
-def test_scores_far_apart_do_not_overflow(attend):
+def test_large_scores_do_not_overflow(attend):
     q, k, v = (300 * x for x in random_qkv((1, 1, 40, 8), dtype=torch.float32))
     blocks = select_blocks(q, k, 8, 2, "flat" if attend is query_attention else "tile")
     out = attend(q, k, v / 300, blocks, 8)
@@ -99,20 +98,26 @@ def test_scores_far_apart_do_not_overflow(attend):
 
 
 @pytest.mark.parametrize("method", ["flat", "tile"])
-def test_the_model_takes_these_routes_when_they_pay(method, monkeypatch):
-    taken = []
-    for name in ("query_attention", "tile_attention"):
-        real = getattr(attention_kernel, name)
-        monkeypatch.setattr(
-            "nanods.attention." + name,
-            lambda *a, real=real, name=name: (taken.append(name), real(*a))[1],
-        )
+def test_block_attention_uses_these_functions_for_long_sequences(method, monkeypatch):
+    calls = []
+
+    def record_calls(name):
+        function = getattr(attention_kernel, name)
+
+        def recorded(*args):
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr("nanods.attention." + name, recorded)
+
+    record_calls("query_attention")
+    record_calls("tile_attention")
     q, k, v = random_qkv((1, 1, 256, 8))
     block_attention(q, k, v, select_blocks(q, k, 64, 2, method), 64)
-    assert taken == [ROUTES[method].__name__]
+    assert calls == [ROUTES[method].__name__]
 
 
-# ---- FlexAttention -----------------------------------------------------------------------------------------------------------
+# ---- FlexAttention -------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -128,21 +133,27 @@ def test_flex_equals_the_reference(method, T, causal):
     )
 
 
-def test_the_block_mask_holds_no_more_than_the_choice(monkeypatch):
-    """FlexAttention skips by blocks: those of the mask must be the chosen ones and the own, the chosen ones without a mask."""
-    seen = []
-    monkeypatch.setattr(
-        attention_kernel, "flex_attention", lambda q, k, v, block_mask: seen.append(block_mask) or q
-    )
+def test_the_block_mask_lists_the_selected_blocks_and_no_others(monkeypatch):
+    """FlexAttention skips whole blocks, so its lists decide its speed.
+
+    Only the current block needs a mask (a partial block); the selected ones are full.
+    """
+    masks = []
+
+    def record_mask(q, k, v, block_mask):
+        masks.append(block_mask)
+        return q
+
+    monkeypatch.setattr(attention_kernel, "flex_attention", record_mask)
     q, k, v = random_qkv((1, 1, 40, 4))
     blocks = select_blocks(q, k, 8, 2, "tile")
     flex_block_attention(q, k, v, blocks, 8)
-    (mask,) = seen
+    (mask,) = masks
     for tile in range(5):
         partial = mask.kv_indices[0, 0, tile, : mask.kv_num_blocks[0, 0, tile]].tolist()
-        whole = mask.full_kv_indices[0, 0, tile, : mask.full_kv_num_blocks[0, 0, tile]].tolist()
+        full = mask.full_kv_indices[0, 0, tile, : mask.full_kv_num_blocks[0, 0, tile]].tolist()
         assert partial == [tile]
-        assert sorted(whole) == sorted(n for n in blocks[0, 0, tile].tolist() if n >= 0)
+        assert sorted(full) == sorted(n for n in blocks[0, 0, tile].tolist() if n >= 0)
 
 
 @pytest.mark.cuda
@@ -152,5 +163,5 @@ def test_flex_on_a_gpu_equals_the_reference_forward_and_backward(method):
     blocks = select_blocks(*qkv[:2], 64, 2, method)
     fast = with_gradients(flex_block_attention, qkv, blocks, 64, True)
     exact = with_gradients(block_attention_reference, [x.double() for x in qkv], blocks, 64, True)
-    for one, other in zip(fast, exact, strict=True):
-        assert (one.double() - other).abs().max() < 1e-2
+    for a, b in zip(fast, exact, strict=True):
+        assert (a.double() - b).abs().max() < 1e-2

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same run there as on the CPU. Skipped where there is none."""
+"""Tests that need a GPU: a run on the GPU equals the same run on the CPU. Skipped without one."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ pytestmark = pytest.mark.cuda
 
 
 def losses(preset, train_tiny, workspace, device, *options):
+    """Train for 5 steps; return the training loss of each step and the final validation loss."""
     code, _, err = train_tiny(
         preset, "--steps", 5, "--device", device, "--out-dir", device, *options
     )
@@ -22,37 +23,36 @@ def losses(preset, train_tiny, workspace, device, *options):
 
 
 @pytest.mark.parametrize("preset", ["v1-tiny", "v2-tiny"])
-def test_in_fp64_a_run_on_the_gpu_is_the_run_on_the_cpu(train_tiny, workspace, preset):
+def test_in_fp64_a_run_on_the_gpu_equals_the_run_on_the_cpu(train_tiny, workspace, preset):
     options = ("--dtype", "fp64", "--compile", "off")
-    gpu, cpu = (
-        losses(preset, train_tiny, workspace, device, *options) for device in ("cuda", "cpu")
-    )
+    gpu = losses(preset, train_tiny, workspace, "cuda", *options)
+    cpu = losses(preset, train_tiny, workspace, "cpu", *options)
     assert (gpu - cpu).abs().max() < 1e-6
     assert gpu[-1] < gpu[0] - 0.1
 
 
 @pytest.mark.parametrize("preset", ["v1-tiny", "v2-tiny"])
-def test_bf16_and_compile_stay_near_it(train_tiny, workspace, preset):
+def test_a_compiled_bf16_run_on_the_gpu_is_close_to_fp32_on_the_cpu(train_tiny, workspace, preset):
     gpu = losses(preset, train_tiny, workspace, "cuda", "--dtype", "bf16", "--compile", "on")
     cpu = losses(preset, train_tiny, workspace, "cpu", "--dtype", "fp32")
     assert (gpu - cpu).abs().max() < 0.05
 
 
-def test_the_grouped_product_is_the_loop(workspace):
-    """bf16, a multiple of 8 in each width, an expert without tokens and a dropped assignment; forward and backward."""
+def test_experts_grouped_equals_experts_loop_forward_and_backward(workspace):
+    """In bf16, widths multiples of 8, with an expert without tokens and a dropped assignment."""
     torch.manual_seed(0)
-    x, up, out = (
-        torch.randn(*shape, device="cuda") for shape in ((300, 64), (5, 128, 64), (5, 64, 128))
-    )
-    experts = torch.stack([torch.randperm(4)[:2] for _ in range(300)]).cuda()  # expert 4 gets none
-    experts[7, 1] = 5
+    x = torch.randn(300, 64, device="cuda")
+    up = torch.randn(5, 128, 64, device="cuda")
+    out = torch.randn(5, 64, 128, device="cuda")
+    experts = torch.stack([torch.randperm(4)[:2] for _ in range(300)]).cuda()  # expert 4: no token
+    experts[7, 1] = 5  # dropped
     inputs = [x, torch.rand(300, 2, device="cuda"), up / 8, out / 11]
     results = []
-    for mix, dtype in ((experts_loop, torch.float32), (experts_grouped, torch.bfloat16)):
-        given = [value.clone().requires_grad_() for value in inputs]
+    for compute, dtype in ((experts_loop, torch.float32), (experts_grouped, torch.bfloat16)):
+        leaves = [value.clone().requires_grad_() for value in inputs]
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-            y = mix(given[0], given[1], experts, given[2], given[3])
+            y = compute(leaves[0], leaves[1], experts, leaves[2], leaves[3])
         y.sum().backward()
-        results.append([y, *(value.grad for value in given)])
-    for slow, fast in zip(*results, strict=True):
-        assert (slow - fast).abs().max() < 0.03 * slow.abs().max()
+        results.append([y, *(value.grad for value in leaves)])
+    for loop, grouped in zip(*results, strict=True):
+        assert (loop - grouped).abs().max() < 0.03 * loop.abs().max()
