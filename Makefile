@@ -1,4 +1,4 @@
-# nanods: each target makes what it needs, the environment included. `make` alone prints this page.
+# The commands of nanods; `make` alone lists them. Each target sets up the environment it needs.
 SCALE  ?= tiny
 ARGS   ?=
 PROCS  ?= 1
@@ -8,43 +8,63 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: help setup train-v0 train-v1 train-v2 train-v3 plan-v0 plan-v1 plan-v2 plan-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3 bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text bench-experts bench-arithmetic results lessons notebook check-01 check-02 check-03 check-04 test test-slow lint format clean
+.PHONY: help setup
+.PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3
+.PHONY: plan-v0 plan-v1 plan-v2 plan-v3
+.PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
+.PHONY: bench-arithmetic bench-experts results docs
+.PHONY: lessons notebook check-01 check-02 check-03 check-04
+.PHONY: test test-slow lint format clean
 
 help:
-	@echo 'nanods, on 2 CPU cores (SCALE=tiny|small|base and ARGS="--lr 1e-2" are passed on):'
+	@echo 'The commands of nanods, with their times on 2 CPU cores. The first command also sets up the'
+	@echo 'environment (2 minutes, once). SCALE=tiny|small|base|full chooses the size of the model, and'
+	@echo 'ARGS="--lr 1e-2" passes flags on. PROCS=2 trains with 2 processes, GPUS=8 with 8 GPUs.'
 	@echo
-	@echo '  make train-v3    text, image and sound in one space, with pictures   5 min, once 2 min more to set up'
-	@echo '  make train-v2    train, plot and sample the GPT with 16 experts      6 min'
-	@echo '  make train-v1    the same with one MLP: sparse attention alone       5 min'
-	@echo '  make train-v0    the same with dense attention                       5 min'
-	@echo '  ... PROCS=2      by two processes that share the batch; GPUS=8: by eight, a GPU each'
-	@echo '  make plan-v2     what a run needs (SCALE=full ARGS="--gpus 512 --gpu a100-80gb")  seconds; also plan-v0 to plan-v3'
-	@echo '  make upcycle-v2  experts that start as the MLPs of a trained V1      2 min after train-v1'
-	@echo '  make sample-v2   let the trained model write (ARGS="--prompt def")   seconds; also sample-v0, sample-v1'
-	@echo '  make sample-v3   find by text, image or sound (ARGS="--query ...")   seconds'
-	@echo '  make notebook    open the lessons in Jupyter'
-	@echo '  make check-01    grade your answers in lessons/exercises             seconds; also check-02 to check-04'
-	@echo '  make lessons     execute every lesson, top to bottom                 4 min'
-	@echo '  make test        the tests                                           4 min'
-	@echo '  make test-slow   kill tests, and what a step weighs                  8 min'
-	@echo '  make lint        ruff; make format mends what it can                 seconds'
-	@echo '  make bench       time to loss, generation with and without a cache   10 min'
-	@echo '  make bench-v1    sparse attention against dense: time, memory, recall 12 min'
-	@echo '  make bench-v2    experts against one MLP: time, memory, skew, rivals 15 min'
-	@echo '  make bench-v3    what V3 finds, and what it owes it to               50 min'
-	@echo '  make bench-scale what a second process brings: copies, experts       4 min'
-	@echo '  make bench-recall     does it matter which blocks are read?          20 min'
-	@echo '  make bench-long-text  dense against V1 at 4,096 tokens               10 min'
-	@echo '  make bench-arithmetic are experts better at sums? V2 against V1      12 min'
-	@echo '  make bench-experts    balance, quality, upcycling, stability       3 hours'
-	@echo '  make results     train each tiny rung on 3 seeds, write results/     50 min'
-	@echo '  make setup       the environment alone (EXTRAS=bpe,datasets adds to it)'
-	@echo '  make clean       delete the environment (never runs or data)'
+	@echo 'Train, plan and use a model'
+	@echo '  make train-v0          a GPT with dense attention: train, plot, sample            5 min'
+	@echo '  make train-v1          the same with sparse attention                             5 min'
+	@echo '  make train-v2          V1 with 16 experts per layer                               6 min'
+	@echo '  make train-v3          text, image and sound in one space, with pictures          5 min'
+	@echo '  make upcycle-v2        start V2 from a trained V1 (after train-v1)                2 min'
+	@echo '  make sample-v2         generate text (ARGS="--prompt def"); also v0 and v1      seconds'
+	@echo '  make sample-v3         search by text, image or sound (ARGS="--query ...")      seconds'
+	@echo '  make plan-v2           memory and time that a run needs; also v0 to v3          seconds'
+	@echo '                         (SCALE=full ARGS="--gpus 512 --gpu a100-80gb")'
+	@echo
+	@echo 'Learn'
+	@echo '  make notebook          open the lessons in Jupyter'
+	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 04   seconds'
+	@echo '  make lessons           execute every lesson                                       4 min'
+	@echo
+	@echo 'Measure (writes results/)'
+	@echo '  make bench             loss over time; generation with and without a cache       10 min'
+	@echo '  make bench-v1          sparse against dense attention: time, memory, recall      12 min'
+	@echo '  make bench-v2          the MoE layer against one MLP and other packages          15 min'
+	@echo '  make bench-v3          what V3 retrieves, and which part contributes how much    50 min'
+	@echo '  make bench-scale       two processes against one                                  4 min'
+	@echo '  make bench-recall      associative recall by each selection method               20 min'
+	@echo '  make bench-long-text   V1 against dense attention at 4,096 tokens                10 min'
+	@echo '  make bench-arithmetic  V2 against V1 on sums and products                        12 min'
+	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
+	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             50 min'
+	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
+	@echo
+	@echo 'Develop'
+	@echo '  make setup             the environment alone (EXTRAS=bpe,datasets adds packages)'
+	@echo '  make test              the tests                                                  4 min'
+	@echo '  make test-slow         the slow tests: killed processes, measured memory          8 min'
+	@echo '  make lint              check the code with ruff                                 seconds'
+	@echo '  make format            format the code with ruff, and fix what it can fix       seconds'
+	@echo '  make clean             delete the environment, but no runs and no data'
 
-# One process, or as many as GPUS or (without any GPU) PROCS asks for. One that dies ends all: go on with ARGS=--resume.
-TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) -m nanods.distributed.launch --standalone --nproc-per-node $(GPUS)) train.py
+# Train with one process, with one per GPU (GPUS), or on CPUs with PROCS processes. If one of them
+# fails, all stop; ARGS=--resume continues the run.
+LAUNCH = -m nanods.distributed.launch --standalone --nproc-per-node $(GPUS)
+TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH)) train.py
 
-# The environment is made once, and again when the pins change: the stamp files are younger than constraints.txt.
+# .venv/base and .venv/dev are empty files that record when the environment was set up. A newer
+# constraints.txt or pyproject.toml makes it be set up again.
 .venv/base: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'nanods needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 2; }
@@ -54,7 +74,7 @@ TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) -m nanods.distributed.launch --stan
 	@touch $@
 
 .venv/dev: .venv/base
-	@echo 'adding what tests and lessons need (once, about 1 minute) ...'
+	@echo 'adding the packages for tests and lessons (once, about 1 minute) ...'
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
@@ -67,10 +87,12 @@ train-v0 train-v1 train-v2 train-v3: train-%: .venv/base
 plan-v0 plan-v1 plan-v2 plan-v3: plan-%: .venv/base
 	$(PY) train.py $*-$(SCALE) --plan $(ARGS)
 
-# 400 more steps from a trained V1, which is trained first where there is none; at the full rate it would unlearn (LOG.md).
+# Train 400 steps as V2, starting from a trained V1. Trains V1 first if there is none. The learning
+# rate is a quarter of the preset's: at the full rate the loss first gets worse (LOG.md).
 upcycle-v2: .venv/base
 	@test -f runs/v1-$(SCALE)/loss.png || $(PY) train.py v1-$(SCALE)
-	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) --steps 400 --lr 0.005 --expert-lr 0.005 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
+	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) --steps 400 \
+	  --lr 0.005 --expert-lr 0.005 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
 
 sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
 	$(PY) sample.py $*-$(SCALE) $(ARGS)
@@ -106,6 +128,11 @@ bench-experts: .venv/base
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)
 
+# Write the pages and pictures that are generated from results/ and from runs/.
+docs: .venv/base
+	$(PY) -m nanods.bench.results_page
+	$(PY) -m nanods.diagrams
+
 # JUPYTER=--inplace keeps the outputs in the notebooks.
 lessons: .venv/dev
 	.venv/bin/jupyter execute $(JUPYTER) --timeout=300 lessons/*.ipynb
@@ -113,7 +140,7 @@ lessons: .venv/dev
 notebook: .venv/dev
 	.venv/bin/jupyter lab lessons
 
-# ARGS=my_answers.py grades another file than the stubs themselves.
+# ARGS=my_answers.py grades that file instead of the exercise file.
 check-01 check-02 check-03 check-04: check-%: .venv/base
 	$(PY) lessons/exercises/check_$*.py $(ARGS)
 
