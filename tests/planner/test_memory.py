@@ -92,7 +92,7 @@ def counted_flops_per_token(config):
 
 
 @pytest.mark.parametrize("flags", MODELS.values(), ids=MODELS)
-def test_flops_are_within_5_percent_of_pytorch_s(flags):
+def test_flops_are_within_5_percent_of_those_that_pytorch_counts(flags):
     config = from_command_line("", [*flags, "--n-embd", "96"])
     planned = make_job(config, GPUS["v100-32gb"], 1).flops_per_token
     assert planned == pytest.approx(counted_flops_per_token(config), rel=0.05)

@@ -106,7 +106,7 @@ def test_adamw_for_everything_keeps_two_moments_and_orthogonalises_nothing(mesh)
     assert all(adamw[kind] == muon[kind] for kind in MEMORY_KINDS if kind not in changed)
 
 
-def test_bytes_sent_equal_the_textbook_s():
+def test_bytes_sent_follow_the_textbook_formulas():
     cost, step, n = COSTS["v2-full"], StepConfig("cuda", 2, 1), 16
     dp = bytes_sent(FULL, cost, Mesh.of(dp=n), step)
     assert sum(dp.values()) == pytest.approx(2 * 15 / 16 * 4 * cost.total)
