@@ -262,7 +262,7 @@ def test_impossible_settings_are_refused_with_a_fix(train_tiny):
         (("--multimodal.patch-size", 5), "does not divide"),
         (("--multimodal.pairs", "text-smell"), "no text-smell"),
         (("--data", "nowhere"), "no such folder"),
-        (("--batch-size", 20_000), "there are 16,416 items"),
+        (("--batch-size", 20_000), "there are 16,416 training examples"),
     ):
         code, _, err = train_tiny("v3-tiny", *flags)
         assert code == 2 and message in " ".join(err.replace("│", " ").split()), (flags, err)

@@ -18,16 +18,9 @@ TRUNK_FIELDS = (
     "rope-base",
     "query-gain",
 )
-MODALITY_FIELDS = (
-    "modalities",
-    "shared",
-    "width",
-    "image-size",
-    "patch-size",
-    "frames",
-    "patch-frames",
-)
-MUST_MATCH = (*TRUNK_FIELDS, *(f"multimodal.{name}" for name in MODALITY_FIELDS))
+"""Fields of GPTConfig that must be those of the other run."""
+MAY_DIFFER = ("pairs", "temperature", "hard-batches", "entropy-coefficient", "min-experts")
+"""Fields of MultimodalConfig that need not match: those of the loss and of the batches."""
 
 
 def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
@@ -73,8 +66,12 @@ def check_sizes(config: Config, source: Config, path: Path) -> None:
     """Raise UserError if the run at `path`, of configuration `source`, has other sizes than
     `config`."""
     has, wants = flatten(source), flatten(config)
+    must_match = list(TRUNK_FIELDS)
+    for name in wants:
+        if name.startswith("multimodal.") and name.split(".")[1] not in MAY_DIFFER:
+            must_match.append(name)
     different = []
-    for name in MUST_MATCH:
+    for name in must_match:
         if has[name] != wants[name]:
             different.append(f"--{name} {has[name]} (asked for: {wants[name]})")
     if different:
