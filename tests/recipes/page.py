@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "MODIFYING.md"
 
 EDIT = re.compile(r"In `(?P<file>[^`]+)`, (?P<action>replace|before|after):")
+FENCES = ("```", "```python")
 NEW_FILE = re.compile(r"New file `(?P<file>[^`]+)`:")
 
 
@@ -78,6 +79,8 @@ def read_recipes(page: str) -> dict[int, Recipe]:
             recipe = recipes[int(heading[1])] = Recipe(heading[2])
         elif recipe is None:
             continue
+        elif anchor is not None and line and line not in ("with:", "add:", *FENCES):
+            raise ValueError(f"{recipe.title}: expected with: or add:, not {line!r}")
         elif line.startswith("**Touches** "):
             recipe.touches = set(re.findall(r"`(\S+\.py)`", line))
         elif match := EDIT.fullmatch(line) or NEW_FILE.fullmatch(line):
@@ -87,7 +90,7 @@ def read_recipes(page: str) -> dict[int, Recipe]:
         elif line in ("with:", "add:"):
             if anchor is None:
                 raise ValueError(f"{recipe.title}: no block of code before {line!r}")
-        elif line.startswith("```"):
+        elif line in FENCES:
             block = read_block(lines)
             if pending == "run":
                 recipe.commands += block.splitlines()
@@ -99,8 +102,6 @@ def read_recipes(page: str) -> dict[int, Recipe]:
             elif pending is not None:
                 recipe.edits.append(Edit(pending["file"], pending["action"], anchor, block))
             pending = anchor = None
-        elif line and anchor is not None:
-            raise ValueError(f"{recipe.title}: expected with: or add:, not {line!r}")
     return recipes
 
 
