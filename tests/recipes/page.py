@@ -7,7 +7,7 @@ these lines:
     In `FILE`, before:    ... add:       insert text before it
     In `FILE`, after:     ... add:       insert text after it
     New file `FILE`:                     create a file that does not exist
-    Run:                                 commands, one on each line
+    Run:                                 commands; one that ends in a backslash goes on
 
 Other code blocks are for the reader alone.
 """
@@ -82,7 +82,9 @@ def read_recipes(page: str) -> dict[int, Recipe]:
         elif anchor is not None and line and line not in ("with:", "add:", *FENCES):
             raise ValueError(f"{recipe.title}: expected with: or add:, not {line!r}")
         elif line.startswith("**Touches** "):
-            recipe.touches = set(re.findall(r"`(\S+\.py)`", line))
+            while line:  # up to the end of the paragraph
+                recipe.touches |= set(re.findall(r"`(\S+\.py)`", line))
+                line = next(lines, "")
         elif match := EDIT.fullmatch(line) or NEW_FILE.fullmatch(line):
             pending = match
         elif line == "Run:":
@@ -93,7 +95,7 @@ def read_recipes(page: str) -> dict[int, Recipe]:
         elif line in FENCES:
             block = read_block(lines)
             if pending == "run":
-                recipe.commands += block.splitlines()
+                recipe.commands += block.replace("\\\n", " ").splitlines()
             elif pending is not None and pending.re is NEW_FILE:
                 recipe.edits.append(Edit(pending["file"], "create", "", block))
             elif pending is not None and anchor is None:
