@@ -3,7 +3,7 @@
     docs/architecture.png    V0 to V3, and what each version adds
     docs/overview.png        what the experts of runs/v2-tiny did, and what runs/v3-tiny finds
 
-The second needs the two finished runs (`make train-v2 train-v3`) and is left as it is without them.
+The second needs the two runs (`make train-v2 train-v3`) and is left as it is without them.
 """
 
 import io
@@ -117,19 +117,23 @@ def architecture() -> Figure:
 
 
 def load_run(run_dir: Path) -> tuple[Config, torch.nn.Module, list[dict]]:
-    """Return the configuration, model and metrics of a finished run."""
+    """Return the configuration and the model of a run's last checkpoint, and the metrics of its
+    steps up to there."""
     saved = checkpoint.load(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
-    return from_dict(saved.state["config"]), checkpoint.load_model(saved), rows
+    trained = [row for row in rows if 1 <= row["step"] <= saved.state["step"]]
+    return from_dict(saved.state["config"]), checkpoint.load_model(saved), trained
 
 
 def overview(v2_dir: Path, v3_dir: Path) -> Figure:
-    """Draw what the experts of a V2 run did, and what a V3 run finds."""
+    """Draw what the experts of a V2 run did, and what a V3 run finds, from their last checkpoints."""
     figure = Figure(figsize=(15, 6.6))
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.12), wspace=0.06, hspace=0.32)
 
-    config, model, rows = load_run(v2_dir)
-    trained = [row for row in rows if row["step"]]
+    config, model, trained = load_run(v2_dir)
+    steps = f"step {trained[-1]['step']:,} of {config.steps:,}"
+    title = f"make train-v2: what each of 16 experts did ({steps})"
+    figure.text(0.125, 0.95, title, fontsize=13)
     load = np.array([row["load"] for row in trained])
     plots.draw_load_over_time(
         figure.add_subplot(grid[0, 0]), [row["step"] for row in trained], load
@@ -141,7 +145,9 @@ def overview(v2_dir: Path, v3_dir: Path) -> Figure:
     title = f"validation text, each byte coloured by its first expert in layer {LAYER}"
     plots.draw_text_by_expert(figure.add_subplot(grid[1, 0]), text, first_choice, title)
 
-    config, model, _ = load_run(v3_dir)
+    config, model, trained = load_run(v3_dir)
+    steps = f"step {trained[-1]['step']:,} of {config.steps:,}"
+    figure.text(0.525, 0.95, f"make train-v3: what each query finds ({steps})", fontsize=13)
     task = ContrastiveTask(config, torch.device("cpu"))
     embeddings, _ = task.embed(model, task.inputs(task.gallery))
     arrays = {name: e.double().numpy() for name, e in embeddings.items()}
@@ -151,8 +157,6 @@ def overview(v2_dir: Path, v3_dir: Path) -> Figure:
     axes = figure.add_subplot(grid[:, 1])
     axes.imshow(matplotlib.image.imread(picture))
     axes.axis("off")
-    figure.text(0.125, 0.95, "make train-v2: what each of 16 experts did", fontsize=13)
-    figure.text(0.525, 0.95, "make train-v3: what each query finds", fontsize=13)
     return figure
 
 
@@ -161,7 +165,7 @@ def main() -> None:
     plots.save(architecture(), DOCS / "architecture.png")
     print("wrote      docs/architecture.png")
     v2_dir, v3_dir = RUNS / "v2-tiny", RUNS / "v3-tiny"
-    missing = [str(path) for path in (v2_dir, v3_dir) if not (path / "loss.png").exists()]
+    missing = [str(path) for path in (v2_dir, v3_dir) if not checkpoint.list_checkpoints(path)]
     if missing:
         names = " and ".join(missing)
         print(f"kept       docs/overview.png ({names} not found: make train-v2 train-v3)")
