@@ -126,7 +126,7 @@ def load_run(run_dir: Path) -> tuple[Config, torch.nn.Module, list[dict]]:
 
 
 def overview(v2_dir: Path, v3_dir: Path) -> Figure:
-    """Draw what the experts of a V2 run did, and what a V3 run finds, from their last checkpoints."""
+    """Draw what the experts of a V2 run did and what a V3 run finds, from their checkpoints."""
     figure = Figure(figsize=(15, 6.6))
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.12), wspace=0.06, hspace=0.32)
 
