@@ -121,10 +121,11 @@ def train(run: Run, processes: ProcessGroups) -> None:
         row |= {
             f"{task.unit}_per_second": round(task.units_per_step / (done - start)),
             "optimizer_seconds": done - backward_done,
-            "communication_seconds": processes.communication_seconds,
             "seconds": run.seconds,
             "cpu_seconds": run.cpu_seconds,
         }
+        if processes.world_size > 1:
+            row["communication_seconds"] = processes.communication_seconds
         log.log(row)
         if run.step % config.save_every == 0 or is_last:
             save_run(run, processes)

@@ -17,7 +17,6 @@ TIMINGS = (
     "optimizer_seconds",
     "tokens_per_second",
     "examples_per_second",
-    "communication_seconds",
 )
 
 
