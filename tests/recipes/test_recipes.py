@@ -55,7 +55,7 @@ def test_1_a_selection_method(apply):
     blocks = copy.run("python -c", SHOW_BLOCKS)
     assert json.loads(blocks) == [[[14, 13, 11, 7]] * 2] * 2
     copy.run(sample, "--max-new-tokens", 80)
-    assert re.search(r"future\w*\[.*dilated.* PASSED", copy.run(test, "-vv"))
+    assert re.search(r"later_tokens\w*\[.*dilated.* PASSED", copy.run(test, "-vv"))
 
 
 def test_2_shared_experts(apply):
