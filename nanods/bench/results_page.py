@@ -338,10 +338,10 @@ def results_page() -> str:
     """Return docs/RESULTS.md."""
     parts = [
         "# Results\n",
-        "Made by `make docs` from `results/*.json`; each file is written by the command beside it. All",
-        f"on {MACHINE}. A CPU",
-        "without bf16 units trains more slowly (LOG.md). Nothing here was measured on a GPU. Numbers in",
-        "parentheses are single seeds. The conclusions, and the experiments that failed, are in",
+        "Made by `make docs` from `results/*.json`; each file is written by the command beside it.",
+        f"All on {MACHINE}.",
+        "A CPU without bf16 units trains more slowly (LOG.md). Nothing was measured on a GPU.",
+        "Numbers in parentheses are single seeds. Conclusions, and experiments that failed, are in",
         "[LOG.md](../LOG.md).\n",
     ]
     for title, make_results in SECTIONS.items():
