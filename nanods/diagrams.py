@@ -128,13 +128,22 @@ def load_run(run_dir: Path) -> tuple[Config, torch.nn.Module, list[dict]]:
 def overview(v2_dir: Path, v3_dir: Path) -> Figure:
     """Draw what the experts of a V2 run did and what a V3 run finds, from their checkpoints."""
     figure = Figure(figsize=(15, 6.6))
-    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.12), wspace=0.06, hspace=0.32)
+    grid = figure.add_gridspec(
+        2,
+        2,
+        left=0.06,
+        right=0.99,
+        width_ratios=(1, 1.15),
+        height_ratios=(1.2, 1),
+        wspace=0.05,
+        hspace=0.4,
+    )
 
     config, model, trained = load_run(v2_dir)
     steps = f"step {trained[-1]['step']:,} of {config.steps:,}"
-    title = f"make train-v2: what each of 16 experts did ({steps})"
-    figure.text(0.125, 0.95, title, fontsize=13)
-    load = np.array([row["load"] for row in trained])
+    figure.text(0.06, 0.95, f"make train-v2: the load of 16 experts ({steps})", fontsize=13)
+    load = np.array([row["load"] for row in trained])  # (steps, L, E)
+    load = load / load.mean(axis=-1, keepdims=True)  # in multiples of an even share
     plots.draw_load_over_time(
         figure.add_subplot(grid[0, 0]), [row["step"] for row in trained], load
     )
@@ -147,7 +156,7 @@ def overview(v2_dir: Path, v3_dir: Path) -> Figure:
 
     config, model, trained = load_run(v3_dir)
     steps = f"step {trained[-1]['step']:,} of {config.steps:,}"
-    figure.text(0.525, 0.95, f"make train-v3: what each query finds ({steps})", fontsize=13)
+    figure.text(0.53, 0.95, f"make train-v3: what each query finds ({steps})", fontsize=13)
     task = ContrastiveTask(config, torch.device("cpu"))
     embeddings, _ = task.embed(model, task.inputs(task.gallery))
     arrays = {name: e.double().numpy() for name, e in embeddings.items()}
