@@ -39,11 +39,11 @@ def test_a_run_learns_and_writes_its_files(train_tiny, workspace):
     )
     assert code == 0, err
     for word in (
-        "scenes: 16,416 + 1,824 things",
-        "MFLOP per item",
-        "ln 32 = 3.47 by chance",
+        "scenes: 16,416 training + 1,824 held-out examples",
+        "MFLOP per example",
+        "an untrained model's loss is ln 32 = 3.47",
         "recall@1",
-        "asked",
+        "query      ",
         "--query",
     ):
         assert word in out
@@ -188,7 +188,7 @@ def test_each_modality_can_be_the_query(trained, program, workspace):
     assert code == 0 and "text, the best of 512" in again and "image, the" not in again
     assert program("sample", "v3-tiny", "--audio", trained / "found_audio.wav")[0] == 0
     code, out, _ = program("sample", "v3-tiny")
-    assert code == 0 and f"question   {shown.captions[0]}" in out
+    assert code == 0 and f"query      {shown.captions[0]}" in out
 
 
 def test_a_folder_can_be_the_gallery(trained, program, workspace):
@@ -236,13 +236,13 @@ def test_bad_queries_are_refused_with_a_fix(trained, program, workspace):
         (("--query", "a small sqare circle"), "it knows square"),
         (("--query", " "), "0 tokens"),
         (("--query", "the " * 30), "reads 1 to 80"),
-        (("--query", "a circle", "--image", "text.png"), "ask this model one thing"),
+        (("--query", "a circle", "--image", "text.png"), "give this model one query"),
         (("--image", "text.png"), "not a complete JPEG or PNG image"),
         (("--image", "nowhere.png"), "nowhere.png: cannot be read"),
         (("--audio", "cut.wav"), "cut.wav"),
         (("--gallery", "empty"), "--gallery empty is empty"),
         (("--gallery", "nowhere"), "no such folder"),
-        (("--top", 0), "--top 0: at least 1"),
+        (("--top", 0), "--top 0: must be at least 1"),
     ):
         code, _, err = program("sample", "v3-tiny", *flags)
         assert code == 2 and message in err and "Traceback" not in err, (flags, err)
@@ -251,7 +251,7 @@ def test_bad_queries_are_refused_with_a_fix(trained, program, workspace):
 def test_a_language_model_refuses_queries(train_tiny, program):
     assert train_tiny("v0-tiny", "--steps", 1)[0] == 0
     code, _, err = program("sample", "v0-tiny", "--query", "a circle")
-    assert code == 2 and "writes and does not find" in err
+    assert code == 2 and "generates text and does not retrieve" in err
 
 
 def test_impossible_settings_are_refused_with_a_fix(train_tiny):
