@@ -86,6 +86,7 @@ def test_each_dtype_trains(train_tiny, workspace, dtype):
     [
         ("v1-tiny", ()),
         ("v2-tiny", ("--moe.bias-rate", 0.01, "--moe.capacity-factor", 1)),
+        ("v2-tiny", ("--optimizer", "adamw")),
         (
             "v3-tiny",
             ("--moe.bias-rate", 0.01, "--multimodal.entropy-coefficient", 0.1, "--eval-every", 16),
