@@ -19,6 +19,7 @@ from nanods.distributed.data_parallel import orthogonalise_distributed
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
 from nanods.errors import UserError
+from nanods.planner.memory import model_cost
 from nanods.planner.search import largest_micro_batch, step_memory
 from nanods.training import checkpoint
 from nanods.training.activation_checkpointing import checkpoint_blocks
@@ -184,7 +185,8 @@ def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> N
     config, task = run.config, run.task
     whole = build_meta_model(config)  # `run.model` may be a part
     total, active = whole.count_parameters()
-    memory = step_memory(config, processes.mesh, run.device.type, run.micro_batch)
+    cost = model_cost(whole)
+    memory = step_memory(config, processes.mesh, run.device.type, run.micro_batch, cost)
     seconds = time_batch(run, compiled, processes) + muon_seconds(run.optimizers)
     print(
         f"data       {task.describe_data()}\n"

@@ -95,7 +95,7 @@ def download(urls: Sequence[str], path: Path, sha256: str, timeout: float = 30.0
             failures = download_from_mirrors(urls, file, part, sha256, timeout)
             os.fsync(file.fileno())
             if not failures and fcntl:
-                # Rename before the lock is released: nobody may append to a finished file.
+                # Rename before the lock is released: no process may append to a finished file.
                 part.replace(path)
         if not failures and not fcntl:
             part.replace(path)  # Windows renames only closed files

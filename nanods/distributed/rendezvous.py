@@ -5,8 +5,8 @@ launch.py, torchrun, a cluster's.
 
 When a process dies, the processes that communicate with it get a network error and exit. torchrun
 --max-restarts 3 starts all of them again, up to three times, but keeps its key-value store, in
-which the dead processes have left their addresses. A new process that reads one would connect to
-nobody or wait for ever (pytorch issue 135712). The number of restarts (TORCHELASTIC_RESTART_COUNT)
+which the dead processes have left their addresses. A new process that reads one would call a dead
+process or wait for ever (pytorch issue 135712). The number of restarts (TORCHELASTIC_RESTART_COUNT)
 cannot tell old keys from new ones, as each machine counts for itself. So all keys of an attempt
 begin with its number, which rank 0 chooses and gives to the live processes.
 

@@ -161,7 +161,7 @@ def bytes_sent(
     world_ring, replica_ring = (n - 1) / n, (replicas - 1) / replicas
     examples, tokens = local_tokens(config, mesh)
     outside, experts = cost.total - cost.experts, cost.experts / mesh.ep
-    recomputed = 1 if step.checkpointing else 0  # the forward pass of a block, once more
+    recomputed = 1 if step.checkpointing else 0  # the forward pass of a block, again
     if mesh.tp > 1:  # a sum after each layer that is split, forward and backward
         sums = (2 + recomputed) * cost.tensor_parallel_layers
         return {("all-reduce", "world"): 2 * world_ring * sums * tokens * m.n_embd * step.itemsize}
@@ -229,7 +229,7 @@ def step_seconds(
     examples, tokens = local_tokens(config, mesh)
     repeats = 1.0 + step.checkpointing / 3  # a forward pass is a third of the arithmetic
     if config.multimodal.modalities and step.micro_batch < examples:
-        repeats += 1 / 3  # gradient caching embeds every example once more
+        repeats += 1 / 3  # gradient caching embeds every example twice
     if mesh.ep > 1:
         repeats *= 1 + expert_flops_fraction(cost) * (step.imbalance - 1)
     if mesh.tp > 1:  # all GPUs compute experts and routers; the head is counted as split
