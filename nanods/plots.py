@@ -3,25 +3,140 @@
 Shapes: T queries or tokens, N tokens of a batch, L layers, H heads, E experts, K choices, S steps.
 """
 
+import re
+import sys
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import matplotlib.font_manager
 import matplotlib.patches
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# Fonts with Chinese, Japanese and Korean characters, which matplotlib's own fonts do not have.
+CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Noto Sans SC"),
+    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),  # Linux
+    *("PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS"),  # macOS
+    *("Microsoft YaHei", "SimHei", "Yu Gothic", "MS Gothic", "Malgun Gothic"),  # Windows
+)
+INSTALLED_FONTS = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
+FALLBACK_FONTS = [name for name in CJK_FONTS if name in INSTALLED_FONTS]
 matplotlib.rcParams.update(
-    {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "font.family": ["sans-serif", *FALLBACK_FONTS],
+    }
 )
 BLUE, ORANGE, GREY = "#2f6db3", "#d9772b", "#9aa0a6"
 COLOURS = (BLUE, ORANGE, GREY, "#4b9e6a", "#8b5fbf", "#c2455e", "#3aa6a6", "#8a6d3b")
 
 
+DPI = 120
+MAX_PIXELS = 8000  # of a picture's width and height, about
+
+reported_characters: set[str] = set()  # those that a notice has already said no font has
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure to a file."""
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    """Write a figure to a file, at a lower resolution if it would exceed MAX_PIXELS.
+
+    Print one notice if no font has some of its characters, where matplotlib would print a warning
+    for each.
+    """
+    dpi = min(DPI, MAX_PIXELS / max(figure.get_size_inches()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=dpi, bbox_inches="tight")
+    missing = set()
+    for warning in caught:
+        glyph = re.match(r"Glyph (\d+) .* missing from", str(warning.message), re.DOTALL)
+        if glyph:
+            missing.add(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    if missing and not reported_characters:
+        print(
+            f"notice: no font here has {''.join(sorted(missing)[:10])}; pictures show boxes in "
+            "their place. For Chinese, Japanese and Korean install Noto Sans CJK, then delete "
+            f"{matplotlib.get_cachedir()}, where matplotlib keeps its list of fonts",
+            file=sys.stderr,
+        )
+    reported_characters.update(missing)
+
+
+# ---- text of the user ----------------------------------------------------------------------------
+
+
+def safe_text(text: str, max_columns: int = 150, line_columns: int | None = None) -> str:
+    """Return a text of the user (a caption, a token, a file name) as a picture can show it.
+
+    Control characters become visible, what exceeds `max_columns` becomes an ellipsis, and `$` is
+    escaped: matplotlib would read what two of them enclose as mathematics. With `line_columns` the
+    text is wrapped into lines of about equal length.
+    """
+    start = text[: 2 * max_columns]  # combining characters take no column of their own
+    visible = "".join(map(visible_character, start))
+    if len(start) < len(text) or columns(visible) > max_columns:
+        visible = wrap(visible, max_columns - 2)[0] + " \u2026"
+    if line_columns:
+        visible = balanced_lines(visible, line_columns)
+    return visible.replace("$", r"\$")
+
+
+def visible_character(character: str) -> str:
+    """Return what to show for a character: itself, or an escape such as \\x00 for one that prints
+    nothing or cannot be encoded."""
+    if character in "\n\t":
+        return "\u21b5" if character == "\n" else "\u21e5"
+    is_control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    return ascii(character)[1:-1] if is_control else character
+
+
+def columns(text: str) -> int:
+    """Return the width of a text in columns: a full-width character, such as a Chinese one, takes
+    two, a combining one none."""
+    return sum(map(character_columns, text))
+
+
+def character_columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Return the lines of a text, each at most `width` columns wide (at least 2): broken at blanks,
+    beside full-width characters, and where a word is longer than a line."""
+    lines = []
+    while columns(text) > width:
+        ends = np.cumsum([character_columns(character) for character in text])
+        fitting = max(1, int(np.searchsorted(ends, width, side="right")))
+        cut = fitting
+        for i in range(fitting, 0, -1):
+            before, after = text[i - 1], text[i]
+            if " " in (before, after) or 2 in (character_columns(before), character_columns(after)):
+                cut = i
+                break
+        lines.append(text[:cut].rstrip(" "))
+        text = text[cut:].lstrip(" ")
+    return [*lines, text]
+
+
+def balanced_lines(text: str, width: int) -> str:
+    """Wrap a text into as few lines as `width` allows, of about equal length."""
+    fewest = len(wrap(text, width))
+    narrow = next(w for w in range(2, width + 1) if len(wrap(text, w)) == fewest)
+    return "\n".join(wrap(text, narrow))
 
 
 # ---- curves and dots -----------------------------------------------------------------------------
@@ -303,25 +418,33 @@ def draw_load(axes: Axes, load: np.ndarray) -> None:
 def draw_text_by_expert(
     axes: Axes, text: Sequence[str], experts: np.ndarray, title: str, width: int = 64
 ) -> None:
-    """Draw a text of T tokens in cells, coloured by each token's first expert: experts (T,)."""
+    """Draw the T tokens of a text in cells, coloured by each token's first expert: experts (T,).
+
+    A cell is as wide as its token, in lines of `width` columns.
+    """
     palette = matplotlib.colormaps["tab20"].colors
-    symbols = {"\n": "\u21b5", " ": "", "$": r"\$"}  # "$" alone would start mathematics
-    for i, (token, expert) in enumerate(zip(text, experts, strict=True)):
-        y, x = divmod(i, width)
+    x, y = 0, 0
+    for token, expert in zip(text, experts, strict=True):
+        label = safe_text(token, max_columns=24)
+        token_columns = max(1, columns(label.replace(r"\$", "$")))
+        if x + token_columns > width:
+            x, y = 0, y + 1
         colour = palette[expert % len(palette)]
-        cell = matplotlib.patches.Rectangle((x, y), 1, 1, color=colour, alpha=0.75, linewidth=0)
+        cell = matplotlib.patches.Rectangle(
+            (x, y), token_columns, 1, color=colour, alpha=0.75, linewidth=0
+        )
         axes.add_patch(cell)
         axes.text(
-            x + 0.5,
+            x + token_columns / 2,
             y + 0.55,
-            symbols.get(token, token),
+            label,
             ha="center",
             va="center",
             fontsize=7,
-            family="monospace",
+            family=["monospace", *FALLBACK_FONTS],
         )
-    height = -(-len(text) // width)
-    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], title=title)
+        x += token_columns
+    axes.set(xlim=(0, width), ylim=(y + 1, 0), xticks=[], yticks=[], title=title)
     axes.grid(False)
 
 

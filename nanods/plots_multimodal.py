@@ -5,7 +5,6 @@ E experts. An item to draw is a text, an image (3, Y, X) in 0 .. 1, audio as its
 spectrogram (M, F), or a video (F, 3, Y, X) in 0 .. 1.
 """
 
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nanods.plots import BLUE, GREY, ORANGE
+from nanods.plots import BLUE, GREY, ORANGE, safe_text
 
 Item = str | np.ndarray
 # An item, its caption and its score. The item is None for a text, which is its own caption.
@@ -213,17 +212,7 @@ def load_by_modality(loads: dict[str, np.ndarray]) -> Figure:
 # The item to draw, the caption below it, the heading above it, whether it is the true match.
 Cell = tuple[Item, str, str, bool]
 CELL, GAP, LINE = 1.5, 0.22, 0.145  # inches: a cell, the space between cells, a line of a caption
-LINE_LENGTH = 25  # characters of a caption on a line
-
-
-def balanced_lines(text: str, width: int) -> str:
-    """Wrap a text into as few lines as `width` allows, of about equal length."""
-    fewest = len(textwrap.wrap(text, width))
-    for narrower in range(1, width + 1):
-        lines = textwrap.wrap(text, narrower)
-        if len(lines) == fewest:
-            return "\n".join(lines)
-    return text
+LINE_LENGTH = 25  # columns of a caption on a line
 
 
 def frame_grid(video: np.ndarray) -> np.ndarray:
@@ -252,12 +241,11 @@ def draw_item(axes: Axes, item: Item, limits: tuple[float, float] = (None, None)
         axes.text(
             0.5,
             0.5,
-            balanced_lines(textwrap.shorten(item, 150, placeholder=" \u2026"), 20),
+            safe_text(item, line_columns=20),
             ha="center",
             va="center",
             fontsize=9,
             transform=axes.transAxes,
-            parse_math=False,
         )
     elif is_audio(item):
         low, high = limits
@@ -281,9 +269,7 @@ def draw_cell(axes: Axes, cell: Cell, limits: tuple[float, float]) -> None:
     draw_item(axes, item, limits)
     axes.spines[:].set(visible=is_match, color=ORANGE, linewidth=3)
     axes.set_title(heading, fontsize=9, color="#b0540c" if is_match else INK, pad=5)
-    axes.set_xlabel(
-        balanced_lines(caption, LINE_LENGTH), fontsize=8, color=INK, labelpad=5, parse_math=False
-    )
+    axes.set_xlabel(safe_text(caption, line_columns=LINE_LENGTH), fontsize=8, color=INK, labelpad=5)
 
 
 def contact_sheet(rows: list[list[Cell]], title: str) -> Figure:
@@ -291,8 +277,11 @@ def contact_sheet(rows: list[list[Cell]], title: str) -> Figure:
 
     A row is as high as its longest caption needs.
     """
-    caption_lines = [max(len(textwrap.wrap(cell[1], LINE_LENGTH)) for cell in row) for row in rows]
-    row_heights = [CELL + LINE * n + 2 * GAP for n in caption_lines]
+    row_heights = []
+    for row in rows:
+        captions = [safe_text(cell[1], line_columns=LINE_LENGTH) for cell in row]
+        lines = max(caption.count("\n") + bool(caption) for caption in captions)
+        row_heights.append(CELL + LINE * lines + 2 * GAP)
     spectrograms = [cell[0] for row in rows for cell in row if is_audio(cell[0])]
     limits, footer = (None, None), 0.0
     if spectrograms:
@@ -308,7 +297,7 @@ def contact_sheet(rows: list[list[Cell]], title: str) -> Figure:
             left = x * (CELL + GAP) + (GAP if x else 0)
             box = (left / width, bottom / height, CELL / width, CELL / height)
             draw_cell(figure.add_axes(box), cell, limits)
-    figure.text(0, 1, title, fontsize=11, va="top", parse_math=False)
+    figure.text(0, 1, safe_text(title), fontsize=11, va="top")
     if spectrograms:
         note = "audio: time to the right, low frequencies at the bottom, one colour scale for all"
         figure.text(0, 0, note, fontsize=8, color=GREY_TEXT)

@@ -1,9 +1,14 @@
 """V3's figures show the values, positions and words that they are called with."""
 
+import warnings
+
+import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from nanods import plots
 from nanods import plots_multimodal as mm
 
 MODALITIES = ("text", "image", "audio")
@@ -11,8 +16,9 @@ RANDOM = np.random.default_rng(0)
 
 
 def words(figure):
-    """Return all text in a figure, with lines joined."""
-    return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
+    """Return all text in a figure, with lines joined, as it is drawn."""
+    joined = " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
+    return joined.replace(r"\$", "$")
 
 
 def pictures(figure):
@@ -193,8 +199,80 @@ def test_neighbours_draws_a_row_for_each_query():
 
 def test_balanced_lines_have_similar_length_and_lose_no_word():
     text = "a little green hoop is on the left of a large green box"
-    lines = mm.balanced_lines(text, 25).split("\n")
+    lines = plots.balanced_lines(text, 25).split("\n")
     assert len(lines) == 3 and " ".join(lines) == text
     assert min(map(len, lines)) > 14
-    assert mm.balanced_lines("", 25) == ""
-    assert mm.balanced_lines("one line of just this much", 26) == "one line of just this much"
+    assert plots.balanced_lines("", 25) == ""
+    assert plots.balanced_lines("one line of just this much", 26) == "one line of just this much"
+
+
+# ---- text of the user ----------------------------------------------------------------------------
+
+# What tokens, captions and file names of users hold.
+USER_TEXTS = {
+    "mathematics": r"$$ $ \$ $x$ $\frac $\frac{1$",
+    "control characters": "a\x00b\tc\nd\r\x1b[31m\x85\u2028",
+    "cannot be encoded": "caf\udce9",
+    "emoji": "\U0001f600\U0001f468\u200d\U0001f469",
+    "Chinese": "\u4e2d\u6587\uff0c" * 20,
+    "combining": "e" + "\u0301" * 5000,
+    "120 kB of words": "transcript " * 11_000,
+    "120 kB without a blank": "x" * 120_000,
+}
+
+
+def drawn_figures(text):
+    """Return a figure of each kind that draws text of the user."""
+    image = np.zeros((3, 4, 4))
+    tokens = [text, *text[:5]]
+    figure = Figure(figsize=(7, 2))
+    plots.draw_text_by_expert(figure.subplots(), tokens, np.arange(len(tokens)), "experts")
+    return {
+        "tokens": figure,
+        "neighbours": mm.neighbours([(text, text, [(image, text, 0.5)], None)], text),
+    }
+
+
+@pytest.mark.parametrize("name", USER_TEXTS)
+def test_any_text_of_the_user_can_be_drawn_and_the_picture_stays_small(name, tmp_path, recwarn):
+    for kind, figure in drawn_figures(USER_TEXTS[name]).items():
+        for text in figure.findobj(Text):
+            assert len(text.get_text()) < 1000
+            assert text._preprocess_math(text.get_text())[1] is False, "read as mathematics"
+        plots.save(figure, tmp_path / f"{kind}.png")
+        height, width, _ = matplotlib.image.imread(tmp_path / f"{kind}.png").shape
+        assert height < 2500 and width < 2500
+    assert not recwarn
+
+
+def test_a_picture_is_at_most_8000_pixels_high_and_wide(tmp_path):
+    plots.save(Figure(figsize=(2, 500)), tmp_path / "high.png")
+    height, _, _ = matplotlib.image.imread(tmp_path / "high.png").shape
+    assert 7000 < height <= plots.MAX_PIXELS + 50
+
+
+def test_control_characters_are_visible_and_lengths_count_columns():
+    assert plots.safe_text("a\x00b\tc\n") == "a\\x00b\u21e5c\u21b5"
+    assert plots.safe_text("$$ $") == r"\$\$ \$"
+    chinese = plots.safe_text("\u4e2d" * 100, max_columns=20, line_columns=10)
+    assert chinese == "\u4e2d" * 5 + "\n" + "\u4e2d" * 4 + " \u2026"
+    assert plots.safe_text("one two three", max_columns=10) == "one two \u2026"
+    assert plots.safe_text("fits exactly", max_columns=12) == "fits exactly"
+    assert plots.columns("e\u0301\u4e2d") == 3
+
+
+def test_characters_that_no_font_has_are_named_once(tmp_path, capsys, recwarn):
+    plots.reported_characters.clear()
+    for name in ("one", "two"):
+        figure = Figure()
+        figure.text(0, 0, "\U000e0041 \U000f0000")
+        plots.save(figure, tmp_path / f"{name}.png")
+    assert capsys.readouterr().err.count("notice: no font here has") == 1
+    assert not recwarn
+
+
+def test_warnings_about_anything_else_are_kept(tmp_path):
+    figure = Figure()
+    figure.savefig = lambda *args, **kwargs: warnings.warn("another", stacklevel=1)
+    with pytest.warns(UserWarning, match="another"):
+        plots.save(figure, tmp_path / "any.png")
