@@ -19,9 +19,14 @@ scale t makes it harder too; 1 / t is the temperature. The file adds one idea at
     cached_gradients             a batch whose activations do not fit into memory at once
                                  (GradCache: Gao et al. 2021, arXiv:2101.06983)
     ranks, recall_at_k, median_rank      retrieval metrics
+    nearest_class                zero-shot classification
 
-A batch may contain duplicates, such as one image with two captions. Pass `ids` to exclude them
-from the negatives; without `ids` the loss pushes duplicates apart.
+A batch may contain duplicates, such as one image with two captions, or two images with the caption
+"cat". Pass `ids` to exclude them from the negatives, and to accept each as an answer in retrieval;
+without `ids` the loss pushes duplicates apart. An example may have several ids, such as one of its
+image and one of its caption: two examples are duplicates if they share either. This relation is
+not transitive (image 1 "cat", image 1 "pet" and image 2 "pet" are two pairs of duplicates, and the
+first and the last are none), so duplicates are pairs in a mask and not groups.
 
 Left out on purpose, as an exercise: SigLIP's sigmoid loss (Zhai et al. 2023, arXiv:2303.15343). It
 classifies each pair on its own and needs no sum over the batch, so neither a gather nor a cache.
@@ -31,7 +36,7 @@ processes give the loss and gradients of one, and so do micro-batches with gradi
 collapsed and NaN embeddings retrieve nothing.
 
 Shapes: B pairs in the batch, M width of an embedding, R rows of a similarity matrix, Q queries
-and as many targets.
+and as many targets, N ids of an example.
 """
 
 import math
@@ -59,18 +64,32 @@ def chance_loss(B: int) -> float:
     return math.log(B)
 
 
+def are_duplicates(ids: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
+    """Return which examples share an id with which: ids (B,) or (B, N) -> (R, B), R of `rows`.
+
+    With several ids an example, (B, N), those in one column are compared with each other. Every
+    example is a duplicate of itself.
+    """
+    columns = ids[:, None] if ids.dim() == 1 else ids  # (B, N)
+    return (columns[rows, None] == columns).any(dim=-1)
+
+
 def contrastive_loss_reference(
     a: Tensor, b: Tensor, scale: Tensor | float, ids: Tensor | None = None
 ) -> Tensor:
-    """Compute the equations above with two loops: a, b (B, M), ids (B,) -> ().
+    """Compute the equations above with two loops: a, b (B, M), ids (B,) or (B, N) -> ().
 
     This is the specification of `contrastive_loss`.
     """
+
+    def is_negative(i: int, j: int) -> bool:
+        return i != j and (ids is None or bool((ids[i] != ids[j]).all()))
+
     B, total = len(a), 0
     for left, right in ((a, b), (b, a)):
         for i in range(B):
             # Candidate i itself always counts; duplicates of i do not.
-            candidates = [j for j in range(B) if j == i or ids is None or ids[j] != ids[i]]
+            candidates = [j for j in range(B) if j == i or is_negative(i, j)]
             scores = torch.stack([scale * (left[i] @ right[j]) for j in candidates])
             total = total + scores.logsumexp(dim=0) - scale * (left[i] @ right[i])
     return total / (2 * B)
@@ -82,14 +101,16 @@ def contrastive_loss(
     scale: Tensor | float,
     ids: Tensor | None = None,
     rows: slice = slice(None),
+    negative_weight: float = 1.0,
 ) -> Tensor:
     """Compute the symmetric contrastive loss of unit-length embeddings a, b (B, M) -> (), in nats.
 
-    `scale` is 1 / temperature: a number, or a tensor () that may require a gradient. Examples with
-    the same id, ids (B,), are not negatives of each other. `rows` restricts the mean to these
-    examples, each compared with the whole batch (see `local_rows`). The loss is computed in at
-    least fp32, also under autocast: bf16 resolves similarities near 1 only to 1/256, and the scale
-    multiplies that error.
+    `scale` is 1 / temperature: a number, or a tensor () that may require a gradient. Examples that
+    share an id, ids (B,) or (B, N), are not negatives of each other (see `are_duplicates`). `rows`
+    restricts the mean to these examples, each compared with the whole batch (see `local_rows`).
+    `negative_weight` counts each negative that many times: (n - 1) / (B - 1) estimates the loss of
+    a batch of n from B examples. The loss is computed in at least fp32, also under autocast: bf16
+    resolves similarities near 1 only to 1/256, and the scale multiplies that error.
 
     Unrelated embeddings give about `chance_loss(B)`; random directions add scale^2 / (2 M). The
     loss never reaches 0: its minimum over unit-length vectors is
@@ -112,10 +133,12 @@ def contrastive_loss(
         # With all rows, the logits of b -> a are those of a -> b, transposed.
         for left, right in ((a, b), (b, a)):
             logits = scale * (left[rows] @ right.T)  # (R, B)
+            others = targets[:, None] != columns  # (R, B): all but the match
             if ids is not None:
-                same_id = ids[rows, None] == ids  # (R, B)
-                duplicates = same_id & (targets[:, None] != columns)  # (R, B)
+                duplicates = are_duplicates(ids, rows) & others  # (R, B)
                 logits = logits.masked_fill(duplicates, float("-inf"))  # exp(-inf) = 0
+            if negative_weight != 1:
+                logits = torch.where(others, logits + math.log(negative_weight), logits)
             total = total + F.cross_entropy(logits, targets)
     return total / 2
 
@@ -158,6 +181,7 @@ def all_pairs_loss(
     pairs: dict[tuple[str, str], float],
     ids: Tensor | None = None,
     rows: slice = slice(None),
+    negative_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted mean of the contrastive losses of several pairs of modalities.
 
@@ -179,7 +203,9 @@ def all_pairs_loss(
     if not (total_weight > 0 and all(weight >= 0 for weight in pairs.values())):
         raise ValueError(f"weights {pairs}: none may be below 0, and at least one must be above")
     losses = {
-        (first, second): contrastive_loss(embeddings[first], embeddings[second], scale, ids, rows)
+        (first, second): contrastive_loss(
+            embeddings[first], embeddings[second], scale, ids, rows, negative_weight
+        )
         for first, second in pairs
     }
     total = sum(pairs[pair] * loss for pair, loss in losses.items()) / total_weight
@@ -375,13 +401,14 @@ MAX_SCORES = 1 << 20  # similarities that `ranks` holds in memory at once
 
 @torch.no_grad()
 def ranks(queries: Tensor, targets: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Count the targets that score at least as high as the true one, for each query.
+    """Count the wrong targets that score at least as high as the best right one, for each query.
 
-    queries, targets: (Q, M), where target i is the true one of query i. Returns (Q,), int64; 0 is
-    best. Targets with the same id, ids (Q,), are not counted. Ties count against the model, and so
-    do differences within rounding error: embeddings that have collapsed to one point get the worst
-    rank, Q - 1, where counting only higher scores would call them perfect. NaN counts against the
-    model too, and a query whose true score is NaN gets Q. Raises ValueError if the shapes differ.
+    queries, targets: (Q, M). The right targets of query i are target i and its duplicates, which
+    share an id with it, ids (Q,) or (Q, N). Returns (Q,), int64; 0 is best. Ties count against the
+    model, and so do differences within rounding error: embeddings that have collapsed to one point
+    get the worst rank, Q - 1 without duplicates, where counting only higher scores would call them
+    perfect. NaN counts against the model too: a query with a right target whose score is NaN gets
+    Q. Raises ValueError if the shapes differ.
     """
     if queries.shape != targets.shape:
         raise ValueError(
@@ -391,26 +418,28 @@ def ranks(queries: Tensor, targets: Tensor, ids: Tensor | None = None) -> Tensor
     queries, targets = promote_dtype(queries, targets)
     Q, M = queries.shape
     columns = torch.arange(Q, device=queries.device)
-    labels = columns if ids is None else ids  # equal labels are not negatives of each other
+    ids = columns if ids is None else ids
     counts = []
     with torch.autocast(queries.device.type, enabled=False):
         for rows in columns.split(max(1, MAX_SCORES // max(1, Q))):
             scores = queries[rows] @ targets.T  # (R, Q)
-            true_scores = scores.gather(1, rows[:, None])  # (R, 1)
-            magnitude = (queries[rows] * targets[rows]).abs().sum(dim=-1, keepdim=True)  # (R, 1)
-            rounding = M * torch.finfo(true_scores.dtype).eps * magnitude
-            negatives = labels[rows, None] != labels  # (R, Q)
+            right = are_duplicates(ids, rows)  # (R, Q)
+            right_scores = scores.masked_fill(~right, float("-inf"))
+            best_score, best = right_scores.max(dim=1, keepdim=True)  # (R, 1); NaN is the maximum
+            magnitude = (queries[rows] * targets[best[:, 0]]).abs().sum(dim=-1, keepdim=True)
+            rounding = M * torch.finfo(scores.dtype).eps * magnitude  # (R, 1)
             # "Not lower" rather than "higher or equal": NaN is neither, and must count.
-            not_lower = ~(scores < true_scores - rounding)
-            count = (not_lower & negatives).sum(dim=-1)
-            counts.append(count.masked_fill(true_scores[:, 0].isnan(), Q))
+            not_lower = ~(scores < best_score - rounding)
+            count = (not_lower & ~right).sum(dim=-1)
+            counts.append(count.masked_fill(best_score[:, 0].isnan(), Q))
     return torch.cat(counts)
 
 
 def recall_at_k(queries: Tensor, targets: Tensor, k: int, ids: Tensor | None = None) -> float:
-    """Return the fraction of queries whose true target is among their k best, 0 to 1.
+    """Return the fraction of queries with a right target among their k best, 0 to 1.
 
-    Chance is k / Q. The arguments are those of `ranks`. Raises ValueError if k < 1.
+    Chance is k / Q without duplicates. The arguments are those of `ranks`. Raises ValueError if
+    k < 1.
     """
     if k < 1:
         raise ValueError(f"recall at {k}: k must be at least 1")
@@ -419,5 +448,21 @@ def recall_at_k(queries: Tensor, targets: Tensor, k: int, ids: Tensor | None = N
 
 
 def median_rank(queries: Tensor, targets: Tensor, ids: Tensor | None = None) -> float:
-    """Return the median rank of the true target, counted from 1 (best). Chance is (Q + 1) / 2."""
+    """Return the median rank of the best right target, counted from 1 (best).
+
+    Chance is (Q + 1) / 2 without duplicates.
+    """
     return (ranks(queries, targets, ids) + 1).float().quantile(0.5).item()
+
+
+@torch.no_grad()
+def nearest_class(queries: Tensor, classes: Tensor) -> Tensor:
+    """Return the class with the highest score: queries (Q, M), classes (C, M) -> (Q,), int64.
+
+    If the classes are embeddings of captions such as "cat" and "dog", this is zero-shot
+    classification (CLIP, section 3.1). A query with a NaN score gets -1.
+    """
+    queries, classes = promote_dtype(queries, classes)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores, best = (queries @ classes.T).max(dim=-1)  # NaN is the maximum
+    return best.masked_fill(scores.isnan(), -1)

@@ -17,6 +17,7 @@ from nanods import contrastive
 from nanods.contrastive import (
     Temperature,
     all_pairs_loss,
+    are_duplicates,
     cached_gradients,
     chance_loss,
     contrastive_loss,
@@ -25,6 +26,7 @@ from nanods.contrastive import (
     gather_with_gradient,
     local_rows,
     median_rank,
+    nearest_class,
     ranks,
     recall_at_k,
     surrogate_loss,
@@ -45,12 +47,20 @@ def random_pairs(B, M, seed=0, dtype=torch.float64):
 # ---- the loss ------------------------------------------------------------------------------------
 
 
+def file_and_caption_ids(B, seed=0):
+    """Return ids (B, 2) of files and captions, drawn apart: being duplicates is not transitive."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, max(1, B // 2), (B, 2), generator=generator)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 6), st.floats(0.1, 100), st.booleans(), st.integers(0, 99))
-def test_the_loss_and_its_gradients_equal_the_reference(B, M, scale, with_ids, seed):
+@given(
+    st.integers(1, 9), st.integers(1, 6), st.floats(0.1, 100), st.integers(0, 2), st.integers(0, 99)
+)
+def test_the_loss_and_its_gradients_equal_the_reference(B, M, scale, n_ids, seed):
     a, b, ids = random_pairs(B, M, seed)
     scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    ids = ids if with_ids else None
+    ids = (None, ids, file_and_caption_ids(B, seed))[n_ids]
     loss = contrastive_loss(a, b, scale, ids)
     expected = contrastive_loss_reference(a, b, scale, ids)
     assert loss.dtype == torch.float64 and loss.shape == ()
@@ -115,6 +125,45 @@ def test_duplicates_are_not_negatives_and_the_match_itself_still_counts():
     assert contrastive_loss(a, b, 10.0, ids) < contrastive_loss(a, b, 10.0)
 
 
+def test_examples_that_share_a_file_or_a_caption_are_not_negatives():
+    """Examples 0 and 1 share a file, 1 and 2 a caption; 0 and 2 share nothing."""
+    a, b, _ = random_pairs(4, 3)
+    ids = torch.tensor([[0, 7], [0, 8], [1, 8], [2, 9]])
+    candidates = ((0, 2, 3), (1, 3), (0, 2, 3), (0, 1, 2, 3))
+    scores = (10 * a @ b.T).detach()
+    expected = 0
+    for direction in (scores, scores.T):
+        for i, row in enumerate(candidates):
+            expected += direction[i, list(row)].exp().sum().log() - direction[i, i]
+    assert (contrastive_loss(a, b, 10.0, ids) - expected / 8).abs() < 1e-12
+    assert are_duplicates(ids).long().tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [0, 1, 1, 0],
+        [0, 0, 0, 1],
+    ]
+    assert torch.equal(are_duplicates(ids, slice(1, 3)), are_duplicates(ids)[1:3])
+    # A file's id and a caption's id are of different kinds: equal numbers mean nothing.
+    assert not are_duplicates(torch.tensor([[0, 1], [1, 0]]))[0, 1]
+
+
+def test_the_weight_of_the_negatives_estimates_the_loss_of_a_larger_batch():
+    """Each negative counts as if it occurred that many times; the chance level is that of the
+    larger batch."""
+    a, b, ids = random_pairs(5, 4)
+    scores = (10 * a @ b.T).detach()
+    expected = 0
+    for direction in (scores, scores.T):
+        for i in range(5):
+            negatives = [direction[i, j] for j in range(5) if ids[j] != ids[i]]
+            total = direction[i, i].exp() + 3 * sum(score.exp() for score in negatives)
+            expected += total.log() - direction[i, i]
+    assert (contrastive_loss(a, b, 10.0, ids, negative_weight=3) - expected / 10).abs() < 1e-12
+    same = normalize(torch.ones(8, 16, dtype=torch.float64), dim=-1)
+    loss = contrastive_loss(same, same, 10.0, negative_weight=127 / 7)
+    assert loss.item() == pytest.approx(chance_loss(128), abs=1e-12)
+
+
 def test_without_negatives_the_gradient_is_zero_and_not_nan():
     a, b, _ = random_pairs(4, 3)
     loss = contrastive_loss(a, b, 10.0, torch.full((4,), 3))
@@ -142,7 +191,8 @@ def test_the_loss_is_computed_in_at_least_fp32_under_autocast_too():
 
 
 def test_the_mean_over_parts_of_the_rows_is_the_loss():
-    a, b, ids = random_pairs(6, 4)
+    a, b, _ = random_pairs(6, 4)
+    ids = file_and_caption_ids(6)
     parts = [contrastive_loss(a, b, 9.0, ids, rows=slice(i, i + 2)) for i in (0, 2, 4)]
     assert (sum(parts) / 3 - contrastive_loss(a, b, 9.0, ids)).abs() < 1e-12
 
@@ -202,7 +252,8 @@ def test_all_pairs_loss_is_the_weighted_mean_and_returns_each_pairs_loss():
 # ---- gradient caching ----------------------------------------------------------------------------
 
 PAIRS = {("text", "image"): 1.0, ("text", "audio"): 0.5}
-IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+# Of files and captions: 0 and 9 share a file, 1 and 3 a caption, 3 and 6 a file, 4 and 8 both.
+IDS = torch.tensor([[3, 0], [1, 1], [4, 2], [2, 1], [5, 4], [9, 5], [2, 6], [6, 7], [5, 4], [3, 9]])
 
 
 def pairs_loss(embeddings, scale):
@@ -429,20 +480,28 @@ def test_two_processes_give_the_loss_and_the_gradients_of_one(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 3), st.booleans(), st.integers(1, 40), st.integers(0, 99))
-def test_ranks_equal_a_count_by_hand(Q, M, with_ids, max_scores, seed):
+@given(
+    st.integers(1, 12), st.integers(1, 3), st.integers(0, 2), st.integers(1, 40), st.integers(0, 99)
+)
+def test_ranks_equal_a_count_by_hand(Q, M, n_ids, max_scores, seed):
     """Small integers give many ties and no rounding. The size of a chunk must not matter."""
     generator = torch.Generator().manual_seed(seed)
     queries, targets = (torch.randint(-2, 3, (Q, M), generator=generator).float() for _ in range(2))
-    ids = torch.randint(0, Q, (Q,), generator=generator)
+    by_n_ids = (
+        torch.arange(Q)[:, None],
+        torch.randint(0, Q, (Q, 1), generator=generator),
+        file_and_caption_ids(Q, seed),
+    )
+    ids = by_n_ids[n_ids]
     expected = []
     for i in range(Q):
-        negatives = [j for j in range(Q) if (ids[j] != ids[i] if with_ids else j != i)]
-        at_least = [(queries[i] @ (targets[j] - targets[i]) >= 0).item() for j in negatives]
-        expected.append(sum(at_least))
+        right = [j for j in range(Q) if (ids[j] == ids[i]).any()]
+        best = max((queries[i] @ targets[j]).item() for j in right)
+        wrong = [j for j in range(Q) if j not in right]
+        expected.append(sum((queries[i] @ targets[j]).item() >= best for j in wrong))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contrastive, "MAX_SCORES", max_scores)
-        counted = ranks(queries, targets, ids if with_ids else None)
+        counted = ranks(queries, targets, (None, ids[:, 0], ids)[n_ids])
     assert counted.tolist() == expected
 
 
@@ -455,6 +514,33 @@ def test_recall_and_median_rank_of_known_ranks():
     ids = torch.tensor([0, 0, 1, 2])
     assert recall_at_k(queries, targets, 1, ids) == 0.75
     assert median_rank(queries, targets, ids) == 1
+
+
+def test_a_duplicate_of_the_partner_is_a_right_answer():
+    """Six sounds of the words 0, 1 and 2, each sound embedded at its word: every answer is right,
+    although nothing tells the two sounds of one word apart."""
+    words = torch.tensor([0, 1, 2, 0, 1, 2])
+    embeddings = torch.eye(3)[words]
+    ids = torch.stack([torch.arange(6), words], dim=1)
+    assert ranks(embeddings, embeddings, ids).tolist() == [0] * 6
+    assert recall_at_k(embeddings, embeddings, 1, ids) == 1
+    assert median_rank(embeddings, embeddings, ids) == 1
+    assert recall_at_k(embeddings, embeddings, 1) == 0, "without ids, ties count as errors"
+    # Query 0 finds the other sound of its word first, and its partner last: right all the same.
+    targets = torch.tensor([[0.1, 0, 0], [0.5, 1, 0], [0.5, 0, 1], [0.9, 0, 0], [0, 1, 0]])
+    targets = torch.cat([targets, torch.eye(3)[2:]])
+    assert ranks(embeddings, targets, ids)[0] == 0 and ranks(embeddings, targets)[0] == 3
+    # A wrong target with exactly the best right score counts as an error.
+    tied = torch.tensor([[0.1, 0, 0], [0.9, 1, 0], [0.5, 0, 1], [0.9, 0, 0], [0, 1, 0]])
+    tied = torch.cat([tied, torch.eye(3)[2:]])
+    assert ranks(embeddings, tied, ids)[0] == 1
+
+
+def test_the_nearest_class_of_each_query():
+    classes = torch.eye(3)
+    queries = torch.tensor([[0.1, 0.9, 0], [0, 0.2, 0.3], [math.nan, 0, 0]])
+    assert nearest_class(queries, classes).tolist() == [1, 2, -1]
+    assert nearest_class(queries.bfloat16(), classes).tolist() == [1, 2, -1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
