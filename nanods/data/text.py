@@ -19,7 +19,14 @@ from nanods.data.download import data_dir, download, write_atomic
 from nanods.data.pydocs import pydocs_text
 from nanods.data.shards import Tokens, load_shards
 from nanods.data.sources import DATASETS_MARKERS, FINEWEB, decode_text, is_sharded_source
-from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, lines, tokenizer_from_json
+from nanods.data.tokenizer import (
+    LONGEST_WORD,
+    BPETokenizer,
+    ByteTokenizer,
+    lines,
+    pieces,
+    tokenizer_from_json,
+)
 from nanods.errors import UserError
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -215,6 +222,9 @@ def load_or_train_bpe(train: str, vocab_size: int) -> BPETokenizer:
         except (UserError, ValueError):
             # The file is damaged, so train again. If the library is missing, training says so.
             pass
+    cuts = len(pieces(train)) - len(lines(train))
+    note = f"; words longer than {LONGEST_WORD} characters are cut ({cuts:,} cuts)" if cuts else ""
+    print(f"tokenizer  learning {vocab_size:,} tokens from {len(train):,} characters{note}")
     tokenizer = BPETokenizer.train(train, vocab_size)
     write_atomic(path, lambda file: file.write(tokenizer.to_json().encode()))
     return tokenizer
@@ -245,13 +255,13 @@ def open_tokens(path: Path) -> np.memmap | None:
 
 
 def encode_corpus(text: str, tokenizer: ByteTokenizer | BPETokenizer, dtype: type) -> np.ndarray:
-    """Return the tokens of a text, encoded in pieces of 20,000 lines.
+    """Return the tokens of a text, encoded 20,000 lines at a time.
 
     Encoding the whole text at once would need 8 bytes for each token (int64).
     """
-    text_lines, step = lines(text), 20_000
-    pieces = []
-    for start in tqdm(range(0, len(text_lines), step), desc="encoding", leave=False, disable=None):
-        piece = "".join(text_lines[start : start + step])
-        pieces.append(tokenizer.encode(piece).astype(dtype))
-    return np.concatenate(pieces)
+    texts, step = pieces(text), 20_000
+    tokens = []
+    for start in tqdm(range(0, len(texts), step), desc="encoding", leave=False, disable=None):
+        joined = "".join(texts[start : start + step])
+        tokens.append(tokenizer.encode(joined).astype(dtype))
+    return np.concatenate(tokens)

@@ -6,16 +6,28 @@ arXiv:1508.07909). It starts from all 256 bytes, as GPT-2 does, so again no text
 vocabulary. The library `tokenizers` trains and merges; Karpathy's minbpe shows how that works.
 Left out on purpose: special tokens, normalisation.
 
+The library takes time that grows with the square of a word's length, and a text without blanks
+(DNA, some scripts) can be one word of megabytes. So `pieces` cuts such words.
+
 Both have `vocab_size`, `encode`, `decode`, `decode_bytes` and `to_json`; a checkpoint stores the
 JSON.
 """
 
 import json
-from collections.abc import Iterable
+import re
+import threading
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from nanods.errors import UserError
+
+LONGEST_WORD = 256
+"""Characters in a row without a blank, or without a letter or digit, that stay in one piece."""
+LONG_WORD = re.compile(
+    rf"(?<![^\W_])[^\W_]{{{LONGEST_WORD + 1},}}|(?<![\W_])[\W_]{{{LONGEST_WORD + 1},}}"
+)
+ENCODE_BATCH = 20_000  # pieces encoded between two moments at which Ctrl-C is heard
 
 
 class ByteTokenizer:
@@ -91,7 +103,7 @@ class BPETokenizer:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[], show_progress=False
         )
-        tokenizer.train_from_iterator(lines(text), trainer)
+        run_in_thread(lambda: tokenizer.train_from_iterator(pieces(text), trainer))
         trained = cls(tokenizer.to_str())
         if trained.vocab_size != vocab_size:
             raise UserError(
@@ -107,8 +119,11 @@ class BPETokenizer:
         Characters that UTF-8 cannot encode (lone surrogates) become "?".
         """
         clean = text.encode("utf-8", errors="replace").decode()
-        encoded = self._tokenizer.encode_batch_fast(lines(clean))
-        return np.array([i for line in encoded for i in line.ids], dtype=np.int64)
+        ids, texts = [np.empty(0, np.int64)], pieces(clean)
+        for start in range(0, len(texts), ENCODE_BATCH):
+            encoded = self._tokenizer.encode_batch_fast(texts[start : start + ENCODE_BATCH])
+            ids.append(np.array([i for piece in encoded for i in piece.ids], dtype=np.int64))
+        return np.concatenate(ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the tokens, as `ByteTokenizer.decode_bytes` does."""
@@ -145,6 +160,43 @@ def lines(text: str) -> list[str]:
     if rest:
         result.append(rest)
     return result
+
+
+def pieces(text: str) -> list[str]:
+    """Return what a BPE encodes separately: lines, cut inside words longer than LONGEST_WORD.
+
+    A word is a run of letters and digits, or a run of all other characters. The cuts depend on the
+    word alone, so encoding the pieces of a text separately gives the tokens of the whole text.
+    """
+    result = []
+    for line in lines(text):
+        start = 0
+        if len(line) > LONGEST_WORD:
+            for word in LONG_WORD.finditer(line):
+                for cut in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
+                    result.append(line[start:cut])
+                    start = cut
+        result.append(line[start:])
+    return result
+
+
+def run_in_thread(call: Callable[[], object]) -> None:
+    """Run a long call of a library in another thread. Python handles Ctrl-C in the main thread
+    only, and only between two of its own instructions."""
+    errors = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # daemon: it ends with the program
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
 
 
 def byte_of_symbol() -> dict[str, int]:

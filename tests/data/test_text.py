@@ -91,6 +91,14 @@ def test_encoding_in_pieces_equals_encoding_at_once(folder):
     np.testing.assert_array_equal(text_module.encode_cached(long, bpe), bpe.encode(long))
 
 
+def test_cut_words_are_said_before_the_tokenizer_learns(folder, capsys):
+    pytest.importorskip("tokenizers")
+    (folder / "dna.txt").write_text("".join("ACGT"[n * n % 7 % 4] for n in range(3000)))
+    load_text("dna.txt", 260)
+    expected = "learning 260 tokens from 2,700 characters; words longer than 256 characters are cut"
+    assert f"{expected} (10 cuts)" in capsys.readouterr().out
+
+
 def test_the_cache_is_used(corpus, monkeypatch):
     load_text(corpus)
     monkeypatch.setattr(text_module, "encode_corpus", lambda *args: pytest.fail("encoded again"))
@@ -148,10 +156,10 @@ def test_processes_that_load_at_the_same_time_agree(corpus):
     processes = [
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    outputs = {process.communicate(timeout=60)[0] for process in processes}
+    outputs = {process.communicate(timeout=60)[0].splitlines()[-1] for process in processes}
     data = load_text(corpus, 300)
     content = data.train.tobytes() + data.val.tobytes() + data.tokenizer.to_json().encode()
-    assert outputs == {hashlib.sha256(content).hexdigest() + "\n"}
+    assert outputs == {hashlib.sha256(content).hexdigest()}
     assert len(cached()) == 3
 
 

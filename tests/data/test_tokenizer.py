@@ -2,13 +2,26 @@
 
 import builtins
 import codecs
+import os
+import re
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, lines, tokenizer_from_json
+from nanods.data.tokenizer import (
+    LONGEST_WORD,
+    BPETokenizer,
+    ByteTokenizer,
+    lines,
+    pieces,
+    run_in_thread,
+    tokenizer_from_json,
+)
 from nanods.errors import UserError
 
 TRAINING = (
@@ -63,6 +76,39 @@ def test_lines_end_only_at_newlines():
     assert lines("") == [] and lines("\n") == ["\n"]
 
 
+def test_pieces_are_the_lines_where_no_word_is_long():
+    text = "a b\r\n\n" + "word, " * 500 + "x" * LONGEST_WORD + "-" * LONGEST_WORD
+    assert pieces(text) == lines(text) and pieces("") == []
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("AC- \n中_½9"), st.integers(1, 3 * LONGEST_WORD)), max_size=4
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_no_piece_holds_a_long_word(runs):
+    text = "".join(letter * length for letter, length in runs)
+    parts = pieces(text)
+    assert "".join(parts) == text
+    for word in re.findall(r"[^\W_]+|[\W_]+", "\n".join(parts)):
+        assert len(word) <= LONGEST_WORD or "\n" in word
+    for cut in range(len(parts)):  # cuts depend on the word alone
+        assert pieces("".join(parts[:cut])) + pieces("".join(parts[cut:])) == parts
+
+
+def test_ctrl_c_is_heard_during_a_long_call_of_a_library():
+    stop = threading.Event()
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_in_thread(lambda: stop.wait(20))
+    stop.set()
+    assert time.monotonic() - start < 10
+    with pytest.raises(ValueError, match="of the call"):
+        run_in_thread(lambda: int("of the call"))
+
+
 def test_incomplete_utf8_decodes_with_a_replacement():
     assert ByteTokenizer().decode([0x41, 0xC3]) == "A\ufffd"
 
@@ -104,6 +150,13 @@ class TestBPE:
     def test_training_is_deterministic(self):
         first, second = (BPETokenizer.train(TRAINING, 300) for _ in range(2))
         assert first.to_json() == second.to_json()
+
+    def test_a_text_without_blanks_takes_time_in_proportion_to_its_length(self):
+        dna = "".join("ACGT"[n * n * n % 1009 % 4] for n in range(100_000))
+        start = time.monotonic()
+        bpe = BPETokenizer.train(dna, 800)  # uncut: about 20 s
+        assert bpe.decode(bpe.encode(dna)) == dna
+        assert time.monotonic() - start < 8
 
     def test_a_vocabulary_too_large_for_the_text_is_refused(self):
         with pytest.raises(UserError, match=r"gives a BPE vocabulary of 25[78] at most"):
