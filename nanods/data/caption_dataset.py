@@ -86,11 +86,13 @@ def decode_image(image: Image.Image, size: int) -> Image.Image:
 def read_sound(path: str | Path, frames: int) -> np.ndarray:
     """Return a WAV file as (S,) float32 in -1 .. 1, 8,000 Hz.
 
-    It is cropped, or padded with silence, to the S samples that `frames` frames need.
+    It is cropped, or padded with silence, to the S samples that `frames` frames need. Of a long
+    file no more is read.
 
     Raises UserError if the file is missing, damaged or of another kind.
     """
-    return crop_or_pad(read_wav(path), WINDOW + (frames - 1) * HOP)
+    length = WINDOW + (frames - 1) * HOP
+    return crop_or_pad(read_wav(path, length), length)
 
 
 # ---- the data set --------------------------------------------------------------------------------

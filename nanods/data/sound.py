@@ -5,20 +5,25 @@ as a picture of time and pitch, the log-mel spectrogram, which follows how peopl
 
     frames of 64 ms -> Hann window -> |FFT|^2 -> 32 triangles, evenly spaced in mel -> decibels
 
-Left out on purpose: compressed formats (FLAC, MP3), WAV files of floats, dither, and any filter but
-the FFT's own.
+Left out on purpose: compressed formats (FLAC, MP3, A-law), dither, and any filter but the FFT's
+own.
 
 Shapes: S samples, N samples in a frame, T frames, M mel bands; `...` is any number of waves.
 """
 
+import os
 import struct
 import wave
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
+from math import ceil, gcd
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from nanods.data.file_types import wrong_type
 from nanods.errors import UserError
 
 RATE = 8000  # samples a second; represents frequencies up to half of it, 4,000 Hz
@@ -145,47 +150,191 @@ def write_wav(file: str | Path | BinaryIO, samples: np.ndarray) -> None:
         out.writeframes(np.clip(np.round(samples * 32768.0), -32768, 32767).astype("<i2").tobytes())
 
 
-def read_wav(file: str | Path | BinaryIO) -> np.ndarray:
+PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
+COMPRESSED = {
+    2: "ADPCM",
+    6: "A-law",
+    7: "mu-law",
+    17: "ADPCM",
+    49: "GSM 6.10",
+    80: "MPEG",
+    85: "MP3",
+}
+WIDTHS = {PCM: (1, 2, 3, 4), FLOAT: (4, 8)}  # bytes of a sample
+UNKNOWN_SIZE = 0xFFFFFFFF  # of the sound, written by programs that cannot go back to the header
+FADE = 800  # samples at RATE: the end of a part of a sound, which is faded out before resampling
+LOUDEST = 100.0  # floats above it do not have 1 as full scale
+
+
+@dataclass(frozen=True)
+class WavHeader:
+    """What the header of a WAV file says."""
+
+    kind: int  # PCM or FLOAT
+    width: int  # bytes of a sample
+    channels: int
+    rate: int  # samples a second
+    samples: int  # of each channel
+    start: int  # position of the first sample in the file
+
+
+def read_wav(file: str | Path | BinaryIO, samples: int | None = None) -> np.ndarray:
     """Read a WAV file as (S,) float32 samples, mono, 8,000 Hz: the channels' mean, resampled.
 
-    It reads 8, 16, 24 and 32-bit PCM, any number of channels, 1,000 to 768,000 samples a second.
+    With `samples`, return at most so many from the start, and read no more of the file than they
+    need. It reads PCM of 8, 16, 24 and 32 bits and floats of 32 and 64 bits, any number of
+    channels, 1,000 to 768,000 samples a second.
 
     Raises UserError if the file is missing, damaged or of another kind.
     """
-    if isinstance(file, str | Path):
-        try:
-            with Path(file).open("rb") as opened_file:
-                return read_wav(opened_file)
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot be read ({error.strerror}); give a WAV file"
-            ) from error
-    name = getattr(file, "name", "the sound")
     try:
-        with wave.open(file, "rb") as source:
-            channels, width, rate, count, _, _ = source.getparams()
-            data = source.readframes(count)
-    except (wave.Error, EOFError, RuntimeError, struct.error) as error:  # damage raises these
-        reason = str(error) or "it ends too early"
-        raise UserError(f"{name}: not a WAV file of plain PCM ({reason}); {CONVERT}") from error
-    if width > 4:
+        with opened(file) as source:
+            header = read_wav_header(source)
+            count = min(header.samples, samples_to_read(samples, header.rate))
+            source.seek(header.start)
+            data = source.read(count * header.channels * header.width)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    values = decode_samples(data, header)
+    peak = abs(values).max()
+    if not peak <= LOUDEST:  # or not a number
         raise UserError(
-            f"{name}: {8 * width} bits a sample, and only 8, 16, 24 and 32 are read; {CONVERT}"
+            f"{name_of(file)}: samples of up to {peak:,.0f}, where 1 is full scale: divide them by "
+            "the largest, or store them as 16-bit PCM"
         )
+    mono = values.reshape(-1, header.channels).mean(axis=1, dtype=np.float32)
+    if count < header.samples and header.rate != RATE:
+        # Resampling joins the end of a wave to its start: let no sudden end ring into the start.
+        fade = FADE * header.rate // RATE
+        mono[-fade:] *= 0.5 + 0.5 * np.cos(np.pi * np.arange(fade, dtype=np.float32) / fade)
+    return resample(mono, header.rate)[:samples]
+
+
+def wav_seconds(file: str | Path | BinaryIO) -> float:
+    """Return the length of a WAV file in seconds, by its header. Raises UserError as `read_wav`."""
+    try:
+        with opened(file) as source:
+            header = read_wav_header(source)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    return header.samples / header.rate
+
+
+def opened(file: str | Path | BinaryIO):
+    """Return a context that opens a path for reading, and leaves an open file open."""
+    return Path(file).open("rb") if isinstance(file, str | Path) else nullcontext(file)
+
+
+def name_of(file: str | Path | BinaryIO) -> str:
+    return str(file if isinstance(file, str | Path) else getattr(file, "name", "the sound"))
+
+
+def unreadable(file: str | Path | BinaryIO, error: OSError) -> UserError:
+    return UserError(
+        f"{name_of(file)}: cannot be read ({error.strerror or error}); give a WAV file"
+    )
+
+
+def samples_to_read(samples: int | None, rate: int) -> float:
+    """Return how many samples to read at `rate` Hz to have `samples` of them at 8,000 Hz.
+
+    They last as long as a whole number of samples at 8,000 Hz, so `resample` keeps the pitch.
+    """
+    if samples is None:
+        return float("inf")
+    if rate == RATE:
+        return samples
+    unit = rate // gcd(rate, RATE)
+    return ceil((samples + FADE) * rate / RATE / unit) * unit
+
+
+def read_wav_header(file: BinaryIO) -> WavHeader:
+    """Return the header of an opened WAV file, whose sound is complete.
+
+    Raises UserError if it is damaged, cut off or of another kind.
+    """
+    name = name_of(file)
+    try:
+        format_chunk, start, size = find_chunks(file)
+        kind, width, channels, rate = parse_format(format_chunk)
+    except (ValueError, struct.error) as error:
+        file.seek(0)
+        if (kind := wrong_type(name, file.read(32), (".wav", ".wave"))) and "WAV" not in kind:
+            raise UserError(f"{name}: {kind}; {CONVERT}") from error
+        reason = "it ends too early" if isinstance(error, struct.error) else str(error)
+        raise UserError(f"{name}: not a WAV file of PCM or floats ({reason}); {CONVERT}") from error
     if not 1000 <= rate <= 768_000:
         raise UserError(
             f"{name}: {rate:,} samples a second, and only 1,000 to 768,000 are read; {CONVERT}"
         )
-    expected = count * channels * width  # bytes, by the header
-    if len(data) < expected:
+    existing = max(0, file.seek(0, os.SEEK_END) - start)  # bytes
+    if size == UNKNOWN_SIZE:
+        size = existing
+    if existing < size:
         raise UserError(
-            f"{name}: cut off, {len(data):,} bytes of sound where the header says {expected:,}: "
+            f"{name}: cut off, {existing:,} bytes of sound where the header says {size:,}: "
             "fetch it again"
         )
-    if count == 0:
+    samples = size // (channels * width)
+    if samples == 0:
         raise UserError(f"{name}: there is no sound in it: record it again")
-    samples = decode_pcm(data, width).reshape(-1, channels)
-    return resample(samples.mean(axis=1, dtype=np.float32), rate)
+    return WavHeader(kind, width, channels, rate, samples, start)
+
+
+def find_chunks(file: BinaryIO) -> tuple[bytes, int, int]:
+    """Return the format chunk of a WAV file, and the position and size in bytes of its sound.
+
+    A WAV file is a list of chunks: a name of 4 bytes, the size, and so many bytes, padded to even.
+    Raises ValueError or struct.error for another kind of file and for one that ends too early.
+    """
+    file.seek(0)
+    head = file.read(12)
+    if not head:
+        raise ValueError("the file is empty")
+    riff, _, form = struct.unpack("<4sI4s", head)
+    if riff != b"RIFF" or form != b"WAVE":
+        raise ValueError("it does not begin with RIFF and WAVE")
+    format_chunk = None
+    while True:
+        name, size = struct.unpack("<4sI", file.read(8))
+        if name == b"data" and format_chunk is None:
+            raise ValueError("the sound comes before its format")
+        if name == b"data":
+            return format_chunk, file.tell(), size
+        next_chunk = file.tell() + size + size % 2
+        if name == b"fmt ":
+            format_chunk = file.read(min(size, 40))  # of an extensible one; others are shorter
+        file.seek(next_chunk)
+
+
+def parse_format(chunk: bytes) -> tuple[int, int, int, int]:
+    """Return the kind, the bytes of a sample, the channels and the rate of a format chunk.
+
+    Raises ValueError for a kind that is not read, struct.error for a chunk that is too short.
+    """
+    kind, channels, rate, _, frame_bytes, bits = struct.unpack_from("<HHIIHH", chunk)
+    if kind == EXTENSIBLE:  # the kind is in the first bytes of a GUID
+        (kind,) = struct.unpack_from("<H", chunk, 24)
+    if kind not in WIDTHS:
+        raise ValueError(f"its samples are {COMPRESSED.get(kind, f'of the unknown format {kind}')}")
+    width = -(-bits // 8)  # samples of 12 or 20 bits are stored in the upper bits of whole bytes
+    if width not in WIDTHS[kind]:
+        raise ValueError(
+            f"{bits} bits a sample, and only 8, 16, 24 and 32 are read, and of floats 32 and 64"
+        )
+    if channels == 0:
+        raise ValueError("it has no channels")
+    if frame_bytes != channels * width:
+        raise ValueError(f"{frame_bytes} bytes for {channels} samples of {bits} bits")
+    return kind, width, channels, rate
+
+
+def decode_samples(data: bytes, header: WavHeader) -> np.ndarray:
+    """Return the samples of a WAV file as float32, 1 for full scale, the channels in turns."""
+    if header.kind == PCM:
+        return decode_pcm(data, header.width)
+    with np.errstate(over="ignore"):  # 64-bit floats that are too large become inf
+        return np.frombuffer(data, f"<f{header.width}").astype(np.float32)
 
 
 def decode_pcm(data: bytes, width: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from nanods.data.sound import (
     mel_filters,
     read_wav,
     resample,
+    wav_seconds,
     write_wav,
 )
 from nanods.errors import UserError
@@ -41,6 +42,21 @@ def wav(frames, channels=1, width=2, rate=RATE):
         out.setparams((channels, width, rate, 0, "NONE", ""))
         out.writeframes(frames)
     return file.getvalue()
+
+
+def wav_bytes(kind, bits, data, channels=1, rate=RATE, extensible=False, fmt_size=None):
+    """Return a WAV file, byte by byte: RIFF, a chunk to skip, the format, the samples."""
+    frame = channels * bits // 8
+    tag = 0xFFFE if extensible else kind
+    fmt = struct.pack("<HHIIHH", tag, channels, rate, rate * frame, frame, bits)
+    if extensible:  # the valid bits, the loudspeakers, and a GUID that begins with the kind
+        fmt += struct.pack("<HHIH", 22, bits, 4, kind)
+        fmt += bytes.fromhex("000000001000800000aa00389b71")
+    fmt = fmt[:fmt_size]
+    odd = b"LIST" + struct.pack("<I", 3) + b"abc\0"  # padded to an even size
+    chunks = b"WAVE" + odd + b"fmt " + struct.pack("<I", len(fmt)) + fmt
+    chunks += b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
 
 
 def read(data):
@@ -176,6 +192,33 @@ class TestFiles:
             read(wav(data, width=width)), np.array([-1, 0, 0.5], np.float32)
         )
 
+    @pytest.mark.parametrize("extensible", [False, True])
+    @pytest.mark.parametrize("channels", [1, 2, 6])
+    @pytest.mark.parametrize(
+        ("kind", "bits", "samples"),
+        [
+            (1, 8, bytes([0, 128, 192])),
+            (1, 16, struct.pack("<3h", -(2**15), 0, 2**14)),
+            (1, 24, b"\0\0\x80" + b"\0\0\0" + b"\0\0\x40"),
+            (1, 32, struct.pack("<3i", -(2**31), 0, 2**30)),
+            (3, 32, struct.pack("<3f", -1, 0, 0.5)),
+            (3, 64, struct.pack("<3d", -1, 0, 0.5)),
+        ],
+    )
+    def test_every_kind_of_sample(self, kind, bits, samples, channels, extensible):
+        width = bits // 8
+        each = [samples[i : i + width] * channels for i in range(0, len(samples), width)]
+        actual = read(wav_bytes(kind, bits, b"".join(each), channels, extensible=extensible))
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, [-1, 0, 0.5], atol=1e-7)
+
+    def test_a_size_that_its_writer_did_not_know(self):
+        """A program that writes into a pipe cannot go back to the header."""
+        data = wav_bytes(1, 16, struct.pack("<3h", -(2**15), 0, 2**14))
+        at = data.index(b"data") + 4
+        unknown = data[:at] + b"\xff" * 4 + data[at + 4 :]
+        np.testing.assert_array_equal(read(unknown), read(data))
+
     @pytest.mark.parametrize("channels", [2, 5])
     def test_channels_become_their_mean(self, channels):
         both = np.zeros((100, channels), "<i2")
@@ -189,6 +232,51 @@ class TestFiles:
         np.testing.assert_allclose(actual, sine(300), atol=1e-3)
 
 
+class CountingFile(io.BytesIO):
+    """A file that counts the bytes that are read from it."""
+
+    count = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+
+class TestTheStartOfAFile:
+    def test_at_8000_hz_it_is_the_start_of_the_whole(self):
+        data = wav(np.round(sine(300, 3000) * 32768).astype("<i2").tobytes())
+        whole = read(data)
+        for samples in (1, 2999, 3000, 5000):
+            np.testing.assert_array_equal(
+                read_wav(io.BytesIO(data), samples), whole[:samples], strict=True
+            )
+
+    @pytest.mark.parametrize("rate", [7999, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
+    def test_a_tone_keeps_its_pitch_and_its_start(self, rate):
+        tone = np.round(sine(300, 3 * rate, rate) * 32768).astype("<i2")
+        actual = read_wav(io.BytesIO(wav(tone.tobytes(), rate=rate)), 4000)
+        np.testing.assert_allclose(actual, sine(300, 4000), atol=0.02)
+        np.testing.assert_allclose(actual[80:], sine(300, 4000)[80:], atol=1e-3)
+
+    def test_the_whole_file_is_used_if_it_is_hardly_longer(self):
+        tone = np.round(sine(300, 16_000, 16_000) * 32768).astype("<i2")
+        data = wav(tone.tobytes(), rate=16_000)
+        np.testing.assert_array_equal(read_wav(io.BytesIO(data), 7900), read(data)[:7900])
+
+    def test_no_more_is_read_than_needed(self):
+        """An hour of stereo at 48,000 Hz is 691 MB; half a second of it is 240,000 bytes or so."""
+        one_minute = CountingFile(wav(bytes(4 * 48_000 * 60), channels=2, rate=48_000))
+        assert len(read_wav(one_minute, 4000)) == 4000
+        assert one_minute.count < 4 * 48_000
+
+    def test_the_length_in_seconds_is_read_from_the_header(self, tmp_path):
+        file = CountingFile(wav(bytes(4 * 48_000 * 3), channels=2, rate=48_000))
+        assert wav_seconds(file) == 3 and file.count < 100
+        with pytest.raises(UserError, match=r"none\.wav: cannot be read"):
+            wav_seconds(tmp_path / "none.wav")
+
+
 GOOD = wav(np.round(sine(440, 50) * 32768).astype("<i2").tobytes())
 
 
@@ -196,12 +284,27 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (b"", "not a WAV file of plain PCM .it ends too early.; convert it.*ffmpeg"),
-            (b"ID3\x04" * 20, "not a WAV file of plain PCM .*RIFF"),
+            (b"", "not a WAV file of PCM or floats .the file is empty.; convert it.*ffmpeg"),
+            (b"RIFF", "not a WAV file of PCM or floats .it ends too early.; convert it.*ffmpeg"),
+            (b"words" * 9, "not a WAV file of PCM or floats .*RIFF"),
+            (b"ID3\x04" * 20, "an MP3 sound under the name .wav; convert it.*ffmpeg"),
+            (b"\xff\xfb\x90\0" * 20, "an MP3 sound under the name .wav; convert it.*ffmpeg"),
+            (b"OggS" + bytes(40), "an Ogg sound under the name .wav"),
+            (b"fLaC" + bytes(40), "a FLAC sound under the name .wav"),
+            (b"\0\0\0 ftypM4A \0\0\0\0", "an M4A sound under the name .wav"),
+            (b"RIFF\0\0\0\0WEBPVP8 ", "a WebP image under the name .wav"),
             (GOOD[:30], "not a WAV file"),
             (GOOD[:-10], "cut off, 90 bytes of sound where the header says 100: fetch it again"),
             (GOOD[:44], "cut off, 0 bytes"),
-            (GOOD[:20] + b"\3\0" + GOOD[22:], "unknown format: 3.*ffmpeg"),  # floats
+            (GOOD[:20] + b"\6\0" + GOOD[22:], "its samples are A-law.; convert it.*ffmpeg"),
+            (GOOD[:20] + b"\7\0" + GOOD[22:], "its samples are mu-law.; convert it.*ffmpeg"),
+            (GOOD[:20] + b"\x99\0" + GOOD[22:], "its samples are of the unknown format 153"),
+            (GOOD[:20] + b"\3\0" + GOOD[22:], "16 bits a sample, and only.*of floats 32 and 64"),
+            (GOOD[:32] + b"\4\0" + GOOD[34:], "4 bytes for 1 samples of 16 bits.; convert it"),
+            (wav_bytes(1, 16, bytes(8), fmt_size=14), "it ends too early"),
+            (wav_bytes(3, 32, struct.pack("<2f", 0, np.nan)), "samples of up to nan"),
+            (wav_bytes(3, 64, struct.pack("<2d", 0, 1e300)), "samples of up to inf"),
+            (wav_bytes(3, 32, struct.pack("<2f", 0, 3e4)), "up to 30,000, where 1 is full scale"),
             (GOOD[:22] + b"\0\0" + GOOD[24:], "not a WAV file"),  # no channels
             (
                 GOOD[:34] + b"\x40\0" + GOOD[36:],
