@@ -6,5 +6,6 @@ Text:     text.py loads a corpus as token ids. It uses tokenizer.py, download.py
 Examples: examples.py describes a data set of text, images and sounds. scenes.py generates one.
           caption_dataset.py reads one from a folder, whose captions captions.py finds.
           sound.py has waveforms and spectrograms.
-Both:     random_bits.py has random numbers that depend on their key alone.
+Both:     random_bits.py has random numbers that depend on their key alone. lock.py keeps two
+          processes from writing the same file.
 """

@@ -5,26 +5,21 @@ authentication. The tests run it against a server on loopback that stalls, cuts 
 ignores Range.
 """
 
+import contextlib
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
 
+from nanods.data.lock import lock
 from nanods.errors import OS_ERROR_FIXES, UserError
-
-try:
-    import fcntl
-except ImportError:
-    # Windows has no fcntl, so no lock. Two downloads at once can spoil the .part file; its hash
-    # then shows it.
-    fcntl = None
 
 
 def data_dir() -> Path:
@@ -64,6 +59,21 @@ def write_error(path: Path, error: OSError) -> UserError:
     )
 
 
+@contextlib.contextmanager
+def lock_data(path: Path) -> Iterator[None]:
+    """Keep other processes from making the same file or folder of the data folder: they wait.
+
+    Raises UserError if the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(path.with_name(f".{path.name}.lock")))
+        except OSError as error:
+            raise write_error(path, error) from error
+        yield
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -84,23 +94,18 @@ def download(urls: Sequence[str], path: Path, sha256: str, timeout: float = 30.0
     if path.exists():
         return verify_file(path, sha256)
     part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as file:
-            if fcntl:
-                # A second process waits here, and then finds the finished file of the first one.
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if path.exists():
-                return verify_file(path, sha256)
-            failures = download_from_mirrors(urls, file, part, sha256, timeout)
-            os.fsync(file.fileno())
-            if not failures and fcntl:
-                # Rename before the lock is released: no process may append to a finished file.
+    # A second process waits here, and then finds the finished file of the first one.
+    with lock_data(path):
+        if path.exists():
+            return verify_file(path, sha256)
+        try:
+            with part.open("ab") as file:
+                failures = download_from_mirrors(urls, file, part, sha256, timeout)
+                os.fsync(file.fileno())
+            if not failures:
                 part.replace(path)
-        if not failures and not fcntl:
-            part.replace(path)  # Windows renames only closed files
-    except OSError as error:
-        raise write_error(part, error) from error
+        except OSError as error:
+            raise write_error(part, error) from error
     if failures:
         listed = "\n".join(f"  {failure}" for failure in failures)
         raise UserError(

@@ -10,7 +10,6 @@ given there as --data.
 `window_starts` gives the order in which training reads the tokens.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanods.data.download import data_dir, fcntl, file_sha256, write_atomic, write_error
+from nanods.data.download import data_dir, file_sha256, lock_data, write_atomic
 from nanods.data.random_bits import mix_bits
 from nanods.data.sources import INDEX, documents, fingerprint, plan
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_json
@@ -101,7 +100,7 @@ def load_shards(
         folder = data_dir() / "shards" / folder_name
         if find_damage(folder, read_index(folder)):
             # A second process waits for the lock, and then finds the shards of the first one.
-            with lock_folder(folder):
+            with lock_data(folder / INDEX):
                 make_shards(name, folder, vocab_size, tokenizer_for)
     return open_shards(folder)
 
@@ -361,20 +360,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, created if missing: other processes of this machine wait for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("ab")
-    except OSError as error:
-        raise write_error(folder, error) from error
-    with file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- the order of reading ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanods.data.download import data_dir, download, write_atomic
+from nanods.data.download import data_dir, download, lock_data, write_atomic
 from nanods.data.pydocs import pydocs_text
 from nanods.data.shards import Tokens, load_shards
 from nanods.data.sources import DATASETS_MARKERS, FINEWEB, decode_text, is_sharded_source
@@ -214,20 +214,32 @@ def tokenizer_for(train: str, vocab_size: int) -> ByteTokenizer | BPETokenizer:
 def load_or_train_bpe(train: str, vocab_size: int) -> BPETokenizer:
     """Return the BPE of this training text, from the cache or newly trained."""
     path = data_dir() / "cache" / f"{sha256(train)[:16]}-bpe{vocab_size}.json"
-    if path.is_file():
-        try:
-            cached = tokenizer_from_json(path.read_text(encoding="utf-8"))
-            if isinstance(cached, BPETokenizer) and cached.vocab_size == vocab_size:
-                return cached
-        except (UserError, ValueError):
-            # The file is damaged, so train again. If the library is missing, training says so.
-            pass
+    cached = read_bpe(path, vocab_size)
+    if cached is None:
+        with lock_data(path):
+            cached = read_bpe(path, vocab_size)  # another process may have trained it meanwhile
+            if cached is None:
+                cached = train_bpe(train, vocab_size)
+                write_atomic(path, lambda file: file.write(cached.to_json().encode()))
+    return cached
+
+
+def train_bpe(train: str, vocab_size: int) -> BPETokenizer:
+    """Return a new BPE. Say how many words are cut."""
     cuts = len(pieces(train)) - len(lines(train))
     note = f"; words longer than {LONGEST_WORD} characters are cut ({cuts:,} cuts)" if cuts else ""
     print(f"tokenizer  learning {vocab_size:,} tokens from {len(train):,} characters{note}")
-    tokenizer = BPETokenizer.train(train, vocab_size)
-    write_atomic(path, lambda file: file.write(tokenizer.to_json().encode()))
-    return tokenizer
+    return BPETokenizer.train(train, vocab_size)
+
+
+def read_bpe(path: Path, vocab_size: int) -> BPETokenizer | None:
+    """Return the BPE of a cached file; None if it is missing or damaged."""
+    try:
+        cached = tokenizer_from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UserError, ValueError):  # UserError: a missing library, which training names
+        return None
+    is_right = isinstance(cached, BPETokenizer) and cached.vocab_size == vocab_size
+    return cached if is_right else None
 
 
 def encode_cached(text: str, tokenizer: ByteTokenizer | BPETokenizer) -> np.memmap:
@@ -238,10 +250,13 @@ def encode_cached(text: str, tokenizer: ByteTokenizer | BPETokenizer) -> np.memm
     path = data_dir() / "cache" / f"{sha256(text)[:16]}-{sha256(tokenizer.to_json())[:8]}.npy"
     tokens = open_tokens(path)
     if tokens is None:
-        dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
-        encoded = encode_corpus(text, tokenizer, dtype)
-        write_atomic(path, lambda file: np.save(file, encoded))
-        tokens = open_tokens(path)
+        with lock_data(path):
+            tokens = open_tokens(path)  # another process may have written it meanwhile
+            if tokens is None:
+                dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+                encoded = encode_corpus(text, tokenizer, dtype)
+                write_atomic(path, lambda file: np.save(file, encoded))
+                tokens = open_tokens(path)
     return tokens
 
 
