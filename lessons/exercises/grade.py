@@ -1,27 +1,28 @@
 """Grade the exercises of a lesson: load a learner's file, test its functions, print one line each.
 
 All lessons share this module. A grader is a list of `Step`s. Each step has a check: it runs
-experiments on the learner's function and raises `Mistake` with the reason. Exit status: 0 if all
-steps pass, 1 if some do not, 2 if the file cannot be loaded.
+experiments on the learner's function and raises `Mistake` with the reason. sandbox.py runs the
+grader in a process of its own, which the answer may end.
 """
 
-import argparse
+import builtins
 import importlib.util
-import signal
+import json
+import os
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 
+import sandbox
 import torch
 from torch import Tensor, nn
 
 TOLERANCE = 1e-9  # the largest allowed difference between two correct computations in fp64
-TIME_LIMIT = 10.0  # seconds for one call; each call takes milliseconds
 
 
 class Mistake(Exception):  # noqa: N818 - the mistake is the learner's, not an error of the program
@@ -34,13 +35,6 @@ class NotDone(Exception):  # noqa: N818
 
 class Unusable(Exception):  # noqa: N818
     """The file cannot be loaded, so nothing in it can be graded."""
-
-
-class TimeLimitExceeded(BaseException):
-    """A call took longer than TIME_LIMIT.
-
-    This is not an Exception, because an `except Exception` in the learner's code must not catch it.
-    """
 
 
 @dataclass(frozen=True)
@@ -63,14 +57,10 @@ class Step:
 class Result:
     """The grade of one step."""
 
-    step: Step
+    name: str
+    optional: bool
     verdict: str  # "ok", "not done" or "wrong"
     message: str
-
-    @property
-    def passed(self) -> bool:
-        """Return whether the exercise can still pass with this result."""
-        return self.verdict == "ok" or (self.verdict == "not done" and self.step.optional)
 
 
 class Crash(Mistake):
@@ -92,31 +82,6 @@ def line_of(error: BaseException, path: Path) -> str:
     return f" at line {lines[-1]}" if lines else ""
 
 
-@contextmanager
-def time_limit() -> Iterator[None]:
-    """Raise TimeLimitExceeded if the body runs longer than TIME_LIMIT.
-
-    Timer signals exist on Unix only, and only the main thread receives them. Elsewhere there is no
-    limit.
-    """
-    has_timer = hasattr(signal, "setitimer")
-    if not has_timer or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_) -> None:
-        if sys.gettrace() is None:  # no limit under a debugger, which waits for its user
-            raise TimeLimitExceeded
-
-    previous_handler = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous_handler)
-
-
 class Answer:
     """Wrap a learner's function, and turn its faults into `Mistake`s.
 
@@ -135,8 +100,8 @@ class Answer:
     def __call__(self, *arguments, when: str = "") -> Tensor | tuple[Tensor, ...]:
         """Return the function's output. `when` names the case in messages, as in "for T = 1".
 
-        Raises Mistake if the function raises, does not return in time, returns the wrong type or
-        changes its arguments; raises NotDone if it is still a stub.
+        Raises Mistake if the function raises, returns the wrong type or changes its arguments;
+        raises NotDone if it is still a stub.
         """
         copies = [copy_argument(argument) for argument in arguments]
         output = self.run(copies, when)
@@ -152,13 +117,7 @@ class Answer:
     def run(self, arguments: list, when: str) -> object:
         """Call the function, and turn whatever it raises into Mistake or NotDone."""
         try:
-            with time_limit():
-                return self.function(*arguments)
-        except TimeLimitExceeded as error:
-            raise Mistake(
-                f"does not return within {TIME_LIMIT:g} seconds{line_of(error, self.path)}: "
-                "is there an endless loop?"
-            ) from None
+            return self.function(*arguments)
         except (Exception, SystemExit) as error:
             # A stub raises NotImplementedError without arguments; torch's own has a message.
             if isinstance(error, NotImplementedError) and not error.args:
@@ -286,46 +245,161 @@ def load_file(path: Path) -> ModuleType:
 
 def grade_step(step: Step, function: Callable | None, path: Path) -> Result:
     """Grade one function, defined in the file `path`. None: the file has no such function."""
+
+    def result(verdict: str, message: str) -> Result:
+        return Result(step.name, step.optional, verdict, message)
+
     if not callable(function):
-        return Result(step, "not done", "is not in the file: was it renamed or deleted?")
+        return result("not done", "is not in the file: was it renamed or deleted?")
     try:
         step.check(Answer(function, path, step.returns, step.mask))
     except NotDone as not_done:
         stub = str(not_done)
         if stub not in (step.name, getattr(function, "__name__", step.name)):
-            return Result(step, "not done", f"not done yet: it calls {stub}, which is not written")
+            return result("not done", f"not done yet: it calls {stub}, which is not written")
         goal = (function.__doc__ or "").strip().split("\n")[0]
-        return Result(step, "not done", f"not done yet: {goal}")
+        return result("not done", f"not done yet: {goal}")
     except Mistake as mistake:
-        return Result(step, "wrong", str(mistake))
-    return Result(step, "ok", "OK")
+        return result("wrong", str(mistake))
+    return result("ok", "OK")
 
 
 def grade_file(path: Path, steps: list[Step]) -> list[Result]:
-    """Grade all steps of a learner's file. Raises Unusable if it cannot be loaded."""
-    path = Path(path).resolve()
+    """Grade all steps of a learner's file in this process. Raises Unusable if it cannot be loaded.
+
+    Nothing stops an answer here that runs forever or ends the process.
+    """
     module = load_file(path)
     torch.manual_seed(0)
     return [grade_step(step, getattr(module, step.name, None), path) for step in steps]
 
 
-def main(steps: list[Step], default: Path, arguments: list[str] | None = None) -> int:
-    """Grade the file named on the command line, print one line a step, return the exit status."""
-    parser = argparse.ArgumentParser(description="Grade an exercise, step by step.")
-    parser.add_argument(
-        "file",
-        nargs="?",
-        type=Path,
-        default=default,
-        help=f"your answers (default: {default.name})",
-    )
+# ---- the worker of sandbox.py --------------------------------------------------------------------
+
+
+class Watch:
+    """Notice if the answer replaces what the grader uses: functions of torch, or sys.stdout."""
+
+    def __init__(self):
+        self.stdout = sys.stdout
+        self.before = self.functions()
+
+    @staticmethod
+    def functions() -> dict[str, object]:
+        """Return the public functions of Python and torch, and all that torch.Tensor defines."""
+        found = {}
+        spaces = {"": builtins, "torch.": torch, "torch.nn.functional.": nn.functional}
+        for prefix, module in spaces.items():
+            for name, value in vars(module).items():
+                if callable(value) and not name.startswith("_"):
+                    found[prefix + name] = value
+        for name, value in vars(Tensor).items():
+            found[f"torch.Tensor.{name}"] = value
+        return found
+
+    def change(self) -> str:
+        """Return what has been changed, as the end of a sentence, or ""."""
+        after = self.functions()
+        for name in sorted(self.before.keys() | after.keys()):
+            value = after.get(name)
+            # torch itself replaces some of its functions when more of its parts are imported.
+            if value is not self.before.get(name) and not is_of_torch(value):
+                return f"replaces {name}, which the grader uses too: give yours another name"
+        try:
+            os.fstat(1)
+            is_open = not self.stdout.closed
+        except OSError:
+            is_open = False
+        if not is_open or sys.stdout is not self.stdout:
+            return "closes or replaces sys.stdout: print as you like, but leave it as it is"
+        return ""
+
+
+def is_of_torch(function: object) -> bool:
+    return str(getattr(function, "__module__", "")).split(".")[0] == "torch"
+
+
+class Worker:
+    """Grade steps and write a record before and after each, for sandbox.py to read."""
+
+    def __init__(self, path: Path, records: Path, steps: list[Step], time_limit: float):
+        self.path, self.steps, self.time_limit = path, steps, time_limit
+        self.file = records.open("a", encoding="utf-8")
+        self.lock = threading.Lock()
+        # The answer may replace these functions.
+        self.dumps, self.exit, self.main_thread = json.dumps, os._exit, threading.get_ident()
+
+    def write(self, step: int, **fields: object) -> None:
+        with self.lock:
+            self.file.write(self.dumps({"step": step, "count": len(self.steps), **fields}) + "\n")
+            self.file.flush()
+
+    def run(self, first: int) -> None:
+        """Load the file and grade its steps from number `first` on. End the process."""
+        watch = Watch()
+        self.write(sandbox.LOADING)
+        stop = self.start_timer(sandbox.LOADING, lambda why: {"unusable": f"{self.path} {why}"})
+        try:
+            module = load_file(self.path)
+            if change := watch.change():
+                raise Unusable(f"{self.path} {change}")
+        except Unusable as reason:
+            self.write(sandbox.LOADING, unusable=str(reason))
+            self.exit(0)
+        finally:
+            stop()
+        for number, step in enumerate(self.steps):
+            if number < first:
+                continue
+            torch.manual_seed(0)
+            self.write(number, name=step.name, optional=step.optional)
+            stop = self.start_timer(number, lambda why, step=step: self.wrong(step, why))
+            result = grade_step(step, getattr(module, step.name, None), self.path)
+            stop()
+            change = watch.change()
+            self.write(number, **(self.wrong(step, change) if change else asdict(result)))
+            if change:
+                break  # a new worker grades the other steps
+        self.exit(0)  # at once, although threads of the answer may still run
+
+    @staticmethod
+    def wrong(step: Step, message: str) -> dict:
+        return asdict(Result(step.name, step.optional, "wrong", message))
+
+    def start_timer(self, number: int, record: Callable[[str], dict]) -> Callable[[], None]:
+        """End the process after the time limit, with a record. Return what cancels that."""
+        is_done = threading.Event()
+        start_cpu, start_clock = time.process_time(), time.monotonic()
+
+        def watch() -> None:
+            while not is_done.wait(0.1):
+                cpu, clock = time.process_time() - start_cpu, time.monotonic() - start_clock
+                if max(cpu, clock / sandbox.CLOCK_FACTOR) > self.time_limit:
+                    stack = traceback.extract_stack(sys._current_frames()[self.main_thread])
+                    lines = [line.lineno for line in stack if Path(line.filename) == self.path]
+                    where = f" at line {lines[-1]}" if lines else ""
+                    self.write(number, **record(sandbox.endless_loop(self.time_limit, where)))
+                    self.exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+        return is_done.set
+
+
+def main(steps: list[Step], arguments: list[str] | None = None) -> int:
+    """Run as the worker of sandbox.py, or, with a file only, grade it in this process.
+
+    The second way is for debugging: breakpoint() works, and there is no time limit.
+    """
+    file, *rest = sys.argv[1:] if arguments is None else arguments
+    path = Path(file).resolve()
+    if rest:
+        records, first, time_limit = rest
+        Worker(path, Path(records), steps, float(time_limit)).run(int(first))
     try:
-        results = grade_file(parser.parse_args(arguments).file, steps)
+        results = grade_file(path, steps)
     except Unusable as reason:
         print(reason)
         return 2
-    width = max(len(step.name) for step in steps)
-    for number, result in enumerate(results, 1):
-        bonus = " (bonus)" if result.step.optional else ""
-        print(f"{number} {result.step.name:<{width}}  {result.message}{bonus}")
-    return 0 if all(result.passed for result in results) else 1
+    results = [asdict(result) for result in results]
+    print("\n".join(sandbox.report(results)))
+    return 1 if sandbox.open_steps(results) else 0

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-import check_01
 import grade
 import pytest
+import steps_01
 import torch
 import torch.nn.functional as F
 from torch import inf
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-solutions = grade.load_file(Path(check_01.__file__).with_name("01_solutions.py"))
+solutions = grade.load_file(Path(steps_01.__file__).with_name("01_solutions.py"))
 
 
 def scores(q, k):
@@ -463,4 +463,4 @@ wrong_answers(
 
 @pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_each_wrong_answer_gets_the_message_for_its_mistake(step, message, function):
-    WRONG.assert_diagnosis(check_01.STEPS, step, message, function)
+    WRONG.assert_diagnosis(steps_01.STEPS, step, message, function)

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import check_01
 import grade
 import pytest
+import steps_01
 import torch
 import torch.nn.functional as F
 
-solutions = grade.load_file(Path(check_01.__file__).with_name("01_solutions.py"))
+solutions = grade.load_file(Path(steps_01.__file__).with_name("01_solutions.py"))
 
 
 def dense_by_loop(q, k, v):
@@ -72,7 +72,7 @@ def grade_answer(step, function):
     return grade.grade_step(step, function, Path(__file__))
 
 
-@pytest.mark.parametrize(("step", "function"), list(zip(check_01.STEPS, ANSWERS, strict=True)))
+@pytest.mark.parametrize(("step", "function"), list(zip(steps_01.STEPS, ANSWERS, strict=True)))
 def test_correct_answers_by_other_methods_pass(step, function):
     assert grade_answer(step, function).message == "OK"
 
@@ -80,7 +80,7 @@ def test_correct_answers_by_other_methods_pass(step, function):
 SPOIL = [torch.squeeze, torch.Tensor.tolist, torch.flatten, torch.sum, lambda x: x[0]]
 
 
-@pytest.mark.parametrize("step", check_01.STEPS, ids=lambda step: step.name)
+@pytest.mark.parametrize("step", steps_01.STEPS, ids=lambda step: step.name)
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_a_wrong_shape_is_reported_as_a_mistake_and_does_not_crash_the_grader(step, spoil):
     result = grade_answer(step, lambda *arguments: spoil(getattr(solutions, step.name)(*arguments)))

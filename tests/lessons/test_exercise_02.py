@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-import check_02
 import grade
 import pytest
+import steps_02
 import torch
 import torch.nn.functional as F
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-solutions = grade.load_file(Path(check_02.__file__).with_name("02_solutions.py"))
+solutions = grade.load_file(Path(steps_02.__file__).with_name("02_solutions.py"))
 WRONG = WrongAnswers()
 wrong_answer, wrong_answers = WRONG.register, WRONG.register_all
 
@@ -585,4 +585,4 @@ wrong_answers(
 
 @pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_each_wrong_answer_gets_the_message_for_its_mistake(step, message, function):
-    WRONG.assert_diagnosis(check_02.STEPS, step, message, function)
+    WRONG.assert_diagnosis(steps_02.STEPS, step, message, function)

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import check_02
 import grade
 import pytest
+import steps_02
 import torch
 
 from tests.lessons.wrong_answers import grade_answer
 
-solutions = grade.load_file(Path(check_02.__file__).with_name("02_solutions.py"))
+solutions = grade.load_file(Path(steps_02.__file__).with_name("02_solutions.py"))
 
 
 def route_by_sort(x, gate, top_k):
@@ -110,4 +110,4 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_correct_answers_by_other_methods_pass(name, function):
-    assert grade_answer(check_02.STEPS, name, function).message == "OK"
+    assert grade_answer(steps_02.STEPS, name, function).message == "OK"

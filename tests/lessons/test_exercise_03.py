@@ -6,15 +6,15 @@ The losses, steps 1, 2 and 5, are in test_exercise_03_losses.py.
 import math
 from pathlib import Path
 
-import check_03
 import grade
 import pytest
+import steps_03
 import torch
 from torch import nn
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-solutions = grade.load_file(Path(check_03.__file__).with_name("03_solutions.py"))
+solutions = grade.load_file(Path(steps_03.__file__).with_name("03_solutions.py"))
 WRONG = WrongAnswers()
 register, register_all = WRONG.register, WRONG.register_all
 
@@ -324,4 +324,4 @@ register_all(
 
 @pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_grader_names_each_mistake(step, message, function):
-    WRONG.assert_diagnosis(check_03.STEPS, step, message, function)
+    WRONG.assert_diagnosis(steps_03.STEPS, step, message, function)

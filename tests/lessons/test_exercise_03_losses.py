@@ -3,15 +3,15 @@
 import math
 from pathlib import Path
 
-import check_03
 import grade
 import pytest
+import steps_03
 import torch
 import torch.nn.functional as F
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-solutions = grade.load_file(Path(check_03.__file__).with_name("03_solutions.py"))
+solutions = grade.load_file(Path(steps_03.__file__).with_name("03_solutions.py"))
 WRONG = WrongAnswers()
 register_all = WRONG.register_all
 INF = math.inf
@@ -492,4 +492,4 @@ register_all(
 
 @pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_grader_names_each_mistake(step, message, function):
-    WRONG.assert_diagnosis(check_03.STEPS, step, message, function)
+    WRONG.assert_diagnosis(steps_03.STEPS, step, message, function)

@@ -5,8 +5,8 @@ Loops, einsum, sums by hand and a wider dtype pass too.
 
 import math
 
-import check_03
 import pytest
+import steps_03
 import torch
 import torch.nn.functional as F
 
@@ -205,4 +205,4 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_correct_answers_pass(name, function):
-    assert grade_answer(check_03.STEPS, name, function).message == "OK"
+    assert grade_answer(steps_03.STEPS, name, function).message == "OK"

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import check_04
 import grade
 import pytest
+import steps_04
 
 from tests.lessons.wrong_answers import WrongAnswers
 
-solutions = grade.load_file(Path(check_04.__file__).with_name("04_solutions.py"))
+solutions = grade.load_file(Path(steps_04.__file__).with_name("04_solutions.py"))
 WRONG = WrongAnswers()
 register_all = WRONG.register_all
 
@@ -262,4 +262,4 @@ register_all(
 
 @pytest.mark.parametrize(("step", "message", "function"), WRONG.cases)
 def test_grader_names_each_mistake(step, message, function):
-    WRONG.assert_diagnosis(check_04.STEPS, step, message, function)
+    WRONG.assert_diagnosis(steps_04.STEPS, step, message, function)

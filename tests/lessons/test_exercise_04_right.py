@@ -5,9 +5,9 @@ Loops, other rings, masks and sums by hand pass too.
 
 from itertools import combinations
 
-import check_04
 import probe_scaling
 import pytest
+import steps_04
 import torch
 
 from tests.lessons.wrong_answers import grade_answer
@@ -123,7 +123,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_correct_answers_pass(name, function):
-    assert grade_answer(check_04.STEPS, name, function).message == "OK"
+    assert grade_answer(steps_04.STEPS, name, function).message == "OK"
 
 
 def equal_pairs(values, tolerance=1e-6):
@@ -145,16 +145,16 @@ def test_no_two_mistakes_give_the_same_result():
     ]
     assert starts == [["each process gets th", "every process comput"]]
 
-    x = check_04.random(check_04.W, 5)
-    shared = check_04.known_shared_gradients(x)
-    shared["right"] = x.sum(0).expand_as(x) / check_04.W
+    x = steps_04.random(steps_04.W, 5)
+    shared = steps_04.known_shared_gradients(x)
+    shared["right"] = x.sum(0).expand_as(x) / steps_04.W
     assert not equal_pairs(shared)
 
-    experts = check_04.known_expert_gradients(x)
-    experts["right"] = check_04.sum_over_replicas(x, check_04.G) / check_04.W
+    experts = steps_04.known_expert_gradients(x)
+    experts["right"] = steps_04.sum_over_replicas(x, steps_04.G) / steps_04.W
     assert not equal_pairs(experts)
 
-    load = check_04.random_loads()
-    utilizations = check_04.known_utilizations(load.double(), 4)
-    utilizations["right"] = check_04.reference_utilization(load, 4)
+    load = steps_04.random_loads()
+    utilizations = steps_04.known_utilizations(load.double(), 4)
+    utilizations["right"] = steps_04.reference_utilization(load, 4)
     assert not equal_pairs(utilizations, 2e-6)

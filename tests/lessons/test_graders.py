@@ -3,16 +3,16 @@
 import math
 from pathlib import Path
 
-import check_02
-import check_03
-import check_04
 import grade
 import pytest
+import steps_02
+import steps_03
+import steps_04
 import torch
 
 from tests.lessons.wrong_answers import spoil_output
 
-CHECKS = {"02": check_02, "03": check_03, "04": check_04}
+CHECKS = {"02": steps_02, "03": steps_03, "04": steps_04}
 SOLUTIONS = {
     number: grade.load_file(Path(check.__file__).with_name(f"{number}_solutions.py"))
     for number, check in CHECKS.items()
