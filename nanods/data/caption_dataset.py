@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is installed
 
-from nanods.data.captions import Rows, read_captions
+from nanods.data.captions import CaptionFolder, read_captions
 from nanods.data.examples import Examples
 from nanods.data.random_bits import random_bits
 from nanods.data.sound import HOP, WINDOW, crop_or_pad, normalized_log_mel, read_wav
@@ -103,10 +103,9 @@ ORDER, GALLERY = range(2)  # what a random number is used for: a part of its key
 class CaptionDataset:
     """An `ExampleDataset` of captions and images, or captions and sounds, read from files."""
 
-    def __init__(
-        self, name: str, modality: str, train: Rows, held_out: Rows, image_size: int, frames: int
-    ):
-        """Store the rows (path, caption) of a folder. `load_caption_dataset` calls this."""
+    def __init__(self, name: str, captions: CaptionFolder, image_size: int, frames: int):
+        """Store the captions of a folder. `load_caption_dataset` calls this."""
+        modality, train, held_out = captions.modality, captions.train, captions.held_out
         self.name, self.modalities = name, ("text", modality)
         self.image_size, self.frames = image_size, frames
         lines = [f"{path.name}\t{caption}\n" for path, caption in train]
@@ -256,4 +255,4 @@ def load_caption_dataset(folder: Path, image_size: int, frames: int) -> CaptionD
     Raises UserError for a folder without captions, for a mistake in the captions, and for missing
     files.
     """
-    return CaptionDataset(str(folder), *read_captions(Path(folder)), image_size, frames)
+    return CaptionDataset(str(folder), read_captions(Path(folder)), image_size, frames)

@@ -6,19 +6,28 @@ files and looked for in this order:
     COCO      annotations/captions_*.json
               {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
               The images of captions_X.json are in X/ (train2017/, val2017/), images/ or the folder
-              itself. A file with "val" in X is held out.
+              itself.
     Flickr    *.token or *.token.txt: lines of IMAGE.jpg#0<TAB>CAPTION (Flickr8k and Flickr30k)
-              or captions.txt: CSV with the header image,caption (Kaggle)
-              The images are in Images/, Flicker8k_Dataset/ (their spelling), flickr30k-images/ or
-              the folder itself.
+    table     captions.txt or captions.csv: CSV with a header that names a column of files (image,
+              filename or file_name) and one of captions (caption or text); of images or of sounds
+              The files of both are in images/, Flicker8k_Dataset/ (their spelling),
+              flickr30k-images/, wavs/ or the folder itself.
     LJSpeech  metadata.csv: lines of ID|TEXT|NORMALISED TEXT; the sound is wavs/ID.wav
     sounds    NAME.wav, each with its transcript in NAME.txt
 
-If a folder has no val file, or nothing but val files, about 1 image or sound in 20 is held out,
-with all of its captions. The hash of the file's name decides: other files and their order do not
-matter.
+Upper and lower case of file names do not matter.
 
-Left out on purpose: subfolders, archives, and the published splits of Flickr8k and Flickr30k.
+Splits are recognised by the words train, valid, validation, val, dev and test (splits.py) in the
+names of caption files (captions_val2017.json, captions_dev.csv, metadata_val.csv), of the
+subfolders that hold a form each (train/, val/, test/), and of the folders in which a form's files
+lie (images/train/, images/val/). What is in test is not used. Where nothing is named train, all of
+val is the training data. Where nothing is held out by name, about 1 image or sound in 20 is, with
+all of its captions. The hash of the file's name decides: other files and their order do not matter.
+
+To add a form, write a reader: a function from a folder to its `Part`s, [] for another form, and add
+it to READERS.
+
+Left out on purpose: other subfolders, archives, and the published splits of Flickr8k and Flickr30k.
 """
 
 import csv
@@ -26,79 +35,194 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from nanods.data.sources import decode_text
+from nanods.data.splits import split_of
 from nanods.errors import UserError
 
 Rows = list[tuple[Path, str]]  # a file and one of its captions
-FLICKR_FOLDERS = ("Images", "Flicker8k_Dataset", "flickr30k-images", "")  # where the images are
+# Where the files are that a .token file or a table names.
+FOLDERS = ("images", "image", "flicker8k_dataset", "flickr8k_dataset", "flickr30k-images")
+FOLDERS += ("flickr30k_images", "wavs", "")
+FILE_COLUMNS = ("image", "filename", "file_name", "file", "image_name")
+CAPTION_COLUMNS = ("caption", "text")
+SOUNDS = (".wav", ".wave")
+MIN_HELD_OUT = 4  # files, or a quarter of all if these are fewer
 
 
-def read_captions(folder: Path) -> tuple[str, Rows, Rows]:
-    """Return the modality ("image" or "audio") of a folder, its training and its held-out rows.
+@dataclass(frozen=True)
+class CaptionFolder:
+    """The captions of a folder. No file is in both `train` and `held_out`."""
 
-    No file is in both. Raises UserError for a folder without captions, for a mistake in the
-    captions, and for missing files.
+    modality: str  # "image" or "audio"
+    train: Rows
+    held_out: Rows
+    notes: list[str]  # where the held-out rows come from, and what was left out
+
+
+@dataclass(frozen=True)
+class Part:
+    """The captions of one caption file, or of one folder of sounds."""
+
+    name: str  # of the file or folder
+    rows: Rows
+    split: str | None = None  # "train", "val", "test"; None if the name does not say
+    searched: list[Path] = field(default_factory=list)  # folders
+    used: set[Path] = field(default_factory=set)  # files and folders with the captions
+
+
+def read_captions(folder: Path) -> CaptionFolder:
+    """Return the captions of a folder.
+
+    Raises UserError for a folder without captions, for a mistake in the captions, and for missing
+    files.
     """
     if not folder.is_dir():
         raise UserError(
             f"--data {folder}: there is no such folder; give one of images or sounds and their "
             "captions"
         )
-    readers = (
-        ("image", read_coco),
-        ("image", read_flickr_tokens),
-        ("image", read_flickr_csv),
-        ("audio", read_ljspeech),
-        ("audio", read_wav_folder),
-    )
-    for modality, read in readers:
-        rows = read(folder)
-        if rows is not None:
-            return modality, *split_rows(*rows)
-    raise UserError(
-        f"--data {folder}: no captions are in it; expected annotations/captions_*.json (COCO), "
-        "*.token, *.token.txt or captions.txt (Flickr), metadata.csv (LJSpeech), or NAME.wav "
-        "with NAME.txt"
-    )
+    list_folder.cache_clear()  # files may have changed since the last call
+    parts = read_form(folder)
+    if not parts:
+        for subfolder in split_folders(folder):
+            for part in read_form(subfolder):
+                parts.append(
+                    replace(part, name=f"{subfolder.name}/", split=split_of(subfolder.name))
+                )
+    if not parts:
+        files, _ = list_folder(folder)
+        raise UserError(
+            f"--data {folder}: no captions are in it; expected annotations/captions_*.json (COCO), "
+            "*.token, *.token.txt, captions.txt or captions.csv (Flickr), metadata.csv (LJSpeech), "
+            f"or NAME.wav with NAME.txt; it holds {count_suffixes(files) or 'no files'}"
+        )
+    modalities = {modality_of(path) for part in parts for path, _ in part.rows}
+    if len(modalities) > 1:
+        raise UserError(
+            f"--data {folder}: its captions name both images and sounds; give each a folder of its "
+            "own"
+        )
+    train, held_out, notes = split_rows(parts, folder)
+    return CaptionFolder(modalities.pop(), train, held_out, notes + describe_others(parts, folder))
 
 
-def split_rows(train: Rows, held_out: Rows) -> tuple[Rows, Rows]:
-    """Return the training and the held-out rows, so that no file is in both.
+def modality_of(path: Path) -> str:
+    return "audio" if path.suffix.lower() in SOUNDS else "image"
 
-    If nothing is held out yet, about 1 file in 20 of the training rows is.
+
+# ---- splits --------------------------------------------------------------------------------------
+
+
+def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
+    """Return the training and the held-out rows, so that no file is in both, and notes.
+
+    Rows of the split "test" are in neither. If nothing is held out yet, about 1 file in 20 is.
     """
-    if not held_out:
-        held_out = [row for row in train if is_held_out(row[0])]
-    held_out_paths = {path for path, _ in held_out}
-    return [row for row in train if row[0] not in held_out_paths], held_out
+    rows: dict[str, Rows] = {"train": [], "val": [], "test": []}
+    names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for part in parts:
+        for split, name, part_rows in split_part(part, folder):
+            rows[split] += part_rows
+            names[split].append(name)
+    for split in ("val", "test"):  # nothing but val or test: the user chose it
+        if not rows["train"]:
+            rows["train"], rows[split] = rows[split], []
+    notes, elsewhere = [], {path for path, _ in rows["val"] + rows["test"]}
+    train = [row for row in rows["train"] if row[0] not in elsewhere]
+    if held_out := rows["val"]:
+        notes.append(f"held out: {count_files(held_out)} of {', '.join(names['val'])}")
+    else:
+        paths = choose_held_out({path for path, _ in train})
+        notes.append(
+            f"held out: {len(paths):,} of {count_files(train)}, by the hash of the file's name"
+        )
+        held_out = [row for row in train if row[0] in paths]
+        train = [row for row in train if row[0] not in paths]
+    if rows["test"]:
+        notes.append(f"left out: {count_files(rows['test'])} of {', '.join(names['test'])}")
+    if both := elsewhere & {path for path, _ in rows["train"]}:
+        notes.append(f"left out of training: {len(both):,} that are in val or test too")
+    return train, held_out, notes
 
 
-def is_held_out(path: Path) -> bool:
-    """Return True for about 1 file in 20 (13 / 256), chosen by the hash of its name."""
-    return hashlib.sha256(os.fsencode(path.name)).digest()[0] < 13
+def split_part(part: Part, folder: Path) -> list[tuple[str, str, Rows]]:
+    """Return (split, name, rows) of a part: by its own name, else by the folders of its files."""
+    if part.split:
+        return [(part.split, part.name, part.rows)]
+    folders: dict[Path, str] = {}  # file -> its folder, below `folder`, whose name says nothing
+    for path in dict.fromkeys(path for path, _ in part.rows):
+        folders[path] = path.parent.relative_to(folder).as_posix()
+    rows_by_folder: dict[str, Rows] = {}
+    for path, caption in part.rows:
+        rows_by_folder.setdefault(folders[path], []).append((path, caption))
+    splits = []
+    for name, rows in rows_by_folder.items():
+        split = split_of(name)
+        splits.append((split or "train", f"{name}/" if split else part.name, rows))
+    return splits
 
 
-# ---- one reader for each form: training and held-out rows, or None for another form --------------
+def choose_held_out(paths: Iterable[Path]) -> set[Path]:
+    """Return about 1 file in 20 (13 / 256), at least a few, chosen by the hash of its name."""
+    digests = {path: hashlib.sha256(os.fsencode(path.name)).digest() for path in paths}
+    count = max(
+        sum(digest[0] < 13 for digest in digests.values()), min(MIN_HELD_OUT, len(digests) // 4)
+    )
+    return set(sorted(digests, key=digests.get)[:count])
 
 
-def read_coco(folder: Path) -> tuple[Rows, Rows] | None:
-    """Read captions_*.json. If all files are val files, none of them is held out."""
-    files = sorted([*folder.glob("annotations/captions_*.json"), *folder.glob("captions_*.json")])
+def count_files(rows: Rows) -> str:
+    """Return the number of files of rows in words: "5,000 images"."""
+    paths = {path for path, _ in rows}
+    is_sound = any(modality_of(path) == "audio" for path in paths)
+    return f"{len(paths):,} {'sound' if is_sound else 'image'}{'' if len(paths) == 1 else 's'}"
+
+
+def describe_others(parts: list[Part], folder: Path) -> list[str]:
+    """Return notes of the files and folders that are not read."""
+    used = {path for part in parts for path, _ in part.rows}
+    used |= {path for part in parts for path in part.used}
+    searched = list(dict.fromkeys(path for part in parts for path in [folder, *part.searched]))
+    others = [file for path in searched for file in list_folder(path)[0] if file not in used]
+    inside = {path for part in parts for path in (*part.searched, *part.used)}
+    inside |= {parent for path in inside for parent in path.parents}
+    folders = [path.name for path in list_folder(folder)[1] if path not in inside]
+    notes = []
+    if others:
+        notes.append(f"not read: {count_suffixes(others)}, the first: {min(others)}")
+    if folders:
+        notes.append(f"not read: the folders {first_names(sorted(folders))}")
+    return notes
+
+
+def count_suffixes(files: list[Path]) -> str:
+    """Return how many files there are of each kind: "12 files (9 .gif, 3 .txt)"; "" if none."""
     if not files:
-        return None
-    val_files = [file for file in files if "val" in file.stem]
-    train, held_out = [], []
+        return ""
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in files)
+    kinds = [f"{count:,} {suffix}" for suffix, count in counts.most_common(5)]
+    kinds += ["..."] if len(counts) > 5 else []
+    return f"{len(files):,} file{'' if len(files) == 1 else 's'} ({', '.join(kinds)})"
+
+
+# ---- one reader for each form: its parts, [] for another form ------------------------------------
+
+
+def read_coco(folder: Path) -> list[Part]:
+    """Read captions_*.json."""
+    files = sorted([*folder.glob("annotations/captions_*.json"), *folder.glob("captions_*.json")])
+    parts = []
     for file in files:
-        rows = read_coco_file(file)
-        folders = (file.stem.removeprefix("captions_"), "images", "")
-        located = locate_files(file, rows, folder, folders)
-        if file in val_files and val_files != files:
-            held_out += located
-        else:
-            train += located
-    return train, held_out
+        name = file.stem.removeprefix("captions_")
+        folders = (name, "images", "")
+        parts.append(locate_files(file, read_coco_file(file), folder, folders, split_of(name)))
+    return parts
 
 
 def read_coco_file(file: Path) -> list[tuple[str, str]]:
@@ -119,77 +243,186 @@ def read_coco_file(file: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def read_flickr_tokens(folder: Path) -> tuple[Rows, Rows] | None:
-    """Read *.token and *.token.txt. None is held out."""
-    files = sorted([*folder.glob("*.token"), *folder.glob("*.token.txt")])
-    # Flickr8k's .lemma. file repeats its captions as lemmas.
-    files = [file for file in files if ".lemma." not in file.name]
-    if not files:
-        return None
-    located = []
-    for file in files:
+def read_flickr_tokens(folder: Path) -> list[Part]:
+    """Read *.token and *.token.txt."""
+    parts = []
+    for file in sorted(list_folder(folder)[0]):
+        # Flickr8k's .lemma. file repeats its captions as lemmas.
+        if not file.name.lower().endswith((".token", ".token.txt")) or ".lemma." in file.name:
+            continue
         rows = []
-        for name, caption, *_ in split_lines(file, "\t", "IMAGE.jpg#0<TAB>CAPTION"):
+        for name, caption in split_lines(file, "\t", "IMAGE.jpg#0<TAB>CAPTION", maxsplit=1):
             rows.append((name.rpartition("#")[0] or name, caption))
-        located += locate_files(file, rows, folder, FLICKR_FOLDERS)
-    return located, []
+        parts.append(locate_files(file, rows, folder, FOLDERS, split_of(file.stem)))
+    return parts
 
 
-def read_flickr_csv(folder: Path) -> tuple[Rows, Rows] | None:
-    """Read captions.txt. None is held out."""
-    file = folder / "captions.txt"
-    if not file.is_file():
-        return None
+def read_tables(folder: Path) -> list[Part]:
+    """Read captions.txt or captions.csv, or captions_SPLIT.txt and captions_SPLIT.csv."""
+    parts = []
+    for file in caption_files(folder, "captions", (".txt", ".csv")):
+        parts.append(locate_files(file, read_table(file), folder, FOLDERS, split_of(file.stem)))
+    return parts
+
+
+def read_table(file: Path) -> list[tuple[str, str]]:
+    """Return rows (file name, caption) of a CSV file with a header."""
     reader = csv.reader(io.StringIO(read_text(file)), strict=True)
+    rows = []
     try:
-        if next(reader, None) != ["image", "caption"]:
-            raise csv.Error("expected the header image,caption")
-        # A caption with commas but without quotes was split: join it again.
-        rows = [(name, ",".join(texts)) for name, *texts in filter(None, reader)]
+        header = [name.strip().lower() for name in next(reader, [])]
+        name_column = next((i for i, name in enumerate(header) if name in FILE_COLUMNS), None)
+        caption_column = next((i for i, name in enumerate(header) if name in CAPTION_COLUMNS), None)
+        if name_column is None or caption_column is None:
+            raise csv.Error(
+                "expected a header such as image,caption: a column "
+                f"{', '.join(FILE_COLUMNS[:-1])} or {FILE_COLUMNS[-1]}, and a column "
+                f"{' or '.join(CAPTION_COLUMNS)}"
+            )
+        for fields in filter(None, reader):
+            if caption_column == len(header) - 1:
+                # A caption with commas but without quotes was split: join it again.
+                fields[caption_column:] = [",".join(fields[caption_column:])]
+            if len(fields) <= max(name_column, caption_column):
+                raise csv.Error(f"{len(fields)} columns, and the header has {len(header)}")
+            rows.append((fields[name_column], fields[caption_column]))
     except csv.Error as error:
         raise UserError(
-            f"--data {file}, line {reader.line_num:,}: not CSV of image,caption ({error}); fix it"
+            f"--data {file}, line {reader.line_num:,}: not CSV of files and captions ({error}); "
+            "fix it"
         ) from error
-    return locate_files(file, rows, folder, FLICKR_FOLDERS), []
+    return rows
 
 
-def read_ljspeech(folder: Path) -> tuple[Rows, Rows] | None:
-    """Read metadata.csv: the normalised text of each sound, or its text if that is blank."""
-    file = folder / "metadata.csv"
-    if not file.is_file():
-        return None
-    rows = []
-    for name, *texts in split_lines(file, "|", "ID|TEXT|NORMALISED TEXT"):
-        rows.append((f"{name}.wav", texts[-1] if texts[-1].strip() else texts[0]))
-    return locate_files(file, rows, folder, ("wavs", "")), []
+def read_ljspeech(folder: Path) -> list[Part]:
+    """Read metadata.csv, or metadata_SPLIT.csv: the normalised text of each sound, or its text if
+    that is blank."""
+    parts = []
+    for file in caption_files(folder, "metadata", (".csv",)):
+        rows = []
+        for name, *texts in split_lines(file, "|", "ID|TEXT|NORMALISED TEXT"):
+            rows.append((f"{name}.wav", texts[-1] if texts[-1].strip() else texts[0]))
+        parts.append(locate_files(file, rows, folder, ("wavs", ""), split_of(file.stem)))
+    return parts
 
 
-def read_wav_folder(folder: Path) -> tuple[Rows, Rows] | None:
-    """Read NAME.wav with NAME.txt. None is held out."""
-    sounds = sorted(folder.glob("*.wav"))
+def read_wav_folder(folder: Path) -> list[Part]:
+    """Read NAME.wav with NAME.txt."""
+    files, _ = list_folder(folder)
+    sounds = sorted(path for path in files if path.suffix.lower() in SOUNDS)
     if not sounds:
-        return None
-    missing = [sound.name for sound in sounds if not sound.with_suffix(".txt").is_file()]
+        return []
+    texts = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    missing = [sound.name for sound in sounds if sound.stem not in texts]
     if missing:
         raise UserError(
             f"--data {folder}: sounds without a transcript beside them: {len(missing):,} of "
             f"{len(sounds):,} ({first_names(missing)}); write what is said in {missing[0]} to "
             f"{Path(missing[0]).with_suffix('.txt')}, or move it away"
         )
-    rows = [(sound.name, read_text(sound.with_suffix(".txt"))) for sound in sounds]
-    return locate_files(folder, rows, folder, ("",)), []
+    rows = [(sound.name, read_text(texts[sound.stem])) for sound in sounds]
+    part = locate_files(folder, rows, folder, ("",))
+    return [replace(part, used={texts[sound.stem] for sound in sounds})]
 
 
-# ---- helpers -------------------------------------------------------------------------------------
+READERS: tuple[Callable[[Path], list[Part]], ...] = (
+    read_coco,
+    read_flickr_tokens,
+    read_tables,
+    read_ljspeech,
+    read_wav_folder,
+)
+
+
+def read_form(folder: Path) -> list[Part]:
+    """Return the parts of the first form that a folder has; [] if it has none."""
+    for read in READERS:
+        if parts := read(folder):
+            return parts
+    return []
+
+
+# ---- files and folders ---------------------------------------------------------------------------
+
+
+@cache
+def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files and the subfolders of a folder, without hidden ones.
+
+    Hidden ones are .DS_Store, and the ._NAME that macOS puts beside each NAME of an archive.
+    """
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith((".", "__MACOSX")):
+                    (folders if entry.is_dir() else files).append(folder / entry.name)
+    except OSError as error:
+        raise UserError(
+            f"--data {folder}: cannot be listed ({error.strerror}); check its permissions"
+        ) from error
+    return files, folders
+
+
+def split_folders(folder: Path) -> list[Path]:
+    """Return the subfolders whose names say that they are a split."""
+    return sorted(path for path in list_folder(folder)[1] if split_of(path.name))
+
+
+def caption_files(folder: Path, stem: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return STEM.SUFFIX and the files STEM_SPLIT.SUFFIX, of the first suffix that there is.
+
+    Where a file is named train, STEM.SUFFIX is not returned: it should hold all splits.
+    """
+    for suffix in suffixes:
+        files = [path for path in list_folder(folder)[0] if path.suffix.lower() == suffix]
+        whole = [path for path in files if path.stem.lower() == stem]
+        splits = [p for p in files if p.name.lower().startswith(stem) and split_of(p.stem)]
+        if any(split_of(path.stem) == "train" for path in splits):
+            whole = []
+        if whole or splits:
+            return sorted(whole[:1] + splits)
+    return []
+
+
+class FileFinder:
+    """Finds files by their names in folders, the first folder first. Each is listed once."""
+
+    def __init__(self, folders: list[Path]):
+        self.folders = folders
+        self.listings: dict[Path, dict[str, Path]] = {}
+
+    def find(self, name: str) -> Path | None:
+        """Return the file of a name, which may begin with a subfolder; None if there is none."""
+        subfolder, _, name = name.lstrip("/").rpartition("/")
+        for folder in self.folders:
+            files = self.files(folder / subfolder)
+            if path := files.get(name) or files.get(name.lower()):
+                return path
+        return None
+
+    def files(self, folder: Path) -> dict[str, Path]:
+        """Return the files of a folder by name, and by name in lower case."""
+        if folder not in self.listings:
+            # Path.is_dir raises for a name that is too long.
+            files = list_folder(folder)[0] if os.path.isdir(folder) else []  # noqa: PTH112
+            listing = {path.name.lower(): path for path in files}
+            self.listings[folder] = listing | {path.name: path for path in files}
+        return self.listings[folder]
 
 
 def locate_files(
-    source: Path, rows: list[tuple[str, str]], folder: Path, subfolders: tuple[str, ...]
-) -> Rows:
-    """Return rows (path, caption) for rows (file name, caption) that were read from `source`.
+    source: Path,
+    rows: list[tuple[str, str]],
+    folder: Path,
+    subfolders: tuple[str, ...],
+    split: str | None = None,
+) -> Part:
+    """Return a part with the rows (path, caption) for rows (file name, caption) of `source`.
 
-    A path is in the first of `subfolders` that has the file; a caption is on one line. Raises
-    UserError if there are no rows, for empty captions, and for missing files.
+    A path is in the first of `subfolders` that has the file, or in a folder inside it that is named
+    like a split; a caption is on one line. Raises UserError if there are no rows, for empty
+    captions, and for missing files.
     """
     if not rows:
         raise UserError(f"--data {source}: no captions are in it; fetch it again")
@@ -199,19 +432,41 @@ def locate_files(
             f"--data {source}: captions without a word: {len(empty):,} ({first_names(empty)}); "
             "write or delete them"
         )
-    folders = [folder / name for name in subfolders if (folder / name).is_dir()]
-    paths = {}
-    for existing in reversed(folders):  # the first folder comes last, so its files win
-        for path in existing.iterdir():
-            paths[path.name] = path
-    names = list(dict.fromkeys(name for name, _ in rows))
-    if missing := [name for name in names if name not in paths]:
+    existing, folders = list_folder(folder)[1], []
+    for name in subfolders:
+        folders += [path for path in existing if path.name.lower() == name.lower()]
+        folders += [] if name else [folder]
+    # Files of a split are looked for in folders of the same split first.
+    inside = [path for found in folders for path in split_folders(found) if path not in folders]
+    inside.sort(key=lambda path: split_of(path.name) != split)
+    finder = FileFinder([*folders, *inside])
+    paths = {name: finder.find(name) for name, _ in rows}
+    if missing := [name for name, path in paths.items() if path is None]:
         raise UserError(
             f"--data {source}: files that it names and that do not exist: {len(missing):,} of "
-            f"{len(names):,} ({first_names(missing)}); looked in "
+            f"{len(paths):,} ({first_names(missing)}); looked in "
             f"{' and '.join(map(str, folders))}: put them there, or delete the lines that name them"
         )
-    return [(paths[name], caption) for name, caption in rows]
+    if not split:
+        check_one_split(source, paths, inside)
+    located = [(paths[name], caption) for name, caption in rows]
+    searched = [path for path, files in finder.listings.items() if files]
+    return Part(source.name, located, split, searched, {source})
+
+
+def check_one_split(source: Path, paths: dict[str, Path], split_folders: list[Path]) -> None:
+    """Raise UserError if the folders of two splits have different files of one name."""
+    listings = [
+        (folder, {path.name for path in list_folder(folder)[0]}) for folder in split_folders
+    ]
+    for name, path in paths.items():
+        if "/" not in name and path.parent in split_folders:
+            found = [folder.name for folder, names in listings if path.name in names]
+            if len(found) > 1:
+                raise UserError(
+                    f"--data {source}: {name} is in {' and in '.join(sorted(found))}: write "
+                    f"{found[0]}/{name}, or captions_{found[0]}.csv and captions_{found[1]}.csv"
+                )
 
 
 def first_names(names: list[str]) -> str:
@@ -237,8 +492,8 @@ def read_text(file: Path) -> str:
         ) from error
 
 
-def split_lines(file: Path, separator: str, form: str) -> list[list[str]]:
-    """Return the lines that are not blank, each split at every `separator`.
+def split_lines(file: Path, separator: str, form: str, maxsplit: int = -1) -> list[list[str]]:
+    """Return the lines that are not blank, each split at every `separator`, or the first ones.
 
     Raises UserError for a line without a separator; `form` describes a right line.
     """
@@ -246,7 +501,7 @@ def split_lines(file: Path, separator: str, form: str) -> list[list[str]]:
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
-        fields = line.split(separator)
+        fields = line.split(separator, maxsplit)
         if len(fields) < 2:
             raise UserError(
                 f"--data {file}, line {number:,}: not {form}: {fields[0][:60]!r}; fix or delete it"

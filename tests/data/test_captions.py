@@ -57,8 +57,8 @@ def in_folder(folder, files=FILES):
 
 def read_all_rows(folder):
     """Return the modality and the rows, training and held out."""
-    modality, train, held_out = read_captions(folder)
-    return modality, train + held_out
+    read = read_captions(folder)
+    return read.modality, read.train + read.held_out
 
 
 class TestForms:
@@ -100,8 +100,9 @@ class TestForms:
                 f"{val}/d.jpg": "",
             },
         )
-        modality, rows, held_out = read_captions(tmp_path)
-        assert modality == "image"
+        read = read_captions(tmp_path)
+        rows, held_out = read.train, read.held_out
+        assert read.modality == "image"
         assert names(rows) == ROWS
         assert names(held_out) == [("d.jpg", "two lines")]
         assert rows[0][0] == tmp_path / train / "b.jpg"
@@ -129,7 +130,8 @@ class TestForms:
                 **FILES,
             },
         )
-        _, train, held_out = read_captions(tmp_path)
+        read = read_captions(tmp_path)
+        train, held_out = read.train, read.held_out
         assert names(train) == [ROWS[1], ROWS[3]] and names(held_out) == [("b.jpg", "other")]
 
     def test_a_val_file_without_a_train_file_is_split(self, tmp_path):
@@ -138,7 +140,8 @@ class TestForms:
             tmp_path,
             {"captions_val2017.json": coco(rows), **dict.fromkeys((name for name, _ in rows), "")},
         )
-        _, train, held_out = read_captions(tmp_path)
+        read = read_captions(tmp_path)
+        train, held_out = read.train, read.held_out
         assert len(train) > 150 and len(held_out) > 1
 
     def test_lone_surrogates_and_zero_bytes_are_replaced(self, tmp_path):
@@ -181,6 +184,193 @@ class TestForms:
         ]
 
 
+class TestNames:
+    """Upper and lower case, headers of tables, and folders that occur in practice."""
+
+    @pytest.mark.parametrize(
+        "header", ["image,caption", "filename,caption", "file_name,text", " Image , Caption "]
+    )
+    @pytest.mark.parametrize("name", ["captions.txt", "captions.csv", "Captions.TXT"])
+    @pytest.mark.parametrize("subfolder", ["images", "Images", "flickr30k_images"])
+    def test_tables(self, tmp_path, header, name, subfolder):
+        text = CSV.replace("image,caption", header)
+        write(tmp_path, {name: text, **in_folder(subfolder)})
+        modality, rows = read_all_rows(tmp_path)
+        assert modality == "image" and names(rows) == ROWS
+        assert {path.parent.name for path, _ in rows} == {subfolder}
+
+    def test_other_columns_and_another_order(self, tmp_path):
+        text = 'id,caption,filename,width\n1,"one, two",a.jpg,9\n2,say ""hi"",b.jpg,9\n'
+        write(tmp_path, {"captions.csv": text, **FILES})
+        assert names(read_all_rows(tmp_path)[1]) == [
+            ("a.jpg", "one, two"),
+            ("b.jpg", 'say ""hi""'),
+        ]
+
+    def test_a_table_of_sounds(self, tmp_path):
+        write(tmp_path, {"captions.csv": "file_name,text\na.wav,one\n", "wavs/A.WAV": ""})
+        assert read_all_rows(tmp_path) == ("audio", [(tmp_path / "wavs/A.WAV", "one")])
+
+    def test_upper_case(self, tmp_path):
+        write(tmp_path, {"A.WAV": "", "A.TXT": "one", "b.Wav": "", "b.txt": "two"})
+        modality, rows = read_all_rows(tmp_path)
+        assert modality == "audio" and names(rows) == [("A.WAV", "one"), ("b.Wav", "two")]
+
+    def test_the_exact_name_wins_over_one_in_another_case(self, tmp_path):
+        write(tmp_path, {"captions.csv": "file,text\na.jpg,x\nB.jpg,y\n"})
+        write(tmp_path, {"A.jpg": "", "a.jpg": "", "b.JPG": ""})
+        assert [path.name for path, _ in read_all_rows(tmp_path)[1]] == ["a.jpg", "b.JPG"]
+
+    def test_names_with_a_subfolder(self, tmp_path):
+        write(tmp_path, {"captions_a.json": coco([("x/1.jpg", "one"), ("y/1.jpg", "two")])})
+        write(tmp_path, {"x/1.jpg": "", "images/y/1.jpg": ""})
+        paths = [path for path, _ in read_all_rows(tmp_path)[1]]
+        assert paths == [tmp_path / "x/1.jpg", tmp_path / "images/y/1.jpg"]
+
+    def test_quotes_and_tabs_in_captions(self, tmp_path):
+        text = 'a.jpg#0\tsaid "no\tyes"\nb.jpg#0\t"\'x\'"\tz\n'
+        write(tmp_path / "tokens", {"x.token": text, **FILES})
+        write(tmp_path / "coco", {"captions_a.json": coco([("a.jpg", 'a "b"\tc')]), **FILES})
+        write(tmp_path / "csv", {"captions.txt": 'file,text\na.jpg,"a ""b""\tc, d"\n', **FILES})
+        write(tmp_path / "sound", {"a.wav": "", "a.txt": 'a "b"\t\tc\n'})
+        write(tmp_path / "speech", {"metadata.csv": 'a|"b"\tc', "a.wav": ""})
+        expected = {
+            "tokens": ['said "no yes"', "\"'x'\" z"],
+            "coco": ['a "b" c'],
+            "csv": ['a "b" c, d'],
+            "sound": ['a "b" c'],
+            "speech": ['"b" c'],
+        }
+        for name, captions in expected.items():
+            assert [text for _, text in read_all_rows(tmp_path / name)[1]] == captions
+
+
+class TestSplitsByName:
+    """Each form has the files 1 to 3 for training, 4 as val and 5 as test."""
+
+    SPLITS = (("train", "123"), ("val", "4"), ("test", "5"))
+
+    def check(self, folder, suffix, notes):
+        read = read_captions(folder)
+        assert [path.name for path, _ in read.train] == [f"{i}{suffix}" for i in "123"]
+        assert [path.name for path, _ in read.held_out] == [f"4{suffix}"]
+        noun = "sound" if suffix == ".wav" else "image"
+        assert read.notes == [
+            f"held out: 1 {noun} of {notes['val']}",
+            f"left out: 1 {noun} of {notes['test']}",
+        ]
+        assert read.modality == ("audio" if suffix == ".wav" else "image")
+
+    @pytest.mark.parametrize("val", ["valid", "validation", "val", "dev", "VAL", "dev-clean"])
+    def test_folders_of_sounds(self, tmp_path, val):
+        for split, files in self.SPLITS:
+            subfolder = tmp_path / {"val": val}.get(split, split)
+            for i in files:
+                write(subfolder, {f"{i}.wav": "", f"{i}.txt": i})
+        self.check(tmp_path, ".wav", {"val": f"{val}/", "test": "test/"})
+
+    def test_folders_with_a_table_each(self, tmp_path):
+        for split, files in self.SPLITS:
+            table = "image,caption\n" + "".join(f"{i}.jpg,{i}\n" for i in files)
+            write(tmp_path / split, {"captions.txt": table})
+            write(tmp_path / split, {f"images/{i}.jpg": "" for i in files})
+        self.check(tmp_path, ".jpg", {"val": "val/", "test": "test/"})
+
+    @pytest.mark.parametrize("subfolder", [".", "images", "split", "images/split"])
+    def test_a_table_for_each(self, tmp_path, subfolder):
+        for split, files in self.SPLITS:
+            table = "image,caption\n" + "".join(f"{i}.jpg,{i}\n" for i in files)
+            folder = subfolder.replace("split", split)
+            write(tmp_path, {f"captions_{split}.csv": table})
+            write(tmp_path, {f"{folder}/{i}.jpg": "" for i in files})
+        self.check(tmp_path, ".jpg", {"val": "captions_val.csv", "test": "captions_test.csv"})
+
+    @pytest.mark.parametrize("parent", ["", "images/"])
+    def test_one_table_and_a_folder_of_images_for_each(self, tmp_path, parent):
+        table = "image,caption\n" + "".join(f"{i}.jpg,{i}\n" for i in range(1, 6))
+        write(tmp_path, {"captions.txt": table})
+        for split, files in self.SPLITS:
+            write(tmp_path, {f"{parent}{split}/{i}.jpg": "" for i in files})
+        self.check(tmp_path, ".jpg", {"val": f"{parent}val/", "test": f"{parent}test/"})
+
+    def test_coco(self, tmp_path):
+        for split, files in self.SPLITS:
+            write(tmp_path, {f"{split}2017/{i}.jpg": "" for i in files})
+            text = coco([(f"{i}.jpg", i) for i in files])
+            write(tmp_path, {f"annotations/captions_{split}2017.json": text})
+        notes = {"val": "captions_val2017.json", "test": "captions_test2017.json"}
+        self.check(tmp_path, ".jpg", notes)
+
+    def test_ljspeech(self, tmp_path):
+        for split, files in self.SPLITS:
+            write(tmp_path, {f"metadata_{split}.csv": "".join(f"{i}|{i}\n" for i in files)})
+            write(tmp_path, {f"wavs/{i}.wav": "" for i in files})
+        self.check(tmp_path, ".wav", {"val": "metadata_val.csv", "test": "metadata_test.csv"})
+
+    def test_tokens(self, tmp_path):
+        for split, files in self.SPLITS:
+            write(tmp_path, {f"{split}.token": "".join(f"{i}.jpg#0\t{i}\n" for i in files)})
+            write(tmp_path, {f"{i}.jpg": "" for i in files})
+        self.check(tmp_path, ".jpg", {"val": "val.token", "test": "test.token"})
+
+    def test_without_val_a_part_of_train_is_held_out_and_test_is_not_used(self, tmp_path):
+        for i in range(100):
+            folder = tmp_path / ("test" if i % 2 else "train")
+            write(folder, {f"{i}.wav": "", f"{i}.txt": "x"})
+        read = read_captions(tmp_path)
+        assert {path.parent.name for path, _ in read.train + read.held_out} == {"train"}
+        assert len(read.held_out) == 4 and len(read.train) == 46
+        assert read.notes == [
+            "held out: 4 of 50 sounds, by the hash of the file's name",
+            "left out: 50 sounds of test/",
+        ]
+
+    @pytest.mark.parametrize("split", ["val", "test"])
+    def test_nothing_but_one_split_is_the_training_data(self, tmp_path, split):
+        for i in range(40):
+            write(tmp_path / split, {f"{i}.wav": "", f"{i}.txt": "x"})
+        for folder in (tmp_path, tmp_path / split):
+            read = read_captions(folder)
+            assert len(read.train) == 36 and len(read.held_out) == 4
+            assert read.notes == ["held out: 4 of 40 sounds, by the hash of the file's name"]
+
+    def test_images_of_val_and_test_are_left_out_of_training(self, tmp_path):
+        write(tmp_path, {"captions_train.json": coco(ROWS), **FILES})
+        write(
+            tmp_path, {"captions_val.json": coco(ROWS[:1]), "captions_test.json": coco(ROWS[1:2])}
+        )
+        read = read_captions(tmp_path)
+        assert names(read.train) == [ROWS[3]] and names(read.held_out) == [ROWS[0]]
+        assert read.notes[-1] == "left out of training: 2 that are in val or test too"
+
+
+class TestOthers:
+    """Files and folders that are not read are counted and named."""
+
+    def notes(self, folder):
+        return [note for note in read_captions(folder).notes if note.startswith("not read")]
+
+    def test_sounds(self, tmp_path):
+        write(tmp_path, {"a.wav": "", "a.txt": "x", ".DS_Store": "", "._a.wav": ""})
+        assert self.notes(tmp_path) == []
+        write(tmp_path, {"b.mp3": "", "c.MP3": "", "c.txt": "", "old/d.wav": "", "train/e.wav": ""})
+        assert self.notes(tmp_path) == [
+            f"not read: 3 files (2 .mp3, 1 .txt), the first: {tmp_path / 'b.mp3'}",
+            "not read: the folders old, train",
+        ]
+
+    def test_images(self, tmp_path):
+        write(tmp_path, {"captions.txt": CSV, **in_folder("images"), "images/z.gif": "", "a": ""})
+        assert self.notes(tmp_path) == [
+            f"not read: 2 files (1 without a suffix, 1 .gif), the first: {tmp_path / 'a'}"
+        ]
+
+    def test_coco(self, tmp_path):
+        write(tmp_path, {"annotations/captions_val2017.json": coco(ROWS), **in_folder("val2017")})
+        write(tmp_path, {"annotations/instances_val2017.json": "{}"})
+        assert self.notes(tmp_path) == []
+
+
 class TestSplit:
     # Each of 400 images has two captions.
     ROWS = tuple((f"{i % 400}.jpg", f"{i}") for i in range(800))
@@ -189,7 +379,8 @@ class TestSplit:
         """Return the file names of the training and held-out rows, and the number of rows."""
         write(folder, {"x.token": "".join(f"{name}#0\t{text}\n" for name, text in rows)})
         write(folder, dict.fromkeys((name for name, _ in rows), ""))
-        _, train, held_out = read_captions(folder)
+        read = read_captions(folder)
+        train, held_out = read.train, read.held_out
         file_names = [{path.name for path, _ in part} for part in (train, held_out)]
         return file_names, len(train) + len(held_out)
 
@@ -198,6 +389,13 @@ class TestSplit:
         assert not train & held_out and len(train | held_out) == 400 and total == 800
         # This split must not change: earlier runs are compared on it.
         assert len(held_out) == 12 and min(held_out) == "115.jpg"
+
+    def test_a_few_are_held_out_of_a_small_folder(self, tmp_path):
+        """At least four, or a quarter: the hash alone may choose none."""
+        for count, expected in ((3, 0), (4, 1), (8, 2), (16, 4), (30, 4)):
+            rows = [(f"x{i}.jpg", "x") for i in range(count)]
+            (train, held_out), _ = self.splits(tmp_path / str(count), rows)
+            assert len(held_out) == expected and len(train) == count - expected
 
     def test_neither_order_nor_other_files_change_the_split_of_a_file(self, tmp_path):
         (_, all_held_out), _ = self.splits(tmp_path / "all", self.ROWS)
@@ -220,8 +418,9 @@ def mistakes():
     )
     return {
         "no captions": (
-            {"readme.md": "x"},
-            "no captions are in it; expected annotations/captions_.*NAME.txt",
+            {"readme.md": "x", "a.mp3": "", "b.MP3": ""},
+            "no captions are in it; expected annotations/captions_.*NAME.txt; "
+            r"it holds 3 files .2 .mp3, 1 .md.",
         ),
         "truncated json": (
             {**good, "captions_train.json": coco(ROWS)[:-9]},
@@ -289,7 +488,19 @@ def mistakes():
         ),
         "no header": (
             {"captions.txt": "a.jpg,x\n", **FILES},
-            "line 1: not CSV.*expected the header image,caption.; fix it",
+            "line 1: not CSV.*expected a header such as image,caption.*; fix it",
+        ),
+        "too few columns": (
+            {"captions.txt": "id,image,caption,length\n1,a.jpg,x,1\n2,b.jpg\n", **FILES},
+            "line 3: not CSV.*2 columns, and the header has 4",
+        ),
+        "one name in two splits": (
+            {"captions.txt": "image,caption\na.jpg,x\n", "train/a.jpg": "", "val/a.jpg": ""},
+            "a.jpg is in train and in val: write train/a.jpg, or captions_train.csv and",
+        ),
+        "images and sounds": (
+            {"captions.txt": "file,text\na.jpg,x\na.wav,y\n", "a.jpg": "", "a.wav": ""},
+            "both images and sounds",
         ),
         "open quote": (
             {"captions.txt": CSV + 'a.jpg,"x\n' + "b.jpg,y\n" * 3, **FILES},
