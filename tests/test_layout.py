@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "nanods").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"])
-CONCEPTS = ("attention", "moe", "contrastive")
+CONCEPTS = ("attention", "moe", "contrastive", "quantize")
 
 
 def imports(path):
@@ -46,7 +46,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
     ("nanods.run",),
     ("nanods.planner", "nanods.distributed"),
     ("nanods.training",),
-    ("nanods.build", "nanods.data"),
+    ("nanods.build", "nanods.data", "nanods.contact_sheet"),
     ("nanods.config",),
     ("nanods.multimodal",),
     ("nanods.gpt", "nanods.plots", "nanods.plots_multimodal", "nanods.plots_scaling"),
