@@ -1,0 +1,437 @@
+"""Quantisation: store and multiply weights as small integers, or store them in 8-bit floats.
+
+A number x becomes an integer q on a grid and a scale s shared by several numbers:
+
+    q = round(x / s), limited to -L .. L,    s = max |x| / L,    L = 2^(bits - 1) - 1
+
+so that x is about s q, with an error of at most s / 2. A linear layer then multiplies integers and
+scales the sums: y[n, f] = s[n] t[f] sum over c of q[n, c] r[f, c], where q and s are those of the
+activations, r and t those of the weights. The file reads from top to bottom, one idea at a time:
+
+    grid_scale             one scale per tensor, or one per row or output channel
+    round_to_grid          the equation above, and a gradient to train through it
+                           (straight-through estimator: Bengio et al. 2013, arXiv:1308.3432)
+    fake_quantize          round, and stay in floats
+    FakeQuantLinear        a linear layer that trains with rounded weights and activations
+    integer_product        the product of INT8 matrices, exact on every processor
+    Int8Linear             a linear layer on integers; an expert becomes two of them
+    Fp8Linear              weights stored as 8-bit floats (e4m3: Micikevicius et al. 2022,
+                           arXiv:2209.05433)
+    quantize               convert a model
+
+Activations have one scale per row (token). With one scale per tensor, as in the usual tools, a
+token's output depends on the largest activation anywhere in the batch: on other requests, and on
+tokens that come after it. With one per row it depends on its own row alone, exactly.
+
+Norms, embeddings, the routers' gates and the temperature keep their precision: they are under 5% of
+the parameters, and a router that rounds selects other experts.
+
+Left out on purpose: zero points (activations after a norm are centred), calibrated static scales,
+INT4 kernels, and outlier channels (LLM.int8(), arXiv:2208.07339; SmoothQuant, arXiv:2211.10438).
+
+Pinned by tests/test_quantize.py.
+
+Shapes: N rows, C inputs, F outputs, E experts, K experts per token.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- rounding ------------------------------------------------------------------------------------
+
+
+def grid_limit(bits: int) -> int:
+    """Return the largest integer of the grid: 127 with 8 bits, 7 with 4, 1 with 2.
+
+    Raises ValueError for fewer than 2 bits or more than 8.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{bits} bits: the grid has 2 to 8")
+    return 2 ** (bits - 1) - 1
+
+
+def grid_scale(x: Tensor, bits: int, axis: int | None = -1) -> Tensor:
+    """Return the scale at which the largest |x| falls on the grid's limit.
+
+    `axis` is the axis that shares one scale and becomes 1 in the result: -1 gives each row of
+    activations (N, C), and each output channel of weights (F, C), its own. None: one scale for all.
+    A row of zeros has scale 1.
+    """
+    magnitude = x.detach().abs()
+    largest = magnitude.amax() if axis is None else magnitude.amax(dim=axis, keepdim=True)
+    return torch.where(largest > 0, largest / grid_limit(bits), 1.0)
+
+
+class RoundThrough(torch.autograd.Function):
+    """Round to integers, and pass the gradient through unchanged.
+
+    The derivative of rounding is 0 almost everywhere and teaches nothing; the straight-through
+    estimator takes 1 instead. (x + (x.round() - x).detach() has the same gradient, but its values
+    are not quite integers.)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g
+
+
+def round_to_grid(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return round(x / scale), limited to the grid, in the dtype of x. Halves round to even."""
+    limit = grid_limit(bits)
+    return RoundThrough.apply(x / scale).clamp(-limit, limit)
+
+
+# ---- training with rounded numbers ---------------------------------------------------------------
+
+
+def fake_quantize(x: Tensor, bits: int, axis: int | None = -1) -> Tensor:
+    """Return x rounded to the grid, in floats.
+
+    The gradient with respect to x is that of the result: the scale counts as a constant, and
+    rounding as the identity.
+    """
+    scale = grid_scale(x, bits, axis)
+    return round_to_grid(x, scale, bits) * scale
+
+
+def fake_product(x: Tensor, weight: Tensor, weight_bits: int, activation_bits: int) -> Tensor:
+    """Return x W^T of rounded rows x (..., C) and rounded weights (F, C) -> (..., F).
+
+    The integers are multiplied before they are scaled. An fp32 sum of up to 1,040 products is
+    exact, so that the result is what `Int8Linear` computes, to the last bit.
+    """
+    x_scale, weight_scale = grid_scale(x, activation_bits), grid_scale(weight, weight_bits)
+    rows = round_to_grid(x, x_scale, activation_bits)
+    product = F.linear(rows, round_to_grid(weight, weight_scale, weight_bits))
+    return product * x_scale * weight_scale[:, 0]
+
+
+class FakeQuantLinear(nn.Linear):
+    """A linear layer whose weights and activations are rounded in each forward pass.
+
+    The parameter `weight` stays a float: many small updates add up to one step of the grid.
+    """
+
+    weight_bits, activation_bits = 8, 8
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, weight_bits: int, activation_bits: int = 8
+    ) -> "FakeQuantLinear":
+        """Return a layer with the parameters of `linear` itself, which an optimizer may hold."""
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight_bits, layer.activation_bits = weight_bits, activation_bits
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = fake_product(x, self.weight, self.weight_bits, self.activation_bits)
+        return y if self.bias is None else y + self.bias
+
+
+class FakeQuantExperts:
+    """Run experts with rounded weights and activations: takes the place of MoE.run_experts."""
+
+    def __init__(self, weight_bits: int, activation_bits: int = 8) -> None:
+        self.bits = (weight_bits, activation_bits)
+
+    def __call__(
+        self, x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor
+    ) -> Tensor:
+        """Return the output (N, C). The arguments are those of `experts_loop` in moe.py."""
+        y = torch.zeros_like(x)
+        for e in range(len(up)):
+            token, slot = (experts == e).nonzero(as_tuple=True)
+            hidden = fake_product(x[token], up[e], *self.bits).relu().square()
+            output = fake_product(hidden, out[e], *self.bits)
+            y = y.index_add(0, token, output * weights[token, slot, None].to(x.dtype))
+        return y
+
+
+# ---- multiplying integers ------------------------------------------------------------------------
+
+FP32_EXACT = 2**24 // 127**2  # products of INT8 numbers that an fp32 sum always holds: 1,040
+
+
+def integer_product(a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = None) -> Tensor:
+    """Return the exact product of integers: a (N, C) int8, b (F, C) int8 -> (N, F) int32.
+
+    `kernel` is "int8", or "fp32" to multiply the integers as floats, in pieces whose sums fp32
+    holds exactly. `b_sums` are the sums of the rows of b, (F,) int32, which a caller computes once:
+    a CPU's instruction (VNNI) multiplies unsigned by signed bytes, so 128 is added to a, and 128
+    times the sums subtracted from the product.
+    """
+    if kernel == "fp32":
+        product = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
+        for start in range(0, a.size(1), FP32_EXACT):
+            piece = slice(start, start + FP32_EXACT)
+            product += (a[:, piece].float() @ b[:, piece].float().T).to(torch.int32)
+        return product
+    if a.device.type == "cpu":
+        if b_sums is None:
+            b_sums = b.sum(dim=1, dtype=torch.int32)
+        unsigned = (a.to(torch.int16) + 128).to(torch.uint8)
+        return torch._int_mm(unsigned, b.T) - 128 * b_sums  # b.T is a view: a copy would be slow
+    # CUDA wants more than 16 rows, and multiples of 8. Not measured: no GPU has run this yet.
+    rows, columns = len(a), len(b)
+    a = F.pad(a, (0, -a.size(1) % 8, 0, max(32 - rows, -rows % 8)))
+    b = F.pad(b, (0, -b.size(1) % 8, 0, -columns % 8))
+    return torch._int_mm(a, b.T)[:rows, :columns]
+
+
+class Kernel(NamedTuple):
+    """How to multiply INT8 matrices on a kind of device."""
+
+    name: str  # "int8" or "fp32", see integer_product
+    weight_bits: int  # 7 where the sums of 8-bit products saturate, else 8
+    reason: str
+
+
+@cache
+def choose_kernel(device_type: str) -> Kernel:
+    """Return how to multiply on "cpu" or "cuda", found by one trial with the largest integers.
+
+    Processors with AVX2 or AVX512 but without VNNI add pairs of 8-bit products in 16 bits, which
+    saturates; with 7-bit weights it does not. Where PyTorch has no INT8 instructions to use, its
+    product is a plain loop, many times slower than floats.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(-127, 128, (64, 512), generator=generator, dtype=torch.int8)
+    b = torch.randint(-127, 128, (512, 512), generator=generator, dtype=torch.int8)
+    a[0], b[0], b[1] = 127, 127, -127  # the largest sums, up and down
+    a, b = a.to(device_type), b.to(device_type)
+    for weight_bits in (8, 7):
+        weight = b.clamp(-grid_limit(weight_bits), grid_limit(weight_bits))
+        try:
+            product = integer_product(a, weight, "int8")
+        except (RuntimeError, NotImplementedError) as error:
+            return Kernel("fp32", 8, f"PyTorch has no INT8 product on {device_type}: {error}")
+        if torch.equal(product, integer_product(a, weight, "fp32")):
+            break
+    else:
+        return Kernel("fp32", 8, "this processor's INT8 product is not exact")
+    in_int8 = median_seconds(lambda: integer_product(a, b, "int8"))
+    in_fp32 = median_seconds(lambda: integer_product(a, b, "fp32"))
+    if in_int8 > 2 * in_fp32:
+        ratio = in_int8 / in_fp32
+        return Kernel("fp32", 8, f"INT8 takes {ratio:.0f} times as long as fp32 on this processor")
+    if weight_bits == 7:
+        return Kernel("int8", 7, "this processor's sums of 8-bit products saturate")
+    return Kernel("int8", 8, "this processor multiplies INT8 exactly")
+
+
+def median_seconds(call: Callable[[], object]) -> float:
+    """Return the median time of five calls, after one to warm up."""
+    call()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[2]
+
+
+def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Return x (..., C) as int8 and the scale of each row, (...,)."""
+    scale = grid_scale(x, bits)
+    return round_to_grid(x, scale, bits).to(torch.int8), scale[..., 0]
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weight (..., F, C) as int8, the scale and the sum of each output channel, (..., F).
+
+    Raises ValueError if it is not finite.
+    """
+    check_finite(weight)
+    integers, scale = quantize_rows(weight.detach(), choose_kernel(weight.device.type).weight_bits)
+    return integers, scale, integers.sum(dim=-1, dtype=torch.int32)
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise ValueError if a weight has NaN or infinite values."""
+    if not weight.isfinite().all():
+        raise ValueError("the weights are not all finite: take a checkpoint from before that")
+
+
+def usable_kernel(integers: Tensor) -> str:
+    """Return the kernel for a weight that may come from another machine: "fp32" if it has 8 bits
+    and this processor multiplies 7."""
+    kernel = choose_kernel(integers.device.type)
+    return kernel.name if integers.abs().max() <= grid_limit(kernel.weight_bits) else "fp32"
+
+
+def multiply(x: Tensor, integers: Tensor, scale: Tensor, sums: Tensor, kernel: str) -> Tensor:
+    """Return x W^T for rows x (N, C) and an INT8 weight (F, C) -> (N, F), in the dtype of x."""
+    rows, row_scale = quantize_rows(x)
+    product = integer_product(rows, integers, kernel, sums)
+    return product.to(x.dtype) * row_scale[:, None] * scale.to(x.dtype)
+
+
+# ---- layers on integers --------------------------------------------------------------------------
+
+
+class Int8Linear(nn.Module):
+    """A linear layer on integers: the weight is quantised once, each row as it comes."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """`weight` (F, C), in floats. Raises ValueError if it is not finite."""
+        super().__init__()
+        integers, scale, sums = quantize_weight(weight)
+        self.register_buffer("weight", integers)  # (F, C) int8
+        self.register_buffer("scale", scale)  # (F,)
+        self.register_buffer("sums", sums)  # (F,) int32
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.kernel: str | None = None  # chosen at the first product: weights may be loaded before
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear) -> "Int8Linear":
+        return cls(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias: x (..., C) -> (..., F)."""
+        self.kernel = self.kernel or usable_kernel(self.weight)
+        rows = x.reshape(-1, x.size(-1))
+        y = multiply(rows, self.weight, self.scale, self.sums, self.kernel)
+        y = y.view(*x.shape[:-1], len(self.weight))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def run_quantized_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, up: nn.ModuleList, out: nn.ModuleList
+) -> Tensor:
+    """Run experts that are lists of E quantised layers: takes the place of MoE.run_experts.
+
+    x (N, C), weights (N, K), experts (N, K) with E for a dropped assignment -> (N, C). Assignments
+    are sorted by expert, as in moe_kernel.py.
+    """
+    E, K = len(up), experts.size(1)
+    order = experts.flatten().argsort(stable=True)  # (N K,)
+    counts = torch.bincount(experts.flatten(), minlength=E + 1)[:E].tolist()
+    y = torch.zeros_like(x)
+    for e, assignments in enumerate(order[: sum(counts)].split(counts)):
+        if len(assignments):
+            token = assignments // K
+            output = out[e](up[e](x[token]).relu().square())
+            y.index_add_(0, token, output * weights.flatten()[assignments, None].to(x.dtype))
+    return y
+
+
+# ---- storing 8-bit floats ------------------------------------------------------------------------
+
+FP8 = torch.float8_e4m3fn  # 1 sign, 4 exponent and 3 mantissa bits; the largest number is 448
+FP8_MAX = 448.0
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight (..., F, C) in e4m3 and the scale of each output channel, (..., F).
+
+    Each channel's largest number becomes 448, so that few fall below the smallest, 2^-9. The error
+    is at most 1/16 of a number. Raises ValueError if the weight is not finite: the cast would turn
+    infinity into 448 without a word.
+    """
+    check_finite(weight)
+    largest = weight.detach().abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    # Clamp, since the quotient may round to more than 448, which older releases of PyTorch made NaN.
+    floats = (weight.detach() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return floats, scale[..., 0]
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is stored in FP8, a quarter of fp32's size.
+
+    FP8 is storage here. The product is computed in the dtype of x: FP8 products are slower than
+    fp32's on a CPU.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """`weight` (F, C), in floats. Raises ValueError if it is not finite."""
+        super().__init__()
+        floats, scale = quantize_fp8(weight)
+        self.register_buffer("weight", floats)  # (F, C)
+        self.register_buffer("scale", scale)  # (F,)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias: x (..., C) -> (..., F)."""
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+# ---- a whole model -------------------------------------------------------------------------------
+
+FORMATS = {"int8": Int8Linear, "fp8": Fp8Linear}
+
+
+def quantize(model: nn.Module, format: str = "int8") -> nn.Module:
+    """Return a copy of a model with quantised linear layers and experts, in eval mode.
+
+    `format`: "int8" (smaller and, with INT8 instructions, faster) or "fp8" (smaller). Experts are
+    recognised by their stacks `up` (E, F, C) and `out` (E, C, F) and their `run_experts`, not by
+    their class; the router's gate beside them keeps its precision.
+
+    Raises ValueError for an unknown format, a model that is quantised already, and weights that are
+    not finite.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r}: choose {' or '.join(FORMATS)}")
+    if any(isinstance(module, tuple(FORMATS.values())) for module in model.modules()):
+        raise ValueError("the model is quantised already: take the one that it was made from")
+    quantized = FORMATS[format]
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        if has_experts(module):
+            for name in ("up", "out"):
+                stack = getattr(module, name)
+                delattr(module, name)
+                setattr(module, name, nn.ModuleList(quantized(weight) for weight in stack))
+            module.run_experts = run_quantized_experts
+        else:
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, quantized(child.weight, child.bias))
+    return model.requires_grad_(False)
+
+
+def fake_quantize_model(model: nn.Module, weight_bits: int, activation_bits: int = 8) -> None:
+    """Make a model train with rounded weights and activations, in place.
+
+    The parameters stay the same objects under the same names, so optimizers and checkpoints do not
+    notice. `quantize` turns the trained model into integers (at 8 bits).
+    """
+    for module in list(model.modules()):
+        if has_experts(module):
+            module.run_experts = FakeQuantExperts(weight_bits, activation_bits)
+        else:
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    fake = FakeQuantLinear.from_float(child, weight_bits, activation_bits)
+                    setattr(module, name, fake)
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Return whether a module has stacks of experts and the function that runs them."""
+    stacks = getattr(module, "up", None), getattr(module, "out", None)
+    is_stack = [isinstance(stack, Tensor) and stack.ndim == 3 for stack in stacks]
+    return all(is_stack) and hasattr(module, "run_experts")
+
+
+def quantized_share(model: nn.Module) -> float:
+    """Return the share of a model's weights that are stored in 8 bits."""
+    total = sum(p.numel() for p in model.parameters())
+    in_8_bits = 0
+    for module in model.modules():
+        if isinstance(module, tuple(FORMATS.values())):
+            in_8_bits += module.weight.numel()
+    return in_8_bits / (total + in_8_bits)
