@@ -29,7 +29,7 @@ from nanods.distributed.sharding import clip_grad_norm
 from nanods.errors import UserError
 from nanods.planner import cli as planner
 from nanods.planner.search import choose_mesh
-from nanods.run import Run, load_whole_model, print_forecast, save_run, set_up_run
+from nanods.run import Run, load_whole_model, lock_run, print_forecast, save_run, set_up_run
 from nanods.training.inspection import LoadMonitor
 from nanods.training.metrics import accumulate_metrics, load_metrics
 from nanods.training.metrics_log import MetricsLog
@@ -49,9 +49,10 @@ def main() -> None:
     processes = ProcessGroups(mesh, config.model.moe.n_expert, reason)
     if processes.restarted:  # torchrun has started the processes again, since one had died
         config = replace(config, resume=True)
-    run = set_up_run(config, processes)
-    if run:
-        train(run, processes)
+    with lock_run(config, processes):
+        run = set_up_run(config, processes)
+        if run:
+            train(run, processes)
     processes.destroy()
 
 

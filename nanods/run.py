@@ -4,7 +4,9 @@ This is where one process and many meet: what it calls is in nanods/training (on
 nanods/distributed (many) and nanods/planner (memory).
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,6 +32,7 @@ from nanods.training.setup import (
     Precision,
     choose_device,
     choose_precision,
+    lock_run_directory,
     prepare_run_directory,
 )
 from nanods.training.task import Task, accumulate_gradients, make_task
@@ -59,6 +62,15 @@ class Run:
 
 
 # ---- set up --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock_run(config: Config, processes: ProcessGroups) -> Iterator[None]:
+    """Keep other runs out of the run directory: the main process holds its lock for all."""
+    with contextlib.ExitStack() as stack:
+        lock = lock_run_directory(config.run_dir)
+        processes.on_main_process(lambda: stack.enter_context(lock))
+        yield
 
 
 def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:

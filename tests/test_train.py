@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from nanods.data.lock import lock
 from nanods.training import checkpoint
 
 TIMINGS = (
@@ -147,6 +148,23 @@ def test_an_existing_run_is_renamed(train_tiny, workspace):
     assert code == 0 and "moved" in out
     (aside,) = (workspace / "runs").glob("v0-tiny.2*")
     assert weights(aside) == before != weights(workspace / "runs/v0-tiny")
+
+
+def test_a_second_training_in_the_same_folder_is_refused_before_it_renames_anything(
+    train_tiny, program, workspace
+):
+    assert train_tiny("v0-tiny", "--steps", 2)[0] == 0
+    before = sorted(workspace.rglob("*"))
+    (workspace / "link").symlink_to(workspace / "runs")
+    with lock(workspace / "runs" / ".v0-tiny.lock"):  # as a training does
+        for flags in ((), ("--resume",), ("--out-dir", "link/../link/v0-tiny")):
+            code, _, err = train_tiny("v0-tiny", "--steps", 3, *flags)
+            assert code == 2 and "Traceback" not in err
+            assert f"(process {os.getpid()} on " in err and "started 2" in err
+            assert "--out-dir" in err
+        assert program("sample", "v0-tiny", "--max-new-tokens", 5)[0] == 0
+    (workspace / "link").unlink()
+    assert sorted(workspace.rglob("*")) == before, "the lock files are deleted in the end"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train_tiny, workspace):

@@ -2,7 +2,9 @@
 of a stop or a divergence."""
 
 import contextlib
+import os
 import signal
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from nanods.config import Config
+from nanods.data.lock import LockHeldError, lock
 from nanods.errors import UserError
 from nanods.training import checkpoint
 from nanods.training.muon import fast_bf16
@@ -83,6 +86,37 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     return Precision(dtype, weights, autocast, scaler)
 
 
+@contextlib.contextmanager
+def lock_run_directory(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in the same run directory.
+
+    Raises UserError if one does, naming it. Reading (sample.py) needs no lock. The lock file is
+    beside the directory, which may be renamed: RUNS/.NAME.lock. On NFS see nanods/data/lock.py.
+    """
+    path = run_dir.absolute()
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            can_be_renamed = os.access(path.parent, os.W_OK)
+            lock_file = path.parent.resolve() / f".{path.name}.lock"
+            stack.enter_context(lock(lock_file if can_be_renamed else path / ".lock", wait=False))
+        except LockHeldError as holder:
+            raise UserError(
+                f"--out-dir {run_dir}: another training writes there ({holder}); wait until it "
+                "ends, stop it, or choose another --out-dir"
+            ) from None
+        except OSError as error:
+            raise unwritable(run_dir, error) from None
+        yield
+
+
+def unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"--out-dir {run_dir}: cannot be made ({error.strerror}); choose a folder that you may "
+        "write to"
+    )
+
+
 def prepare_run_directory(run_dir: Path) -> None:
     """Make an empty run directory. A run that is in the way is renamed, not overwritten."""
     try:
@@ -96,10 +130,7 @@ def prepare_run_directory(run_dir: Path) -> None:
             )
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--out-dir {run_dir}: cannot be made ({error.strerror}); choose a folder that you may "
-            "write to"
-        ) from None
+        raise unwritable(run_dir, error) from None
 
 
 class StopSignal:
