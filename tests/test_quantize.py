@@ -14,13 +14,12 @@ from nanods.gpt import GPT, AttentionConfig, GPTConfig, MoEConfig
 from nanods.moe import MoE
 from nanods.multimodal import Multimodal
 
-DENSE = GPTConfig(n_layer=2, n_head=2, n_embd=32, context_length=32, vocab_size=64)
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 32, "vocab_size": 64}
+DENSE = GPTConfig(**SIZES)
 MODELS = {
     "V0": DENSE,
-    "V1": GPTConfig(
-        2, 2, 32, 32, 64, attention=AttentionConfig("block", block_size=8, top_blocks=2)
-    ),
-    "V2": GPTConfig(2, 2, 32, 32, 64, moe=MoEConfig(n_expert=4, top_k=2)),
+    "V1": GPTConfig(**SIZES, attention=AttentionConfig("block", block_size=8, top_blocks=2)),
+    "V2": GPTConfig(**SIZES, moe=MoEConfig(n_expert=4, top_k=2)),
 }
 
 
