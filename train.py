@@ -29,7 +29,15 @@ from nanods.distributed.sharding import clip_grad_norm
 from nanods.errors import UserError
 from nanods.planner import cli as planner
 from nanods.planner.search import choose_mesh
-from nanods.run import Run, load_whole_model, lock_run, print_forecast, save_run, set_up_run
+from nanods.run import (
+    Run,
+    keep_best,
+    load_whole_model,
+    lock_run,
+    print_forecast,
+    save_run,
+    set_up_run,
+)
 from nanods.training.inspection import LoadMonitor
 from nanods.training.metrics import accumulate_metrics, load_metrics
 from nanods.training.metrics_log import MetricsLog
@@ -67,6 +75,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
     print_forecast(run, compiled, processes)
     if not run.resumed:
         save_run(run, processes)
+        keep_best(run, processes)
     mark_started()
     stop, monitor = StopSignal(), LoadMonitor(run.rows)
     log = MetricsLog(config, task, run.rows, processes.is_main_process)
@@ -130,6 +139,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
         log.log(row)
         if run.step % config.save_every == 0 or is_last:
             save_run(run, processes)
+        keep_best(run, processes)
 
     log.close()
     if run.step < config.steps:

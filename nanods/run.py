@@ -5,10 +5,12 @@ nanods/distributed (many) and nanods/planner (memory).
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -254,8 +256,42 @@ def format_duration(seconds: float) -> str:
 
 def save_run(run: Run, processes: ProcessGroups) -> None:
     """Write a checkpoint of the run. Every process must call it."""
+    write_checkpoint(run, run.config.run_dir, checkpoint.KEEP, processes)
+
+
+def keep_best(run: Run, processes: ProcessGroups) -> None:
+    """Keep the run as RUN/best if its last step was evaluated, better than what is there.
+
+    Every process must call it.
+    """
+    figure = last_figure(run)
+    if figure is None:
+        return
+    run_dir = run.config.run_dir
+
+    def is_best() -> bool:
+        best = checkpoint.best_state(run_dir)
+        if best is None or best.get("figure") is None:
+            return math.isfinite(figure)
+        higher = figure > best["figure"]
+        return higher if run.task.higher_is_better else figure < best["figure"]
+
+    if not processes.on_main_process(is_best):
+        return
+    if not processes.on_main_process(lambda: checkpoint.link_best(run_dir, run.step)):
+        write_checkpoint(run, run_dir / checkpoint.BEST, 1, processes)
+
+
+def last_figure(run: Run) -> float | None:
+    """Return the headline metric of the last step, or None if it was not evaluated."""
+    return run.rows[-1].get(run.task.headline_metric) if run.rows else None
+
+
+def write_checkpoint(run: Run, folder: Path, keep: int, processes: ProcessGroups) -> None:
+    """Write a checkpoint of the run into a folder that then holds the last `keep`."""
     state = {
         "step": run.step,
+        "figure": last_figure(run),
         run.task.unit: run.step * run.task.units_per_step,
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
@@ -265,13 +301,14 @@ def save_run(run: Run, processes: ProcessGroups) -> None:
         "config": ladder.to_dict(run.config),
         "tokenizer": run.task.tokenizer.to_json(),
     }
-    run_dir = run.config.run_dir
     weights = run.model.state_dict()  # first: FSDP then frees what evaluation gathered
     tensors = checkpoint.optimizer_tensors(run.model, run.optimizers)
     if processes.is_sharded:
-        sharded_checkpoint.save(run_dir, run.step, run.model, weights, tensors, state, processes)
+        sharded_checkpoint.save(
+            folder, run.step, run.model, weights, tensors, state, processes, keep
+        )
     else:
-        write = partial(checkpoint.save, run_dir, run.step, weights, tensors, state)
+        write = partial(checkpoint.save, folder, run.step, weights, tensors, state, keep)
         processes.on_main_process(write)
 
 

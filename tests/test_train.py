@@ -150,6 +150,43 @@ def test_an_existing_run_is_renamed(train_tiny, workspace):
     assert weights(aside) == before != weights(workspace / "runs/v0-tiny")
 
 
+def test_the_best_checkpoint_is_kept_named_and_remembered(
+    train_tiny, program, workspace, monkeypatch
+):
+    """Evaluated at steps 2, 4, 6 and 8, saved at 3, 6 and 8, and killed after step 6."""
+    import train
+    from nanods.training.language_task import LanguageTask
+
+    figures = {2: 3.0, 4: 2.0, 6: 2.5, 8: 4.0}
+    real_step, steps = train.set_learning_rate, []
+
+    def count(optimizers, step, config):
+        steps.append(step + 1)
+        if steps == [1, 2, 3, 4, 5, 6, 7]:
+            raise KeyboardInterrupt
+        return real_step(optimizers, step, config)
+
+    def evaluate(self, model):
+        return {"val_loss": figures[steps[-1]], "val_bpb": figures[steps[-1]]}
+
+    monkeypatch.setattr(train, "set_learning_rate", count)
+    monkeypatch.setattr(LanguageTask, "evaluate", evaluate)
+    monkeypatch.setattr(LanguageTask, "draw", lambda *args: [])
+    flags = ("--steps", 8, "--save-every", 3, "--eval-every", 2, "--out-dir", "a run")
+    best = workspace / "a run" / "best"
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny("v0-tiny", *flags)
+    assert [path.name for path in best.iterdir()] == ["step_000004"]
+    code, out, err = train_tiny("v0-tiny", *flags, "--resume")
+    assert code == 0, err
+    assert "best       step 4: validation loss 2.0000" in out
+    assert "sample.py 'a run/best'" in out
+    assert [path.name for path in best.iterdir()] == ["step_000004"]
+    assert checkpoint.load(best).state["figure"] == 2.0
+    assert checkpoint.load(workspace / "a run").state["step"] == 8
+    assert program("sample", "a run/best", "--max-new-tokens", 5)[0] == 0
+
+
 def test_a_second_training_in_the_same_folder_is_refused_before_it_renames_anything(
     train_tiny, program, workspace
 ):

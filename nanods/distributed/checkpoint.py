@@ -54,6 +54,7 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict,
     processes: ProcessGroups,
+    keep: int = checkpoint.KEEP,
 ) -> None:
     """Write the files of training.checkpoint.save from the parts of all processes.
 
@@ -75,7 +76,7 @@ def save(
         shutil.rmtree(shards, ignore_errors=True)
 
     def write_plain_checkpoint() -> None:
-        checkpoint.write_checkpoint(out, step, state, lambda folder: merge(shards, folder))
+        checkpoint.write_checkpoint(out, step, state, lambda folder: merge(shards, folder), keep)
 
     processes.on_main_process(delete_shards)  # of a killed run, perhaps with more processes
     try:

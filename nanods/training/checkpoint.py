@@ -4,6 +4,7 @@
     RUN/step_000060/optimizer.safetensors    the optimizers' state and the random state
     RUN/step_000060/state.json               configuration, tokenizer, step, seconds so far
     RUN/step_000060/SHA256SUMS               of the three; `sha256sum -c SHA256SUMS` checks them
+    RUN/best/step_000040/                    the same, of the step with the best evaluation so far
 
 A checkpoint is written under a temporary name, synced to disk, and renamed. A process that is
 killed while it writes leaves the earlier checkpoints untouched. Loading takes the newest checkpoint
@@ -12,6 +13,7 @@ are sharded write and read the same files, each process its own part
 (nanods/distributed/checkpoint.py).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,6 +36,7 @@ from nanods.multimodal import Multimodal
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
+BEST = "best"
 
 
 @dataclass
@@ -57,9 +60,14 @@ class Checkpoint:
 
 
 def save(
-    run_dir: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict
+    run_dir: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict,
+    keep: int = KEEP,
 ) -> None:
-    """Write RUN/step_NNNNNN and delete all but the last two checkpoints.
+    """Write RUN/step_NNNNNN and delete all other checkpoints but the last `keep - 1`.
 
     Raises OSError (disk full, not writable); the earlier checkpoints are untouched then.
     """
@@ -69,28 +77,64 @@ def save(
             on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
             save_file(on_cpu, folder / file)
 
-    write_checkpoint(run_dir, step, state, write_tensors)
+    write_checkpoint(run_dir, step, state, write_tensors, keep)
 
 
 def write_checkpoint(
-    run_dir: Path, step: int, state: dict, write_tensors: Callable[[Path], None]
+    run_dir: Path,
+    step: int,
+    state: dict,
+    write_tensors: Callable[[Path], None],
+    keep: int = KEEP,
 ) -> None:
     """Do what `save` does, where `write_tensors(folder)` writes the two files of tensors."""
+
+    def write_files(folder: Path) -> None:
+        write_tensors(folder)
+        state_json = json.dumps(state, indent=1) + "\n"
+        (folder / "state.json").write_text(state_json, encoding="utf-8")
+        sums = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in FILES)
+        (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")
+
+    write_folder(run_dir, step, write_files, keep)
+
+
+def link_best(run_dir: Path, step: int) -> bool:
+    """Make RUN/step_NNNNNN the best checkpoint as well, by hard links to its files.
+
+    Return False, without doing anything, if there is no checkpoint of this step.
+    """
+    source = run_dir / f"step_{step:06d}"
+
+    def link_files(folder: Path) -> None:
+        for path in source.iterdir():
+            try:
+                (folder / path.name).hardlink_to(path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, folder / path.name)
+
+    if not source.is_dir():
+        return False
+    write_folder(run_dir / BEST, step, link_files, keep=1)
+    return True
+
+
+def write_folder(run_dir: Path, step: int, write_files: Callable[[Path], None], keep: int) -> None:
+    """Let `write_files(folder)` write a checkpoint's files under a temporary name, and rename it.
+
+    Then delete all other checkpoints but the last `keep - 1`.
+    """
     final = run_dir / f"step_{step:06d}"
     temporary = run_dir / f".writing-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     temporary.mkdir(parents=True)
     try:
         try:
-            write_tensors(temporary)
+            write_files(temporary)
         except SafetensorError as error:  # safetensors wraps the operating system's errors
             raise UserError(
                 f"{final} cannot be written ({error}): free some space, or choose another --out-dir"
             ) from None
-        state_json = json.dumps(state, indent=1) + "\n"
-        (temporary / "state.json").write_text(state_json, encoding="utf-8")
-        sums = "".join(f"{file_sha256(temporary / name)}  {name}\n" for name in FILES)
-        (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         if final.exists():  # this step's checkpoint is broken, or is written again
@@ -100,7 +144,8 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(run_dir)[:-KEEP]:
+    others = [path for path in list_checkpoints(run_dir) if path != final]
+    for old in others[: len(others) + 1 - keep]:
         shutil.rmtree(old)
 
 
@@ -134,6 +179,14 @@ def load(
     step = on_main_process(lambda: newest_step(run_dir))
     path = run_dir / f"step_{step:06d}"
     return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+def best_state(run_dir: Path) -> dict | None:
+    """Return the state of the checkpoint in RUN/best, or None if there is none."""
+    for path in reversed(list_checkpoints(run_dir / BEST)):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return None
 
 
 def newest_step(run_dir: Path) -> int:

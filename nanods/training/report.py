@@ -2,12 +2,14 @@
 figure, and a sample."""
 
 import json
+import shlex
 from pathlib import Path
 
 from torch import nn
 
 from nanods import config as ladder
 from nanods.config import Config
+from nanods.training import checkpoint
 from nanods.training.task import Task
 
 EXPECTED = Path(__file__).parents[2] / "results" / "expected.json"
@@ -24,6 +26,8 @@ def print_report(config: Config, task: Task, model: nn.Module, rows: list[dict])
     in_optimizers = sum(row.get("optimizer_seconds", 0) for row in rows) / seconds
     print(f"time       {seconds:.0f} s of training, {in_optimizers:.0%} of it in the optimizers")
     print(verdict(config, task, rows[-1]))
+    if best := describe_best(config, task, rows):
+        print(best)
     print(task.show_examples(model))
 
 
@@ -52,6 +56,22 @@ def verdict(config: Config, task: Task, last: dict) -> str:
     passed = worse_by <= tolerance and (notice or worse_by >= -tolerance)
     word = "PASS" if passed else "FAIL"
     return f"expected   {target:.4f} +- {tolerance:.3f}{notice}, got {result}: {word}"
+
+
+def describe_best(config: Config, task: Task, rows: list[dict]) -> str | None:
+    """Say which step was the best and how to sample it; None if it was the last one."""
+    state = checkpoint.best_state(config.run_dir)
+    evaluated = {row["step"]: row for row in rows if task.headline_metric in row}
+    if state is None or state["step"] == rows[-1]["step"] or state["step"] not in evaluated:
+        return None
+    step = state["step"]
+    losses = [row["ce_loss"] for row in rows if row["step"]]
+    before, last = losses[:step][-25:], losses[-25:]
+    still_learning = not before or sum(last) / len(last) < sum(before) / len(before)
+    why = "overfitting since then" if step and still_learning else "worse since then"
+    command = shlex.join(["python", "sample.py", str(config.run_dir / checkpoint.BEST)])
+    result = task.describe_validation(evaluated[step])
+    return f"best       step {step}: {result}; {why}. Sample it: {command}"
 
 
 def changed_flags(config: Config) -> list[str]:

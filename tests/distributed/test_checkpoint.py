@@ -74,7 +74,7 @@ def run_rank(rank, folder):
     processes = ProcessGroups.__new__(ProcessGroups)
     processes.world_size, processes.is_main_process = 4, rank == 0
 
-    def save(step):
+    def save(step, run="run", keep=2):
         local = [
             {
                 name: value if dim is None else distribute_tensor(value, mesh, [Shard(dim)])
@@ -84,12 +84,14 @@ def run_rank(rank, folder):
         ]
         local[1]["rng/cpu"] = local[1]["rng/cpu"] + rank  # each rank's differs: rank 0's is saved
         sharded_checkpoint.save(
-            Path(folder) / "run", step, nn.Module(), *local, {"step": step}, processes
+            Path(folder) / run, step, nn.Module(), *local, {"step": step}, processes, keep
         )
 
     save(1)
     sharded_checkpoint.CHUNK_BYTES = 100  # several files of each process, merged in several chunks
     save(2)
+    for step in (3, 2):  # the best checkpoint of a run need not be its last
+        save(step, "run-best", keep=1)
     raised = {}
     for fault in FAULTS:
         error = ZeroDivisionError() if "bug" in fault else OSError(28, "No space left on device")
@@ -119,6 +121,11 @@ def test_the_files_are_those_of_one_process_byte_for_byte(out, step, tmp_path):
         save_file(state, tmp_path / file)
         assert (path / file).read_bytes() == (tmp_path / file).read_bytes()
     assert checkpoint.find_corruption(path) is None
+
+
+def test_the_best_checkpoint_is_kept_alone(out):
+    (path,) = (out / "run-best").iterdir()
+    assert path.name == "step_000002" and checkpoint.find_corruption(path) is None
 
 
 @pytest.mark.parametrize("rank", range(4))

@@ -37,6 +37,31 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     assert checkpoint.load(tmp_path).state["step"] == 1000000
 
 
+@pytest.mark.parametrize("can_link", [True, False])
+def test_the_best_checkpoint_outlives_the_last_two_and_is_replaced_whole(
+    tmp_path, monkeypatch, can_link
+):
+    def refuse(*args):
+        raise OSError(95, "Operation not supported")
+
+    if not can_link:
+        monkeypatch.setattr(checkpoint.Path, "hardlink_to", refuse)
+    assert not checkpoint.link_best(tmp_path, 1) and checkpoint.best_state(tmp_path) is None
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, float(step))
+        if step in (1, 2):
+            assert checkpoint.link_best(tmp_path, step)
+    best = tmp_path / "best"
+    assert [path.name for path in best.iterdir()] == ["step_000002"]
+    assert checkpoint.load(best).model["w"][0] == 2 and checkpoint.best_state(tmp_path)["step"] == 2
+
+    monkeypatch.setattr(checkpoint, "fsync", refuse)  # a full disk
+    with pytest.raises(OSError, match="supported"):
+        checkpoint.link_best(tmp_path, 4)
+    assert [path.name for path in best.iterdir()] == ["step_000002"]
+    assert checkpoint.load(best).model["w"][0] == 2 and checkpoint.load(tmp_path).model["w"][0] == 4
+
+
 @pytest.mark.parametrize("file", [*checkpoint.FILES, "SHA256SUMS"])
 @pytest.mark.parametrize("harm", ["truncate", "edit", "delete"])
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, file, harm):
