@@ -3,23 +3,18 @@
     python -m nanods.bench.ladder                 about 50 minutes on 2 cores; `make results`
     python -m nanods.bench.ladder --seeds 1
 
-Two runs at a time, one thread each. train.py compares its runs with `expected.json`: the mean over
-the seeds, with a tolerance of 0.02 bits per byte or twice the seeds' spread, whichever is larger.
+Two runs at a time, one thread each; each is stored when it is finished (stored_runs.py). train.py
+compares its runs with `expected.json`: the mean over the seeds, with a tolerance of 0.02 bits per
+byte or twice the seeds' spread, whichever is larger.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from nanods.bench.runs import (
-    describe_machine,
-    flags_from_dict,
-    run_training,
-    update_expected,
-    write_json,
-)
+from nanods.bench.runs import describe_machine, update_expected, write_json
+from nanods.bench.stored_runs import Job, train_all
 from nanods.data.text import load_text
 
 RUNS = (
@@ -36,23 +31,13 @@ class Args:
     """Seeds for each preset on pydocs; shakespeare gets one."""
     results: Path = Path("results")
     """Directory of the two result files."""
-    runs: Path = Path("runs/ladder")
-    """Directory of the runs; finished ones are not repeated."""
+    runs: Path = Path("runs")
+    """Directory of the runs; an unfinished one is resumed."""
 
 
-def train(args: Args, preset: str, data: str, seed: int) -> dict:
-    """Train one preset in a process of its own -> its last validation metrics."""
-    out = args.runs / f"{preset}-{data}-{seed}"
-    flags = flags_from_dict({"data": data, "seed": seed, "out-dir": out})
-    command, rows = run_training(out, [preset, *flags])
-    last = rows[-1]
-    print(
-        f"{preset} {data} seed {seed}: {last['val_bpb']:.4f} bits per byte, "
-        f"{last['seconds']:.0f} s",
-        flush=True,
-    )
-    metrics = {name: last[name] for name in ("val_loss", "val_bpb", "seconds")}
-    return {"seed": seed, "command": command, **metrics}
+def last_metrics(job: Job, out: Path, rows: list[dict]) -> dict:
+    """Return the figures of a finished run."""
+    return {name: rows[-1][name] for name in ("val_loss", "val_bpb", "seconds")}
 
 
 def main() -> None:
@@ -60,16 +45,21 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     # Loading prepares the data once, before the processes start.
     hashes = {data: load_text(data).sha256 for _, data in RUNS}
-    jobs = []
+    jobs = {}
     for preset, data in RUNS:
         seeds = args.seeds if data == "pydocs" else 1
-        jobs += [(preset, data, seed) for seed in range(seeds)]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: train(args, *job), jobs))
+        for seed in range(seeds):
+            words = (preset, "--data", data, "--seed", str(seed))
+            jobs[preset, data, seed] = Job(f"{preset}-{data}-{seed}", words)
+    results = train_all("ladder", list(jobs.values()), last_metrics, args.results, args.runs)
 
     ladder, expected = {"machine": describe_machine()}, {}
     for run in RUNS:
-        rows = [row for job, row in zip(jobs, results, strict=True) if job[:2] == run]
+        rows = []
+        for (*job_run, seed), job in jobs.items():
+            if tuple(job_run) == run:
+                command = " ".join(("train.py", *job.words))
+                rows.append({"seed": seed, "command": command, **results[job.name]})
         values = [row["val_bpb"] for row in rows]
         mean, spread = sum(values) / len(values), max(values) - min(values)
         name, data = "/".join(run), run[1]
