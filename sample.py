@@ -77,9 +77,12 @@ def main() -> None:
     check_args(args)
     run_dir = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
     if not run_dir.is_dir():
+        version, _, scale = args.run.partition("-")
+        target = f"train-{version}" if args.run in PRESETS else "train-v1"
+        size = f" SCALE={scale}" if args.run in PRESETS and scale != "tiny" else ""
         raise UserError(
-            f"{run_dir}: no such run. Presets: {', '.join(PRESETS)}; train one first, for example: "
-            "make train-v1"
+            f"{run_dir}: no such run. Train it first: make {target}{size}. "
+            f"Presets: {', '.join(PRESETS)}"
         )
     saved = checkpoint.load(run_dir)
     config = from_dict(saved.state["config"])

@@ -38,6 +38,7 @@ from nanods.run import (
     save_run,
     set_up_run,
 )
+from nanods.training.commands import resume_command
 from nanods.training.inspection import LoadMonitor
 from nanods.training.metrics import accumulate_metrics, load_metrics
 from nanods.training.metrics_log import MetricsLog
@@ -146,8 +147,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
         if run.step % config.save_every:
             save_run(run, processes)
         reason = stop.name or "a signal to another process"
-        resume = f"python train.py {config.preset} --resume --out-dir {config.run_dir}"
-        print(f"{reason}: saved after step {run.step}. Continue with: {resume}")
+        print(f"{reason}: saved after step {run.step}. Continue with: {resume_command(config)}")
     elif processes.is_main_process:
         print_report(config, task, load_whole_model(run, processes), run.rows)
 

@@ -27,6 +27,7 @@ from nanods.planner.memory import model_cost
 from nanods.planner.search import largest_micro_batch, step_memory
 from nanods.training import checkpoint
 from nanods.training.activation_checkpointing import checkpoint_blocks
+from nanods.training.commands import sample_command
 from nanods.training.metrics import read_metrics
 from nanods.training.muon import STACKED, Muon, orthogonalise
 from nanods.training.optimizers import make_optimizers
@@ -87,7 +88,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
         if saved.state["step"] >= config.steps:
             print(
                 f"{config.run_dir} is finished: all {config.steps} steps are done. "
-                f"Sample it: python sample.py {config.run_dir}"
+                f"Sample it: {sample_command(config.run_dir)}"
             )
             return None
     build_meta_model(config)  # refuses sizes that do not fit together, before any data is loaded

@@ -43,6 +43,7 @@ from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
 from nanods.moe import entropy_loss
 from nanods.multimodal import MODALITIES, Multimodal, MultimodalConfig
+from nanods.training.commands import flag, sample_command, shorten
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
 
@@ -277,7 +278,7 @@ class ContrastiveTask:
         modalities, run_dir = self.config.multimodal.modalities, self.config.run_dir
         others = [name for name in modalities if name != "text"]
         if "text" not in modalities:
-            return f"next       python sample.py {run_dir} --{others[0]} FILE"
+            return f"next       {sample_command(run_dir, f'--{others[0]}', 'FILE')}"
         lines = []
         skipped = getattr(self.data, "skipped", 0)
         if skipped:
@@ -288,7 +289,7 @@ class ContrastiveTask:
         for i in range(min(3, len(captions))):
             best = int((targets @ embeddings["text"][i]).argmax())
             lines.append(f"query      {captions[i]}\n{others[0]:<10} of: {captions[best]}")
-        query = f"python sample.py {run_dir} --query '{captions[0]}'"
+        query = sample_command(run_dir, *flag("query", shorten(captions[0])))
         return "\n".join([*lines, "", f"next       {query}"])
 
 

@@ -20,6 +20,7 @@ from nanods.config import Config
 from nanods.data.shards import Tokens, window_starts
 from nanods.data.text import TextData, load_text
 from nanods.gpt import GPT
+from nanods.training.commands import first_words, flag, sample_command
 from nanods.training.metrics import load_metrics, stack_loads
 from nanods.training.pictures import draw_language_run
 
@@ -167,7 +168,9 @@ class LanguageTask:
         prompt = torch.tensor([self.tokenizer.encode("\n").tolist()], device=self.device)
         generated = model.generate(prompt, 300, temperature=0.8, seed=self.config.seed)
         text = self.tokenizer.decode([int(token[0]) for token in generated])
-        command = f"python sample.py {self.config.run_dir} --prompt 'Return the'"
+        validation_text = self.tokenizer.decode(self.data.val[:400].tolist())
+        words = first_words(validation_text)
+        command = sample_command(self.config.run_dir, *(flag("prompt", words) if words else []))
         return f"sample     {text}\n\nnext       {command}"
 
 

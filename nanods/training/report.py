@@ -2,7 +2,6 @@
 figure, and a sample."""
 
 import json
-import shlex
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from nanods import config as ladder
 from nanods.config import Config
 from nanods.training import checkpoint
+from nanods.training.commands import sample_command
 from nanods.training.task import Task
 
 EXPECTED = Path(__file__).parents[2] / "results" / "expected.json"
@@ -69,7 +69,7 @@ def describe_best(config: Config, task: Task, rows: list[dict]) -> str | None:
     before, last = losses[:step][-25:], losses[-25:]
     still_learning = not before or sum(last) / len(last) < sum(before) / len(before)
     why = "overfitting since then" if step and still_learning else "worse since then"
-    command = shlex.join(["python", "sample.py", str(config.run_dir / checkpoint.BEST)])
+    command = sample_command(config.run_dir / checkpoint.BEST)
     result = task.describe_validation(evaluated[step])
     return f"best       step {step}: {result}; {why}. Sample it: {command}"
 

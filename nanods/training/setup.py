@@ -17,6 +17,7 @@ from nanods.config import Config
 from nanods.data.lock import LockHeldError, lock
 from nanods.errors import UserError
 from nanods.training import checkpoint
+from nanods.training.commands import retry_command
 from nanods.training.muon import fast_bf16
 
 DTYPES = {
@@ -160,5 +161,5 @@ def explain_divergence(config: Config, model: nn.Module, step: int, loss: float,
     return (
         f"the loss became {loss} at step {step + 1}, learning rate {lr:.2e}; first layer with "
         f"values that are not finite: {first}. The last checkpoint is untouched: try a smaller "
-        f"rate, python train.py {config.preset} --lr {config.lr / 2:g}"
+        f"rate, {retry_command(config, lr=config.lr / 2)}"
     )

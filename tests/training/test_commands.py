@@ -1,0 +1,58 @@
+"""The commands that a run prints can be pasted: they give the run's own configuration back."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanods import config as ladder
+from nanods.config import PRESETS, from_command_line
+from nanods.training.commands import (
+    first_words,
+    flag,
+    resume_command,
+    retry_command,
+    sample_command,
+    shorten,
+)
+
+FLAGS = {
+    "v0-tiny": ["--data", "a text's $HOME.txt", "--out-dir", "runs/it's; rm -rf *", "--lr", "3e-2"],
+    "v1-tiny": ["--attention.method", "tile", "--micro-batch", "2", "--save-every", "7"],
+    "v2-tiny": ["--moe.no-normalise", "--activation-checkpointing", "--device", "cpu"],
+    "v3-tiny": ["--multimodal.modalities", "text", "image", "--multimodal.no-shared"],
+}
+
+
+def parse(command):
+    """Return the configuration of a printed `python train.py PRESET ...`, as a shell reads it."""
+    _, program, *words = shlex.split(command)
+    assert program == "train.py"
+    return from_command_line("", words)
+
+
+@pytest.mark.parametrize("preset", FLAGS)
+def test_a_printed_command_keeps_the_flags_of_the_run(preset):
+    config = from_command_line("", [preset, *FLAGS[preset]])
+    assert parse(retry_command(config, lr=0.5)) == replace(config, lr=0.5)
+    resumed = parse(resume_command(config))
+    assert resumed.resume
+    for name, value in ladder.flatten(resumed).items():
+        kept = name in ladder.RUNTIME_ONLY_FIELDS and name != "resume"
+        expected = config if kept else replace(PRESETS[preset], resume=True)
+        assert value == ladder.flatten(expected)[name], name
+
+
+def test_paths_and_prompts_are_quoted_for_the_shell():
+    command = sample_command(Path("my runs/$1"), *flag("prompt", "it's"), *flag("query", "-x"))
+    words = shlex.split(command)[1:]
+    assert words == ["sample.py", "my runs/$1", "--prompt", "it's", "--query=-x"]
+
+
+def test_the_example_is_in_the_language_of_the_text():
+    assert first_words("\n\x00\n---\nReturn the value of it\n") == "Return the value"
+    chinese = "\u6211\u4eec\u7684" * 100
+    assert first_words(chinese) == chinese[:24]
+    assert first_words("\ufffd\ufffd\n\x1b[31m") == first_words("") == ""
+    assert shorten("one two three", 9) == "one two" and shorten("x" * 100, 9) == "x" * 9
