@@ -51,7 +51,8 @@ FOLDERS = ("images", "image", "flicker8k_dataset", "flickr8k_dataset", "flickr30
 FOLDERS += ("flickr30k_images", "wavs", "")
 FILE_COLUMNS = ("image", "filename", "file_name", "file", "image_name")
 CAPTION_COLUMNS = ("caption", "text")
-SOUNDS = (".wav", ".wave")
+WAV = (".wav", ".wave")
+SOUNDS = (*WAV, ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")  # WAV alone can be decoded
 MIN_HELD_OUT = 4  # files, or a quarter of all if these are fewer
 
 
@@ -125,11 +126,13 @@ def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
     Rows of the split "test" are in neither. If nothing is held out yet, about 1 file in 20 is.
     """
     rows: dict[str, Rows] = {"train": [], "val": [], "test": []}
-    names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    names: dict[str, dict[str, None]] = {"train": {}, "val": {}, "test": {}}  # ordered sets
     for part in parts:
-        for split, name, part_rows in split_part(part, folder):
-            rows[split] += part_rows
-            names[split].append(name)
+        by_folder = {} if part.split else split_by_folder(part, folder)
+        for path, caption in part.rows:
+            split, name = by_folder.get(path, (part.split or "train", part.name))
+            rows[split].append((path, caption))
+            names[split][name] = None
     for split in ("val", "test"):  # nothing but val or test: the user chose it
         if not rows["train"]:
             rows["train"], rows[split] = rows[split], []
@@ -151,21 +154,14 @@ def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
     return train, held_out, notes
 
 
-def split_part(part: Part, folder: Path) -> list[tuple[str, str, Rows]]:
-    """Return (split, name, rows) of a part: by its own name, else by the folders of its files."""
-    if part.split:
-        return [(part.split, part.name, part.rows)]
-    folders: dict[Path, str] = {}  # file -> its folder, below `folder`, whose name says nothing
+def split_by_folder(part: Part, folder: Path) -> dict[Path, tuple[str, str]]:
+    """Return file -> (split, folder) for the files that lie in a folder named like a split."""
+    by_folder = {}
     for path in dict.fromkeys(path for path, _ in part.rows):
-        folders[path] = path.parent.relative_to(folder).as_posix()
-    rows_by_folder: dict[str, Rows] = {}
-    for path, caption in part.rows:
-        rows_by_folder.setdefault(folders[path], []).append((path, caption))
-    splits = []
-    for name, rows in rows_by_folder.items():
-        split = split_of(name)
-        splits.append((split or "train", f"{name}/" if split else part.name, rows))
-    return splits
+        inside = path.parent.relative_to(folder).as_posix()  # the name of `folder` says nothing
+        if split := split_of(inside):
+            by_folder[path] = split, f"{inside}/"
+    return by_folder
 
 
 def choose_held_out(paths: Iterable[Path]) -> set[Path]:
@@ -309,7 +305,7 @@ def read_ljspeech(folder: Path) -> list[Part]:
 def read_wav_folder(folder: Path) -> list[Part]:
     """Read NAME.wav with NAME.txt."""
     files, _ = list_folder(folder)
-    sounds = sorted(path for path in files if path.suffix.lower() in SOUNDS)
+    sounds = sorted(path for path in files if path.suffix.lower() in WAV)
     if not sounds:
         return []
     texts = {path.stem: path for path in files if path.suffix.lower() == ".txt"}

@@ -118,8 +118,10 @@ class TestForms:
                 "images/a.jpg": "",
             },
         )
-        paths = {path for path, _ in read_all_rows(tmp_path)[1]}
+        rows = read_all_rows(tmp_path)[1]
+        paths = {path for path, _ in rows}
         assert paths == {tmp_path / "mine/b.jpg", tmp_path / "images/a.jpg", tmp_path / "c.png"}
+        assert names(rows) == ROWS  # in the order of the captions, not of the folders
 
     def test_images_of_the_val_file_are_not_in_the_training_rows(self, tmp_path):
         write(
