@@ -124,6 +124,8 @@ def test_training_on_a_folder_of_captioned_files(train_tiny, program, workspace)
     for number in range(40):
         matplotlib.image.imsave(workspace / f"birds/{number}.png", random.random((40, 40, 3)))
     (workspace / "birds/broken.png").write_bytes(b"no image")
+    (workspace / "birds/33.png").write_bytes(b"GIF89a")  # one of the held-out ones
+    (workspace / "birds/notes.md").write_text("not for it")
     rows = "".join(f"{number}.png,bird number {number}\n" for number in [*range(40), "broken"])
     (workspace / "birds/captions.txt").write_text("image,caption\n" + rows)
     flags = (
@@ -141,11 +143,19 @@ def test_training_on_a_folder_of_captioned_files(train_tiny, program, workspace)
     assert code == 0, err
     assert (
         "recall@1" in out
-        and "1 corrupt file was skipped" in out
-        and err.count("warning: skipped birds/broken.png") == 1
+        and "2 corrupt files were skipped" in out
+        and err.count("warning: skipped birds/33.png: a GIF image under the name .png") == 1
+        and err.count("warning: skipped birds/broken.png") <= 1
     )
+    before_training = out[: out.index("parameters")]
+    for note in (
+        "held out: 4 of 41 images, by the hash of the file's name",
+        "not read: 1 file (1 .md), the first: birds/notes.md",
+        "decoded: 4 of 4 held-out and 37 of 37 training files; 2 of them cannot be and are skipped",
+    ):
+        assert f"\n           {note}" in before_training
     code, out, err = program("sample", "v3-tiny", "--query", "bird number 3")
-    assert code == 0 and "image, the best of" in out, err
+    assert code == 0 and "image, the best of 3" in out, err
     code, _, err = train_tiny("v3-tiny", "--data", "birds", "--out-dir", "deaf")
     assert code == 2 and "has no audio" in err
 

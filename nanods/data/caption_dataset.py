@@ -9,8 +9,12 @@ A batch depends on (seed, step, size) alone, not on earlier calls. An epoch hold
 caption once. It goes through all files in a random order, with one caption of each, then again in
 the same order with another caption, until every caption was used. The last batch of an epoch is
 filled up with the epoch's first captions. So if all files have equally many captions, no batch
-holds a file twice. A file that cannot be decoded is skipped, with one warning on stderr, and the
-next caption in the order takes its place. Threads decode the next step's batch in the background.
+holds a file twice. Threads decode the next step's batch in the background.
+
+A file that cannot be decoded is skipped, in training and in the gallery, and the next one in the
+order takes its place. `notes` tries some files before training and counts these. Later ones are
+warned of on stderr, the first few by name. So batches and galleries depend on the files alone, not
+on when a file was found to be corrupt.
 
 Left out on purpose: augmentation (images are cropped to their middle, sounds to their start),
 formats other than JPEG, PNG and WAV, and finding copies of one image under two names.
@@ -24,6 +28,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +36,7 @@ from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is instal
 
 from nanods.data.captions import CaptionFolder, read_captions
 from nanods.data.examples import Examples
+from nanods.data.file_types import wrong_type
 from nanods.data.random_bits import random_bits
 from nanods.data.sound import HOP, WINDOW, crop_or_pad, normalized_log_mel, read_wav
 from nanods.errors import UserError
@@ -54,10 +60,26 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}); give a JPEG or PNG image"
             ) from error
+        head = read_head(path)
+        kind = wrong_type(str(path), head, (".jpg", ".jpeg", ".png"))
+        if kind and not kind.startswith(("a JPEG", "a PNG")):
+            raise UserError(
+                f"{path}: {kind}; only JPEG and PNG images are read: fetch it again, or convert it"
+            ) from error
+        reason = error if head else "the file is empty"
         raise UserError(
-            f"{path}: not a complete JPEG or PNG image ({error}); fetch it again, or convert it"
+            f"{path}: not a complete JPEG or PNG image ({reason}); fetch it again, or convert it"
         ) from error
     return np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1)) / np.float32(255)
+
+
+def read_head(path: str | Path) -> bytes:
+    """Return the first 32 bytes of a file; b"" if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(32)
+    except OSError:
+        return b""
 
 
 def decode_image(image: Image.Image, size: int) -> Image.Image:
@@ -97,7 +119,9 @@ def read_sound(path: str | Path, frames: int) -> np.ndarray:
 
 # ---- the data set --------------------------------------------------------------------------------
 
-ORDER, GALLERY = range(2)  # what a random number is used for: a part of its key
+ORDER, GALLERY, CHECK = range(3)  # what a random number is used for: a part of its key
+CHECKED = 256  # training files that `notes` tries to decode
+WARNINGS = 5  # corrupt files that are named; later ones are counted
 
 
 class CaptionDataset:
@@ -132,14 +156,42 @@ class CaptionDataset:
 
         self._epoch = None  # (seed, epoch) of the cached order
         self._epoch_order = self._file_ids  # the cached order of the training captions
+        self._notes = captions.notes
+        self._tried: set[int] = set()  # ids of files that were decoded, or could not be
         self._errors: dict[int, str] = {}  # file id -> why the file cannot be decoded
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._warnings = 0  # corrupt files that were warned of
+        self._threads = min(8, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._threads)
         self._prefetched: dict[tuple, Iterator] = {}  # (step, size, seed) -> decoded arrays
 
     @property
     def skipped(self) -> int:
-        """The number of corrupt files found so far in batches and galleries."""
+        """The number of files found so far that cannot be decoded."""
         return len(self._errors)
+
+    def notes(self) -> list[str]:
+        """Return what to know before training, a line for each: which examples are held out, what
+        is left out, and how many files cannot be decoded, of those in galleries and batches so far
+        and of CHECKED training files."""
+        training = np.unique(self._file_ids)
+        keys = random_bits(len(training), 0, CHECK)[0]
+        sample = training[keys.argsort(kind="stable")[:CHECKED]].tolist()
+        for file_id, arrays in zip(sample, self._decode_all(sample), strict=True):
+            self._tried.add(file_id)
+            if isinstance(arrays, str):
+                self._errors.setdefault(file_id, arrays)
+        held_out = len(self._tried & self.held_out.keys())
+        checked = (
+            f"{held_out:,} of {len(self.held_out):,} held-out and {len(self._tried) - held_out:,} "
+            f"of {len(training):,} training files"
+        )
+        if not self._errors:
+            return [*self._notes, f"decoded: {checked}, without an error"]
+        return [
+            *self._notes,
+            f"decoded: {checked}; {self.skipped:,} of them cannot be and are skipped, the first: "
+            f"{next(iter(self._errors.values()))}",
+        ]
 
     def text(self) -> str:
         """Return the training captions, one on each line, for a tokenizer to learn from."""
@@ -159,7 +211,9 @@ class CaptionDataset:
             )
         order = self._order(step, size, seed)
         decoded = self._prefetched.pop((step, size, seed), None) or self._prefetch(order[:size])
-        examples = self._collect((self.train[i] for i in order), decoded, size)
+        replacements = self._decode_all(self._file_ids[order[size:]].tolist())
+        rows_in_order = (self.train[i] for i in order)
+        examples = self._collect(rows_in_order, chain(decoded, replacements), size, least=size)
         next_order = self._order(step + 1, size, seed)
         self._prefetched = {(step + 1, size, seed): self._prefetch(next_order[:size])}
         fields = {}
@@ -185,9 +239,13 @@ class CaptionDataset:
     def gallery(self, size: int, seed: int = 0) -> Examples:
         """Return `size` held-out examples of different files, the same at every call.
 
-        Each comes with one of its captions. Raises UserError if there are fewer than `size`, or
-        fewer that can be decoded.
+        Each comes with one of its captions. They are fewer where too few can be decoded. Raises
+        UserError if fewer than `size` are held out, or fewer than 2 of them can be decoded.
         """
+        if not self.held_out:
+            raise UserError(
+                f"--data {self.name}: no example is held out, of {len(self.train):,}; add some"
+            )
         if not 1 <= size <= len(self.held_out):
             raise UserError(
                 f"--data {self.name}: a gallery of {size:,} cannot be taken from "
@@ -199,8 +257,8 @@ class CaptionDataset:
         for i in keys.argsort(kind="stable"):
             file_id, captions = files[i]
             rows.append((file_id, captions[keys[i] % len(captions)]))
-        decoded = self._pool.map(self._decode, [file_id for file_id, _ in rows[:size]])
-        return self._collect(rows, decoded, size)
+        decoded = self._decode_all([file_id for file_id, _ in rows])
+        return self._collect(rows, decoded, size, least=min(size, 2))
 
     def _prefetch(self, order: np.ndarray) -> Iterator:
         """Start to decode these training captions' files in the threads. Return the results."""
@@ -218,24 +276,32 @@ class CaptionDataset:
         except UserError as error:
             return str(error)
 
-    def _collect(self, rows: Iterable[tuple[int, str]], decoded: Iterator, size: int) -> Examples:
+    def _decode_all(self, file_ids: list[int]) -> Iterator[tuple[np.ndarray, ...] | str]:
+        """Yield `_decode` of each file, in order. The threads decode a few at a time."""
+        for start in range(0, len(file_ids), self._threads):
+            yield from self._pool.map(self._decode, file_ids[start : start + self._threads])
+
+    def _collect(
+        self, rows: Iterable[tuple[int, str]], decoded: Iterable, size: int, least: int
+    ) -> Examples:
         """Return the first `size` of the rows (file id, caption) whose file can be decoded.
 
-        `decoded` yields the arrays of the first rows. Raises UserError if too few can be decoded.
+        `decoded` has what `_decode` returns for each row. Raises UserError if fewer than `least`
+        can be decoded.
         """
         collected = []
-        for file_id, caption in rows:
-            arrays = next(decoded, None) or self._decode(file_id)
+        for (file_id, caption), arrays in zip(rows, decoded, strict=False):
+            self._tried.add(file_id)
             if not isinstance(arrays, str):
                 collected.append((file_id, caption, arrays))
             elif file_id not in self._errors:
                 self._errors[file_id] = arrays
-                print(f"warning: skipped {arrays}", file=sys.stderr)
+                self._warn(arrays)
             if len(collected) == size:
                 break
-        else:
+        if len(collected) < least:
             raise UserError(
-                f"--data {self.name}: {size:,} examples are needed at a time, and only "
+                f"--data {self.name}: {least:,} examples are needed at a time, and only "
                 f"{len(collected):,} can be decoded ({self.skipped:,} corrupt files, the first: "
                 f"{next(iter(self._errors.values()))})"
             )
@@ -244,6 +310,14 @@ class CaptionDataset:
         names = ("images",) if self.modalities[1] == "image" else ("waves", "mels")
         fields = dict(zip(names, batched, strict=True))
         return Examples(np.array(ids, np.int64), list(captions), **fields)
+
+    def _warn(self, error: str) -> None:
+        """Print a warning of a corrupt file, unless there were enough."""
+        self._warnings += 1
+        if self._warnings <= WARNINGS:
+            print(f"warning: skipped {error}", file=sys.stderr)
+        if self._warnings == WARNINGS:
+            print("warning: further corrupt files are counted, not named", file=sys.stderr)
 
 
 def load_caption_dataset(folder: Path, image_size: int, frames: int) -> CaptionDataset:

@@ -56,5 +56,11 @@ class ExampleDataset(Protocol):
         ...
 
     def gallery(self, size: int) -> Examples:
-        """Return `size` held-out examples with different ids, the same at every call."""
+        """Return `size` held-out examples with different ids, the same at every call.
+
+        They are fewer where the files of some cannot be decoded.
+        """
         ...
+
+    # Optional: `notes(self) -> list[str]`, lines that are printed before training, such as what
+    # was left out.

@@ -243,10 +243,12 @@ class ContrastiveTask:
 
     def describe_data(self) -> str:
         data = self.data
-        return (
+        line = (
             f"{data.name}: {len(data.train):,} training + {len(data.held_out):,} held-out "
             f"examples, sha256 {data.sha256[:12]}"
         )
+        notes = data.notes() if hasattr(data, "notes") else []
+        return "\n           ".join([line, *notes])
 
     def describe_step(self) -> str:
         B = self.units_per_step

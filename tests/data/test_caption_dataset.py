@@ -222,8 +222,29 @@ class TestImage:
             read_image(tmp_path / "none.jpg", SIZE)
         with pytest.raises(UserError, match=r"cannot be read .Is a directory"):
             read_image(tmp_path, SIZE)
-        with pytest.raises(UserError, match="not a complete JPEG or PNG"):
-            read_image(self.save(Image.new("L", (8, 8)), tmp_path, "x.gif"), SIZE)
+
+    @pytest.mark.parametrize(
+        ("data", "kind"),
+        [
+            (b"GIF89a" + bytes(30), "a GIF image"),
+            (b"RIFF\x24\0\0\0WEBPVP8 ", "a WebP image"),
+            (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image"),
+            (b"<!DOCTYPE html><html>not found", "an HTML page"),
+            (b"ID3\4" + bytes(30), "an MP3 sound"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["x.jpg", "x.PNG", "x"])
+    def test_other_files_under_the_name_of_an_image(self, tmp_path, data, kind, name):
+        (tmp_path / name).write_bytes(data)
+        under = f" under the name {Path(name).suffix}" if name != "x" else ""
+        message = f"^{tmp_path}/{name}: {kind}{under}; only JPEG and PNG images are read: .*convert"
+        with pytest.raises(UserError, match=message):
+            read_image(tmp_path / name, SIZE)
+
+    def test_a_png_under_the_name_of_a_jpeg_is_read(self, tmp_path):
+        self.save(Image.new("L", (8, 8), 255), tmp_path, "x.png")
+        (tmp_path / "x.png").rename(tmp_path / "x.jpg")
+        assert (read_image(tmp_path / "x.jpg", SIZE) == 1).all()
 
 
 def test_read_sound(tmp_path):
@@ -421,13 +442,99 @@ class TestCorruptFiles:
         assert not set(check_colours(dataset.gallery(4))) & set(HELD_OUT[:2])
         dataset.gallery(4)
         assert dataset.skipped <= 2
+        assert len(dataset.gallery(5).ids) == len(dataset.gallery(6).ids) == 4
+        assert dataset.skipped == 2 and len(capsys.readouterr().err.splitlines()) == 2
+
+    def test_a_gallery_has_all_held_out_examples_that_can_be_decoded(self, photos, capsys):
+        """The same ones whatever was decoded before, in a resumed run and in sample.py."""
+        good = load(photos).gallery(6)
+        for name in (HELD_OUT[1], HELD_OUT[4]):
+            (photos / name).write_bytes((photos / name).read_bytes()[:50])
+        dataset = load(photos)
+        dataset.batch(3, 6, 0)
+        dataset.notes()
+        first = dataset.gallery(6)
+        kept = [
+            i for i, text in enumerate(good.captions) if text.split()[0] in check_colours(first)
+        ]
+        assert len(kept) == 4 and first.captions == [good.captions[i] for i in kept]
+        np.testing.assert_array_equal(first.ids, good.ids[kept])
+        assert_equal(dataset.gallery(6), first)
+        assert_equal(load(photos).gallery(6), first)
+        assert_equal(load(photos).gallery(4), first)
+
+    @pytest.mark.parametrize("good", [0, 1])
+    def test_a_gallery_needs_two_that_can_be_decoded(self, photos, good):
+        for name in HELD_OUT[good:]:
+            (photos / name).write_bytes(b"RIFF____WEBPVP8 ")
         message = (
-            r"5 examples are needed at a time, and only 4 .*"
-            r"2 corrupt files, the first: .*png: not"
+            f"2 examples are needed at a time, and only {good} can be decoded .{6 - good} corrupt "
+            "files, the first: .*a WebP image under the name .png"
         )
         with pytest.raises(UserError, match=message):
-            dataset.gallery(5)
-        assert dataset.skipped == 2 and len(capsys.readouterr().err.splitlines()) == 2
+            load(photos).gallery(6)
+
+    def test_nothing_is_held_out(self, tmp_path):
+        for i in "123":
+            write_wav(tmp_path / f"{i}.wav", np.zeros(600))
+            (tmp_path / f"{i}.txt").write_text(i)
+        with pytest.raises(UserError, match="no example is held out, of 3; add some"):
+            load(tmp_path).gallery(0)
+
+    def test_many_corrupt_files_are_counted_and_a_few_named(self, photos, capsys):
+        for name in TRAIN[:8]:
+            (photos / name).write_bytes(b"")
+        dataset = load(photos)
+        dataset.batch(0, 4, 0)
+        dataset.batch(3, 12, 0)
+        lines = capsys.readouterr().err.splitlines()
+        assert dataset.skipped == 8 and len(lines) == 6
+        assert lines[5] == "warning: further corrupt files are counted, not named"
+
+    def test_a_bad_file_in_a_large_folder_costs_no_more_than_itself(self, photos, monkeypatch):
+        """A replacement is decoded, and not the rest of the epoch."""
+        dataset = load(photos)
+        bad = dataset.batch(0, 4, 0).captions[0].split()[0]
+        (photos / bad).write_bytes(b"")
+        decoded = []
+
+        def recording_read_image(path, size):
+            decoded.append(path)
+            return read_image(path, size)
+
+        monkeypatch.setattr(module, "read_image", recording_read_image)
+        dataset = load(photos)
+        dataset._threads = 2
+        dataset.batch(0, 4, 0)
+        assert len(set(decoded)) <= 4 + 2 + 4  # the batch, replacements, and the next batch
+
+    def test_notes(self, photos, capsys):
+        dataset = load(photos)
+        held_out = "held out: 6 of 18 images, by the hash of the file's name"
+        assert dataset.notes() == [
+            held_out,
+            "decoded: 0 of 6 held-out and 12 of 12 training files, without an error",
+        ]
+        for name in TRAIN[:2] + HELD_OUT[:1]:
+            (photos / name).write_bytes(b"GIF89a")
+        dataset = load(photos)
+        dataset.gallery(6)
+        checked = dataset.notes()[1]
+        assert checked.startswith(
+            "decoded: 6 of 6 held-out and 12 of 12 training files; 3 of them cannot be and are "
+            f"skipped, the first: {photos / HELD_OUT[0]}: a GIF image under the name .png"
+        )
+        assert dataset.notes()[1] == checked
+        # What was noted is not warned of again.
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        dataset.batch(0, 10, 0)
+        assert capsys.readouterr().err == ""
+
+    def test_notes_try_some_files_of_a_large_folder(self, photos, monkeypatch):
+        monkeypatch.setattr(module, "CHECKED", 5)
+        dataset = load(photos)
+        checked = "decoded: 0 of 6 held-out and 5 of 12 training files, without an error"
+        assert dataset.notes()[1] == dataset.notes()[1] == checked
 
     def test_a_corrupt_sound(self, voices, capsys):
         bad = SOUNDS[3]
