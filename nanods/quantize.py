@@ -343,7 +343,7 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     check_finite(weight)
     largest = weight.detach().abs().amax(dim=-1, keepdim=True)
     scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
-    # Clamp, since the quotient may round to more than 448, which older releases of PyTorch made NaN.
+    # The quotient may round to more than 448, which older releases of PyTorch made NaN.
     floats = (weight.detach() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     return floats, scale[..., 0]
 

@@ -84,6 +84,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     """
     saved = checkpoint.load(config.run_dir, processes.on_main_process) if config.resume else None
     if saved:
+        checkpoint.require_floats(saved)
         config = ladder.resolve_resume(config, ladder.from_dict(saved.state["config"]))
         if saved.state["step"] >= config.steps:
             print(

@@ -19,7 +19,7 @@ def test_the_page_holds_its_images_and_sounds_and_escapes_captions(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;" in page and "A &amp; B" in page
     png, wav = (
-        base64.b64decode(re.search(f"data:{kind};base64,([^\"]+)", page).group(1))
+        base64.b64decode(re.search(f'data:{kind};base64,([^"]+)', page).group(1))
         for kind in ("image/png", "audio/wav")
     )
     assert Image.open(io.BytesIO(png)).size == (6, 4)

@@ -33,6 +33,7 @@ from nanods.data.download import file_sha256
 from nanods.errors import UserError
 from nanods.gpt import GPT
 from nanods.multimodal import Multimodal
+from nanods.quantize import FORMATS, quantize
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
@@ -222,8 +223,24 @@ def load_model(checkpoint: Checkpoint) -> GPT | Multimodal:
     """Return the model of a checkpoint, in eval mode, on the CPU. Raises UserError as
     `restore_model` does."""
     model = build_model(from_dict(checkpoint.state["config"])).eval()
+    if is_quantized(checkpoint):
+        model = quantize(model, checkpoint.state["format"])
     restore_model(model, checkpoint.model, checkpoint.path)
     return model
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint was written by nanods/training/quantize.py."""
+    return checkpoint.state.get("format") in FORMATS
+
+
+def require_floats(checkpoint: Checkpoint) -> None:
+    """Raise UserError if a checkpoint is quantised, so that nothing can be trained from it."""
+    if is_quantized(checkpoint):
+        raise UserError(
+            f"{checkpoint.path} is quantised ({checkpoint.state['format']}) and cannot be trained: "
+            "name the run that it was made from"
+        )
 
 
 # ---- model and optimizers ------------------------------------------------------------------------

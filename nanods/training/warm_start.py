@@ -33,6 +33,7 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
     """
     path = Path(config.init_from)
     saved = checkpoint.load(path)
+    checkpoint.require_floats(saved)
     source = from_dict(saved.state["config"])
     check_sizes(config, source, path)
     if saved.state["tokenizer"] != tokenizer:
