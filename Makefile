@@ -64,8 +64,20 @@ LAUNCH = -m nanods.distributed.launch --standalone --nproc-per-node $(GPUS)
 TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH)) train.py
 
 # .venv/base and .venv/dev are empty files that record when the environment was set up. A newer
-# constraints.txt or pyproject.toml makes it be set up again.
-.venv/base: constraints.txt pyproject.toml
+# constraints.txt or pyproject.toml makes it be set up again. It is built anew where its Python is
+# gone or finds no torch, or finds nanods elsewhere: this folder was moved or copied.
+IS_OURS := import importlib.util, os, sys; find = importlib.util.find_spec; \
+  sys.exit(not (find("torch") and os.path.samefile(find("nanods").origin, "nanods/__init__.py")))
+ifneq ($(wildcard .venv/base),)
+  MUST_REBUILD := $(shell test -L .venv || $(PY) -I -c '$(IS_OURS)' 2>/dev/null || echo rebuild)
+endif
+
+.PHONY: rebuild
+rebuild:
+	@echo 'the environment in .venv is broken or belongs to another folder (was this one moved?); extras must be added again:'
+	rm -rf .venv
+
+.venv/base: constraints.txt pyproject.toml $(MUST_REBUILD)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'nanods needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 2; }
 	@echo 'setting up .venv (once, about 2 minutes) ...'
@@ -138,11 +150,12 @@ lessons: .venv/dev
 	.venv/bin/jupyter execute $(JUPYTER) --timeout=300 lessons/*.ipynb
 
 notebook: .venv/dev
-	.venv/bin/jupyter lab lessons
+	.venv/bin/jupyter lab $(ARGS) lessons
 
-# ARGS=my_answers.py grades that file instead of the exercise file.
+# ARGS=my_answers.py grades that file instead of the exercise file. The grader exits with 1 where
+# steps are open or wrong: it says which, and make adds no error of its own.
 check-01 check-02 check-03 check-04: check-%: .venv/base
-	$(PY) lessons/exercises/check_$*.py $(ARGS)
+	@$(PY) lessons/exercises/check_$*.py $(ARGS) || test $$? = 1
 
 test: .venv/dev
 	$(PY) -m pytest -m 'not slow' $(ARGS)

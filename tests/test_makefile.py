@@ -1,0 +1,81 @@
+"""The Makefile, with a stub for Python: no environment is built."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+# It writes down its arguments, makes a virtual environment of itself, and grades with $GRADE.
+STUB = """#!/bin/sh
+echo "$@" >> log
+case "$*" in
+  *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  *"-I -c"*) test ! -e moved ;;
+  *check_01.py*) echo "Open exercises: dense_attention"; exit "$GRADE" ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone with an environment, in a folder with blanks in its name."""
+    clone = tmp_path / "a clone (copy)"
+    clone.mkdir()
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
+    (clone / "python").write_text(STUB)
+    (clone / "python").chmod(0o755)
+    assert make(clone, "setup").returncode == 0
+    (clone / "log").unlink()
+    return clone
+
+
+def make(clone, *arguments, grade="0"):
+    return subprocess.run(
+        ["make", "PYTHON=./python", *arguments],
+        cwd=clone,
+        env={"PATH": "/usr/bin:/bin", "GRADE": grade},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_environment_is_set_up_once(clone):
+    assert make(clone, "train-v0").returncode == 0
+    log = (clone / "log").read_text()
+    assert "venv" not in log and log.endswith("train.py v0-tiny\n")
+
+
+def test_a_moved_clone_builds_its_environment_anew_and_says_so(clone):
+    (clone / "moved").touch()  # the environment's Python finds nanods elsewhere
+    made = make(clone, "train-v0")
+    assert made.returncode == 0, made.stderr
+    assert "was this one moved?" in made.stdout
+    log = (clone / "log").read_text()
+    assert "-m venv .venv" in log and "install" in log and log.endswith("train.py v0-tiny\n")
+    (clone / "moved").unlink()
+    (clone / "log").unlink()
+    assert make(clone, "train-v0").returncode == 0
+    assert "venv" not in (clone / "log").read_text()
+
+
+def test_an_environment_whose_python_is_gone_is_built_anew(clone):
+    (clone / ".venv/bin/python").unlink()
+    (clone / ".venv/bin/python").symlink_to("/no/such/python3.11")
+    assert make(clone, "train-v0").returncode == 0
+    assert "-m venv .venv" in (clone / "log").read_text()
+
+
+def test_open_exercises_are_no_error_of_make(clone):
+    made = make(clone, "check-01", grade="1")
+    assert made.returncode == 0 and made.stdout == "Open exercises: dense_attention\n"
+    assert "Error" not in made.stderr
+    assert make(clone, "check-01", grade="2").returncode == 2
+
+
+def test_arguments_reach_jupyter(clone):
+    assert "lab --no-browser lessons" in make(clone, "-n", "notebook", "ARGS=--no-browser").stdout
