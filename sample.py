@@ -113,8 +113,11 @@ def check_args(args: Args) -> None:
         raise UserError(f"--top-p {args.top_p}: must be above 0 and at most 1")
     if args.top < 1:
         raise UserError(f"--top {args.top}: must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds none on this machine; leave the flag out")
+    present = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(args.device)
+    if present and not present.is_available():
+        raise UserError(
+            f"--device {args.device}: PyTorch finds none on this machine; leave the flag out"
+        )
 
 
 # ---- V0 to V2: generate text ---------------------------------------------------------------------
@@ -197,7 +200,8 @@ def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: 
     others = [name for name in galleries if name != query.modality]
     for name in others or [query.modality]:
         gallery = galleries[name]
-        scores = embed_one_modality(model, name, gallery.inputs, args.device) @ embedding  # (Q,)
+        targets = embed_one_modality(model, name, gallery.inputs, args.device)  # (Q, M)
+        scores = (targets @ embedding).cpu()  # (Q,)
         best = scores.argsort(descending=True, stable=True)[: args.top].tolist()
         print(f"{name}, the best of {len(scores)}:")
         for rank, i in enumerate(best, start=1):

@@ -420,6 +420,11 @@ def expand_to_queries(blocks: Tensor, T: int, block_size: int) -> Tensor:
     return blocks.repeat_interleave(block_size, dim=2)[:, :, :T]
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return fp64, or fp32 on Apple's GPUs ("mps"), which have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @torch.no_grad()
 def sparsity_stats(
     blocks: Tensor,
@@ -440,7 +445,8 @@ def sparsity_stats(
     selected = expand_to_queries(blocks, T, block_size) >= 0
     selected_keys = selected.sum(dim=-1) * block_size  # (B, H, T)
     current_keys = torch.arange(T, device=blocks.device) % block_size + 1  # (T,)
-    keys_read = (selected_keys + current_keys).double().mean(dim=(0, 2)) * 2 / (T + 1)
+    keys_read = (selected_keys + current_keys).to(widest_float(blocks.device))  # (B, H, T)
+    keys_read = keys_read.mean(dim=(0, 2)) * 2 / (T + 1)
     N = -(-T // block_size)
     scored = {"flat": T * (N - 1) / 2, "tile": N * (N - 1) / 2}.get(method, 0)
     while method == "tree" and beam * fan_out < N:

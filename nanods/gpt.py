@@ -480,7 +480,7 @@ class GPT(nn.Module):
         if min(sizes) < 1 or max(sizes) > T:
             raise ValueError(f"prompt lengths {sizes} must lie between 1 and {T}")
         rows = [row[:n][-context:] for row, n in zip(tokens.tolist(), sizes, strict=True)]
-        streams = [torch.Generator(device).manual_seed(seed * 1_000_003 + b) for b in range(B)]
+        streams = [torch.Generator().manual_seed(seed * 1_000_003 + b) for b in range(B)]
         done = torch.zeros(B, dtype=torch.bool, device=device)
         stop_tokens = torch.tensor(sorted(stop), dtype=torch.long, device=device)
         cache, new = None, tokens[:, -1]
@@ -516,11 +516,12 @@ def sample_token(
     """Draw one token per row from softmax(logits / temperature): (B, V) -> (B,).
 
     Temperature 0 takes the likeliest token. `top_k` keeps the k likeliest; `top_p` the fewest
-    likeliest that together reach probability p (Holtzman et al. 2019, arXiv:1904.09751).
+    likeliest that together reach probability p (Holtzman et al. 2019, arXiv:1904.09751). Computed
+    on the CPU, in fp64: Apple's GPUs have no fp64, and `streams` then draw alike on every device.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = (logits.double() / temperature).softmax(dim=-1)
+    probs = (logits.cpu().double() / temperature).softmax(dim=-1)
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_k is not None:
         ordered[:, top_k:] = 0
@@ -530,4 +531,4 @@ def sample_token(
     drawn = []
     for row, stream in zip(ordered, streams, strict=True):
         drawn.append(torch.multinomial(row, 1, generator=stream))
-    return order.gather(-1, torch.stack(drawn)).squeeze(-1)
+    return order.gather(-1, torch.stack(drawn)).squeeze(-1).to(logits.device)

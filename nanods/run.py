@@ -93,7 +93,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
             )
             return None
     build_meta_model(config)  # refuses sizes that do not fit together, before any data is loaded
-    device = choose_device(config)
+    device = choose_device(config, processes.world_size)
     precision = choose_precision(config, device)
     task = make_task(config, device)
     processes.local_batch(config.batch_size)  # refuses a batch that does not divide

@@ -179,7 +179,7 @@ class ProcessGroups:
         if self.batch_shards == 1:
             return metrics
         names = [name for name in metrics if not name.startswith("load")]
-        values = torch.stack([metrics[name].double().cpu() for name in names])
+        values = torch.stack([metrics[name].cpu().double() for name in names])
         means = self.all_reduce_sum(values.to(self.device)) / self.world_size
         averages = dict(zip(names, means.unbind(), strict=True))
         result = {}

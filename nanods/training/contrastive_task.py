@@ -272,7 +272,7 @@ class ContrastiveTask:
     def draw(self, model: Multimodal, rows: list[dict]) -> list[Path]:
         """Draw loss, recall, similarities, neighbours and a map of the space."""
         embeddings, _ = self.embed(model, self.inputs(self.gallery))
-        arrays = {name: e.double().cpu().numpy() for name, e in embeddings.items()}
+        arrays = {name: e.cpu().double().numpy() for name, e in embeddings.items()}
         return draw_multimodal_run(self.config, arrays, self.gallery, logit_scale(model), rows)
 
     def show_examples(self, model: Multimodal) -> str:
@@ -392,12 +392,12 @@ def moe_losses(
     for group in groups:
         # One layer at a time, as each modality of the group went through it.
         for layers in zip(*(stats[name] for name in group), strict=True):
-            load = torch.stack([layer["load"] for layer in layers]).double()  # (modalities, E)
-            token_share = load.sum(dim=1, keepdim=True) / load.sum()
-            token_share = token_share.to(layers[0]["z_loss"].dtype)  # (modalities, 1)
+            load = torch.stack([layer["load"] for layer in layers])  # (modalities, E), integers
+            dtype = layers[0]["z_loss"].dtype
+            token_share = load.sum(dim=1, keepdim=True).to(dtype) / load.sum()  # (modalities, 1)
             by_modality = list(zip(token_share, layers, strict=True))
             importance = sum(share * layer["importance"] for share, layer in by_modality)
-            load_share = (load.sum(dim=0) / load.sum()).to(importance.dtype)
+            load_share = load.sum(dim=0).to(dtype) / load.sum()  # (E,)
             values["balance_loss"].append(E * (load_share * importance).sum())
             for name in ("z_loss", "dropped"):
                 values[name].append(sum(share[0] * layer[name] for share, layer in by_modality))

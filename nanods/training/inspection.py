@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanods.attention import block_mask, visible_mask
+from nanods.attention import block_mask, visible_mask, widest_float
 from nanods.gpt import GPT
 
 MAX_TOKENS = 2048  # queries inspected: dense attention's weights, for comparison, take T x T memory
@@ -57,7 +57,7 @@ def sparsity_report(model: GPT, tokens: Tensor) -> dict:
         shares["keys_read"].append(stats["keys_read"])
         shares["weight_read"].append((weights * read).sum(dim=-1).mean(dim=(0, 2)))
         shares["best_found"].append(best_blocks_found(weights, read, block_size, top_blocks))
-    report = {name: torch.stack(rows).double().cpu().numpy() for name, rows in shares.items()}
+    report = {name: torch.stack(rows).cpu().double().numpy() for name, rows in shares.items()}
     weight_read = report["weight_read"]
     layer, head = np.unravel_index(weight_read.argmin(), weight_read.shape)
     return report | {
@@ -87,7 +87,8 @@ def best_blocks_found(weights: Tensor, read: Tensor, block_size: int, top_blocks
     if not must_choose.any():
         return weights.new_ones(weights.size(1))
     best = by_block[:, :, must_choose].topk(top_blocks, dim=-1).indices  # (1, H, queries, K)
-    return selected[:, :, must_choose].gather(-1, best).double().mean(dim=(0, 2, 3))
+    found = selected[:, :, must_choose].gather(-1, best)  # (1, H, queries, K)
+    return found.to(widest_float(found.device)).mean(dim=(0, 2, 3))
 
 
 @torch.no_grad()
@@ -117,7 +118,8 @@ class LoadMonitor:
     def update(self, load: Tensor) -> dict[str, str]:
         """Add the load (L, E) of one step. Returns {"alarm": what is wrong now}, with "new_alarm"
         where it was not wrong before; {} where nothing is."""
-        share = load.double() / load.sum(dim=-1, keepdim=True)
+        counts = load.cpu().double()
+        share = counts / counts.sum(dim=-1, keepdim=True)
         self.mean = share if self.mean is None else self.mean.lerp(share, 0.05)
         self.steps += 1
         if self.steps < 20:
@@ -135,7 +137,7 @@ class LoadMonitor:
     def find_faults(self) -> dict[tuple, str]:
         """Return what is wrong, in words, by (layer, expert) or (layer, "all")."""
         E, faults = self.mean.size(-1), {}
-        for layer, share in enumerate(self.mean.cpu()):
+        for layer, share in enumerate(self.mean):
             if torch.special.entr(share).sum() < 0.5 * math.log(E):
                 faults[layer, "all"] = (
                     f"layer {layer}: the router collapses "

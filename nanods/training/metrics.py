@@ -38,7 +38,8 @@ def load_metrics(load: Tensor) -> dict:
     load_entropy         the entropy of the load as a share of ln E: 1 if even
     load                 the load itself, as lists
     """
-    share = load.double() / load.sum(dim=-1, keepdim=True)
+    counts = load.cpu().double()
+    share = counts / counts.sum(dim=-1, keepdim=True)
     E = load.size(-1)
     return {
         "load_max_over_mean": (share.amax(dim=-1) * E).mean().item(),

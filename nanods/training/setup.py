@@ -28,12 +28,12 @@ DTYPES = {
 }
 
 
-def choose_device(config: Config) -> torch.device:
+def choose_device(config: Config, world_size: int = 1) -> torch.device:
     """Return the device of `--device`, and print it with the reason. Raises UserError if the
-    machine does not have it."""
+    machine does not have it. Several processes cannot share an Apple GPU (mps)."""
     present = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+        "mps": torch.backends.mps.is_available() and world_size == 1,
         "cpu": True,
     }
     if config.device == "auto":
@@ -43,7 +43,8 @@ def choose_device(config: Config) -> torch.device:
         name, reason = config.device, "as requested"
     else:
         raise UserError(
-            f"--device {config.device}: PyTorch finds none on this machine; leave the flag out, or "
+            f"--device {config.device}: PyTorch finds none on this machine"
+            f"{' for several processes' if world_size > 1 else ''}; leave the flag out, or "
             "--device cpu"
         )
     threads = f", {torch.get_num_threads()} threads" if name == "cpu" else ""
@@ -77,6 +78,8 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
             "fp32",
             f"this {device.type.upper()} is not known to multiply bf16 in hardware",
         )
+    if name == "fp64" and device.type == "mps":
+        raise UserError("--dtype fp64: Apple's GPUs (mps) have no fp64; add --device cpu")
     print(f"dtype      {name} ({reason})")
     dtype = DTYPES[name]
     autocast = contextlib.nullcontext()
