@@ -79,3 +79,10 @@ def test_no_file_refers_to_a_path_outside_the_repository():
             assert not any(
                 "/".join(words) in text for words in (("..", "shared"), ("", "work", ""))
             ), name
+
+
+def test_no_module_is_imported_that_a_newer_python_has_removed():
+    removed = {"distutils", "imp", "asyncore", "asynchat", "smtpd"}  # 3.12
+    removed |= {"aifc", "audioop", "cgi", "chunk", "crypt", "imghdr", "pipes", "sndhdr"}  # 3.13
+    for path in FILES:
+        assert not {name.split(".")[0] for name in imports(path)} & removed, path

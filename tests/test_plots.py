@@ -1,6 +1,10 @@
 """V3's figures show the values, positions and words that they are called with."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -11,6 +15,7 @@ from matplotlib.text import Text
 from nanods import plots
 from nanods import plots_multimodal as mm
 
+ROOT = Path(__file__).parents[1]
 MODALITIES = ("text", "image", "audio")
 RANDOM = np.random.default_rng(0)
 
@@ -276,3 +281,20 @@ def test_warnings_about_anything_else_are_kept(tmp_path):
     figure.savefig = lambda *args, **kwargs: warnings.warn("another", stacklevel=1)
     with pytest.warns(UserWarning, match="another"):
         plots.save(figure, tmp_path / "any.png")
+
+
+def test_pictures_are_drawn_where_home_cannot_be_written_in_a_folder_with_blanks(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    code = (
+        "from pathlib import Path; from matplotlib.figure import Figure; from nanods import plots\n"
+        "plots.save(Figure(), Path('my picture.png'))"
+    )
+    hidden = ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": "/dev/null", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (folder / "my picture.png").exists()

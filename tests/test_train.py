@@ -125,7 +125,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_cleanly(train_tiny, workspace, monkeypatch, number):
+def test_a_signal_saves_and_the_run_resumes_bitwise(train_tiny, workspace, monkeypatch, number):
     import train
 
     real = train.set_learning_rate
@@ -135,10 +135,16 @@ def test_a_signal_saves_and_ends_cleanly(train_tiny, workspace, monkeypatch, num
             os.kill(os.getpid(), number)
         return real(optimizers, step, config)
 
+    flags = ("--steps", 8)
+    assert train_tiny("v0-tiny", *flags, "--out-dir", "whole")[0] == 0
     monkeypatch.setattr(train, "set_learning_rate", send_signal)
-    code, out, _ = train_tiny("v0-tiny", "--steps", 50)
+    code, out, _ = train_tiny("v0-tiny", *flags)
     assert code == 0 and "saved after step 4" in out and "--resume" in out
     assert checkpoint.load(workspace / "runs/v0-tiny").state["step"] == 4
+    monkeypatch.setattr(train, "set_learning_rate", real)
+    assert train_tiny("v0-tiny", *flags, "--resume")[0] == 0
+    assert weights(workspace / "runs/v0-tiny") == weights(workspace / "whole")
+    assert metrics(workspace / "runs/v0-tiny") == metrics(workspace / "whole")
 
 
 def test_an_existing_run_is_renamed(train_tiny, workspace):

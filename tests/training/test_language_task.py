@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from nanods.build import build_model
 from nanods.config import PRESETS
 from nanods.data.text import TextData
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.training.language_task import LanguageTask, cross_entropy
+from nanods.training.task import accumulate_gradients
 
 
 def task_of(train=200, val=67, T=8, seed=0):
@@ -82,3 +84,18 @@ def test_the_loss_is_taken_in_at_least_fp32():
 def test_a_text_shorter_than_a_context_is_refused():
     with pytest.raises(UserError, match="context"):
         task_of(val=8)
+
+
+@pytest.mark.parametrize("preset", ["v0-tiny", "v1-tiny"])
+def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(preset):
+    task = task_of(T=32)
+    model_config = replace(PRESETS[preset].model, n_layer=2, n_head=2, n_embd=16, context_length=32)
+    torch.manual_seed(0)
+    model = build_model(replace(PRESETS[preset], model=model_config)).double()
+    gradients = {}
+    for size in (3, 1):
+        model.zero_grad()
+        accumulate_gradients(task, model, task.batch(0), size)
+        gradients[size] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    difference = (gradients[3] - gradients[1]).abs().max() / gradients[3].abs().max()
+    assert difference < 3e-15
