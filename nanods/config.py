@@ -70,9 +70,18 @@ class Config:
     init_noise: float = 0.0
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
     data: str = "pydocs"
-    """pydocs, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the path of a UTF-8 text file
-    or of a folder of .txt, .jsonl and .parquet files. V3: scenes, or a folder of captioned images
-    or sounds (README)."""
+    """pydocs, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the path of a UTF-8 text, of a
+    .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes, or a folder of captioned
+    images or sounds (docs/DATA.md)."""
+    val_data: str | None = None
+    """V0 to V2: a file or a folder of texts for validation; all of --data is then trained on.
+    Default: the validation split of the data set, else a part of --data."""
+    val_fraction: float = 0.1
+    """V0 to V2: share of --data held out for validation, if it has no validation split; of folders
+    and tables about 1 MB at most."""
+    eval_tokens: int = 1_200_000
+    """V0 to V2: validation tokens that an evaluation reads at most, in windows spread evenly over
+    the validation text."""
     out_dir: Path | None = None
     """Where checkpoints, metrics and pictures go. Default: runs/PRESET."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

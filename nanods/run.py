@@ -24,7 +24,7 @@ from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
 from nanods.errors import UserError
 from nanods.planner.memory import model_cost
-from nanods.planner.search import largest_micro_batch, step_memory
+from nanods.planner.search import largest_micro_batch, run_memory
 from nanods.training import checkpoint
 from nanods.training.activation_checkpointing import checkpoint_blocks
 from nanods.training.commands import sample_command
@@ -197,19 +197,24 @@ def choose_micro_batch(
 
 def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> None:
     """Print what the run needs: parameters, arithmetic, memory, and time, which two rehearsed
-    batches measure."""
+    batches and a part of an evaluation measure."""
     config, task = run.config, run.task
     whole = build_meta_model(config)  # `run.model` may be a part
     total, active = whole.count_parameters()
     cost = model_cost(whole)
-    memory = step_memory(config, processes.mesh, run.device.type, run.micro_batch, cost)
+    memory = run_memory(config, processes.mesh, run.device.type, run.micro_batch, cost)
     seconds = time_batch(run, compiled, processes) + muon_seconds(run.optimizers)
+    steps = range(run.step + 1, config.steps + 1)
+    evaluations = sum(step % config.eval_every == 0 or step == config.steps for step in steps)
+    with run.precision.autocast:
+        evaluating = evaluations * task.evaluation_seconds(compiled)
     print(
         f"data       {task.describe_data()}\n"
         f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), "
         f"{task.describe_flops(whole)}, about {memory / 2**30:.2f} GiB, "
-        f"{format_duration(seconds * (config.steps - run.step))} for {config.steps} steps of "
-        f"{task.describe_step()} (micro-batches of {run.micro_batch})"
+        f"{format_duration(seconds * len(steps) + evaluating)} for {config.steps} steps of "
+        f"{task.describe_step()} (micro-batches of {run.micro_batch}), of it "
+        f"{format_duration(evaluating)} for evaluations ({evaluations})"
     )
 
 

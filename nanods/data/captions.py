@@ -41,7 +41,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from nanods.data.sources import decode_text
+from nanods.data.decoding import decode_text
 from nanods.data.splits import split_of
 from nanods.errors import UserError
 
@@ -481,7 +481,7 @@ def normalise_caption(text: str) -> str:
 def read_text(file: Path) -> str:
     """Return the text of a UTF-8 file. Raises UserError if it is empty, binary or not UTF-8."""
     try:
-        return decode_text(str(file), file.read_bytes()).removeprefix("\ufeff")
+        return decode_text(str(file), file.read_bytes())
     except OSError as error:
         raise UserError(
             f"--data {file}: cannot be read ({error.strerror}); check its permissions"

@@ -17,8 +17,14 @@ PREFIXES = (
     (b"fLaC", "a FLAC sound"),
     (b"RF64", "an RF64 sound (WAV above 4 GB)"),
     (b"%PDF", "a PDF document"),
-    (b"PK\3\4", "a zip archive"),
+    (b"PK\3\4", "a zip archive (.docx, .odt and .epub are zip archives too)"),
     (b"\x1f\x8b", "a gzip archive"),
+    (b"BZh91AY&SY", "a bzip2 archive"),
+    (b"\xfd7zXZ", "an xz archive"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive"),
+    (b"PAR1", "a Parquet file"),
+    (b"SQLite format 3", "an SQLite database"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document"),
     (b"version https://git-lfs", "a Git LFS pointer instead of the file (run: git lfs pull)"),
 )
 # Containers: bytes 8 to 12 say what a RIFF or FORM file holds, and the brand of a file whose bytes

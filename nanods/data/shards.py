@@ -74,19 +74,22 @@ class Shards:
     val: np.ndarray  # memory-mapped, one shard
     tokenizer: Tokenizer
     val_bytes: int
+    validation: str
+    notices: tuple[str, ...]
 
 
 # ---- opening and verifying -----------------------------------------------------------------------
 
 
 def load_shards(
-    name: str, vocab_size: int, tokenizer_for: Callable[[str, int], Tokenizer]
+    name: str, vocab_size: int, tokenizer_for: Callable[[str, int], Tokenizer], fraction: float
 ) -> Shards:
     """Return the verified shards of a source. Missing or damaged shards are made first.
 
     `name`: a source or a folder of shards (see `is_sharded_source`).
     `tokenizer_for(text, vocab_size)` returns the tokenizer; text is a sample of the training split,
     or empty for bytes.
+    `fraction` is held out for validation (see `plan`); a folder of shards has been split before.
 
     Raises UserError for a source that cannot be read, and for a damaged folder of shards, which
     cannot be repaired without its source.
@@ -96,12 +99,12 @@ def load_shards(
         check_shards_folder(name, folder, vocab_size)
     else:
         kind = "bytes" if vocab_size == 256 else f"bpe{vocab_size}"
-        folder_name = f"{Path(name).resolve().name}-{fingerprint(name)[:12]}-{kind}"
+        folder_name = f"{Path(name).resolve().name}-{fingerprint(name, fraction)[:12]}-{kind}"
         folder = data_dir() / "shards" / folder_name
         if find_damage(folder, read_index(folder)):
             # A second process waits for the lock, and then finds the shards of the first one.
             with lock_data(folder / INDEX):
-                make_shards(name, folder, vocab_size, tokenizer_for)
+                make_shards(name, folder, vocab_size, tokenizer_for, fraction)
     return open_shards(folder)
 
 
@@ -137,6 +140,8 @@ def open_shards(folder: Path) -> Shards:
         val=val,
         tokenizer=tokenizer_from_json((folder / "tokenizer.json").read_text(encoding="utf-8")),
         val_bytes=index["shards"]["validation.bin"]["bytes"],
+        validation=index.get("validation", "the shard validation.bin"),
+        notices=tuple(index.get("notices", ())),
     )
 
 
@@ -211,7 +216,11 @@ def check_file(path: Path, size: int | None, sha256: str) -> str | None:
 
 
 def make_shards(
-    name: str, folder: Path, vocab_size: int, tokenizer_for: Callable[[str, int], Tokenizer]
+    name: str,
+    folder: Path,
+    vocab_size: int,
+    tokenizer_for: Callable[[str, int], Tokenizer],
+    fraction: float,
 ) -> None:
     """Make the shards of a source that are missing or damaged.
 
@@ -228,7 +237,12 @@ def make_shards(
     for file, problem in damage.items():
         if file != INDEX:
             print(f"warning: {folder}: {problem}; making it again from {name}", file=sys.stderr)
-    jobs = plan(name)
+    planned = plan(name, fraction)
+    jobs = planned.shards
+    if planned.validation:
+        print(f"validation {planned.validation}")
+    for notice in planned.notices:
+        print(f"notice     {notice}")
     if old_index and "tokenizer.json" not in damage:
         saved = (folder / "tokenizer.json").read_text(encoding="utf-8")
     else:
@@ -241,6 +255,8 @@ def make_shards(
         "vocab_size": vocab_size,
         "dtype": "<u2" if vocab_size <= 65536 else "<u4",
         "planned": len(jobs),
+        "validation": planned.validation,
+        "notices": list(planned.notices),
     }
     done = {}
     if old_index and all(
@@ -289,7 +305,7 @@ def make_in_processes(calls: dict[str, tuple], on_finished: Callable[[str, dict]
     killed.
     """
     processes = min(available_cores(), len(calls))
-    if processes <= 1:
+    if processes <= 1 or len(calls) <= 2:  # a small corpus: starting processes takes longer
         for shard, arguments in calls.items():
             on_finished(shard, make_shard(*arguments))
         return

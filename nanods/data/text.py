@@ -1,6 +1,7 @@
 """Corpora as token ids: `load_text("pydocs")` memory-maps tokens for training and validation.
 
-A corpus is split (the first 90% of the characters train, the last 10% validate), encoded, and
+A corpus is split (the first 90% of the characters train, the last 10% validate, unless it has a
+validation split or --val-data gives one), encoded, and
 cached in `data/cache/TEXT_HASH-TOKENIZER_HASH.npy`. The hashes in the name mean that a cached file
 can be missing or damaged, but never out of date. Its header holds the number of tokens: a truncated
 file is detected and written again. nanods/data/shards.py loads a corpus that does not fit into
@@ -9,16 +10,26 @@ memory.
 
 import difflib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from nanods.data.decoding import decode_text, describe_format
 from nanods.data.download import data_dir, download, lock_data, write_atomic
 from nanods.data.pydocs import pydocs_text
 from nanods.data.shards import Tokens, load_shards
-from nanods.data.sources import DATASETS_MARKERS, FINEWEB, decode_text, is_sharded_source
+from nanods.data.sources import (
+    DATASETS_MARKERS,
+    FINEWEB,
+    SUFFIXES,
+    is_sharded_source,
+    left_out,
+    validation_text,
+)
+from nanods.data.splits import split_of
+from nanods.data.statistics import describe_difference
 from nanods.data.tokenizer import (
     LONGEST_WORD,
     BPETokenizer,
@@ -52,47 +63,78 @@ class TextData:
     val: np.memmap
     tokenizer: ByteTokenizer | BPETokenizer
     val_bytes: int  # of the validation text: bits per byte = nats per token * tokens / ln 2 / bytes
+    validation: str = ""  # where the validation text comes from
+    notices: tuple[str, ...] = ()  # what is left out or looks wrong
 
     def require(self, context_length: int) -> None:
         """Check that each split holds at least one context and the token after it.
 
         Raises UserError if not.
         """
-        for split_name, tokens in (("training", self.train), ("validation", self.val)):
+        for split_name, tokens, fix in (
+            ("training", self.train, ""),
+            ("validation", self.val, "--val-data FILE, a larger --val-fraction, "),
+        ):
             if len(tokens) < context_length + 1:
                 raise UserError(
                     f"--data {self.name}: its {split_name} part has {len(tokens):,} tokens, and "
                     f"one context needs {context_length + 1:,} (--context-length {context_length} "
-                    "and the next token): take a longer text or a shorter --context-length"
+                    f"and the next token): take a longer text, {fix}or a shorter --context-length"
                 )
 
 
-def load_text(name_or_path: str, vocab_size: int = 256) -> TextData:
+def load_text(
+    name_or_path: str,
+    vocab_size: int = 256,
+    val_data: str | None = None,
+    val_fraction: float = 0.1,
+) -> TextData:
     """Load a corpus as token ids.
 
     `name_or_path`: one of NAMES, a UTF-8 text file, a folder written by `datasets.save_to_disk`, a
-    folder of .txt, .jsonl and .parquet files, or a folder of shards.
+    source that comes in shards (nanods/data/sources.py), or a folder of shards.
     `vocab_size`: 256 for bytes; a larger one for a BPE trained on the training split.
+    `val_data`: a file or folder of texts for validation. All of the corpus is then for training.
+    `val_fraction`: what is held out for validation, if the corpus has no validation split.
 
     Raises UserError for any mistake in the arguments, a failed download or a missing extra.
     """
+    if val_data is not None:
+        if Path(val_data).resolve() == Path(name_or_path).resolve():
+            raise UserError(f"--val-data {val_data}: the same as --data; leave it out, or give one")
+        val_text, val_source = validation_text(val_data)
+    fraction = 0.0 if val_data is not None else val_fraction
     if is_sharded_source(name_or_path):
-        shards = load_shards(name_or_path, vocab_size, tokenizer_for)
-        return TextData(name=name_or_path, **vars(shards))
-    train, val = read_splits(name_or_path)
-    if not train or not val:
-        raise UserError(
-            f"--data {name_or_path}: the text is too short to split into training and validation"
+        shards = load_shards(name_or_path, vocab_size, tokenizer_for, fraction)
+        data = TextData(name=name_or_path, **vars(shards))
+    else:
+        splits = read_splits(name_or_path, fraction)
+        if not splits.train or not (splits.val or val_data is not None):
+            raise UserError(
+                f"--data {name_or_path}: the text is too short to split into training and "
+                "validation; take a longer one, or give the validation text as --val-data FILE"
+            )
+        tokenizer = tokenizer_for(splits.train, vocab_size)
+        data = TextData(
+            name=name_or_path,
+            sha256=sha256(splits.train + splits.val),
+            train=encode_cached(splits.train, tokenizer),
+            val=encode_cached(splits.val, tokenizer) if splits.val else np.empty(0, np.uint16),
+            tokenizer=tokenizer,
+            val_bytes=len(splits.val.encode()),
+            validation=splits.validation,
+            notices=splits.notices,
         )
-    tokenizer = tokenizer_for(train, vocab_size)
-    return TextData(
-        name=name_or_path,
-        sha256=sha256(train + val),
-        train=encode_cached(train, tokenizer),
-        val=encode_cached(val, tokenizer),
-        tokenizer=tokenizer,
-        val_bytes=len(val.encode()),
-    )
+    if val_data is not None:
+        data = replace(
+            data,
+            sha256=sha256(data.sha256 + sha256(val_text)),
+            val=encode_cached(val_text, data.tokenizer),
+            val_bytes=len(val_text.encode()),
+            validation=val_source,
+        )
+    difference = describe_difference(data)
+    return replace(data, notices=(*data.notices, difference)) if difference else data
 
 
 def sha256(text: str) -> str:
@@ -103,18 +145,29 @@ def sha256(text: str) -> str:
 # ---- reading a corpus ----------------------------------------------------------------------------
 
 
-def read_splits(name: str) -> tuple[str, str]:
-    """Return the training text and the validation text of a corpus."""
+@dataclass(frozen=True)
+class Splits:
+    """A corpus in memory. The fields are those of TextData, as texts."""
+
+    train: str
+    val: str
+    validation: str
+    notices: tuple[str, ...] = ()
+
+
+def read_splits(name: str, fraction: float) -> Splits:
+    """Return the training text and the validation text of a corpus: its own validation split, or
+    `fraction` of it; with a fraction of 0 no validation text."""
     if name == "pydocs":
-        return split(pydocs_text())
+        return hold_out_end(pydocs_text(), fraction)
     if name == "shakespeare":
         path = download(SHAKESPEARE_URLS, data_dir() / "tinyshakespeare.txt", SHAKESPEARE_SHA256)
-        return split(path.read_bytes().decode())
+        return hold_out_end(path.read_bytes().decode(), fraction)
     if name in WIKITEXTS:
-        return read_dataset(name)
+        return read_dataset(name, fraction)
     try:
         if Path(name).is_dir():
-            return read_dataset(name)
+            return read_dataset(name, fraction)
         data = Path(name).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise unknown_corpus(name) from None
@@ -122,12 +175,20 @@ def read_splits(name: str) -> tuple[str, str]:
         raise UserError(
             f"--data {name}: cannot be read ({error.strerror}); give a UTF-8 text file"
         ) from error
-    return split(decode_text(name, data))
+    text = decode_text(name, data)
+    looks = describe_format(text)
+    notices = (f"{name} {looks}",) if looks else ()
+    return replace(hold_out_end(text, fraction), notices=notices)
 
 
-def split(text: str) -> tuple[str, str]:
-    """Return the first 90% and the last 10% of the characters, as nanoGPT does."""
-    cut = int(len(text) * 0.9)
+def hold_out_end(text: str, fraction: float) -> Splits:
+    """Return the splits of a text that has no validation split of its own."""
+    return Splits(*split(text, fraction), f"the last {100 * fraction:g}% of the text")
+
+
+def split(text: str, fraction: float = 0.1) -> tuple[str, str]:
+    """Split at the characters: by default the first 90% and the last 10%, as nanoGPT does."""
+    cut = int(len(text) * (1 - fraction))
     return text[:cut], text[cut:]
 
 
@@ -143,20 +204,23 @@ def unknown_corpus(name: str) -> UserError:
     )
 
 
-def read_dataset(name: str) -> tuple[str, str]:
+def read_dataset(name: str, fraction: float) -> Splits:
     """Return the splits of WikiText or of a folder written by `datasets.save_to_disk`.
 
-    WikiText: Merity et al. 2016, arXiv:1609.07843. If the data set has a validation split, its own
-    splits are used; if not, its text is split as any other. Each row of column "text" ends in a
+    WikiText: Merity et al. 2016, arXiv:1609.07843. If the data set has a validation split, by any
+    of its usual names, its own splits are used; if not, its training split is split as any text.
+    Each row of column "text" ends in a
     newline.
 
     Raises UserError if the data set cannot be loaded or lacks the split or the column.
     """
     is_saved_dataset = any((Path(name) / marker).is_file() for marker in DATASETS_MARKERS)
     if name not in WIKITEXTS and not is_saved_dataset:
+        others = left_out(Path(name))
         raise UserError(
             f"--data {name}: a directory, but not one written by datasets' save_to_disk, and no "
-            ".txt, .jsonl or .parquet file in it; give a UTF-8 text file or a folder of such files"
+            f"text in it to read; give a UTF-8 text file or a folder of {', '.join(SUFFIXES)} files"
+            f"{'; ' + others if others else ''}"
         )
     try:
         import datasets
@@ -181,9 +245,15 @@ def read_dataset(name: str) -> tuple[str, str]:
         raise UserError(
             f"--data {name}: no split called train, only {', '.join(splits)}; rename one"
         )
-    if "validation" in splits:
-        return join_rows(name, splits["train"]), join_rows(name, splits["validation"])
-    return split(join_rows(name, splits["train"]))
+    train = join_rows(name, splits["train"])
+    own = next((split for split in splits if split_of(split) == "val"), None)
+    if own and fraction:
+        result = Splits(train, join_rows(name, splits[own]), f"its split {own}")
+    else:
+        result = hold_out_end(train, fraction)
+    unused = [each for each in splits if each not in ("train", own if fraction else None)]
+    notices = (f"{name}: left out its split {' and '.join(unused)}",) if unused else ()
+    return replace(result, notices=notices)
 
 
 def join_rows(name: str, rows) -> str:

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from nanods.config import Config
 from nanods.gpt import GPT, Block
 from nanods.multimodal import Multimodal, tokens_per_example
+from nanods.training.contrastive_task import EMBED_CHUNK
+from nanods.training.language_task import eval_batch_size
 from nanods.training.muon import STACKED, fast_bf16
 from nanods.training.optimizers import STATE_BYTES
 from nanods.training.parameter_groups import fp32_parameters, optimizer_of
@@ -238,6 +240,27 @@ def logit_bytes(config: Config, step: StepConfig, batch_shards: int = 1) -> floa
         return allocated_bytes([4 * config.model.vocab_size] * 3, step, tokens)
     local_batch = math.ceil(config.batch_size / batch_shards)
     return 24.0 * local_batch * config.batch_size * len(config.multimodal.pair_weights())
+
+
+def evaluation_bytes(config: Config, cost: ModelCost, step: StepConfig) -> float:
+    """Return the bytes of an evaluation's batch: a forward pass without a graph.
+
+    At its fullest moment it holds the logits and their log-softmax, or what the fullest block makes
+    beside the residual stream.
+    """
+    examples = EMBED_CHUNK if config.multimodal.modalities else eval_batch_size(config)
+    C, V, cast = config.model.n_embd, config.model.vocab_size, step.itemsize % 4
+    layer = {"itemsize": step.itemsize, "tp": step.tp, "imbalance": step.imbalance}
+    fullest = 0.0
+    for name, T in cost.model.tokens_per_example().items():
+        tokens, masked = examples * T, name in cost.model.masked_inputs()
+        for block in cost.model.trunk_blocks(name):
+            made = block.activation_bytes(T, step.device, masked=masked, **layer)
+            fullest = max(fullest, allocated_bytes([4 * C, *made], step, tokens))
+        if not config.multimodal.modalities:
+            logits = [4 * C, 4 * V, 4 * V, cast * V]
+            fullest = max(fullest, allocated_bytes(logits, step, tokens))
+    return fullest
 
 
 # ---- optimizers ----------------------------------------------------------------------------------

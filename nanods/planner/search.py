@@ -32,6 +32,7 @@ from nanods.planner.hardware import GPUS, Device, local_device, main_memory, usa
 from nanods.planner.memory import (
     ModelCost,
     StepConfig,
+    evaluation_bytes,
     model_cost,
     sequence_lengths,
     step_config,
@@ -331,6 +332,14 @@ def step_memory(
     cost = cost or model_cost(build_meta_model(config))
     step = step_config(config, device, micro_batch)
     return sum(memory_per_gpu(config, cost, mesh, step).values())
+
+
+def run_memory(config: Config, mesh: Mesh, device: str, micro_batch: int, cost: ModelCost) -> float:
+    """Return the bytes that a run needs on each device: those of a step or of an evaluation."""
+    step = step_config(config, device, micro_batch)
+    memory = memory_per_gpu(config, cost, mesh, step)
+    kept = sum(memory[kind] for kind in ("weights", "optimizer", "copies", "buffers"))
+    return max(sum(memory.values()), kept + evaluation_bytes(config, cost, step))
 
 
 def choose_mesh(config: Config, world_size: int) -> tuple[str | None, str]:

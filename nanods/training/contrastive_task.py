@@ -14,6 +14,7 @@ Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption,
 space, L layers, E experts.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import permutations
@@ -226,6 +227,18 @@ class ContrastiveTask:
             total = combine_loads(load.values(), self.config)
             metrics |= {f"val_{name}": value for name, value in load_metrics(total).items()}
         return metrics
+
+    @torch.no_grad()
+    def evaluation_seconds(self, model: nn.Module) -> float:
+        """Return the time of an evaluation, from one of the chunks that it embeds."""
+        start = time.perf_counter()
+        inputs = self.inputs(self.gallery)
+        prepared = time.perf_counter()
+        embeddings, _ = self.embed(model, {name: x[:EMBED_CHUNK] for name, x in inputs.items()})
+        embedded = next(iter(embeddings.values()))
+        embedded.sum().item()  # waits for the GPU
+        chunks = len(self.gallery.ids) / len(embedded)
+        return prepared - start + chunks * (time.perf_counter() - prepared)
 
     def gallery_loss(self, embeddings: dict[str, Tensor], ids: Tensor, scale: float) -> float:
         """Return the mean contrastive loss of the gallery's batches, without a last one that is not

@@ -8,6 +8,7 @@ Shapes: B windows of a batch, T tokens of context, V vocabulary, L layers, E exp
 """
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nanods.config import Config
 from nanods.data.shards import Tokens, window_starts
@@ -24,7 +26,8 @@ from nanods.training.commands import first_words, flag, sample_command
 from nanods.training.metrics import load_metrics, stack_loads
 from nanods.training.pictures import draw_language_run
 
-EVAL_BATCH = 32  # windows that are evaluated at a time
+EVAL_BATCH = 32  # windows that are evaluated at a time, at most
+EVAL_LOGIT_BYTES = 256 << 20  # of the fp32 logits of such a batch, or those of one window
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class LanguageTask:
         """`data` replaces the data set that the configuration names. Raises UserError if the text
         is too short."""
         self.config, self.device, self.T = config, device, config.model.context_length
-        self.data = data or load_text(config.data, config.model.vocab_size)
+        self.data = data or load_text(
+            config.data, config.model.vocab_size, config.val_data, config.val_fraction
+        )
         self.data.require(self.T)
         self.tokenizer = self.data.tokenizer
         self.units_per_step = config.batch_size * self.T
@@ -101,44 +106,66 @@ class LanguageTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict:
-        """Return the cross-entropy over the whole validation text, in windows of T that do not
-        overlap (the last may be shorter). The model runs in eval mode, so no expert drops a token.
+        """Return the cross-entropy over the validation text, in windows of T that do not overlap
+        (the last may be shorter). The model runs in eval mode, so no expert drops a token.
 
-        `val_loss` is in nats per token; `val_bpb` in bits per byte of the text, which compares
-        across tokenizers. With experts also `val_load` (L, E) over the whole text and its metrics.
+        Of a text of more than --eval-tokens, evenly spread windows are read. `val_loss` is in nats
+        per token; `val_bpb` in bits per byte of the text, which compares across tokenizers. With
+        experts also `val_load` (L, E) over all tokens read, and its metrics.
         """
         was_training = model.training
         model.eval()
-        total_loss, load = 0.0, 0
-        for inputs, targets in self.validation_batches():
-            logits, layers = model(inputs.to(self.device))
-            mean_loss = cross_entropy(logits, targets.to(self.device)).item()
-            total_loss += mean_loss * targets.numel()
+        total_loss, total_tokens, load = 0.0, 0, 0
+        batches = self.validation_batches()
+        for windows in tqdm(batches, desc="evaluating", delay=2, leave=False, disable=None):
+            inputs, targets = self.validation_windows(windows)
+            logits, layers = model(inputs)
+            total_loss += cross_entropy(logits, targets).item() * targets.numel()
+            total_tokens += targets.numel()
             batch_load = stack_loads(layers)
             if batch_load is not None:
                 load = load + batch_load
         model.train(was_training)
-        tokens = len(self.data.val)
-        val_loss = total_loss / (tokens - 1)
+        val_loss = total_loss / total_tokens
         bits_per_token = val_loss / math.log(2)
-        metrics = {"val_loss": val_loss, "val_bpb": bits_per_token * tokens / self.data.val_bytes}
+        val_bpb = bits_per_token * len(self.data.val) / self.data.val_bytes
+        metrics = {"val_loss": val_loss, "val_bpb": val_bpb}
         if torch.is_tensor(load):
             metrics |= {f"val_{name}": value for name, value in load_metrics(load).items()}
         return metrics
 
-    def validation_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the validation text as inputs and targets, each (up to EVAL_BATCH, T); the last
-        pair may be shorter."""
-        tokens = torch.from_numpy(self.data.val.astype(np.int64))
-        inputs, targets = tokens[:-1].split(self.T), tokens[1:].split(self.T)
-        full = len(inputs) - (len(inputs[-1]) < self.T)
-        batches = []
-        for start in range(0, full, EVAL_BATCH):
-            rows = slice(start, min(start + EVAL_BATCH, full))
-            batches.append((torch.stack(inputs[rows]), torch.stack(targets[rows])))
-        if full < len(inputs):
-            batches.append((inputs[-1][None], targets[-1][None]))
-        return batches
+    def validation_batches(self) -> list[np.ndarray]:
+        """Return the numbers of the windows that an evaluation reads, in batches of equally long
+        windows. Window i begins at token i T of the validation text."""
+        count, rest = divmod(len(self.data.val) - 1, self.T)
+        wanted = max(1, self.config.eval_tokens // self.T)
+        windows = np.arange(count)
+        if wanted < count:
+            windows, rest = np.arange(wanted) * count // wanted, 0
+        size = eval_batch_size(self.config)
+        batches = [windows[start : start + size] for start in range(0, len(windows), size)]
+        return [*batches, np.array([count])] if rest else batches
+
+    def validation_windows(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of some windows of the validation text, each (B, T)."""
+        T = self.T
+        text = np.stack([self.data.val[i * T : i * T + T + 1] for i in windows])
+        tokens = torch.from_numpy(text.astype(np.int64)).to(self.device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    @torch.no_grad()
+    def evaluation_seconds(self, model: nn.Module) -> float:
+        """Return the time of an evaluation, from the second of two passes over its first batch."""
+        batches = self.validation_batches()
+        was_training = model.training
+        model.eval()
+        for _ in range(2):
+            start = time.perf_counter()
+            inputs, targets = self.validation_windows(batches[0])
+            cross_entropy(model(inputs)[0], targets).item()  # waits for the GPU
+            elapsed = time.perf_counter() - start
+        model.train(was_training)
+        return elapsed * sum(map(len, batches)) / len(batches[0])
 
     # ---- words and pictures ----------------------------------------------------------------------
 
@@ -146,7 +173,17 @@ class LanguageTask:
         data = self.data
         return (
             f"{data.name}: {len(data.train):,} training + {len(data.val):,} validation tokens, "
-            f"sha256 {data.sha256[:12]}"
+            f"sha256 {data.sha256[:12]}\nvalidation {data.validation}; {self.describe_evaluation()}"
+            + "".join(f"\nnotice     {notice}" for notice in data.notices)
+        )
+
+    def describe_evaluation(self) -> str:
+        read = sum(map(len, self.validation_batches())) * self.T
+        if read >= len(self.data.val) - 1:
+            return "each evaluation reads all of it"
+        return (
+            f"each evaluation reads {read:,} of its {len(self.data.val):,} tokens, in evenly "
+            "spread windows (--eval-tokens)"
         )
 
     def describe_step(self) -> str:
@@ -172,6 +209,13 @@ class LanguageTask:
         words = first_words(validation_text)
         command = sample_command(self.config.run_dir, *(flag("prompt", words) if words else []))
         return f"sample     {text}\n\nnext       {command}"
+
+
+def eval_batch_size(config: Config) -> int:
+    """Return the number of windows that are evaluated at a time: their logits take at most
+    EVAL_LOGIT_BYTES, if one window's do."""
+    window_bytes = 4 * config.model.context_length * config.model.vocab_size
+    return min(EVAL_BATCH, max(1, EVAL_LOGIT_BYTES // window_bytes))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

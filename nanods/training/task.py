@@ -72,8 +72,12 @@ class Task(Protocol):
         """Return the validation metrics as numbers and lists. `val_loss` is free of auxiliary
         losses."""
 
+    def evaluation_seconds(self, model: nn.Module) -> float:
+        """Return about how long one `evaluate` takes, measured on a part of it."""
+
     def describe_data(self) -> str:
-        """Return a line about the data set: name, size, hash."""
+        """Return what is known of the data set: name, size, hash, and what the user should know.
+        Lines after the first begin with a word and have their text at the same column."""
 
     def describe_step(self) -> str:
         """Return what one optimizer step reads, in words."""

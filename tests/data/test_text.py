@@ -215,7 +215,7 @@ class TestMistakes:
             ("sample.txt/inside", "no such data set or file"),
             ("a" * 5000, "cannot be read"),
             ("", "directory"),
-            ("empty", r"directory.*no \.txt, \.jsonl or \.parquet.*give a UTF-8 text file"),
+            ("empty", r"directory.*no text in it.*give a UTF-8 text file"),
         ],
     )
     def test_names(self, folder, corpus, name, message):
