@@ -97,6 +97,9 @@ class Config:
     """Steps between two evaluations."""
     save_every: int = 250
     """Steps between two checkpoints."""
+    tensorboard: bool = False
+    """Also write the metrics and pictures as TensorBoard event files into out-dir (the extra
+    tensorboard)."""
     mesh: str | None = None
     """How several processes split the work: dp=2, ep=2, fsdp=2, tp=2 (nanods/distributed/mesh.py).
     Default: dp where a whole step fits in each process's memory, else fsdp."""
@@ -315,6 +318,7 @@ RUNTIME_ONLY_FIELDS = (
     "compile",
     "mesh",
     "activation-checkpointing",
+    "tensorboard",
 )
 """Flags that do not change what is learnt."""
 
@@ -344,4 +348,5 @@ def resolve_resume(requested: Config, saved: Config) -> Config:
         save_every=requested.save_every,
         compile=requested.compile,
         mesh=requested.mesh,
+        tensorboard=requested.tensorboard or saved.tensorboard,
     )

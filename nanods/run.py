@@ -39,6 +39,7 @@ from nanods.training.setup import (
     prepare_run_directory,
 )
 from nanods.training.task import Task, accumulate_gradients, make_task
+from nanods.training.tensorboard_log import require_tensorboard
 from nanods.training.warm_start import warm_start
 
 
@@ -92,6 +93,8 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
                 f"Sample it: {sample_command(config.run_dir)}"
             )
             return None
+    if config.tensorboard:
+        require_tensorboard()
     build_meta_model(config)  # refuses sizes that do not fit together, before any data is loaded
     device = choose_device(config, processes.world_size)
     precision = choose_precision(config, device)

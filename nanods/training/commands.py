@@ -18,6 +18,11 @@ def sample_command(run_dir: Path, *flags: str) -> str:
     return shlex.join([python(), "sample.py", str(run_dir), *flags])
 
 
+def tensorboard_command(run_dir: Path) -> str:
+    """Return the command that shows a run in TensorBoard."""
+    return shlex.join([python(), "-m", "tensorboard.main", "--logdir", str(run_dir)])
+
+
 def resume_command(config: Config) -> str:
     """Return the command that continues a run: with the flags that its checkpoints do not hold."""
     flags = changed_flags(config, set(ladder.RUNTIME_ONLY_FIELDS))

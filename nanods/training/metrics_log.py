@@ -1,6 +1,6 @@
 """The record of a run: every metric passes through `MetricsLog.log`.
 
-An experiment tracker is one more line there (docs/MODIFYING.md).
+An experiment tracker is one more line there, as TensorBoard's is (docs/MODIFYING.md).
 """
 
 import json
@@ -12,14 +12,17 @@ from tqdm import tqdm
 
 from nanods.config import Config
 from nanods.data.download import write_atomic
+from nanods.training.commands import tensorboard_command
 from nanods.training.task import Task
+from nanods.training.tensorboard_log import TensorBoardLog
 
 
 class MetricsLog:
     """The record of a run: `log(row)` takes the metrics of each step.
 
-    A row goes to `rows` (kept in memory for the report), to RUN/metrics.jsonl, and to the progress
-    bar; an evaluation is also printed on a line of its own.
+    A row goes to `rows` (kept in memory for the report), to RUN/metrics.jsonl, to the progress bar
+    and, with --tensorboard, to RUN's event files; an evaluation is also printed on a line of its
+    own.
     """
 
     def __init__(
@@ -30,12 +33,15 @@ class MetricsLog:
         """
         self.config, self.task, self.rows = config, task, rows
         self.is_main_process = is_main_process
-        self.file = None
+        self.file = self.tensorboard = None
         if is_main_process:
             path = config.run_dir / "metrics.jsonl"
             before = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomic(path, lambda file: file.write(before.encode()))
             self.file = path.open("a", encoding="utf-8")
+            if config.tensorboard:
+                self.tensorboard = TensorBoardLog(config.run_dir, rows)
+                print(f"board      {tensorboard_command(config.run_dir)}")
         self.validation = ""
         self.bar = tqdm(
             total=config.steps,
@@ -52,6 +58,8 @@ class MetricsLog:
             return
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        if self.tensorboard:
+            self.tensorboard.log(row)
         if alarm := row.get("new_alarm"):
             self.bar.write(f"warning    step {row['step']}: {alarm}", file=sys.stderr)
         if "val_loss" in row:
@@ -78,6 +86,8 @@ class MetricsLog:
         self.bar.close()
         if self.file:
             self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 def peak_memory(device: torch.device) -> int:

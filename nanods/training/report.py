@@ -11,6 +11,7 @@ from nanods.config import Config
 from nanods.training import checkpoint
 from nanods.training.commands import sample_command
 from nanods.training.task import Task
+from nanods.training.tensorboard_log import add_pictures
 
 EXPECTED = Path(__file__).parents[2] / "results" / "expected.json"
 MAY_DIFFER = {*ladder.RUNTIME_ONLY_FIELDS, "seed", "data", "eval-every", "micro-batch", "dtype"}
@@ -20,8 +21,11 @@ MAY_DIFFER = {*ladder.RUNTIME_ONLY_FIELDS, "seed", "data", "eval-every", "micro-
 def print_report(config: Config, task: Task, model: nn.Module, rows: list[dict]) -> None:
     """Draw the pictures of a finished run and print its report. `rows` are the metrics of its
     steps."""
-    for path in task.draw(model, rows):
+    pictures = task.draw(model, rows)
+    for path in pictures:
         print(f"picture    {path}")
+    if config.tensorboard:
+        add_pictures(config.run_dir, rows[-1]["step"], pictures)
     seconds = rows[-1]["seconds"]
     in_optimizers = sum(row.get("optimizer_seconds", 0) for row in rows) / seconds
     print(f"time       {seconds:.0f} s of training, {in_optimizers:.0%} of it in the optimizers")
