@@ -159,7 +159,7 @@ def describe_format(text: str) -> str | None:
             'texts alone, write one {"text": "..."} per line to a file named .jsonl'
         )
     try:
-        rows = list(csv.reader(start.splitlines()[:10]))[:-1]
+        rows = list(csv.reader(start.splitlines()[:10]))
     except csv.Error:
         return None
     widths = {len(row) for row in rows}

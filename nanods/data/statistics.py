@@ -11,10 +11,10 @@ import numpy as np
 SAMPLE_TOKENS = 1 << 19  # read of each text, in SLICES spread evenly over it
 SLICES = 64
 LEAST_BYTES = (5000, 500)  # of training and validation text: less is too little to tell
-FAR = 1.3
+FAR = 1.25
 """Ratio of the two lengths above which a warning is given. The last tenth of pydocs, of Shakespeare
 and of Python's library has 0.98 to 1.02, that of a licence 1.14; German or French after English
-1.36 to 1.47, English or code after Shakespeare 1.5 and 2.3."""
+1.33 to 1.47, English or code after Shakespeare 1.5 and 2.3."""
 
 
 def describe_difference(data) -> str | None:

@@ -138,9 +138,9 @@ class LanguageTask:
         """Return the numbers of the windows that an evaluation reads, in batches of equally long
         windows. Window i begins at token i T of the validation text."""
         count, rest = divmod(len(self.data.val) - 1, self.T)
-        wanted = max(1, self.config.eval_tokens // self.T)
         windows = np.arange(count)
-        if wanted < count:
+        if len(self.data.val) - 1 > self.config.eval_tokens:
+            wanted = min(count, max(1, self.config.eval_tokens // self.T))
             windows, rest = np.arange(wanted) * count // wanted, 0
         size = eval_batch_size(self.config)
         batches = [windows[start : start + size] for start in range(0, len(windows), size)]

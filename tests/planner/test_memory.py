@@ -19,7 +19,8 @@ from nanods.distributed.mesh import Mesh
 from nanods.moe import MLP, MoE, MoEConfig
 from nanods.planner.hardware import GPUS
 from nanods.planner.memory import model_cost, optimizer_bytes, sequence_lengths
-from nanods.planner.search import make_job, step_memory
+from nanods.planner.search import make_job, run_memory, step_memory
+from nanods.training.language_task import EVAL_LOGIT_BYTES, eval_batch_size
 from nanods.training.task import accumulate_gradients
 from tests.planner.measured_step import autocast, task_and_batch, train_two_steps
 
@@ -51,6 +52,20 @@ def test_parameters_equal_those_of_the_built_model(flags):
     assert (cost.total, cost.active) == model.count_parameters()
     assert cost.experts == sum(p.numel() for p in model.parameters() if p.ndim == 3)
     assert cost.total - cost.experts == cost.n_blocks * cost.block + cost.ends
+
+
+def test_the_forecast_counts_the_memory_of_an_evaluation():
+    flags = ["--vocab-size", "50304", "--batch-size", "8", "--micro-batch", "1"]
+    config = from_command_line("", ["v0-tiny", *flags, "--dtype", "fp32"])
+    cost, mesh = model_cost(build_meta_model(config)), Mesh.of(dp=1)
+    step = step_memory(config, mesh, "cpu", 1, cost)
+    windows = eval_batch_size(config)
+    logits = 4 * windows * 256 * 50304  # and as much again for their log-softmax
+    assert 4 <= windows < 8 and 0.7 * EVAL_LOGIT_BYTES < logits <= EVAL_LOGIT_BYTES
+    needed = run_memory(config, mesh, "cpu", 1, cost)
+    kept = 4 * cost.total + optimizer_bytes(config, cost, cost.total, 0, cost.adamw)
+    assert needed > step and needed == pytest.approx(kept + 2 * logits, rel=0.05)
+    assert run_memory(config, mesh, "cpu", 8, cost) == step_memory(config, mesh, "cpu", 8, cost)
 
 
 @pytest.mark.parametrize("flags", MODELS.values(), ids=MODELS)

@@ -14,13 +14,14 @@ from nanods.config import PRESETS
 from nanods.data.text import TextData
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
-from nanods.training.language_task import LanguageTask, cross_entropy
+from nanods.training import language_task
+from nanods.training.language_task import LanguageTask, cross_entropy, eval_batch_size
 from nanods.training.task import accumulate_gradients
 
 
-def task_of(train=200, val=67, T=8, seed=0):
-    config = PRESETS["v0-tiny"]
-    config = replace(config, model=replace(config.model, context_length=T), batch_size=3, seed=seed)
+def task_of(train=200, val=67, T=8, seed=0, **flags):
+    config = replace(PRESETS["v0-tiny"], batch_size=3, seed=seed, **flags)
+    config = replace(config, model=replace(config.model, context_length=T))
     random = np.random.default_rng(0)
     train, val = (random.integers(0, 256, n).astype(np.uint16) for n in (train, val))
     return LanguageTask(
@@ -64,6 +65,42 @@ def test_validation_counts_each_token_once(val):
     got = task.evaluate(model)
     assert got["val_loss"] == pytest.approx(expected, rel=1e-12)
     assert got["val_bpb"] == pytest.approx(expected / math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize(("val", "read"), [(800, 48), (8 * 6 + 1, 48), (8 * 6 + 4, 48), (51, 50)])
+def test_an_evaluation_reads_at_most_eval_tokens_spread_evenly(val, read):
+    task, model = task_of(val=val, eval_tokens=read), Bigram()
+    tokens = torch.from_numpy(task.data.val.astype(np.int64))
+    count = (val - 1) // 8  # full windows
+    if val - 1 <= read:
+        windows = [tokens]
+    else:
+        windows = [tokens[8 * (i * count // 6) :][:9] for i in range(6)]
+        assert val < 100 or 8 * (5 * count // 6) > 0.8 * val
+    losses = [nn.functional.cross_entropy(model.table[w[:-1]], w[1:]).item() for w in windows]
+    assert task.evaluate(model)["val_loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    words = task.describe_data().split("\n")[1]
+    if val - 1 <= read:
+        assert words.endswith("reads all of it")
+    else:
+        assert f"reads {read} of its {val} tokens" in words and "--eval-tokens" in words
+
+
+@pytest.mark.parametrize(("budget", "batch"), [(1, 1), (8 * 256 * 4 * 5, 5), (1 << 40, 32)])
+def test_the_logits_of_an_evaluation_stay_within_their_budget(monkeypatch, budget, batch):
+    monkeypatch.setattr(language_task, "EVAL_LOGIT_BYTES", budget)
+    task, model, sizes = task_of(val=8 * 70 + 3), Bigram(), []
+    expected = task_of(val=8 * 70 + 3).evaluate(model)
+    model.register_forward_hook(lambda _, inputs, output: sizes.append(len(inputs[0])))
+    assert task.evaluate(model) == pytest.approx(expected, rel=1e-12)
+    assert max(sizes) == batch and sum(sizes) == 71
+    sizes.clear()
+    assert task.evaluation_seconds(model) > 0 and sizes == [batch, batch]
+
+
+def test_the_presets_evaluate_as_many_windows_at_a_time_as_their_budget_allows():
+    sizes = {name: eval_batch_size(PRESETS[name]) for name in ("v0-tiny", "v0-small", "v1-base")}
+    assert sizes == {"v0-tiny": 32, "v0-small": 1, "v1-base": 1}
 
 
 def test_the_loss_is_taken_in_at_least_fp32():
