@@ -1,6 +1,7 @@
 # The commands of nanods; `make` alone lists them. Each target sets up the environment it needs.
 SCALE  ?= tiny
 ARGS   ?=
+DATA    =
 PROCS  ?= 1
 GPUS   ?= $(PROCS)
 EXTRAS ?=
@@ -20,12 +21,16 @@ help:
 	@echo 'The commands of nanods, with their times on 2 CPU cores. The first command also sets up the'
 	@echo 'environment (2 minutes, once). SCALE=tiny|small|base|full chooses the size of the model, and'
 	@echo 'ARGS="--lr 1e-2" passes flags on. PROCS=2 trains with 2 processes, GPUS=8 with 8 GPUs.'
+	@echo 'DATA=my_file or DATA=my_folder trains on your own data: docs/DATA.md.'
 	@echo
 	@echo 'Train, plan and use a model'
 	@echo '  make train-v0          a GPT with dense attention: train, plot, sample            5 min'
 	@echo '  make train-v1          the same with sparse attention                             5 min'
 	@echo '  make train-v2          V1 with 16 experts per layer                               6 min'
 	@echo '  make train-v3          text, image and sound in one space, with pictures          5 min'
+	@echo '  make train-v1 DATA=my.txt   the same on your text; also v0 and v2'
+	@echo '  make train-v3 DATA=photos   the same on your folder of captioned images or sounds'
+	@echo '  make train-v3 DATA=emoji    drawings, their names, and their names spoken         8 min'
 	@echo '  make upcycle-v2        start V2 from a trained V1 (after train-v1)                2 min'
 	@echo '  make sample-v2         generate text (ARGS="--prompt def"); also v0 and v1      seconds'
 	@echo '  make sample-v3         search by text, image or sound (ARGS="--query ...")      seconds'
@@ -63,6 +68,14 @@ help:
 LAUNCH = -m nanods.distributed.launch --standalone --nproc-per-node $(GPUS)
 TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH)) train.py
 
+# DATA may hold blanks and apostrophes. V3 has a preset of its own for the emoji.
+PRESET = $*-$(SCALE)
+DATA_FLAG = $(if $(DATA),--data '$(subst ','\'',$(DATA))')
+ifeq ($(DATA),emoji)
+train-v3 plan-v3 sample-v3: PRESET = v3-emoji
+train-v3 sample-v3: .venv/emoji
+endif
+
 # .venv/base and .venv/dev are empty files that record when the environment was set up. A newer
 # constraints.txt or pyproject.toml makes it be set up again. It is built anew where its Python is
 # gone or finds no torch, or finds nanods elsewhere: this folder was moved or copied.
@@ -90,24 +103,29 @@ rebuild:
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+.venv/emoji: .venv/base
+	@echo 'adding the drawings and the voices of the emoji (once, about 1 minute) ...'
+	@$(PIP) -e '.[emoji]'
+	@touch $@
+
 setup: .venv/base
 	@$(if $(EXTRAS),$(PIP) -e '.[$(EXTRAS)]',:)
 
 train-v0 train-v1 train-v2 train-v3: train-%: .venv/base
-	$(TRAIN) $*-$(SCALE) $(ARGS)
+	$(TRAIN) $(PRESET) $(DATA_FLAG) $(ARGS)
 
 plan-v0 plan-v1 plan-v2 plan-v3: plan-%: .venv/base
-	$(PY) train.py $*-$(SCALE) --plan $(ARGS)
+	$(PY) train.py $(PRESET) --plan $(DATA_FLAG) $(ARGS)
 
 # Train 400 steps as V2, starting from a trained V1. Trains V1 first if there is none. The learning
 # rate is a quarter of the preset's: at the full rate the loss first gets worse (LOG.md).
 upcycle-v2: .venv/base
-	@test -f runs/v1-$(SCALE)/loss.png || $(PY) train.py v1-$(SCALE)
-	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) --steps 400 \
+	@test -f runs/v1-$(SCALE)/loss.png || $(PY) train.py v1-$(SCALE) $(DATA_FLAG)
+	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) $(DATA_FLAG) --steps 400 \
 	  --lr 0.005 --expert-lr 0.005 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
 
 sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
-	$(PY) sample.py $*-$(SCALE) $(ARGS)
+	$(PY) sample.py $(PRESET) $(ARGS)
 
 bench-v1: .venv/base
 	$(PY) -m nanods.bench.attention $(ARGS)

@@ -79,3 +79,22 @@ def test_open_exercises_are_no_error_of_make(clone):
 
 def test_arguments_reach_jupyter(clone):
     assert "lab --no-browser lessons" in make(clone, "-n", "notebook", "ARGS=--no-browser").stdout
+
+
+def test_data_may_have_blanks_and_apostrophes(clone):
+    made = make(clone, "train-v3", "DATA=Jo's photos", "ARGS=--steps 9")
+    assert made.returncode == 0, made.stderr
+    assert "train.py v3-tiny --data Jo's photos --steps 9\n" in (clone / "log").read_text()
+    assert "--data 'my text.txt'" in make(clone, "-n", "train-v1", "DATA=my text.txt").stdout
+    assert "--data" not in make(clone, "-n", "train-v1").stdout
+
+
+def test_the_emoji_have_a_preset_and_bring_their_packages(clone):
+    for name in ("train", "sample"):
+        made = make(clone, f"{name}-v3", "DATA=emoji")
+        assert made.returncode == 0, made.stderr
+    log = (clone / "log").read_text()
+    assert log.count("install -q -c constraints.txt -e .[emoji]\ntrain.py v3-emoji") == 1
+    assert log.count("emoji]") == 1 and log.endswith("sample.py v3-emoji\n")
+    assert "v3-tiny --data 'emoji copy'" in make(clone, "-n", "train-v3", "DATA=emoji copy").stdout
+    assert "v1-tiny --data 'emoji'" in make(clone, "-n", "train-v1", "DATA=emoji").stdout
