@@ -161,6 +161,15 @@ def expect_tensor(output: object, name: str = "", mask: bool = False) -> None:
     """Raise Mistake unless the output is a tensor, of numbers unless it is a mask."""
     if not isinstance(output, Tensor):
         raise Mistake(f"returns {type_name(output)}{name}, not a tensor")
+    kind = ""
+    if output.layout != torch.strided or output.is_nested:
+        kind = "sparse or nested"
+    elif output.device.type != "cpu":
+        kind = f"{output.device.type} (device)"
+    elif output.is_complex():
+        kind = "complex"
+    if kind:
+        raise Mistake(f"returns a tensor{name} that is {kind}, not a plain one on the CPU")
     if output.dtype == torch.bool and not mask:
         raise Mistake(f"returns booleans{name}, of shape {tuple(output.shape)}, not numbers")
 
@@ -215,6 +224,16 @@ def expect_gradients(function: Callable, reference: Callable, tensors: dict[str,
                 f"the output is right, but the gradient of {name} is not: "
                 "one of the paths to it is detached"
             )
+
+
+def different_digits(a: float | Tensor, b: float | Tensor, digits: int = 4) -> tuple[str, str]:
+    """Return two different numbers as text, with as many digits as tell them apart."""
+    a, b = (x.item() if isinstance(x, Tensor) else x for x in (a, b))
+    for count in range(digits, 17):
+        texts = f"{a:.{count}f}", f"{b:.{count}f}"
+        if texts[0] != texts[1]:
+            return texts
+    return repr(a), repr(b)
 
 
 def first_index(condition: Tensor) -> list[int]:

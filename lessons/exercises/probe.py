@@ -9,7 +9,15 @@ blocks and heads count from 0.
 from collections.abc import Callable
 
 import torch
-from grade import TOLERANCE, Mistake, expect_dtype, expect_gradients, expect_shape, first_index
+from grade import (
+    TOLERANCE,
+    Mistake,
+    different_digits,
+    expect_dtype,
+    expect_gradients,
+    expect_shape,
+    first_index,
+)
 from torch import Tensor
 
 from nanods.attention import masked_attention
@@ -102,10 +110,8 @@ def expect_attention(
     expect_scale(W, q @ k.mT, mask)
     if (W - expected).abs().max() > TOLERANCE:
         b, h, t, s = first_index((W - expected).abs() > TOLERANCE)
-        raise Mistake(
-            f"position {t} gives position {s} the weight {W[b, h, t, s]:.3f}, "
-            f"not {expected[b, h, t, s]:.3f}"
-        )
+        weight, right = different_digits(W[b, h, t, s], expected[b, h, t, s], 3)
+        raise Mistake(f"position {t} gives position {s} the weight {weight}, not {right}")
     if (output - expected @ v).abs().max() > TOLERANCE:
         raise Mistake("the weights are right, but the output is not weights @ v")
     expect_gradients(

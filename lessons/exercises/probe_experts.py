@@ -14,6 +14,7 @@ from grade import (
     Answer,
     Crash,
     Mistake,
+    different_digits,
     expect_dtype,
     expect_gradients,
     expect_shape,
@@ -227,14 +228,15 @@ def expect_weights(M: Tensor, weights: Tensor, experts: Tensor) -> None:
     if not wrong.any():
         return
     t, k = first_index(wrong)
-    what = f"the output of expert {experts[t, k]} for token {t} is multiplied by {actual[t, k]:.3f}"
+    factor, right = different_digits(actual[t, k], weights[t, k], 3)
+    what = f"the output of expert {experts[t, k]} for token {t} is multiplied by {factor}"
     if (match := (weights - actual[t, k]).abs() < TOLERANCE).any():
         s, j = first_index(match)
         raise Mistake(
             f"{what}, the weight of token {s} in slot {j}, "
-            f"instead of its own weight {weights[t, k]:.3f} in slot {k}"
+            f"instead of its own weight {right} in slot {k}"
         )
-    raise Mistake(f"{what}, not by its weight {weights[t, k]:.3f}")
+    raise Mistake(f"{what}, not by its weight {right}")
 
 
 def expect_special_cases(run_experts: RunExperts) -> None:

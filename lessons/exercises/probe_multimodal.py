@@ -10,12 +10,25 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from grade import TOLERANCE, Answer, Mistake, expect_dtype, expect_gradients, expect_shape
+from grade import (
+    TOLERANCE,
+    Answer,
+    Mistake,
+    different_digits,
+    expect_dtype,
+    expect_gradients,
+    expect_shape,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 B, M, SCALE = 8, 6, 3.75  # SCALE is exact in fp32, in which a learner may hold it
 IDS = torch.tensor([3, 0, 7, 3, 5, 0, 3, 1])  # one id three times, one twice, never adjacent
+
+NOT_DOT_PRODUCTS = (
+    "right for embeddings of length 1 only: do you normalise them again (the caller has done so),"
+    " or compare distances? Use dot products, in which a longer embedding counts for more"
+)
 
 Loss = Callable[..., Tensor]
 Axis = list[tuple[str, object]]  # (mistake, value); the correct value comes first, with mistake ""
@@ -26,6 +39,11 @@ def random_pairs(B: int = B, M: int = M, seed: int = 1) -> tuple[Tensor, Tensor]
     generator = torch.Generator().manual_seed(seed)
     a, noise = torch.randn(2, B, M, generator=generator, dtype=torch.float64)
     return normalize(a), normalize(a + noise)
+
+
+def lengths_of(x: Tensor) -> Tensor:
+    """Return a different length (B, 1) for each row, between 1 and 2."""
+    return 1 + torch.arange(1, len(x) + 1)[:, None] / len(x)
 
 
 def scalar_answer(answer: Answer) -> Loss:
@@ -85,7 +103,8 @@ def expect_value(result: Tensor, expected: Tensor, tolerance: float = TOLERANCE)
             f"is {error:.1g} off: do you add a small number inside a logarithm? It prevents "
             "infinity, but it changes every other result"
         )
-    raise Mistake(f"gives {result:.4f}, but {expected:.4f} is correct")
+    given, right = different_digits(result, expected)
+    raise Mistake(f"gives {given}, but {right} is correct")
 
 
 def cross_entropy_of_rows(logits: Tensor) -> Tensor:
@@ -194,13 +213,9 @@ def expect_robust(loss: Loss, reference: Loss) -> None:
     Steps 1 and 2 share these tests. They assume that the loss of the first batch is correct.
     """
     a, b = random_pairs()
-    lengths = 1 + torch.arange(1, B + 1)[:, None] / B
-    for x, y in ((a * lengths, b), (a, b * lengths)):
+    for x, y in ((a * lengths_of(a), b), (a, b * lengths_of(b))):
         if not is_close(loss(x, y, SCALE), reference(x, y, SCALE)):
-            raise Mistake(
-                "normalises the embeddings again: the caller has done so, and a longer embedding "
-                "must count for more"
-            )
+            raise Mistake(NOT_DOT_PRODUCTS)
     for when, (B1, M1) in {
         "one pair": (1, M),
         "two pairs": (2, M),
@@ -350,9 +365,9 @@ def examine_duplicates(loss: Loss, reference: Loss) -> None:
         result = loss(a, b, SCALE, ids, when=f"for {when}")
         expected = reference(a, b, SCALE, ids)
         if not is_close(result, expected):
+            given, right = different_digits(result, expected)
             raise Mistake(
-                f"right in general, but wrong for {when}: it gives {result:.4f}, "
-                f"and {expected:.4f} is correct"
+                f"right in general, but wrong for {when}: it gives {given}, and {right} is correct"
             )
 
     def ids_of(a: Tensor) -> Tensor:
@@ -441,12 +456,9 @@ def examine_sigmoid(loss: Loss) -> None:
 
     raise_known_mistake(result, compute, SIMILARITIES, SCALES, *sigmoid_mistakes())
     expect_value(result, sigmoid_loss(a, b, SCALE, BIAS))
-    longer = (2 * a, b, SCALE, BIAS)
-    if not is_close(loss(*longer), sigmoid_loss(*longer)):
-        raise Mistake(
-            "normalises the embeddings again: the caller has done so, and a longer embedding must "
-            "count for more"
-        )
+    for longer in ((a * lengths_of(a), b), (a, b * lengths_of(b))):
+        if not is_close(loss(*longer, SCALE, BIAS), sigmoid_loss(*longer, SCALE, BIAS)):
+            raise Mistake(NOT_DOT_PRODUCTS)
     for when, (B1, M1) in {
         "one pair": (1, M),
         "two pairs": (2, M),
@@ -472,4 +484,5 @@ def examine_sigmoid(loss: Loss) -> None:
                 "logarithm is taken. logsigmoid does both in one"
             )
         if not is_close(result, expected, 1e-4 * (1 + expected.item())):
-            raise Mistake(f"right in fp64, but {result:.4f} {when}, not {expected:.4f}")
+            given, right = different_digits(result, expected)
+            raise Mistake(f"right in fp64, but {given} {when}, not {right}")

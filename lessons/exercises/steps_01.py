@@ -14,6 +14,7 @@ from grade import (
     Crash,
     Mistake,
     Step,
+    different_digits,
     expect_dtype,
     expect_integers,
     expect_shape,
@@ -253,10 +254,11 @@ def expect_means(M: Tensor) -> None:
                 f"the mean of the last, shorter block counts the padding: it has {size} keys, "
                 f"but the sum is divided by {BLOCK}"
             )
-        if (M[n, keys] - 1 / size).abs().max() > TOLERANCE:
+        if (wrong := (M[n] - in_block[n] / size).abs() > TOLERANCE).any():
+            key = first_index(wrong)[0]
+            weight, right = different_digits(M[n, key], 1 / size, 3)
             raise Mistake(
-                f"the mean of block {n} gives key {keys[0]} the weight {M[n, keys[0]]:.3f}, "
-                f"not 1/{size}"
+                f"the mean of block {n} gives key {key} the weight {weight}, not {right} = 1/{size}"
             )
 
 

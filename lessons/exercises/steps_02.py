@@ -15,6 +15,7 @@ from grade import (
     Answer,
     Mistake,
     Step,
+    different_digits,
     expect_dtype,
     expect_gradients,
     expect_integers,
@@ -160,10 +161,8 @@ def expect_router_weights(
             "divide them by their sum over the selected experts"
         )
     t, k = first_index(~((weights - expected).abs() < TOLERANCE))
-    raise Mistake(
-        f"token {t} gives expert {experts[t, k]} the weight {weights[t, k]:.3f}, "
-        f"not {expected[t, k]:.3f}"
-    )
+    weight, right = different_digits(weights[t, k], expected[t, k], 3)
+    raise Mistake(f"token {t} gives expert {experts[t, k]} the weight {weight}, not {right}")
 
 
 def expect_router_precision(route: Route) -> None:
@@ -265,9 +264,8 @@ def check_load_balancing_loss(answer: Answer) -> None:
     for when, inputs in cases.items():
         loss, expected = loss_of(*inputs, when=f"for {when}"), moe.load_balancing_loss(*inputs)
         if not close(loss, expected):
-            raise Mistake(
-                f"right in general, but wrong for {when}: it gives {loss:.4f}, not {expected:.4f}"
-            )
+            given, right = different_digits(loss, expected)
+            raise Mistake(f"right in general, but wrong for {when}: it gives {given}, not {right}")
     expect_dtype(loss_of(probs.float(), experts), probs.float())
 
 
@@ -296,7 +294,8 @@ def explain_loss(loss: Tensor, probs: Tensor, experts: Tensor) -> None:
             "average the fractions and the probabilities over the tokens first"
         )
     if not close(loss, expected):
-        raise Mistake(f"gives {loss:.4f} instead of {expected:.4f}")
+        given, right = different_digits(loss, expected)
+        raise Mistake(f"gives {given} instead of {right}")
 
 
 # ---- step 5: capacity ----------------------------------------------------------------------------
@@ -397,11 +396,13 @@ def explain_capacity(experts: Tensor, kept: Tensor, expected: Tensor, capacity: 
 
 def check_bias(answer: Answer) -> None:
     """Check the first bonus."""
-    bias = random_inputs()[0][0, :E]
-    load = torch.tensor([9, 2, 5, 1, 8])  # the mean is 5
+    bias = random_inputs()[0][0, :7]
+    # The mean is 6, and so is one load. The median is 4, the mean of the loads that are not 0 is 7,
+    # the middle of the range 10: a load lies between each two of them, or is equal to one.
+    load = torch.tensor([6, 0, 4, 7, 3, 2, 20])
     rate = 0.125  # a power of 2, so that it is exact in fp32 too
     new_bias = answer(bias, load, rate)
-    expect_shape(new_bias, (E,))
+    expect_shape(new_bias, (7,))
     step = new_bias - bias
     distance = load.double().mean() - load
     expected = rate * distance.sign()
@@ -415,17 +416,42 @@ def check_bias(answer: Answer) -> None:
     c = (step * distance).sum() / distance.square().sum()
     if (step - c * distance).abs().max() < 1e-6 and c > TOLERANCE:
         raise Mistake("the step is longer for a load further from the mean: only the sign matters")
+    for what, middle in known_middles(load).items():
+        if (step - rate * (middle - load).sign()).abs().max() < TOLERANCE:
+            raise Mistake(f"compares the loads with {what}, which is {middle:g}: the mean is 6")
+    expect_bias_step(step, expected, load)
+    # A mean that is no integer, with loads directly below and above it.
+    load = torch.tensor([3, 1, 4, 2, 7, 2, 5])
+    distance = load.double().mean() - load
+    expect_bias_step(answer(bias, load, rate) - bias, rate * distance.sign(), load)
+    single = answer(bias.float(), load, rate)
+    expect_shape(single, (7,))
+    expect_dtype(single, bias.float())
+    if not (single - bias.float() - rate * distance.sign()).abs().max() < 1e-6:
+        raise Mistake("in fp32 the bias changes by another amount than in fp64")
+
+
+def known_middles(load: Tensor) -> dict[str, float]:
+    """Return what a learner may take for the mean of the loads."""
+    load = load.double()
+    return {
+        "their median": load.median().item(),
+        "the middle of their range": (load.min() + load.max()).item() / 2,
+        "the mean of the loads that are not 0": load[load > 0].mean().item(),
+        "the largest load": load.max().item(),
+        "the smallest load": load.min().item(),
+        "1, as if loads were shares times E": 1.0,
+    }
+
+
+def expect_bias_step(step: Tensor, expected: Tensor, load: Tensor) -> None:
     if (wrong := ~((step - expected).abs() < TOLERANCE)).any():
         e = first_index(wrong)[0]
+        given, right = different_digits(step[e], expected[e], 3)
         raise Mistake(
-            f"expert {e} has the load {load[e]} and the mean is 5, so its bias should change by "
-            f"{expected[e]:.3g}; here it changes by {step[e]:.3g}"
+            f"expert {e} has the load {load[e]} and the mean is {load.double().mean():g}, so its "
+            f"bias should change by {right}; here it changes by {given}"
         )
-    single = answer(bias.float(), load, rate)
-    expect_shape(single, (E,))
-    expect_dtype(single, bias.float())
-    if not (single - bias.float() - expected).abs().max() < 1e-6:
-        raise Mistake("in fp32 the bias changes by another amount than in fp64")
 
 
 # ---- the second bonus: start from one MLP --------------------------------------------------------
@@ -451,7 +477,8 @@ def check_upcycle(answer: Answer) -> None:
                 f"{name}[{first_index(wrong)[0]}] is not the MLP's {name}: "
                 "each expert starts as a copy of it"
             )
-        copies[0, 0, 0] += 1
+        with torch.no_grad():  # they may be Parameters
+            copies[0, 0, 0] += 1
         if copies[1, 0, 0] == copies[0, 0, 0]:
             raise Mistake(
                 f"the experts share their memory: changing {name}[0] changes {name}[1] too "

@@ -17,6 +17,7 @@ from grade import (
     Crash,
     Mistake,
     Step,
+    different_digits,
     expect_dtype,
     expect_gradients,
     expect_shape,
@@ -108,9 +109,9 @@ def expect_scale_below_limit(scale_of: ScaleOf) -> None:
         if abs(scale.item() - value) < 1e-6:
             raise Mistake(message)
     if not abs(scale.item() - math.exp(1.5)) < TOLERANCE:
+        given, right = different_digits(scale, math.exp(1.5))
         raise Mistake(
-            f"gives {scale:.4f} where log_scale is 1.5, far below the limit: "
-            f"exp(1.5) is {math.exp(1.5):.4f}"
+            f"gives {given} where log_scale is 1.5, far below the limit: exp(1.5) is {right}"
         )
     if parameter.item() != 1.5:
         raise Mistake(
@@ -124,13 +125,15 @@ def expect_scale_below_limit(scale_of: ScaleOf) -> None:
     if grad is None:
         raise Mistake("no gradient reaches log_scale: the scale is computed from a copy of it")
     if not abs(grad - scale.detach()) < TOLERANCE:
+        given, right = different_digits(grad, scale, 3)
         raise Mistake(
-            f"the gradient below the limit is {grad:.3f}, but the gradient of exp() is {scale:.3f}"
+            f"the gradient below the limit is {given}, but the gradient of exp() is {right}"
         )
     parameter, scale = scale_of(-2.0)
     if not abs(scale.item() - math.exp(-2)) < TOLERANCE:
+        given, right = different_digits(scale, math.exp(-2))
         raise Mistake(
-            f"limits small scales too: exp(-2) is 0.1353, and it gives {scale:.4f}. "
+            f"limits small scales too: exp(-2) is {right}, and it gives {given}. "
             "There is only an upper limit"
         )
 
@@ -151,7 +154,7 @@ def expect_limit(scale_of: ScaleOf) -> None:
             )
         raise Mistake(f"there is no limit: {case}, and it returns {scale:.0f}")
     if not abs(scale.item() - MAX_SCALE) < 1e-6:
-        raise Mistake(f"{case}, and it returns {scale:.4g}")
+        raise Mistake(f"{case}, and it returns {different_digits(scale, MAX_SCALE)[0]}")
     expect_gradient_at_limit(parameter, scale)
     with torch.no_grad():
         parameter.sub_(0.01)  # a step of the optimizer
@@ -188,8 +191,9 @@ def expect_gradient_at_limit(parameter: nn.Parameter, scale: Tensor) -> None:
             "the parameter before you use it"
         )
     if not abs(grad - MAX_SCALE) < 1e-6:
+        given, _ = different_digits(grad, MAX_SCALE, 3)
         raise Mistake(
-            f"at the limit the gradient is {grad:.3f}, but the gradient of exp() is {MAX_SCALE:g}"
+            f"at the limit the gradient is {given}, but the gradient of exp() is {MAX_SCALE:g}"
         )
 
 
@@ -243,10 +247,11 @@ def check_recall(answer: Answer) -> None:
         if abs(result.item() - value) < 1e-6:
             raise Mistake(message)
     if not abs(result.item() - expected) < 1e-6:
+        given, right = different_digits(result, expected)
         raise Mistake(
-            f"gives {result:.4f} where {expected * Q:.0f} of {Q} queries find their target: "
-            f"{expected:.4f}"
+            f"gives {given} where {expected * Q:.0f} of {Q} queries find their target: {right}"
         )
+    expect_dot_products(recall_of, queries, targets)
     expect_no_credit(recall_of, eye)
     for when, (count, width) in {
         "one query": (1, M),
@@ -266,6 +271,32 @@ def share_of_lower_scores(queries: Tensor, targets: Tensor) -> float:
     scores = queries @ targets.T
     is_lower = scores.diag()[:, None] > scores
     return (is_lower.sum() / (len(scores) * (len(scores) - 1))).item()
+
+
+def expect_dot_products(recall_of: Callable[..., Tensor], queries: Tensor, targets: Tensor) -> None:
+    """Raise Mistake unless longer targets get higher scores.
+
+    At length 1, cosines and distances rank as dot products do, so these targets have other lengths.
+    """
+    lengths = 2.0 ** torch.arange(len(targets), dtype=targets.dtype)[:, None]
+    longer = targets * lengths
+    result, expected = recall_of(queries, longer), recall(queries, longer)
+    if abs(result.item() - expected) < 1e-6:
+        return
+    given, right = different_digits(result, expected)
+    normalised = torch.nn.functional.normalize(longer)
+    if abs(result.item() - recall(queries, normalised)) < 1e-6:
+        raise Mistake(
+            "normalises the embeddings: scores are dot products, in which a longer target gets a "
+            f"higher score. It gives {given} where targets have different lengths, not {right}"
+        )
+    distances = torch.cdist(queries, longer)
+    if abs(result.item() - (distances.argmin(1) == torch.arange(B)).double().mean()) < 1e-6:
+        raise Mistake(
+            "compares distances: scores are dot products, in which a longer target gets a higher "
+            f"score. It gives {given} where targets have different lengths, not {right}"
+        )
+    raise Mistake(f"gives {given} where targets have different lengths, not {right}")
 
 
 def expect_no_credit(recall_of: Callable[..., Tensor], eye: Tensor) -> None:
@@ -300,7 +331,8 @@ def expect_no_credit(recall_of: Callable[..., Tensor], eye: Tensor) -> None:
                 "comparison with NaN is false)"
             )
         if not abs(result - expected) < 1e-6:
-            raise Mistake(f"gives {result:.3g} {when}, not {expected:.3g}")
+            given, right = different_digits(result, expected)
+            raise Mistake(f"gives {given} {when}, not {right}")
 
 
 def nan_cases(eye: Tensor) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -452,9 +484,8 @@ def expect_entropies_of_special_cases(
                     "but p ln p is 0 there"
                 )
             if not is_close(result, expected, LOOSE):
-                raise Mistake(
-                    f"right in general, but {name} is {result:.4f} where {when}, not {expected:.4f}"
-                )
+                given, right = different_digits(result, expected)
+                raise Mistake(f"right in general, but {name} is {given} where {when}, not {right}")
 
 
 STEPS = [

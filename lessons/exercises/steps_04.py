@@ -14,6 +14,7 @@ from grade import (
     Answer,
     Mistake,
     Step,
+    different_digits,
     expect_dtype,
     expect_integers,
     expect_shape,
@@ -236,16 +237,10 @@ def check_gradients(answer: Answer) -> None:
     expected = reference_gradients(shared, experts, G)
     if not is_close(results[0], expected[0]):
         raise_known_mistake(results[0], known_shared_gradients(shared), "shared")
-        raise Mistake(
-            f"shared gives {results[0][0, 0]:.4f}, but the mean over all {W} is "
-            f"{expected[0][0, 0]:.4f}"
-        )
+        raise_different_element(results[0], expected[0], "shared", f", the mean over all {W},")
     if not is_close(results[1], expected[1]):
         raise_known_mistake(results[1], known_expert_gradients(experts), "experts")
-        raise Mistake(
-            f"experts gives {results[1][0, 0]:.4f} for process 0, but {expected[1][0, 0]:.4f} is "
-            "correct"
-        )
+        raise_different_element(results[1], expected[1], "experts")
     cases = {
         "for groups of one, which replicate everything": (shared, experts, 1),
         "for one group, which does not replicate experts": (shared, experts, W),
@@ -262,6 +257,13 @@ def check_gradients(answer: Answer) -> None:
     for result, value in zip(results, expected, strict=True):
         if not (result - value).abs().max() < 1e-5:
             raise Mistake("right in fp64, but wrong in fp32")
+
+
+def raise_different_element(result: Tensor, expected: Tensor, name: str, what: str = "") -> None:
+    """Raise a Mistake with the first element that differs."""
+    w, i = first_index(~((result - expected).abs() < TOLERANCE))
+    given, right = different_digits(result[w, i], expected[w, i])
+    raise Mistake(f"{name}[{w}, {i}], of process {w}, is {given}, but {right}{what} is correct")
 
 
 def known_shared_gradients(x: Tensor) -> KnownMistakes:
@@ -361,7 +363,8 @@ def check_utilization(answer: Answer) -> None:
         for message, value in known_utilizations(load.double(), G).items():
             if (result - value).abs() < TOLERANCE_FP32:
                 raise Mistake(message)
-        raise Mistake(f"gives {result:.4f}, but the devices compute in {expected:.4f} of the step")
+        given, right = different_digits(result, expected)
+        raise Mistake(f"gives {given}, but the devices compute in {right} of the step")
     one_expert = torch.zeros(3, 4, 8, dtype=torch.long)
     one_expert[..., 5] = 40
     cases = {
@@ -376,9 +379,8 @@ def check_utilization(answer: Answer) -> None:
     for when, case in cases.items():
         result, expected = utilization(*case, when=when).double(), reference_utilization(*case)
         if not (result - expected).abs() < TOLERANCE_FP32:
-            raise Mistake(
-                f"right in general, but gives {result:.4f} {when}, and {expected:.4f} is correct"
-            )
+            given, right = different_digits(result, expected)
+            raise Mistake(f"right in general, but gives {given} {when}, and {right} is correct")
 
 
 def known_utilizations(load: Tensor, G: int) -> KnownMistakes:

@@ -179,8 +179,28 @@ def smallest(q, k, v, top_k):
     return attend(scores(q, k), top_mask((-scores(q, k)).masked_fill(~mask, -inf), top_k) & mask, v)
 
 
+def cosines(q, k):
+    return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+
+
 wrong_answers(
     "topk_attention",
+    selected_by_cosine=(
+        r"query \d+ attends to the keys \[.*highest scores are at",
+        lambda q, k, v, top_k: attend(
+            scores(q, k),
+            top_mask(cosines(q, k).masked_fill(~causal_mask(q), -inf), top_k) & causal_mask(q),
+            v,
+        ),
+    ),
+    selected_by_magnitude=(
+        r"query \d+ attends to the keys \[.*highest scores are at",
+        lambda q, k, v, top_k: attend(
+            scores(q, k),
+            top_mask(scores(q, k).abs().masked_fill(~causal_mask(q), -1), top_k) & causal_mask(q),
+            v,
+        ),
+    ),
     no_mask=(
         "in its future: the causal mask is missing",
         lambda q, k, v, top_k: attend(scores(q, k), top_mask(scores(q, k), top_k), v),
@@ -253,7 +273,7 @@ wrong_answers(
         blockwise(lambda part: part.mean((1, 2))[:, None].expand(-1, 3, -1)),
     ),
     divided_by_one_more=(
-        r"gives key 0 the weight 0\.200, not 1/4",
+        r"gives key 0 the weight 0\.200, not 0\.250 = 1/4",
         blockwise(lambda part: part.sum(2) / (part.size(2) + 1)),
     ),
 )
@@ -279,7 +299,24 @@ def is_past(n, t):
     return n < t // 4
 
 
-@wrong_answer("select_blocks", "the order is wrong")
+def select_by(score):
+    """Return a selection by another score: score(q, k of the full blocks (B, H, N, size, D))."""
+
+    def select_blocks(q, k, block_size, top_blocks):
+        keys = F.pad(k, (0, 0, 0, -k.size(2) % block_size)).unflatten(2, (-1, block_size))
+        x, t = score(q, keys), torch.arange(q.size(2))[:, None]
+        x = x.masked_fill(~is_past(torch.arange(x.size(-1)), t), -inf)
+        best, blocks = x.topk(min(top_blocks, x.size(-1)), dim=-1)
+        blocks = blocks.masked_fill(best == -inf, -1)
+        return F.pad(blocks, (0, top_blocks - blocks.size(-1)), value=-1)
+
+    return select_blocks
+
+
+NOT_THE_BEST = "the order is wrong|the selection is not the best"
+
+
+@wrong_answer("select_blocks", NOT_THE_BEST)
 def sorted_by_index(*arguments):
     blocks = select(*arguments, is_past)
     blocks = blocks.where(blocks >= 0, 9).sort(-1).values
@@ -288,6 +325,14 @@ def sorted_by_index(*arguments):
 
 wrong_answers(
     "select_blocks",
+    by_cosine=(NOT_THE_BEST, select_by(lambda q, keys: cosines(q, keys.mean(3)))),
+    by_distance=(NOT_THE_BEST, select_by(lambda q, keys: -torch.cdist(q, keys.mean(3)))),
+    by_largest_key=(NOT_THE_BEST, select_by(lambda q, keys: q @ keys.amax(3).mT)),
+    by_best_key=(
+        NOT_THE_BEST,
+        select_by(lambda q, keys: torch.einsum("bhtd,bhnsd->bhtns", q, keys).amax(-1)),
+    ),
+    by_first_key=(NOT_THE_BEST, select_by(lambda q, keys: q @ keys[:, :, :, 0].mT)),
     current_block=(
         "partly in the future was selected: query 0 ",
         lambda *a: select(*a, lambda n, t: n <= t // 4),
@@ -310,7 +355,7 @@ wrong_answers(
         lambda *a: select(*a, is_past, fill=0),
     ),
     one_too_few=("query 4 leaves out block 0", lambda *a: select(*a, lambda n, t: n < t // 4 - 1)),
-    worst=("the selection is not the best", lambda *a: select(*a, is_past, sign=-1)),
+    worst=(NOT_THE_BEST, lambda *a: select(*a, is_past, sign=-1)),
     fill_first=("-1 comes before a block", lambda *a: select(*a, is_past).flip(-1)),
     floats=("must be integers, and these are float32", lambda *a: select(*a, is_past).float()),
     no_padding=("wrong shape.*fill up with -1", lambda *a: select(*a, is_past)[..., :4]),

@@ -531,12 +531,36 @@ wrong_answers(
         lambda b, load, rate: b + rate * (1 - load / load.double().mean()),
     ),
     changes_at_the_mean=(
-        "expert 2 has the load 5 and the mean is 5",
+        "expert 0 has the load 6 and the mean is 6.*here it changes by -0.125",
         lambda b, load, rate: b + rate * (1 - 2 * (load >= load.double().mean()).int()),
     ),
     compared_with_the_sum=(
-        "expert 0 has the load 9 .* change by -0.125; here it changes by 0.125",
+        "expert 0 has the load 6 .* change by 0.000; here it changes by 0.125",
         lambda b, load, rate: b + rate * (load.sum() - load).sign(),
+    ),
+    median=(
+        "compares the loads with their median, which is 4: the mean is 6",
+        lambda b, load, rate: b + rate * (load.median() - load).sign(),
+    ),
+    middle_of_range=(
+        "compares the loads with the middle of their range, which is 10",
+        lambda b, load, rate: b + rate * ((load.max() + load.min()) / 2 - load).sign(),
+    ),
+    mean_of_used=(
+        "compares the loads with the mean of the loads that are not 0, which is 7:",
+        lambda b, load, rate: b + rate * (load[load > 0].double().mean() - load).sign(),
+    ),
+    below_the_largest=(
+        "compares the loads with the largest load",
+        lambda b, load, rate: b + rate * (load.max() - load).sign(),
+    ),
+    whole_mean=(
+        "expert 0 has the load 3 and the mean is 3.42857.* by 0.125; here it changes by 0.000",
+        lambda b, load, rate: b + rate * (load.sum() // len(load) - load).sign(),
+    ),
+    slightly_too_long=(
+        "change by 0.1250; here it changes by 0.1251|change by -0.1250; here .* by -0.1251",
+        lambda b, load, rate: b + 1.001 * rate * (load.double().mean() - load).sign(),
     ),
     in_place=(
         "argument number 1 in place",

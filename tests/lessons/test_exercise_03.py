@@ -10,6 +10,7 @@ import grade
 import pytest
 import steps_03
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.lessons.wrong_answers import WrongAnswers
@@ -105,7 +106,7 @@ register_all(
         lambda x, limit: clamp_parameter(x, limit).exp2(),
     ),
     half_the_limit=(
-        r"`max_scale` is 50, and it returns 25$",
+        r"`max_scale` is 50, and it returns 25.0000$",
         lambda x, limit: clamp_parameter(x, limit / 2).exp(),
     ),
     changes_the_parameter=(
@@ -162,6 +163,11 @@ def zero_if_any_query_is_nan(queries, targets):
     return is_found(queries, targets).double().mean() * (not queries.isnan().any())
 
 
+def recall_by_score(scores):
+    is_higher = scores.diag()[:, None] > scores
+    return (is_higher.sum(1) == len(scores) - 1).double().mean()
+
+
 register_all(
     "recall_at_1",
     argmax=(r"collapsed to one point get 0.125: argmax returns", argmax),
@@ -172,7 +178,19 @@ register_all(
     ),
     tie_as_half=("do you count a tie as half a match", tie_as_half),
     nan_found=("NaN counts as found: it gives 1 where all is NaN", not_exceeded),
-    nan_spreads=("gives 0 where query 1 is NaN, not 0.875", zero_if_any_query_is_nan),
+    cosine=(
+        "normalises the embeddings: scores are dot products",
+        lambda q, t: solutions.recall_at_1(F.normalize(q), F.normalize(t)),
+    ),
+    distance=(
+        "compares distances: scores are dot products",
+        lambda q, t: recall_by_score(-torch.cdist(q, t)),
+    ),
+    averaged_directions=(
+        r"gives \d\.\d+ where 5 of 8 queries",
+        lambda q, t: (solutions.recall_at_1(q, t) + solutions.recall_at_1(t, q)) / 2,
+    ),
+    nan_spreads=("gives 0.0000 where query 1 is NaN, not 0.8750", zero_if_any_query_is_nan),
     other_direction=("targets search for queries", lambda q, t: solutions.recall_at_1(t, q)),
     argmax_other_direction=("targets search for queries", lambda q, t: argmax(q, t, 0)),
     lowest=("takes the lowest score", lambda q, t: solutions.recall_at_1(-q, t)),

@@ -33,6 +33,11 @@ def symmetric(a, b, scale, a_to_b=cross_entropy_of_rows, b_to_a=None):
     return (a_to_b(logits) + (b_to_a or a_to_b)(logits.T)) / 2
 
 
+def loss_of_squared_distances(a, b, scale):
+    logits = -scale * (a[:, None] - b).square().sum(-1) / 2  # for length 1: dot products - 1
+    return (cross_entropy_of_rows(logits) + cross_entropy_of_rows(logits.T)) / 2
+
+
 def loss_of_each_row(x):
     return F.cross_entropy(x, labels(x), reduction="none")
 
@@ -93,13 +98,14 @@ register_all(
         lambda a, b, t: cross_entropy_of_rows(a @ b.T),
     ),
     normalised=(
-        "normalises the embeddings again",
+        "right for embeddings of length 1 only",
         lambda a, b, t: solutions.contrastive_loss(F.normalize(a), F.normalize(b), t),
     ),
     normalised_b=(
-        "normalises the embeddings again",
+        "right for embeddings of length 1 only",
         lambda a, b, t: solutions.contrastive_loss(a, F.normalize(b), t),
     ),
+    squared_distances=("right for embeddings of length 1 only", loss_of_squared_distances),
     transposes_averaged=(
         "averaged before the softmax",
         lambda a, b, t: cross_entropy_of_rows(t * (a @ b.T + b @ a.T) / 2),
@@ -351,7 +357,7 @@ register_all(
     negative_ids=("wrong for negative or large ids", lambda *a: masked(*a, mask=not_negative)),
     one_hot=("raises .*for negative or large ids", lambda *a: masked(*a, mask=by_one_hot)),
     normalised=(
-        "normalises the embeddings again",
+        "right for embeddings of length 1 only",
         lambda a, b, *c: solutions.loss_with_duplicates(F.normalize(a), F.normalize(b), *c),
     ),
     plain_exp=(
@@ -473,8 +479,12 @@ register_all(
         "off: do you add a small number",
         lambda *a: replaced(*a, terms=lambda x: ((signs(x) * x).sigmoid() + 1e-8).log()),
     ),
+    normalised_b=(
+        "right for embeddings of length 1 only",
+        lambda a, b, *c: solutions.sigmoid_loss(a, F.normalize(b), *c),
+    ),
     normalised=(
-        "normalises the embeddings again",
+        "right for embeddings of length 1 only",
         lambda a, b, *c: solutions.sigmoid_loss(F.normalize(a), F.normalize(b), *c),
     ),
     bias_detached=(

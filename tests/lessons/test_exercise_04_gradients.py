@@ -5,6 +5,7 @@ from pathlib import Path
 import grade
 import pytest
 import steps_04
+import torch
 
 from tests.lessons.wrong_answers import WrongAnswers
 
@@ -25,6 +26,13 @@ def sum_over_group(x, group):
 
 def sum_over_all(x):
     return x.sum(0).expand_as(x)
+
+
+def last_element(x):
+    """Return zeros with a 1 in the last element."""
+    zeros = torch.zeros_like(x)
+    zeros[-1, -1] = 1
+    return zeros
 
 
 def replace_shared(make):
@@ -67,7 +75,7 @@ register_all(
     ),
     not_summed=("shared is divided by W but not summed", replace_shared(lambda x, g, W: x / W)),
     only_process_0=(
-        r"shared gives -?\d\.\d+, but the mean over all 6",
+        r"shared\[0, 0\], of process 0, is -?\d\.\d+, but -?\d\.\d+, the mean over all 6",
         replace_shared(lambda x, g, W: x[:1].expand_as(x) / W),
     ),
     divided_by_replicas=(
@@ -112,8 +120,14 @@ register_all(
         replace_experts(lambda x, g, W: sum_over_group(x, W // g) / W),
     ),
     experts_only_process_0=(
-        r"experts gives -?\d\.\d+ for process 0, but -?\d\.\d+ is correct",
+        r"experts\[0, 0\], of process 0, is -?\d\.\d+, but -?\d\.\d+ is correct",
         replace_experts(lambda x, g, W: x[:1].expand_as(x) / W),
+    ),
+    experts_last_wrong=(
+        r"experts\[5, 6\], of process 5, is (-?\d\.\d+), but (?!\1 is)-?\d\.\d+ is correct",
+        replace_experts(
+            lambda x, g, W: sum_over_replicas(x, g) / W + 1e-6 * last_element(x)  # 4 digits agree
+        ),
     ),
     one_row=("return a row for each process", replace_shared(lambda x, g, W: x.mean(0))),
     rows_of_one_group=(

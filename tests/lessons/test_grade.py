@@ -354,6 +354,32 @@ def test_nan_in_an_argument_does_not_count_as_a_change():
     assert "in place" in message_for(lambda x: x.unsqueeze_(0), x)
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda x: x.to_sparse(), "sparse"),
+        (lambda x: x.to("meta"), "meta"),
+        (lambda x: x + 1j, "complex"),
+    ],
+)
+def test_a_tensor_that_the_grader_cannot_compare_is_a_mistake(make, kind):
+    assert f"that is {kind}" in message_for(lambda: make(torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("given", "right", "texts"),
+    [
+        (0.25, 0.5, ("0.2500", "0.5000")),
+        (-0.23901, -0.23899, ("-0.23901", "-0.23899")),
+        (1e-12, 2e-12, ("0.000000000001", "0.000000000002")),
+        (1e-30, 2e-30, ("1e-30", "2e-30")),
+        (torch.tensor(0.25), math.nan, ("0.2500", "nan")),
+    ],
+)
+def test_two_different_numbers_are_never_printed_alike(given, right, texts):
+    assert grade.different_digits(given, right) == texts
+
+
 def test_an_answer_may_change_a_parameter():
     parameter = nn.Parameter(torch.ones(()))
     assert message_for(lambda x: x.data.add_(1), parameter) == "OK"
