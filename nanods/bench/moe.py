@@ -171,6 +171,7 @@ BASELINES = {
     "one_hot": partial(RoutedExperts, experts_one_hot),
     "one_hot_in_groups": partial(RoutedExperts, experts_one_hot, group=GROUP),
 }
+GROWTH_LAYERS = ("dense", "moe", "one_hot", "one_hot_in_groups")
 
 
 def build_layer(make: Callable[[], nn.Module]) -> nn.Module:
@@ -298,17 +299,27 @@ def measure_memory(name: str, tokens: int) -> None:
 
 
 def part_growth() -> dict:
-    """Measure seconds against tokens and fit exponents from 8,192 tokens on.
-
-    The one-hot layers end at 8,192 tokens; their exponents are fitted from 2,048 tokens on.
-    """
-    table = {name: {} for name in ("dense", "moe", "one_hot", "one_hot_in_groups")}
-    turns_by_tokens = {1024: 9, 2048: 7, 4096: 5, 8192: 3, 16384: 3, 32768: 3, 65536: 3}
+    """Measure seconds against tokens. `share_time` adds the seconds at N tokens and exponents."""
+    table = {name: {} for name in GROWTH_LAYERS}
+    turns_by_tokens = {1024: 9, 2048: 7, 4096: 5, 16384: 3, 32768: 3, 65536: 3}
     for tokens, turns in turns_by_tokens.items():
         names = [name for name in table if tokens <= N or not name.startswith("one_hot")]
         layers = {name: build_layer(BASELINES[name]) for name in names}
         for name, value in time_alternating(layers, *random_inputs(tokens), turns).items():
             table[name][str(tokens)] = value
+    return {"by_tokens": table}
+
+
+def share_time(time: dict, growth: dict) -> dict:
+    """Return part_growth's table with the seconds at N tokens from part_time, and exponents.
+
+    So there is one measurement at N tokens, and both parts show it. Exponents are fitted from N
+    tokens on; the one-hot layers end there, so theirs are fitted from 2,048 tokens on.
+    """
+    table = {}
+    for name, row in growth["by_tokens"].items():
+        row = row | {str(N): time["seconds"][name]}
+        table[name] = {tokens: row[tokens] for tokens in sorted(row, key=int)}
     one_hot_rows = {name: row for name, row in table.items() if name.startswith("one_hot")}
     exponents = add_exponents(table, beyond=N)["exponents"]
     exponents |= add_exponents(one_hot_rows, beyond=2048)["exponents"]
@@ -505,6 +516,8 @@ def main() -> None:
         torch.manual_seed(0)
         # If no peer is installed, the earlier results stay.
         table[part] = PARTS[part]() or table.get(part, {})
+        if {"time", "growth"} <= table.keys():
+            table["growth"] = share_time(table["time"], table["growth"])
         table["machine"] = describe_machine("fp32") | {"shapes": SHAPES}
         table["aims"] = check_aims(table)
         names = [name for name in ("machine", "aims", *PARTS) if name in table]
@@ -512,7 +525,7 @@ def main() -> None:
     for name, row in table["aims"].items():
         outcome = "met" if row["met"] else "missed"
         print(f"{name} {row['measured']:.3f}, aim {row['aim']}: {outcome}")
-    if {"growth", "memory"} <= table.keys():
+    if {"time", "growth", "memory"} <= table.keys():
         plots.save(plots.cost_of_experts(table), args.results / "moe.png")
 
 

@@ -16,6 +16,7 @@ from nanods.bench.moe import (
     experts_one_hot,
     forward_backward,
     random_inputs,
+    share_time,
     skew_router,
 )
 from nanods.moe import experts_loop, route, within_capacity
@@ -92,3 +93,13 @@ def test_aims_without_a_measurement_are_left_out():
         "growth.exponents.moe": False,
     }
     assert checked.keys() < AIMS.keys() and check_aims({}) == {}
+
+
+def test_both_tables_show_one_measurement_at_8192_tokens():
+    seconds = {"dense": 0.5, "moe": 0.6, "one_hot": 8.0, "one_hot_in_groups": 1.0, "loop": 0.7}
+    # 0.9: what a results file from before shows, where each part measured it again.
+    rows = {"dense": {"16384": 1.0, "1024": 0.0625, "8192": 0.9}, "one_hot": {"2048": 0.5}}
+    growth = share_time({"seconds": seconds}, {"by_tokens": rows})
+    assert growth["by_tokens"]["dense"] == {"1024": 0.0625, "8192": 0.5, "16384": 1.0}
+    assert list(growth["by_tokens"]["dense"]) == ["1024", "8192", "16384"]
+    assert growth["exponents"] == pytest.approx({"dense": 1.0, "one_hot": 2.0})
