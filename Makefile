@@ -40,7 +40,7 @@ help:
 	@echo 'Learn'
 	@echo '  make notebook          open the lessons in Jupyter'
 	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 04   seconds'
-	@echo '  make lessons           execute every lesson                                       4 min'
+	@echo '  make lessons           execute every lesson and compare what it prints            4 min'
 	@echo
 	@echo 'Measure (writes results/)'
 	@echo '  make bench             loss over time; generation with and without a cache       10 min'
@@ -163,9 +163,9 @@ docs: .venv/base
 	$(PY) -m nanods.bench.results_page
 	$(PY) -m nanods.diagrams
 
-# JUPYTER=--inplace keeps the outputs in the notebooks.
+# Fails if a lesson prints something else than what is committed. ARGS=--inplace writes the outputs.
 lessons: .venv/dev
-	.venv/bin/jupyter execute $(JUPYTER) --timeout=300 lessons/*.ipynb
+	$(PY) -m tests.lessons.execute $(ARGS)
 
 notebook: .venv/dev
 	.venv/bin/jupyter lab $(ARGS) lessons

@@ -2,12 +2,13 @@
 
 The tests do not execute the notebooks. They render `Code(inspect.getsource(...))` of each cell from
 the library and compare the text with the committed output. If a test fails, execute the notebooks
-again: make lessons JUPYTER=--inplace
+again: make lessons ARGS=--inplace
 """
 
 import ast
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -82,3 +83,14 @@ def test_every_code_cell_was_executed_in_order_and_without_errors(path):
     for cell in cells:
         errors = [output for output in cell["outputs"] if output["output_type"] == "error"]
         assert not errors, "".join(cell["source"])
+
+
+@each_notebook
+def test_every_name_that_a_cell_takes_from_a_module_exists(path):
+    names = run_imports(path)
+    modules = {name: value for name, value in names.items() if isinstance(value, ModuleType)}
+    for cell in code_cells(path):
+        for node in ast.walk(parse(cell)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = modules.get(node.value.id)
+                assert module is None or hasattr(module, node.attr), ast.unparse(node)
