@@ -1,0 +1,134 @@
+"""The figures that lessons/ARTICLE.md quotes are those of results/*.json."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARTICLE = (ROOT / "lessons" / "ARTICLE.md").read_text(encoding="utf-8")
+
+
+def load(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def attention_figures():
+    bench = load("attention")
+    exponents, found = bench["time"]["exponents"], bench["recall"]["found"]["iid keys"]
+    longer, memory = bench["time"]["sparse_65536_over_dense_16384"], bench["memory"]
+    times_faster = {name: row["8192"] for name, row in bench["time"]["times_faster"].items()}
+    tree = bench["tree"]
+    return {
+        "V1.1": [
+            f"T^{exponents['tile']:.2f} with one selection per tile of queries",
+            f"T^{exponents['flat']:.2f} with one per query",
+            f"T^{exponents['dense']:.2f} for dense attention",
+            f"it has {tree['tree_times_faster']['131072']:.2f} of the speed",
+            f"are {tree['exponents']['tree']:.2f} and {tree['exponents']['flat']:.2f}",
+            f"{found['8192']:.0%} at 8,192 tokens and {found['131072']:.0%} at 131,072",
+        ],
+        "V1.2": [
+            f"{times_faster['tile']:.1f} times as fast as dense attention with one selection per "
+            f"tile, and {times_faster['flat']:.1f} times with one per query"
+        ],
+        "V1.3": [
+            f"take {longer['tile']:.2f} and {longer['flat']:.2f} of the time",
+            f"{memory['over_dense']['tile']['16384']:.2f} and "
+            f"{memory['over_dense']['flat']['16384']:.2f} of its bytes per token",
+            f"{memory['unfused_over_tile_16384_one_head']:.0f} times less",
+        ],
+    }
+
+
+def long_text_figures():
+    bench = load("long_text")
+    difference = bench["differences"]["tile"]
+    return {
+        "V1.3": [
+            f"{difference['speed']:.1f} times as many steps",
+            f"and {difference['bpb_minus_dense_at_equal_time']:+.3f} bits per byte",
+            f"only {bench['runs']['dense']['steps']} steps ({bench['seeds']} seed)",
+            f"after equal steps it is {difference['bpb_minus_dense_at_equal_steps']:+.3f}",
+        ]
+    }
+
+
+def expert_figures():
+    bench = load("experts")
+    summary, gaps, domains = bench["summary"], bench["gaps"], bench["domains"]
+
+    def row(text):
+        return " / ".join(text(summary[n]) for n in ("none of them", "capacity alone", "all three"))
+
+    byte, kind = (domains[name] for name in ("the byte", "the kind of text"))
+    return {
+        "V2.3": [
+            row(lambda run: f"{run['train_load_max_over_mean']['mean']:.1f}"),
+            row(lambda run: f"{run['dropped']['mean']:.1%}"),
+            row(lambda run: f"{run['spikes']['mean']:.1f}"),
+            row(lambda run: f"{run['val_bpb']['max'] - run['val_bpb']['min']:.3f}"),
+        ],
+        "V2.5": [
+            f"{gaps['upcycled minus from scratch']['mean']:+.3f} bits per byte against a V2",
+            f"{gaps['upcycled minus continued V1, equal steps']['mean']:+.3f} against continuing",
+            f"{gaps['upcycled minus continued V1, equal time']['mean']:+.3f} for equal time",
+        ],
+        "V2.7": [
+            f"{min(byte):.1%} to {max(byte):.1%} of the first choice of expert",
+            f"{min(kind):.1%} to {max(kind):.1%}",
+        ],
+    }
+
+
+def arithmetic_figures():
+    bench = load("arithmetic")
+    v1, wide, v2 = (bench["variants"][name] for name in ("v1", "v1-2f", "v2"))
+    sums = sorted(run["score"]["+"] for run in bench["runs"] if run["variant"] == "v2")
+    return {
+        "V2.2": [
+            f"V2 {v2['both']['mean']:.1%}, V1 {v1['both']['mean']:.1%}",
+            f"the same active FLOPs, {wide['both']['mean']:.1%}",
+            f"({v2['seeds']} seeds, {bench['task']['steps']} steps, all with dense attention)",
+            f"solves {sums[0]:.1%} of the sums, the other two {sums[1]:.1%} and {sums[2]:.1%}, "
+            f"and V1 {v1['+']['mean']:.1%}",
+        ]
+    }
+
+
+def multimodal_figures():
+    bench = load("multimodal")
+    summary, shared = bench["summary"], bench["shared against separate"]
+    names = [name for name in summary["as it is"] if re.fullmatch("recall1_[a-z]+_[a-z]+", name)]
+    recalls = [summary["as it is"][name]["mean"] for name in names]
+    emergent = summary["emergent"]["recall1_image_audio"]["mean"]
+    relation = {
+        name: summary[name]["facts"]["relation"]["image"]["mean"] for name in ("random", "as it is")
+    }
+    points = [100 * gap for gap in shared["recall1_lower_by"]["each"]]
+    return {
+        "V3.1": [
+            f"is {min(recalls):.3f} or more in each of the six directions",
+            f"and {emergent:.3f} from image to sound",
+            f"for {relation['random']:.0%} of the images",
+            f"for {relation['as it is']:.1%}",
+        ],
+        "V3.2": [
+            f"{1 - shared['share_of_parameters']:.0%} fewer parameters",
+            f"lower by {100 * shared['recall1_lower_by']['mean']:.2f} points "
+            f"({', '.join(f'{each:.2f}' for each in points)})",
+        ],
+    }
+
+
+FIGURES = [attention_figures, long_text_figures, expert_figures]
+FIGURES += [arithmetic_figures, multimodal_figures]
+
+
+@pytest.mark.parametrize("figures", FIGURES, ids=lambda function: function.__name__)
+def test_the_article_page_quotes_the_results(figures):
+    for claim, texts in figures().items():
+        row = next(line for line in ARTICLE.splitlines() if line.startswith(f"| {claim} |"))
+        for text in texts:
+            assert text in row
