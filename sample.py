@@ -293,7 +293,7 @@ def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
             f"--gallery {folder}: no such folder; name one that holds images (jpg, png) or sounds "
             "(wav)"
         )
-    multimodal, images, waves, skipped = config.multimodal, {}, {}, []
+    multimodal, images, waves, skipped, others = config.multimodal, {}, {}, [], []
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()
         try:
@@ -301,6 +301,8 @@ def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
                 images[path.name] = read_image(path, multimodal.image_size)
             elif suffix == ".wav" and "audio" in multimodal.modalities:
                 waves[path.name] = read_sound(path, multimodal.frames)
+            elif path.is_file() and not path.name.startswith("."):
+                others.append(path.name)
         except UserError as error:
             skipped.append(str(error))
     if skipped:
@@ -308,6 +310,8 @@ def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
             f"warning: {len(skipped)} files cannot be read, the first: {skipped[0]}",
             file=sys.stderr,
         )
+    if others:
+        print(f"not read: {len(others)} other files, the first: {others[0]}", file=sys.stderr)
     galleries = {}
     if images:
         stacked = np.stack(list(images.values()))

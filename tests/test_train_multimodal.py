@@ -219,6 +219,7 @@ def test_a_folder_can_be_the_gallery(trained, program, workspace):
         and "one.wav" in out
     )
     assert "1 files cannot be read" in err and "broken.png" in err
+    assert "not read: 1 other files, the first: notes.txt" in err
     code, out, _ = program("sample", "v3-tiny", "--image", folder / "1.png", "--gallery", folder)
     assert code == 0 and "image, the" not in out and "audio, the best of 1" in out
     (folder / "one.wav").unlink()

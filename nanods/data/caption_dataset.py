@@ -303,7 +303,8 @@ class CaptionDataset:
             raise UserError(
                 f"--data {self.name}: {least:,} examples are needed at a time, and only "
                 f"{len(collected):,} can be decoded ({self.skipped:,} corrupt files, the first: "
-                f"{next(iter(self._errors.values()))})"
+                f"{next(iter(self._errors.values()))}); fetch or convert them, or choose a smaller "
+                "--batch-size"
             )
         ids, captions, arrays = zip(*collected, strict=True)
         batched = [np.stack(column) for column in zip(*arrays, strict=True)]

@@ -103,7 +103,7 @@ def read_captions(folder: Path) -> CaptionFolder:
             "*.token, *.token.txt, captions.txt or captions.csv (Flickr), metadata.csv (LJSpeech), "
             f"or NAME.wav with NAME.txt; it holds {count_suffixes(files) or 'no files'}"
         )
-    modalities = {modality_of(path) for part in parts for path, _ in part.rows}
+    modalities = {modality_of(path) for path in {path for part in parts for path, _ in part.rows}}
     if len(modalities) > 1:
         raise UserError(
             f"--data {folder}: its captions name both images and sounds; give each a folder of its "
@@ -129,15 +129,21 @@ def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
     names: dict[str, dict[str, None]] = {"train": {}, "val": {}, "test": {}}  # ordered sets
     for part in parts:
         by_folder = {} if part.split else split_by_folder(part, folder)
+        if not by_folder:
+            rows[part.split or "train"] += part.rows
+            names[part.split or "train"][part.name] = None
+            continue
         for path, caption in part.rows:
-            split, name = by_folder.get(path, (part.split or "train", part.name))
+            split, name = by_folder.get(path, ("train", part.name))
             rows[split].append((path, caption))
             names[split][name] = None
     for split in ("val", "test"):  # nothing but val or test: the user chose it
         if not rows["train"]:
             rows["train"], rows[split] = rows[split], []
     notes, elsewhere = [], {path for path, _ in rows["val"] + rows["test"]}
-    train = [row for row in rows["train"] if row[0] not in elsewhere]
+    train = (
+        [row for row in rows["train"] if row[0] not in elsewhere] if elsewhere else rows["train"]
+    )
     if held_out := rows["val"]:
         notes.append(f"held out: {count_files(held_out)} of {', '.join(names['val'])}")
     else:
@@ -242,9 +248,9 @@ def read_coco_file(file: Path) -> list[tuple[str, str]]:
 def read_flickr_tokens(folder: Path) -> list[Part]:
     """Read *.token and *.token.txt."""
     parts = []
-    for file in sorted(list_folder(folder)[0]):
-        # Flickr8k's .lemma. file repeats its captions as lemmas.
-        if not file.name.lower().endswith((".token", ".token.txt")) or ".lemma." in file.name:
+    files = [p for p in list_folder(folder)[0] if p.name.lower().endswith((".token", ".token.txt"))]
+    for file in sorted(files):
+        if ".lemma." in file.name:  # Flickr8k's, which repeats its captions as lemmas
             continue
         rows = []
         for name, caption in split_lines(file, "\t", "IMAGE.jpg#0<TAB>CAPTION", maxsplit=1):
@@ -392,7 +398,7 @@ class FileFinder:
         """Return the file of a name, which may begin with a subfolder; None if there is none."""
         subfolder, _, name = name.lstrip("/").rpartition("/")
         for folder in self.folders:
-            files = self.files(folder / subfolder)
+            files = self.files(folder / subfolder if subfolder else folder)
             if path := files.get(name) or files.get(name.lower()):
                 return path
         return None
@@ -436,7 +442,7 @@ def locate_files(
     inside = [path for found in folders for path in split_folders(found) if path not in folders]
     inside.sort(key=lambda path: split_of(path.name) != split)
     finder = FileFinder([*folders, *inside])
-    paths = {name: finder.find(name) for name, _ in rows}
+    paths = {name: finder.find(name) for name in dict.fromkeys(name for name, _ in rows)}
     if missing := [name for name, path in paths.items() if path is None]:
         raise UserError(
             f"--data {source}: files that it names and that do not exist: {len(missing):,} of "

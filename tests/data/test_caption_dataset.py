@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -110,6 +111,20 @@ class TestImage:
         assert actual.flags.c_contiguous
         uniform = np.array(expected)[:, None, None] * np.ones((3, 4, 4))
         np.testing.assert_allclose(actual * 255, uniform, atol=1.01)
+
+    def test_colours_of_16_bits(self, tmp_path):
+        """Pillow cannot write such a PNG, so this one is written chunk by chunk."""
+
+        def chunk(kind, data):
+            data = kind + data
+            return struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+
+        row = b"\0" + struct.pack(">3H", 40_000, 20_000, 257) * 4
+        data = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+        data += chunk(b"IDAT", zlib.compress(row * 4)) + chunk(b"IEND", b"")
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+        actual = read_image(tmp_path / "x.png", 4)
+        np.testing.assert_allclose(actual[:, 1, 1] * 255, [156, 78, 1], atol=1.01)
 
     def test_palette(self, tmp_path):
         image = Image.new("P", (8, 8), 1)
