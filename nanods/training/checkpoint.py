@@ -103,7 +103,7 @@ def write_checkpoint(
 def link_best(run_dir: Path, step: int) -> bool:
     """Make RUN/step_NNNNNN the best checkpoint as well, by hard links to its files.
 
-    Return False, without doing anything, if there is no checkpoint of this step.
+    Return False, without doing anything, if there is no whole checkpoint of this step.
     """
     source = run_dir / f"step_{step:06d}"
 
@@ -114,7 +114,7 @@ def link_best(run_dir: Path, step: int) -> bool:
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, folder / path.name)
 
-    if not source.is_dir():
+    if find_corruption(source):
         return False
     write_folder(run_dir / BEST, step, link_files, keep=1)
     return True
@@ -152,7 +152,10 @@ def write_folder(run_dir: Path, step: int, write_files: Callable[[Path], None], 
 
 def fsync(path: Path) -> None:
     """Wait until the content of a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
+        return  # Windows opens no folders, and syncs only files that are open for writing
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -26,16 +26,26 @@ def tensorboard_command(run_dir: Path) -> str:
 def resume_command(config: Config) -> str:
     """Return the command that continues a run: with the flags that its checkpoints do not hold."""
     flags = changed_flags(config, set(ladder.RUNTIME_ONLY_FIELDS))
-    words = shlex.join([python(), "train.py", config.preset, "--resume", *flags])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return f"{words} (by the launcher and the number of processes of this run)"
-    return words
+    return shlex.join([*train_program(), config.preset, "--resume", *flags])
 
 
 def retry_command(config: Config, **changes) -> str:
     """Return the command that starts a run again with some fields changed."""
     flags = changed_flags(replace(config, **changes), set(ladder.flatten(config)))
-    return shlex.join([python(), "train.py", config.preset, *flags])
+    return shlex.join([*train_program(), config.preset, *flags])
+
+
+def train_program() -> list[str]:
+    """Return the words that start train.py, by as many processes as this run has."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return [python(), "train.py"]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    machines = ["--standalone"]
+    if processes > local:
+        machines = ["--nnodes", str(processes // local), "--rdzv-endpoint", "FIRST_NODE:29500"]
+    launcher = [python(), "-m", "nanods.distributed.launch", *machines]
+    return [*launcher, "--nproc-per-node", str(local), "train.py"]
 
 
 def changed_flags(config: Config, names: set[str]) -> list[str]:

@@ -44,6 +44,15 @@ def test_a_printed_command_keeps_the_flags_of_the_run(preset):
         assert value == ladder.flatten(expected)[name], name
 
 
+def test_a_run_of_several_processes_is_continued_by_as_many(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    command = resume_command(from_command_line("", ["v2-tiny", "--mesh", "ep=4"]))
+    launcher = "-m nanods.distributed.launch --standalone --nproc-per-node 4 train.py v2-tiny"
+    assert command.endswith(f"{launcher} --resume --mesh ep=4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "--nnodes 2" in resume_command(PRESETS["v2-tiny"])
+
+
 def test_paths_and_prompts_are_quoted_for_the_shell():
     command = sample_command(Path("my runs/$1"), *flag("prompt", "it's"), *flag("query", "-x"))
     words = shlex.split(command)[1:]
