@@ -26,6 +26,7 @@ from nanods.data.scenes import normalized_log_mel, vocabulary
 from nanods.data.sound import write_wav
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
+from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
 from nanods.training import checkpoint
@@ -73,7 +74,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     check_args(args)
     run_dir = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
     if not run_dir.is_dir():
@@ -101,18 +102,11 @@ def main() -> None:
 
 def check_args(args: Args) -> None:
     """Raise UserError for values out of range."""
-    if args.num_samples < 1 or args.max_new_tokens < 1:
-        raise UserError("--num-samples and --max-new-tokens must be at least 1")
-    if args.temperature < 0:
+    if 0 < args.temperature < 1e-6:
         raise UserError(
-            f"--temperature {args.temperature}: must be 0 (always the likeliest token) or above"
+            f"--temperature {args.temperature}: must be 0 (always the likeliest token), or 1e-6 or "
+            "more"
         )
-    if args.top_k is not None and args.top_k < 1:
-        raise UserError(f"--top-k {args.top_k}: must be at least 1")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p {args.top_p}: must be above 0 and at most 1")
-    if args.top < 1:
-        raise UserError(f"--top {args.top}: must be at least 1")
     present = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(args.device)
     if present and not present.is_available():
         raise UserError(

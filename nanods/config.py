@@ -18,8 +18,25 @@ from typing import Annotated, Literal
 import tyro
 
 from nanods.errors import UserError
+from nanods.flags import check_ranges
 from nanods.gpt import AttentionConfig, GPTConfig, MoEConfig
 from nanods.multimodal import MultimodalConfig
+
+
+def flatten(config: "Config") -> dict[str, object]:
+    """Return the fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense",
+    "steps": 800, ...}."""
+    flat = dataclasses.asdict(config)
+    model = flat.pop("model")
+    nested = {
+        "attention": model.pop("attention"),
+        "moe": model.pop("moe"),
+        "multimodal": flat.pop("multimodal"),
+    }
+    flat |= model
+    for part, fields in nested.items():
+        flat |= {f"{part}.{name}": value for name, value in fields.items()}
+    return {name.replace("_", "-"): value for name, value in flat.items()}
 
 
 @dataclass(frozen=True)
@@ -107,38 +124,11 @@ class Config:
     """Continue from the last checkpoint in out-dir, with the configuration saved there."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "eval_every",
-            "save_every",
-            "micro_batch",
-            "expert_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        check_ranges(flatten(self))
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(
                 f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}: "
                 "choose a divisor"
-            )
-        if not self.lr > 0 or not self.clip > 0:
-            raise ValueError(f"--lr {self.lr} and --clip {self.clip} must be above 0")
-        if not self.expert_lr > 0 or not self.init_noise >= 0:
-            raise ValueError(
-                f"--expert-lr {self.expert_lr} must be above 0, --init-noise {self.init_noise} "
-                "at least 0"
-            )
-        if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
-            raise ValueError(
-                f"--momentum {self.momentum} must lie in [0, 1), --weight-decay "
-                f"{self.weight_decay} be at least 0"
-            )
-        if not 0 <= self.warmup <= 1 or not 0 <= self.decay <= 1:
-            raise ValueError(
-                f"--warmup {self.warmup} and --decay {self.decay} are shares of the run, "
-                "from 0 to 1"
             )
 
     @property
@@ -292,22 +282,6 @@ def from_dict(saved: dict) -> Config:
         raise UserError(
             f"the saved configuration cannot be read ({error}): was it saved by another version?"
         ) from None
-
-
-def flatten(config: Config) -> dict[str, object]:
-    """Return the fields by the names of their flags: {"n-layer": 5, "attention.kind": "dense",
-    "steps": 800, ...}."""
-    flat = dataclasses.asdict(config)
-    model = flat.pop("model")
-    nested = {
-        "attention": model.pop("attention"),
-        "moe": model.pop("moe"),
-        "multimodal": flat.pop("multimodal"),
-    }
-    flat |= model
-    for part, fields in nested.items():
-        flat |= {f"{part}.{name}": value for name, value in fields.items()}
-    return {name.replace("_", "-"): value for name, value in flat.items()}
 
 
 RUNTIME_ONLY_FIELDS = (

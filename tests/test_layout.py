@@ -51,7 +51,8 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
     ("nanods.multimodal",),
     ("nanods.gpt", "nanods.plots", "nanods.plots_multimodal", "nanods.plots_scaling"),
     ("nanods.cache", *(f"nanods.{name}" for name in CONCEPTS)),
-    ("nanods.attention_kernel", "nanods.moe_kernel", "nanods.errors"),
+    ("nanods.attention_kernel", "nanods.moe_kernel", "nanods.flags"),
+    ("nanods.errors",),
 )
 
 

@@ -29,13 +29,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 from nanods import plots
 from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 from nanods.data.download import write_atomic
 from nanods.data.text import load_text
+from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.training import checkpoint
 
@@ -259,7 +259,7 @@ def print_summary(summary: dict) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     torch.set_num_threads(1)
     data = write_training_text(args)
     sha256 = load_text(str(data)).sha256  # prepares the text once, before the processes start

@@ -20,7 +20,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from nanods import plots
@@ -45,6 +44,7 @@ from nanods.bench.runs import (
     peak_memory_increase,
     write_json,
 )
+from nanods.flags import parse_args
 from nanods.gpt import GPT, Attention, GPTConfig, rope_cos_sin
 
 HEADS, D, BLOCK_SIZE, TOP_BLOCKS = 4, 64, 64, 8
@@ -390,7 +390,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["--measure-memory"]:
         return measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     path = args.results / "attention.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     for part in PARTS if args.only == "all" else (args.only,):

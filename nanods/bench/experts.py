@@ -30,12 +30,12 @@ from statistics import mean, median
 
 import numpy as np
 import torch
-import tyro
 
 from nanods import plots
 from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 from nanods.config import PRESETS
 from nanods.data.text import load_text
+from nanods.flags import parse_args
 from nanods.training import checkpoint
 from nanods.training.inspection import chosen_experts
 
@@ -258,7 +258,7 @@ def train_all(args: Args) -> dict[str, list[dict]]:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     sha256 = load_text("pydocs").sha256  # prepares the text before the first run
     runs = train_all(args)
     gaps = {

@@ -11,11 +11,10 @@ byte or twice the seeds' spread, whichever is larger.
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from nanods.bench.runs import describe_machine, update_expected, write_json
 from nanods.bench.stored_runs import Job, train_all
 from nanods.data.text import load_text
+from nanods.flags import parse_args
 
 RUNS = (
     ("v0-tiny", "pydocs"),
@@ -42,7 +41,7 @@ def last_metrics(job: Job, out: Path, rows: list[dict]) -> dict:
 
 def main() -> None:
     """Run all presets and seeds, then write both files."""
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     # Loading prepares the data once, before the processes start.
     hashes = {data: load_text(data).sha256 for _, data in RUNS}
     jobs = {}

@@ -14,11 +14,10 @@ a bit mean nothing. Finished runs are reused; delete the folder of the runs to r
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from nanods import plots
 from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
 from nanods.data.text import load_text
+from nanods.flags import parse_args
 
 SIZE = {"context-length": 4096, "batch-size": 2, "device": "cpu", "dtype": "auto", "seed": 0}
 SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
@@ -68,7 +67,7 @@ def compare(dense: dict, equal_steps: dict, equal_time: dict) -> dict[str, float
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     sha256 = load_text("pydocs").sha256  # prepared before the first run
     dense = train(args, "v0-tiny", {}, args.steps)
     runs, differences = {"dense": dense}, {}

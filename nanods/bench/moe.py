@@ -33,7 +33,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from nanods import plots
@@ -44,6 +43,7 @@ from nanods.bench.runs import (
     peak_memory_increase,
     write_json,
 )
+from nanods.flags import parse_args
 from nanods.moe import (
     MLP,
     MoE,
@@ -508,7 +508,7 @@ def main() -> None:
         return measure_memory(sys.argv[2], int(sys.argv[3]))
     if sys.argv[1:2] == ["--measure-peer"]:
         return measure_peer(sys.argv[2], int(sys.argv[3]))
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     path = args.results / "moe.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     for part in PARTS if args.only == "all" else (args.only,):

@@ -32,7 +32,6 @@ from statistics import mean, median
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from nanods import plots
@@ -47,6 +46,7 @@ from nanods.bench.runs import (
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.data.random_bits import random_bits
+from nanods.flags import parse_args
 from nanods.training import checkpoint
 from nanods.training.contrastive_task import ContrastiveTask, encode_captions
 
@@ -269,7 +269,7 @@ def draw_recall(runs: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     """Run all variants and seeds, then write the table, the picture and the expected recall."""
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     torch.set_num_threads(1)
     jobs = []
     for seed in range(args.seeds):

@@ -38,13 +38,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from nanods import plots
 from nanods.attention import AttentionConfig, expand_to_queries
 from nanods.bench.runs import write_json
 from nanods.errors import UserError, run
+from nanods.flags import parse_args
 from nanods.gpt import GPT, GPTConfig
 from nanods.training.muon import Muon, fast_bf16
 
@@ -313,7 +313,7 @@ def run_settings(args: Args) -> dict:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     torch.set_num_threads(1)
     path = args.results / "recall.json"
     settings, runs = run_settings(args), {}

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import tyro
-
 from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
+from nanods.flags import parse_args
 
 STEPS = 60
 WARMUP = 5  # steps that the medians leave out
@@ -57,7 +56,7 @@ def run(args: Args, name: str, mesh: str | None) -> dict:
 
 def main() -> None:
     """Run all meshes, then write the table with their speed relative to one process."""
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     runs = {name: run(args, name, mesh) for name, mesh in MESHES.items()}
     base = runs["one process"]["tokens_per_second"]
     times = {name: metrics["tokens_per_second"] / base for name, metrics in runs.items()}

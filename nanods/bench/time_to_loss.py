@@ -11,10 +11,9 @@ learning rate has decayed, the loss is higher than what the model has learnt.
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from nanods import plots
 from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
+from nanods.flags import parse_args
 
 SIZE = {
     "n-layer": 4,
@@ -56,7 +55,7 @@ def train(steps: int) -> dict:
 
 def main() -> None:
     """Train for each length, then write the table and the picture."""
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args(Args, __doc__)
     runs = {f"{steps} steps": train(steps) for steps in args.steps}
     write_json(args.results / "time_to_loss.json", {"machine": describe_machine(), "runs": runs})
     lines = {}

@@ -18,6 +18,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 import signal
 import socket
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -33,19 +34,20 @@ from nanods import config as ladder
 from nanods.distributed.mesh import Mesh
 from nanods.distributed.rendezvous import TIMEOUT_SECONDS, first_line, refuse_port_in_use
 from nanods.errors import UserError, run
+from nanods.flags import check_ranges
 
 
 def main() -> None:
     if os.environ["TORCH_CPP_LOG_LEVEL"] == "FATAL":
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # the processes inherit it, and NCCL's errors matter
     arguments = parse_args(sys.argv[1:])
-    local_processes = determine_local_world_size(arguments.nproc_per_node)
+    local_processes, nodes = numbers_of_processes(arguments)
     threads = max(1, (os.cpu_count() or 1) // local_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torchrun would give each process one
     sys.argv = [arguments.training_script, *arguments.training_script_args]
     if Path(sys.argv[0]).name == "train.py" and "--plan" not in sys.argv:
         config = ladder.from_command_line("Train one preset of nanods, by several processes.")
-        world_size = parse_min_max_nnodes(arguments.nnodes)[1] * local_processes
+        world_size = nodes * local_processes
         Mesh.parse(config.mesh, world_size, config.model.moe.n_expert)
     arguments.rdzv_conf = with_timeouts(arguments.rdzv_conf)
     endpoint = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
@@ -65,6 +67,21 @@ def main() -> None:
             "machines, with --rdzv-endpoint a free port of the first machine. "
             "NANODS_TIMEOUT=900 makes them wait 900 s"
         ) from None
+
+
+def numbers_of_processes(arguments: Namespace) -> tuple[int, int]:
+    """Return the processes on this machine and the most machines. Raises UserError for a number out
+    of range."""
+    try:
+        local_processes = determine_local_world_size(arguments.nproc_per_node)
+        nodes = parse_min_max_nnodes(arguments.nnodes)[1]
+        flags = {"nproc-per-node": local_processes, "nnodes": nodes}
+        for name in ("node_rank", "max_restarts", "master_port", "monitor_interval"):
+            flags[name.replace("_", "-")] = getattr(arguments, name)
+        check_ranges(flags)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from None
+    return local_processes, nodes
 
 
 def with_timeouts(rdzv_conf: str) -> str:

@@ -23,6 +23,7 @@ from typing import Self
 from nanods.errors import UserError
 
 KINDS = ("dp", "ep", "dp,ep", "fsdp", "fsdp,ep", "tp")  # the meshes that nanods can build
+MAX_PROCESSES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,12 @@ class Mesh:
         except ValueError:
             raise UserError(f"--mesh {text}: write it as dp=2 or dp=2,ep=2") from None
         mesh = cls.of(**sizes)
-        if mesh.kind not in KINDS or min(mesh.sizes) < 1:
+        if mesh.kind not in KINDS or min(mesh.sizes) < 1 or mesh.world_size > MAX_PROCESSES:
             choices = ", ".join(kind.replace(",", "=N,") + "=N" for kind in KINDS)
-            raise UserError(f"--mesh {text}: the choices are {choices}, with each N at least 1")
+            raise UserError(
+                f"--mesh {text}: the choices are {choices}, with each N at least 1, for up to "
+                f"{MAX_PROCESSES:,} processes"
+            )
         if world_size is not None and mesh.world_size != world_size:
             present = "there is 1" if world_size == 1 else f"there are {world_size}"
             raise UserError(

@@ -22,6 +22,7 @@ from nanods import config as ladder
 from nanods.config import Config
 from nanods.distributed.mesh import Mesh
 from nanods.errors import UserError
+from nanods.flags import refuse_out_of_range
 from nanods.planner import hardware
 from nanods.planner.capacity import capacity_table
 from nanods.planner.cost import COLLECTIVES, LINK_EFFICIENCY, MESH_KINDS, expert_flops_fraction
@@ -82,6 +83,7 @@ class PlanArgs:
 def main() -> None:
     """Print the plan that the command line asks for: `train.py PRESET --plan`."""
     args, rest = tyro.cli(PlanArgs, description=__doc__, return_unknown_args=True)
+    refuse_out_of_range(args)
     if args.where:
         rows = capacity_table()
         print(

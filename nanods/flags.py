@@ -1,0 +1,132 @@
+"""The range of every numeric flag, of every program, checked before work begins.
+
+A number out of range would end in an overflow after hours, or in a loss that never moves. A new
+numeric flag needs one more entry in `RANGES`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TypeVar
+
+import tyro
+
+from nanods.errors import UserError
+
+Args = TypeVar("Args")
+
+COUNT = (1, 10**9)  # steps, tokens to generate
+SIZE = (1, 2**24)  # dimensions of tensors: the products of two fit in 64 bits
+RATE = (1e-12, 1e38)  # fp32 holds both ends
+WEIGHT = (0, 1e6)  # of a term of the loss
+
+RANGES: dict[str, tuple[float, float]] = {
+    # train.py
+    "steps": COUNT,
+    "batch-size": SIZE,
+    "micro-batch": SIZE,
+    "eval-every": COUNT,
+    "save-every": COUNT,
+    "lr": RATE,
+    "warmup": (0, 1),
+    "decay": (0, 1),
+    "momentum": (0, 0.99999),
+    "weight-decay": (0, 1000),
+    "clip": (1e-12, 1e12),
+    "expert-lr": RATE,
+    "expert-every": (1, 10**6),
+    "init-noise": (0, 1000),
+    "seed": (0, 2**32 - 1),  # random streams take seed x 1,000,003 + row in 64 bits
+    "n-layer": (1, 10_000),
+    "n-head": (1, 2**16),
+    "n-embd": (2, 2**20),
+    "hidden-ratio": (1, 1024),
+    "context-length": SIZE,
+    "vocab-size": SIZE,
+    "rope-base": (1, 1e12),
+    "query-gain": (1e-6, 10_000),
+    "attention.top-k": SIZE,
+    "attention.block-size": SIZE,
+    "attention.top-blocks": SIZE,
+    "attention.beam": SIZE,
+    "attention.fan-out": (2, 2**24),
+    "moe.n-expert": (1, 2**16),
+    "moe.top-k": (1, 2**16),
+    "moe.capacity-factor": (1e-6, 1e6),
+    "moe.balance-coefficient": WEIGHT,
+    "moe.z-coefficient": WEIGHT,
+    "moe.bias-rate": WEIGHT,
+    "multimodal.width": (1, 2**20),
+    "multimodal.temperature": (0.01, 1e6),
+    "multimodal.image-size": (1, 2**16),
+    "multimodal.patch-size": (1, 2**16),
+    "multimodal.frames": SIZE,
+    "multimodal.patch-frames": SIZE,
+    "multimodal.entropy-coefficient": WEIGHT,
+    "multimodal.min-experts": (1, 2**16),
+    # sample.py
+    "num-samples": (1, 10**6),
+    "max-new-tokens": COUNT,
+    "temperature": (0, 1e6),
+    "top-k": SIZE,
+    "top-p": (1e-9, 1),
+    "top": (1, 10**6),
+    # --plan
+    "gpus": (1, 2**16),
+    "tokens": (1, 1e20),
+    "mfu": (1e-6, 1),
+    # nanods/distributed/launch.py
+    "nproc-per-node": (1, 1024),
+    "nnodes": (1, 2**16),
+    "node-rank": (0, 2**16),
+    "max-restarts": (0, 10_000),
+    "master-port": (1, 65_535),
+    "monitor-interval": (0, 3600),
+    # nanods/bench
+    "seeds": (1, 1000),
+    "jobs": (1, 1024),
+    "near-steps": COUNT,
+    "grow-steps": COUNT,
+    "far-steps": COUNT,
+    "embedding-lr": RATE,
+    "held-out": SIZE,
+    "lines": COUNT,
+}
+"""The smallest and the largest value of each flag."""
+
+
+def check_ranges(flags: Mapping[str, object]) -> None:
+    """Raise ValueError, naming the flag, if a number among the values is out of its range.
+
+    `flags`: value by the name of the flag. Values that are no numbers are ignored; of a tuple every
+    element is checked.
+    """
+    for name, value in flags.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            low, high = RANGES[name]
+            given = f"{number:g}" if isinstance(number, float) else number
+            if number != number:  # nan
+                raise ValueError(f"--{name} {given}: must be a number")
+            if number < low:
+                least = f"above 0, {low:g} or more" if 0 < low < 1 else f"at least {low:g}"
+                raise ValueError(f"--{name} {given}: must be {least}")
+            if number > high:
+                most = f"{high:,}" if isinstance(high, int) else f"{high:g}"
+                raise ValueError(f"--{name} {given}: must be at most {most}")
+
+
+def parse_args(args_class: type[Args], description: str) -> Args:
+    """Return the command line as the dataclass `args_class`. Raises UserError for a number out of
+    range."""
+    args = tyro.cli(args_class, description=description)
+    refuse_out_of_range(args)
+    return args
+
+
+def refuse_out_of_range(args: object) -> None:
+    """Raise UserError for a field of the dataclass `args` that is out of range."""
+    try:
+        check_ranges({name.replace("_", "-"): value for name, value in asdict(args).items()})
+    except ValueError as error:
+        raise UserError(str(error)) from None
