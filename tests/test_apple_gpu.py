@@ -29,14 +29,15 @@ FLAGS = {
     "v0-tiny": TEXT,
     "v1-tiny": (*TEXT, "--attention.block-size", 8),
     "v2-tiny": (*TEXT, "--attention.block-size", 8, *V2),
-    "v3-tiny": ("--data", "scenes", "--micro-batch", 4, *V2),
+    "v3-tiny": ("--data", "scenes", "--multimodal.modalities", "text", "image", *V2),
 }
 PICTURES = {"v0-tiny": "loss", "v1-tiny": "sparsity", "v2-tiny": "experts", "v3-tiny": "space"}
 
 
 @pytest.mark.parametrize("preset", FLAGS)
 def test_train_and_sample(apple_gpu, program, workspace, preset):
-    sizes = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 8, "--steps", 2)
+    sizes = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 4, "--steps", 2)
+    sizes += ("--micro-batch", 2)
     code, out, err = program("train", preset, *sizes, *FLAGS[preset])
     assert code == 0, err
     assert "device     mps (the first of" in out
