@@ -9,7 +9,7 @@ from dataclasses import is_dataclass, replace
 import pytest
 
 from nanods.config import PRESETS, Config, flatten, from_command_line
-from nanods.errors import UserError
+from nanods.errors import run
 from nanods.flags import RANGES, check_ranges
 
 BENCHES = ("arithmetic", "attention", "experts", "ladder", "long_text", "moe", "multimodal")
@@ -102,13 +102,14 @@ def with_flag(config, flag, value):
         ("nanods.distributed.launch", ["--nproc-per-node", "0", "train.py"], "--nproc-per-node 0"),
     ],
 )
-def test_each_program_checks_before_work_begins(monkeypatch, tmp_path, module, words, flag):
+def test_each_program_checks_before_work_begins(monkeypatch, tmp_path, capsys, module, words, flag):
     program = importlib.import_module(module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [module, *words])
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with pytest.raises(UserError, match=flag):
-        program.main()
+    with pytest.raises(SystemExit) as exit:
+        run(program.main)
+    assert exit.value.code == 2 and flag in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
