@@ -201,7 +201,7 @@ def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: 
         for rank, i in enumerate(best, start=1):
             print(f"{rank:>4}. {scores[i]:6.3f}  {gallery.captions[i]}")
         results = [(gallery.shown[i], gallery.captions[i], scores[i].item()) for i in best]
-        rows.append((query.shown, "", results, None))
+        rows.append((query.shown, "", results, ()))
         if name == "image":
             files.append(run_dir / "found_image.png")
             matplotlib.image.imsave(files[-1], gallery.shown[best[0]].transpose(1, 2, 0))

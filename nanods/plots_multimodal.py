@@ -5,7 +5,7 @@ E experts. An item to draw is a text, an image (3, Y, X) in 0 .. 1, audio as its
 spectrogram (M, F), or a video (F, 3, Y, X) in 0 .. 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,18 +29,24 @@ MARKERS = "osD^vP"
 # ---- the embedding space -------------------------------------------------------------------------
 
 
-def similarities(matrices: dict[str, np.ndarray], scale: float | None = None) -> Figure:
+def similarities(
+    matrices: dict[str, np.ndarray],
+    scale: float | None = None,
+    matching: np.ndarray | None = None,
+) -> Figure:
     """Draw the cosines (n, n) of each pair of modalities; matching pairs are on the diagonal.
 
     `matrices` by name: "text-image" has a text in each row. `scale`: the loss's 1 / temperature,
-    to print what a difference in cosine means to the loss.
+    to print what a difference in cosine means to the loss. `matching` (n, n): which pairs match,
+    where not the diagonal alone.
     """
     figure = Figure(figsize=(4.1 * len(matrices) + 0.8, 4.6), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, (name, cosines) in zip(panels, matrices.items(), strict=True):
         image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         rows, columns = name.split("-")
-        matching = np.eye(len(cosines), dtype=bool)
+        if matching is None:
+            matching = np.eye(len(cosines), dtype=bool)
         axes.set_title(
             f"{rows} to {columns}\nmean cosine: matching pairs {cosines[matching].mean():.2f}, "
             f"others {cosines[~matching].mean():.2f}",
@@ -207,6 +213,42 @@ def load_by_modality(loads: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
+# ---- zero-shot classification --------------------------------------------------------------------
+
+MAX_NAMED = 60  # classes whose names fit beside a confusion matrix
+
+
+def confusion(counts: dict[str, np.ndarray], names: Sequence[str]) -> Figure:
+    """Draw confusion matrices (C, C) by modality: the class of an example in each row, the class
+    that it is taken for in each column.
+
+    A colour is the share of the row, so that rare classes show too. The classes have names, shown
+    where they are few enough to be read, and numbers otherwise.
+    """
+    C, named = len(names), len(names) <= MAX_NAMED
+    side = 3 + (0.17 * C if named else 5)
+    figure = Figure(figsize=(side * len(counts) + 1, side), layout="constrained")
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for axes, (modality, matrix) in zip(panels, counts.items(), strict=True):
+        total = matrix.sum(axis=1, keepdims=True)
+        image = axes.imshow(
+            matrix / np.maximum(total, 1), vmin=0, vmax=1, cmap="Blues", interpolation="nearest"
+        )
+        accuracy = np.trace(matrix) / max(1, matrix.sum())
+        axes.set_title(f"{modality}: {accuracy:.1%} right, chance {1 / C:.1%}", fontsize=10)
+        axes.set(ylabel="caption", xlabel="nearest caption")
+        axes.grid(False)
+        if named:
+            shown = [safe_text(name, max_columns=24) for name in names]
+            axes.set_xticks(range(C), shown, rotation=90, fontsize=7)
+            axes.set_yticks(range(C), shown, fontsize=7)
+        else:
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(10, integer=True))
+    figure.colorbar(image, ax=panels, pad=0.01, shrink=0.85, label="share of the row")
+    return figure
+
+
 # ---- retrieval -----------------------------------------------------------------------------------
 
 # The item to draw, the caption below it, the heading above it, whether it is the true match.
@@ -304,11 +346,11 @@ def contact_sheet(rows: list[list[Cell]], title: str) -> Figure:
     return figure
 
 
-def result_cells(results: Sequence[Result], true_rank: int | None) -> list[Cell]:
+def result_cells(results: Sequence[Result], true_ranks: Collection[int]) -> list[Cell]:
     """Return a cell for each result, headed by its rank from 1 and its score."""
     cells = []
     for rank, (item, caption, score) in enumerate(results):
-        is_match = rank == true_rank
+        is_match = rank in true_ranks
         heading = f"{rank + 1}.  {score:.2f}" + ("  true match" if is_match else "")
         if item is None:  # a text: draw its caption as the item
             cells.append((caption, "", heading, is_match))
@@ -318,15 +360,15 @@ def result_cells(results: Sequence[Result], true_rank: int | None) -> list[Cell]
 
 
 def neighbours(
-    rows: Sequence[tuple[Item, str, Sequence[Result], int | None]], title: str = ""
+    rows: Sequence[tuple[Item, str, Sequence[Result], Collection[int]]], title: str = ""
 ) -> Figure:
     """Draw a contact sheet of several queries and their nearest neighbours.
 
-    rows: (query, its caption, its results from best to worst, the rank of the true match from 0 or
-    None). Each becomes a row of the sheet.
+    rows: (query, its caption, its results from best to worst, the ranks of the true matches from
+    0). Each becomes a row of the sheet.
     """
     sheet = [
-        [(query, caption, "query", False), *result_cells(results, true_rank)]
-        for query, caption, results, true_rank in rows
+        [(query, caption, "query", False), *result_cells(results, true_ranks)]
+        for query, caption, results, true_ranks in rows
     ]
     return contact_sheet(sheet, title)

@@ -157,7 +157,7 @@ def make_results(modality, count=7):
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_a_contact_sheet_shows_query_captions_scores_and_the_true_match(modality):
     results = make_results(modality)
-    figure = mm.neighbours([("a query", "", results, 2)], "results")
+    figure = mm.neighbours([("a query", "", results, [2])], "results")
     assert len(figure.axes) == 8 and framed(figure) == ["3.  0.70  true match"]
     for i in range(7):
         assert f"{i} {CAPTION}" in words(figure)
@@ -173,17 +173,17 @@ def test_a_contact_sheet_shows_query_captions_scores_and_the_true_match(modality
 
 
 def test_audio_has_low_frequencies_at_the_bottom_and_one_colour_scale():
-    figure = mm.neighbours([(np.zeros((4, 6)), "", [(np.ones((4, 6)), "loud", 1.0)], None)])
+    figure = mm.neighbours([(np.zeros((4, 6)), "", [(np.ones((4, 6)), "loud", 1.0)], ())])
     for axes in figure.axes:
         assert axes.images[0].origin == "lower" and axes.images[0].get_clim() == (0, 1)
     assert "time to the right" in words(figure)
-    without_audio = mm.neighbours([("a", "", make_results("image"), None)])
+    without_audio = mm.neighbours([("a", "", make_results("image"), ())])
     assert "time" not in words(without_audio)
 
 
 def test_a_video_is_four_of_its_frames():
     video = np.arange(8)[:, None, None, None] / 8 * np.ones((8, 3, 2, 5))
-    figure = mm.neighbours([("a", "", [(video, "brighter and brighter", 1.0)], None)])
+    figure = mm.neighbours([("a", "", [(video, "brighter and brighter", 1.0)], ())])
     (picture,) = pictures(figure)
     assert picture.shape == (4, 10, 3)
     quarters = (picture[:2, :5], picture[:2, 5:], picture[2:, :5], picture[2:, 5:])
@@ -192,14 +192,34 @@ def test_a_video_is_four_of_its_frames():
 
 def test_neighbours_draws_a_row_for_each_query():
     queries = [
-        ("a text", "", make_results("image", 3), 1),
-        (np.full((3, 4, 4), 0.5), "its caption", make_results("text", 3), None),
+        ("a text", "", make_results("image", 3), [1, 2]),
+        (np.full((3, 4, 4), 0.5), "its caption", make_results("text", 3), []),
     ]
     figure = mm.neighbours(queries)
     rows = [round(axes.get_position().y0, 6) for axes in figure.axes]
     assert rows == sorted(rows, reverse=True) and len(set(rows)) == 2 and rows.count(rows[0]) == 4
-    assert framed(figure) == ["2.  0.80  true match"] and "its caption" in words(figure)
+    assert framed(figure) == ["2.  0.80  true match", "3.  0.70  true match"]
+    assert "its caption" in words(figure)
     assert (pictures(figure)[-1] == 0.5).all() and not overlaps(figure)
+
+
+def test_a_confusion_matrix_shows_shares_and_names_classes_where_they_fit():
+    counts = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 40]])  # nothing of class 1 is held out
+    figure = mm.confusion({"image": counts, "audio": counts.T}, ["cat", "dog", "bird"])
+    shares = figure.axes[0].images[0].get_array()
+    assert shares.tolist() == [[0.75, 0.25, 0], [0, 0, 0], [0, 0, 1]]
+    for text in ("image: 97.7% right, chance 33.3%", "audio: 97.7% right", "cat", "dog", "bird"):
+        assert text in words(figure)
+    figure.draw_without_rendering()
+    assert not overlaps(figure)
+    many = mm.confusion({"image": np.eye(200, dtype=int)}, [f"class {i}" for i in range(200)])
+    assert "class 7" not in words(many) and max(many.get_size_inches()) < 15
+    fitting = mm.confusion({"image": np.eye(60, dtype=int)}, [f"the class {i}" for i in range(60)])
+    fitting.draw_without_rendering()
+    labels = fitting.axes[0].get_yticklabels()
+    heights = sorted(label.get_window_extent().y0 for label in labels)
+    tall = max(label.get_window_extent().height for label in labels)
+    assert len(labels) == 60 and min(np.diff(heights)) >= 0.8 * tall, "names overlap"
 
 
 def test_balanced_lines_have_similar_length_and_lose_no_word():
@@ -234,7 +254,8 @@ def drawn_figures(text):
     plots.draw_text_by_expert(figure.subplots(), tokens, np.arange(len(tokens)), "experts")
     return {
         "tokens": figure,
-        "neighbours": mm.neighbours([(text, text, [(image, text, 0.5)], None)], text),
+        "neighbours": mm.neighbours([(text, text, [(image, text, 0.5)], ())], text),
+        "confusion": mm.confusion({"audio": np.eye(3, dtype=int)}, [text, "b", text]),
     }
 
 

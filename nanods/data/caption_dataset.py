@@ -38,7 +38,7 @@ from nanods.data.captions import CaptionFolder, read_captions
 from nanods.data.examples import Examples
 from nanods.data.file_types import wrong_type
 from nanods.data.random_bits import random_bits
-from nanods.data.sound import HOP, WINDOW, crop_or_pad, normalized_log_mel, read_wav
+from nanods.data.sound import HOP, WINDOW, crop_or_pad, normalized_log_mel, read_wav, wav_seconds
 from nanods.errors import UserError
 
 # ---- decoding one file ---------------------------------------------------------------------------
@@ -196,6 +196,18 @@ class CaptionDataset:
     def text(self) -> str:
         """Return the training captions, one on each line, for a tokenizer to learn from."""
         return "\n".join(caption for _, caption in self.train)
+
+    def sound_seconds(self, most: int = 2000) -> np.ndarray:
+        """Return the lengths of the sounds in seconds, by their headers, without damaged ones.
+
+        Of more than `most` sounds it returns those of `most`, spread evenly.
+        """
+        every = -(-len(self.paths) // most)
+        seconds = []
+        for path in self.paths[::every]:
+            with suppress(UserError):  # a batch that needs the file reports it
+                seconds.append(wav_seconds(path))
+        return np.array(seconds)
 
     def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Examples:
         """Return the `size` training examples of a step, or only these rows of them.

@@ -12,6 +12,7 @@ The attribute `input_field` of the modality's class in nanods/multimodal.py name
 Shapes: B examples, S samples of a waveform, M mel bands, T frames of a spectrogram.
 """
 
+import hashlib
 from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +28,7 @@ class Examples:
     example i.
     """
 
-    ids: np.ndarray  # (B,) int64; examples with equal ids are duplicates, never negatives
+    ids: np.ndarray  # (B,) int64: of the file; equal ids are one file with several captions
     captions: list[str]  # text: B captions
     images: np.ndarray | None = None  # image: (B, 3, height, width) float32 in 0 .. 1
     waves: np.ndarray | None = None  # (B, S) float32 in -1 .. 1, 8,000 Hz: to listen to
@@ -44,7 +45,7 @@ class ExampleDataset(Protocol):
     held_out: Sized  # held-out examples; their number bounds the gallery size
 
     def text(self) -> str:
-        """Return the training captions as one text, for a tokenizer to learn from."""
+        """Return the training captions as one text, each on a line of its own."""
         ...
 
     def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Examples:
@@ -64,3 +65,24 @@ class ExampleDataset(Protocol):
 
     # Optional: `notes(self) -> list[str]`, lines that are printed before training, such as what
     # was left out.
+
+# ---- duplicates ----------------------------------------------------------------------------------
+
+
+def caption_key(caption: str) -> str:
+    """Return what captions that say the same have in common: no case, single spaces."""
+    return " ".join(caption.casefold().split())
+
+
+def duplicate_ids(examples: Examples) -> np.ndarray:
+    """Return two ids of each example, (B, 2) int64: its file's, and its caption's.
+
+    Examples that share either are duplicates: neither is a negative of the other, and each is a
+    right answer to a query for the other. A caption's id is a hash, so it is the same in every
+    process and batch.
+    """
+    hashes = []
+    for caption in examples.captions:
+        digest = hashlib.sha256(caption_key(caption).encode("utf-8", "surrogatepass")).digest()
+        hashes.append(int.from_bytes(digest[:8], "little", signed=True))
+    return np.stack([examples.ids, np.array(hashes, np.int64)], axis=1)

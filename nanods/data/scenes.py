@@ -436,6 +436,12 @@ def gallery(size: int = 512, seed: int = 0) -> Scenes:
     return render(held_out[:size], 0, seed)
 
 
+@cache
+def training_text() -> str:
+    """Return a caption of each training scene, each on a line of its own."""
+    return "\n".join(render_captions(split()[0], 0))
+
+
 class SceneData:
     """Scenes as an `ExampleDataset` (nanods/data/examples.py)."""
 
@@ -449,8 +455,8 @@ class SceneData:
         self.sha256 = hashlib.sha256(captions.encode()).hexdigest()
 
     def text(self) -> str:
-        """Return a caption of each training scene, for a tokenizer to learn from."""
-        return "\n".join(render_captions(self.train, 0))
+        """Return a caption of each training scene, each on a line of its own."""
+        return training_text()
 
     def batch(self, step: int, size: int, seed: int = 0, rows: slice = slice(None)) -> Scenes:
         """Return the `size` training scenes of a step, or only these rows of them."""

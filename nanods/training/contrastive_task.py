@@ -8,13 +8,16 @@ graph, and returns a surrogate whose gradient is the same. A batch of one micro-
 directly.
 
 Evaluation is retrieval among held-out examples, in every direction. The data set is an
-ExampleDataset (nanods/data/examples.py).
+ExampleDataset (nanods/data/examples.py). Examples that share a file or a caption are duplicates: no
+negatives of each other in the loss, and right answers in retrieval. Where the captions are labels,
+few and repeated, evaluation also classifies.
 
 Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption, M width of the
-space, L layers, E experts.
+space, L layers, E experts, C labels.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import permutations
@@ -28,23 +31,31 @@ from torch import Tensor, nn
 from nanods.config import Config
 from nanods.contrastive import (
     all_pairs_loss,
-    chance_loss,
     embedding_gradients,
     gather_with_gradient,
     local_rows,
     median_rank,
+    nearest_class,
     recall_at_k,
     split_batch,
     surrogate_loss,
 )
-from nanods.data.caption_dataset import load_caption_dataset
-from nanods.data.examples import ExampleDataset
+from nanods.data.caption_dataset import CaptionDataset, load_caption_dataset
+from nanods.data.examples import ExampleDataset, caption_key, duplicate_ids
 from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
 from nanods.moe import entropy_loss
 from nanods.multimodal import MODALITIES, Multimodal, MultimodalConfig
 from nanods.training.commands import flag, sample_command, shorten
+from nanods.training.contrastive_checks import (
+    check_negatives,
+    cut_captions,
+    cut_sounds,
+    describe_chance,
+    expected_candidates,
+    find_labels,
+)
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
 
@@ -56,13 +67,13 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]
     """What the model reads, by modality; each (B, ...)."""
     ids: Tensor
-    """(B,): examples with the same id are not negatives of each other."""
+    """(B, 2), of files and captions: examples that share one are not negatives of each other."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     inputs: dict[str, Tensor]  # by modality; each (b, ...)
-    ids: Tensor  # (b,)
+    ids: Tensor  # (b, 2)
     count: int
     """Micro-batches in the batch that this one is a part of."""
     cached: "CachedGradients | None" = None
@@ -90,7 +101,7 @@ class ContrastiveTask:
         self, config: Config, device: torch.device, data: ExampleDataset | None = None
     ) -> None:
         """`data` replaces the data set that the configuration names. Raises UserError if it lacks a
-        modality."""
+        modality, or if no batch can have negatives."""
         self.config, self.device = config, device
         self.data = data or load_dataset(config)
         modalities = config.multimodal.modalities
@@ -105,11 +116,28 @@ class ContrastiveTask:
                 f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training "
                 "examples; choose a smaller batch"
             )
-        vocab_size = config.model.vocab_size
-        self.tokenizer = tokenizer_for(self.data.text() if vocab_size > 256 else "", vocab_size)
+        self.tokenizer = tokenizer_for(self.data.text(), config.model.vocab_size)
         self.pair_weights = config.multimodal.pair_weights()
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(MAX_GALLERY, len(self.data.held_out)))
+        self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, 2)
+
+        captions = self.data.text().split("\n")
+        counts = Counter(map(caption_key, captions))
+        self.warnings = check_negatives(config, counts, self.gallery)
+        self.candidates = expected_candidates(counts, config.batch_size)
+        self.labels = find_labels(captions, self.gallery.captions)  # the captions, if they are
+        self.cuts = self.describe_cuts(captions)
+
+    def describe_cuts(self, train: list[str]) -> list[str]:
+        """Return what the model will not read of captions and sounds, in words."""
+        config, data, cuts = self.config, self.data, []
+        if "text" in config.multimodal.modalities:
+            captions = [*train, *self.gallery.captions]
+            cuts.append(cut_captions(captions, self.tokenizer, config.model.context_length))
+        if isinstance(data, CaptionDataset) and data.modalities[1] == "audio":
+            cuts.append(cut_sounds(data.sound_seconds(), len(data.paths), config.multimodal))
+        return list(filter(None, cuts))
 
     # ---- batches and loss ------------------------------------------------------------------------
 
@@ -121,7 +149,7 @@ class ContrastiveTask:
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """Return the examples of a step's batch, or the `rows` of them."""
         examples = self.data.batch(step, self.config.batch_size, self.config.seed, rows)
-        ids = torch.tensor(examples.ids, device=self.device)
+        ids = torch.from_numpy(duplicate_ids(examples)).to(self.device)
         return Batch(self.inputs(examples), ids)
 
     def micro_batches(self, model: nn.Module, batch: Batch, size: int) -> list[MicroBatch]:
@@ -179,7 +207,7 @@ class ContrastiveTask:
         """Return the loss of this process's examples against those of all processes, and its
         metrics.
 
-        embeddings: (B, M) by modality; ids (B,).
+        embeddings: (B, M) by modality; ids (B, 2).
         """
         gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}
         all_ids, rows = gather_with_gradient(ids), local_rows(len(ids))
@@ -202,18 +230,20 @@ class ContrastiveTask:
         return embeddings, load
 
     def evaluate(self, model: nn.Module) -> dict:
-        """Return how well each held-out example of the gallery finds its partner, for each
-        direction A -> B.
+        """Return how well each held-out example of the gallery finds its partner or a duplicate of
+        it, for each direction A -> B.
 
         val_loss          the contrastive loss alone, in nats, in batches of the training's size
-        recall1_A_B       the share of A's examples whose partner in B ranks first
+        recall1_A_B       the share of A's examples for which a right answer in B ranks first
         recall5_A_B       the same among the first five
-        median_rank_A_B   the median rank of the partner
+        median_rank_A_B   the median rank of the best right answer
         val_recall1       the mean of all recall1_A_B
+        zero_shot_accuracy_MODALITY    where the captions are labels: the share of examples nearest
+                                       to their own caption among all labels
         val_load, ...     with experts: the load (L, E) and its metrics, and val_load_MODALITY
         """
         embeddings, load = self.embed(model, self.inputs(self.gallery))
-        ids = torch.tensor(self.gallery.ids, device=self.device)
+        ids = self.gallery_ids
         metrics = {"val_loss": self.gallery_loss(embeddings, ids, logit_scale(model))}
         recalls = {}
         for a, b in permutations(embeddings, 2):
@@ -222,6 +252,8 @@ class ContrastiveTask:
             metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, ids)
             metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, ids)
         metrics |= {"val_recall1": float(np.mean(list(recalls.values())))} | recalls
+        for name, (truth, nearest) in self.classify(model, embeddings).items():
+            metrics[f"zero_shot_accuracy_{name}"] = float((truth == nearest).mean())
         if load:
             metrics |= {f"val_load_{name}": counts.tolist() for name, counts in load.items()}
             total = combine_loads(load.values(), self.config)
@@ -240,15 +272,41 @@ class ContrastiveTask:
         chunks = len(self.gallery.ids) / len(embedded)
         return prepared - start + chunks * (time.perf_counter() - prepared)
 
+    def classify(
+        self, model: nn.Module, embeddings: dict[str, Tensor]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return the label of each example of the gallery, (Q,) from 0 to C - 1, and the one it is
+        nearest to (-1 for NaN), by modality without text; {} unless the captions are labels."""
+        if not self.labels or "text" not in embeddings:
+            return {}
+        numbers = {key: i for i, key in enumerate(self.labels)}
+        truth = np.array([numbers[caption_key(caption)] for caption in self.gallery.captions])
+        texts = encode_captions(
+            list(self.labels.values()), self.tokenizer, self.config.model.context_length
+        )
+        classes, _ = self.embed(model, {"text": texts.to(self.device)})
+        classified = {}
+        for name, e in embeddings.items():
+            if name != "text":
+                classified[name] = truth, nearest_class(e, classes["text"]).cpu().numpy()
+        return classified
+
     def gallery_loss(self, embeddings: dict[str, Tensor], ids: Tensor, scale: float) -> float:
         """Return the mean contrastive loss of the gallery's batches, without a last one that is not
-        full."""
+        full.
+
+        A gallery smaller than a batch has fewer negatives: each then counts more than once, so that
+        the loss has the chance level of the training's.
+        """
         size = min(len(ids), self.config.batch_size)
+        negative_weight = (self.config.batch_size - 1) / max(1, size - 1)
         losses = []
         for start in range(0, len(ids) - size + 1, size):
             rows = slice(start, start + size)
             batch = {name: e[rows] for name, e in embeddings.items()}
-            loss, _ = all_pairs_loss(batch, scale, self.pair_weights, ids[rows])
+            loss, _ = all_pairs_loss(
+                batch, scale, self.pair_weights, ids[rows], negative_weight=negative_weight
+            )
             losses.append(loss.item())
         return float(np.mean(losses))
 
@@ -256,16 +314,19 @@ class ContrastiveTask:
 
     def describe_data(self) -> str:
         data = self.data
+        labels = f" of {len(self.labels)} labels" if self.labels else ""
         line = (
             f"{data.name}: {len(data.train):,} training + {len(data.held_out):,} held-out "
-            f"examples, sha256 {data.sha256[:12]}"
+            f"examples{labels}, sha256 {data.sha256[:12]}"
         )
         notes = data.notes() if hasattr(data, "notes") else []
-        return "\n           ".join([line, *notes])
+        lines = [line, *(f"           {text}" for text in notes)]
+        lines += [f"cut        {text}" for text in self.cuts]
+        lines += [f"warning    {text}" for text in self.warnings]
+        return "\n".join(lines)
 
     def describe_step(self) -> str:
-        B = self.units_per_step
-        return f"{B} examples, where an untrained model's loss is ln {B} = {chance_loss(B):.2f}"
+        return describe_chance(self.candidates, self.units_per_step)
 
     def describe_flops(self, model: Multimodal) -> str:
         tokens = sum(model.tokens_per_example().values())
@@ -277,16 +338,38 @@ class ContrastiveTask:
             if name.startswith("recall1_"):
                 each.append(f"{name.removeprefix('recall1_').replace('_', '->')} {value:.3f}")
         examples = len(self.gallery.ids)
-        return (
+        line = (
             f"recall@1 {metrics['val_recall1']:.4f} among {examples} held-out examples "
             f"({', '.join(each)})"
         )
+        zero_shot = [
+            f"{name.removeprefix('zero_shot_accuracy_')} {value:.3f}"
+            for name, value in metrics.items()
+            if name.startswith("zero_shot_accuracy_")
+        ]
+        if zero_shot:
+            line += f"; zero-shot accuracy among {len(self.labels)} labels: {', '.join(zero_shot)}"
+        return line
 
     def draw(self, model: Multimodal, rows: list[dict]) -> list[Path]:
-        """Draw loss, recall, similarities, neighbours and a map of the space."""
+        """Draw loss, recall, similarities, neighbours, a map of the space of scenes, and a
+        confusion matrix of labels."""
         embeddings, _ = self.embed(model, self.inputs(self.gallery))
         arrays = {name: e.cpu().double().numpy() for name, e in embeddings.items()}
-        return draw_multimodal_run(self.config, arrays, self.gallery, logit_scale(model), rows)
+        confusions, C = {}, len(self.labels)
+        for name, (truth, nearest) in self.classify(model, embeddings).items():
+            confusions[name] = np.zeros((C, C), np.int64)
+            is_number = nearest >= 0
+            np.add.at(confusions[name], (truth[is_number], nearest[is_number]), 1)
+        return draw_multimodal_run(
+            self.config,
+            arrays,
+            self.gallery,
+            logit_scale(model),
+            rows,
+            list(self.labels.values()),
+            confusions,
+        )
 
     def show_examples(self, model: Multimodal) -> str:
         """Return what a few held-out captions find, and the command for a query."""

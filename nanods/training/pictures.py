@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from nanods import plots, plots_multimodal
 from nanods.config import Config
+from nanods.data.examples import duplicate_ids
 from nanods.data.scenes import COLOURS, PALETTE, Scenes, facts_of
 from nanods.data.text import TextData
 from nanods.gpt import GPT
@@ -43,30 +44,46 @@ def draw_language_run(config: Config, model: GPT, data: TextData, rows: list[dic
 
 
 def draw_multimodal_run(
-    config: Config, embeddings: dict[str, np.ndarray], gallery, scale: float, rows: list[dict]
+    config: Config,
+    embeddings: dict[str, np.ndarray],
+    gallery,
+    scale: float,
+    rows: list[dict],
+    labels: list[str] = (),
+    confusions: dict[str, np.ndarray] | None = None,
 ) -> list[Path]:
     """Draw loss and recall and, from the gallery's embeddings (Q, M) by modality, similarities, a
-    map of the space, and what some examples find. Returns the files."""
+    map of the space, and what some examples find; where the captions are C labels, also the
+    confusions (C, C) by modality. Returns the files."""
     trained, validated = split_rows(rows)
     recalls = {}
     for pair in combinations(embeddings, 2):
         for a, b in (pair, pair[::-1]):
             recalls[f"{a}->{b}"] = [row[f"recall1_{a}_{b}"] for row in validated]
+    duplicates = duplicates_in(gallery)
     few = {name: e[:24] for name, e in embeddings.items()}
     similarities = {f"{a}-{b}": few[a] @ few[b].T for a, b in combinations(few, 2)}
-    steps, chance = [row["step"] for row in validated], 1 / len(gallery.ids)
+    steps, chance = [row["step"] for row in validated], duplicates.mean()
     figures = {
         "loss": draw_losses(trained, validated, "example"),
         "recall": plots_multimodal.recall_over_time(steps, recalls, chance),
-        "similarities": plots_multimodal.similarities(similarities, scale),
+        "similarities": plots_multimodal.similarities(similarities, scale, duplicates[:24, :24]),
         "neighbours": draw_neighbours(embeddings, gallery),
     }
+    if confusions:
+        figures["confusion"] = plots_multimodal.confusion(confusions, labels)
     if isinstance(gallery, Scenes):
         figures["space"] = draw_scene_map(embeddings, gallery)
     if config.model.moe.n_expert > 1:
         load = {name: np.array(validated[-1][f"val_load_{name}"]) for name in embeddings}
         figures["experts"] = plots_multimodal.load_by_modality(load)
     return save_figures(config, figures)
+
+
+def duplicates_in(gallery) -> np.ndarray:
+    """Return which examples of the gallery are duplicates of which, (Q, Q): each of itself, too."""
+    ids = duplicate_ids(gallery)
+    return (ids[:, None] == ids).any(axis=-1)
 
 
 def draw_scene_map(embeddings: dict[str, np.ndarray], gallery: Scenes) -> Figure:
@@ -87,18 +104,18 @@ def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
     """Draw what the gallery's first examples find in another modality: one query for each direction
     to something visible."""
     shown = {name: getattr(gallery, MODALITIES[name].input_field) for name in embeddings}
-    rows = []
+    duplicates, rows = duplicates_in(gallery), []
     directions = [(a, b) for b in embeddings for a in embeddings if a != b and b != "text"]
     for i, (a, b) in enumerate(directions):  # a different example for each direction
         scores = embeddings[b] @ embeddings[a][i]
         best = np.argsort(-scores, kind="stable")[:5]
         results = [(shown[b][j], gallery.captions[j], float(scores[j])) for j in best]
-        partner = [rank for rank, j in enumerate(best) if gallery.ids[j] == gallery.ids[i]]
+        right = np.flatnonzero(duplicates[i, best]).tolist()
         query, caption = (shown[a][i], gallery.captions[i])
         if a == "text":
             query, caption = gallery.captions[i], ""
-        rows.append((query, caption, results, partner[0] if partner else None))
-    title = "what each query finds among held-out examples, best first (framed: its partner)"
+        rows.append((query, caption, results, right))
+    title = "what each query finds among held-out examples, best first (framed: true matches)"
     return plots_multimodal.neighbours(rows, title)
 
 

@@ -2,6 +2,7 @@
 modalities, the gallery is held out."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -62,14 +63,46 @@ def test_a_batch_depends_on_seed_and_step_alone():
     inputs, ids = task_of().batch(3)
     again, _ = task_of().batch(3)
     assert all(torch.equal(inputs[name], again[name]) for name in ("text", "image", "audio"))
-    assert inputs["text"].shape[0] == inputs["image"].shape[0] == len(set(ids.tolist())) == 8
+    assert inputs["text"].shape[0] == inputs["image"].shape[0] == 8 and ids.shape == (8, 2)
+    assert all(len(set(column.tolist())) == 8 for column in ids.T)
     for other in (task_of().batch(4), task_of(replace(SMALL, seed=1)).batch(3)):
-        assert set(other[1].tolist()) != set(ids.tolist())
+        assert set(other[1][:, 0].tolist()) != set(ids[:, 0].tolist())
 
 
 def test_the_gallery_is_held_out():
     assert set(task_of().gallery.ids.tolist()) <= set(split()[1].tolist())
     assert len(set(task_of().gallery.ids.tolist())) == 512
+
+
+class Repeated(SceneData):
+    """Scenes with files that occur twice, and with captions that several scenes share."""
+
+    def batch(self, *args):
+        examples = super().batch(*args)
+        files = examples.ids[[0, 1, 2, 3, 4, 5, 0, 1]]
+        captions = ["one", "Two ", "three", " ONE", "five", "six", "seven", "tWo"]
+        return replace(examples, ids=files, captions=captions)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_duplicates_by_file_or_caption_are_no_negatives_with_micro_batches_too(size):
+    task, model = task_of(data=Repeated()), model_of()
+    inputs, _ = task.batch(0)
+    embeddings, _ = model(inputs)
+    duplicates = {(0, 3), (0, 6), (1, 7)}  # "one", a file, a file and "two"
+    total = 0
+    for a, b in combinations(embeddings, 2):
+        scores = model.temperature() * embeddings[a] @ embeddings[b].T
+        for i in range(8):
+            kept = [j for j in range(8) if not {(i, j), (j, i)} & duplicates]
+            total = total + scores[i, kept].logsumexp(0) + scores[kept, i].logsumexp(0)
+            total = total - 2 * scores[i, i]
+    (total / (3 * 2 * 8)).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model = model_of()
+    metrics = accumulate_gradients(task, model, task.batch(0), size)
+    assert metrics["ce_loss"].item() == pytest.approx(total.item() / 48, rel=1e-12)
+    near({name: p.grad for name, p in model.named_parameters()}, expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
@@ -202,6 +235,69 @@ def test_evaluation_measures_recall_and_gives_no_credit_for_a_collapse():
     assert (
         row["recall1_audio_text"] == 1 / 512 and row["recall1_text_image"] == 1
     )  # all 512 queries are the same
+
+
+class Named(SceneData):
+    """Scenes whose captions are one of four labels: 0, 1 and 2 are in the gallery, 3 is not."""
+
+    def text(self):
+        return "\n".join("abcd"[i % 4] for i in range(100))
+
+    def gallery(self, size):
+        captions = ["  A", "b", "c", "a", "B", "c", "a", "b"]
+        return replace(super().gallery(8), captions=captions)
+
+
+class ByLabel(torch.nn.Module):
+    """Embeds an example at its label; images 6 and 7 at the label 3 and at NaN."""
+
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+
+    def temperature(self):
+        return torch.tensor(10.0)
+
+    def forward(self, inputs):
+        points = torch.eye(4)
+        made = {name: points[self.labels] for name in inputs}
+        if "image" in inputs:
+            made["image"] = torch.cat([points[self.labels[:6]], points[3:], points[:1] * torch.nan])
+        elif len(inputs["text"]) == 4:  # the labels themselves
+            made["text"] = points
+        return made, {name: [{}] for name in inputs}
+
+
+def test_labels_as_captions_are_classified_and_any_example_of_a_label_is_a_right_answer():
+    config = replace(SMALL, batch_size=4)
+    task = task_of(config, Named())
+    assert list(task.labels.values()) == ["a", "b", "c", "d"]
+    assert "16,416 training + 1,824 held-out examples of 4 labels" in task.describe_data()
+    row = task.evaluate(ByLabel())
+    assert row["recall1_text_audio"] == row["recall1_audio_text"] == 1
+    assert row["zero_shot_accuracy_audio"] == 1 and row["zero_shot_accuracy_image"] == 6 / 8
+    assert "zero_shot_accuracy_text" not in row
+    line = task.describe_validation(row)
+    assert "; zero-shot accuracy among 4 labels: image 0.750, audio 1.000" in line
+    assert not task_of().labels, "scenes have captions of their own"
+
+
+def test_the_validation_loss_has_the_chance_level_of_the_training_loss():
+    """Here the gallery has 8 examples and a batch 16."""
+
+    class Few(SceneData):
+        def gallery(self, size):
+            return super().gallery(8)
+
+    class Constant(Known):
+        def forward(self, inputs):
+            e = {name: torch.ones(len(x), 16) / 4 for name, x in inputs.items()}
+            return e, {name: [{}] for name in inputs}
+
+    task = task_of(replace(SMALL, batch_size=16), Few())
+    assert task.evaluate(Constant())["val_loss"] == pytest.approx(np.log(16), abs=1e-5)
+    embeddings = {name: torch.randn(8, 16) for name in ("text", "image", "audio")}
+    exact = task_of(replace(SMALL, batch_size=8), Few())
+    expected = all_pairs_loss(embeddings, 3.0, exact.pair_weights, exact.gallery_ids)[0].item()
+    assert exact.gallery_loss(embeddings, exact.gallery_ids, 3.0) == expected
 
 
 def test_captions_are_encoded_as_padded_rows():

@@ -1,0 +1,134 @@
+"""What to know about the captions of a contrastive run before its first step: which are labels,
+whether a batch has negatives, and what is cut.
+
+Shapes: B examples of a batch, N training examples, C labels.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from nanods.config import Config
+from nanods.contrastive import chance_loss
+from nanods.data.examples import Examples, caption_key, duplicate_ids
+from nanods.data.sound import HOP, RATE, WINDOW
+from nanods.errors import UserError
+from nanods.multimodal import MultimodalConfig
+
+MAX_LABELS = 200  # distinct captions that are taken for labels: enough for a confusion matrix
+
+
+def find_labels(train: list[str], held_out: list[str]) -> dict[str, str]:
+    """Return the distinct captions, by `caption_key`, if they are labels; otherwise {}.
+
+    They are if there are at most MAX_LABELS, and each is the caption of two training examples or
+    more on average.
+    """
+    labels: dict[str, str] = {}
+    for caption in (*train, *held_out):
+        labels.setdefault(caption_key(caption), caption)
+        if len(labels) > MAX_LABELS:
+            return {}
+    return dict(sorted(labels.items())) if 2 * len(labels) <= len(train) else {}
+
+
+# ---- negatives -----------------------------------------------------------------------------------
+
+
+def check_negatives(config: Config, counts: Counter[str], gallery: Examples) -> list[str]:
+    """Return warnings about batches whose examples are all duplicates: their loss is 0, whatever
+    the model, so they teach nothing.
+
+    `counts`: the training examples of each distinct caption. Raises UserError if no batch can have
+    a negative.
+    """
+    B, N = config.batch_size, sum(counts.values())
+    if B < 2:
+        raise UserError(
+            f"--batch-size {B}: the loss compares each example with the others of its batch, and "
+            "here is none; take as many as fit, at least 2"
+        )
+    if len(counts) == 1:
+        raise UserError(
+            f"--data {config.data}: all {N:,} training examples have the caption "
+            f"{next(iter(counts))[:60]!r}, so there is nothing to tell apart; add examples with "
+            "other captions"
+        )
+    warnings = []
+    share = share_without_negatives(counts, B)
+    if share * config.steps >= 0.5:
+        warnings.append(
+            f"about {share:.2g} of the batches will hold one caption {B} times: without negatives "
+            "they teach nothing; choose a larger --batch-size"
+        )
+    ids = duplicate_ids(gallery)
+    if (ids[:, None] == ids).any(axis=-1).all():
+        examples = "example" if len(ids) == 1 else "examples of one caption"
+        warnings.append(
+            f"with {len(ids):,} held-out {examples} there is no wrong answer: val_loss will be 0 "
+            "and every recall 1, whatever the model; add data"
+        )
+    return warnings
+
+
+def share_without_negatives(counts: Counter[str], B: int) -> float:
+    """Return the probability that B examples, drawn without replacement, have one caption."""
+    N, drawn = sum(counts.values()), np.arange(B)
+    each = [np.prod((count - drawn) / (N - drawn)) for count in counts.values() if count >= B]
+    return float(sum(each))
+
+
+def expected_candidates(counts: Counter[str], B: int) -> float:
+    """Return among how many candidates of a batch, the duplicates left out, an example has to find
+    its match, on average."""
+    N = sum(counts.values())
+    duplicates = sum(count * (count - 1) for count in counts.values()) / (N * (N - 1))
+    return 1 + (B - 1) * (1 - duplicates)
+
+
+def describe_chance(candidates: float, B: int) -> str:
+    """Return the loss of an untrained model, in words."""
+    rounded = round(candidates)
+    if rounded == B:
+        return f"{B} examples, where an untrained model's loss is ln {B} = {chance_loss(B):.2f}"
+    return (
+        f"{B} examples, each compared with about {rounded - 1} that are not its duplicates: an "
+        f"untrained model's loss is about ln {rounded} = {chance_loss(rounded):.2f}"
+    )
+
+
+# ---- what is cut ---------------------------------------------------------------------------------
+
+
+def cut_captions(captions: list[str], tokenizer, max_tokens: int) -> str | None:
+    """Return how many captions are longer than the model reads, in words; None if none is."""
+    # A token is at least one byte, so most captions need no encoding.
+    long = [text for text in captions if len(text.encode("utf-8", "replace")) > max_tokens]
+    lengths = [len(tokenizer.encode(text)) for text in long]
+    cut = [length for length in lengths if length > max_tokens]
+    if not cut:
+        return None
+    return (
+        f"{len(cut):,} of {len(captions):,} captions after {max_tokens} tokens: "
+        f"--context-length {max(cut)} reads the longest to its end"
+    )
+
+
+def cut_sounds(seconds: np.ndarray, total: int, config: MultimodalConfig) -> str | None:
+    """Return how many of the sounds are longer than the model hears, in words; None if none is.
+
+    `seconds`: the lengths of some or all of the `total` sounds.
+    """
+    samples = np.round(seconds * RATE)
+    cut = samples > WINDOW + (config.frames - 1) * HOP
+    if not cut.any():
+        return None
+    heard = (WINDOW + (config.frames - 1) * HOP) / RATE
+    frames = int(np.ceil((samples.max() - WINDOW) / HOP)) + 1
+    frames += -frames % config.patch_frames
+    looked_at = "" if len(seconds) == total else f" looked at (of {total:,})"
+    return (
+        f"{cut.sum():,} of {len(seconds):,} sounds{looked_at} after {heard:.3g} s (median "
+        f"{np.median(seconds):.3g} s, longest {seconds.max():.3g} s): --multimodal.frames {frames} "
+        "hears the longest to its end"
+    )

@@ -1,0 +1,60 @@
+"""V3 on labels as captions: ten words, each the transcript of many sounds."""
+
+import json
+
+import numpy as np
+
+from nanods.data.sound import write_wav
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SMALL = (
+    *("--multimodal.modalities", "text", "audio", "--multimodal.width", 16, "--moe.n-expert", 1),
+    *("--n-layer", 1, "--n-embd", 32, "--batch-size", 32, "--steps", 20, "--eval-every", 20),
+)
+
+
+def write_words(folder, seconds=1.0, per_word=20):
+    """Write sounds of each word, a tone of the word's own pitch with noise, and transcripts."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    time = np.arange(round(8000 * seconds)) / 8000
+    for number, word in enumerate(WORDS):
+        for i in range(per_word):
+            hertz = 200 * 1.35**number * random.uniform(0.98, 1.02)
+            wave = 0.3 * np.sin(2 * np.pi * (hertz * time + random.uniform()))
+            write_wav(folder / f"{word}_{i}.wav", wave + 0.02 * random.normal(size=len(time)))
+            (folder / f"{word}_{i}.txt").write_text(word.title() if i % 2 else f" {word}\n")
+
+
+def test_ten_words_are_learnt_and_reported_as_labels(train_tiny, workspace):
+    write_words(workspace / "words")
+    code, out, err = train_tiny("v3-tiny", "--data", "words", *SMALL)
+    assert code == 0, err
+    assert "held-out examples of 10 labels" in out
+    assert "28 that are not its duplicates: an untrained model's loss is about ln 29 = 3.37" in out
+    assert "zero-shot accuracy among 10 labels: audio" in out and "\ncut  " not in out
+    run = workspace / "runs/v3-tiny"
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("recall1_text_audio", "recall1_audio_text", "zero_shot_accuracy_audio"):
+        assert last[name] >= 0.9, name
+    assert last["ce_loss"] < 0.2 and last["val_loss"] < 0.2
+    assert (run / "confusion.png").stat().st_size > 5000
+
+
+def test_what_is_cut_or_has_no_negatives_is_said_before_the_first_step(train_tiny, workspace):
+    write_words(workspace / "words", seconds=2.0, per_word=4)
+    flags = ("--data", "words", *SMALL, "--steps", 1, "--batch-size", 2, "--context-length", 4)
+    code, out, err = train_tiny("v3-tiny", *flags)
+    assert code == 0, err
+    notices, _ = out.split("\nexpected ")
+    assert (
+        "cut        12 of " in notices and " captions after 4 tokens: --context-length 5" in notices
+    )
+    assert "cut        40 of 40 sounds after 1.06 s (median 2 s, longest 2 s)" in notices
+    assert "--multimodal.frames 62 hears the longest to its end" in notices
+    code, _, err = train_tiny("v3-tiny", *flags, "--batch-size", 1)
+    assert code == 2 and "--batch-size 1: the loss compares" in err and "Traceback" not in err
+    for text in (workspace / "words").glob("*.txt"):
+        text.write_text("one word")
+    code, _, err = train_tiny("v3-tiny", *flags)
+    assert code == 2 and "examples have the caption 'one word'" in err
