@@ -22,8 +22,9 @@ from torch import Tensor
 from nanods import plots, plots_multimodal
 from nanods.config import PRESETS, Config, from_dict
 from nanods.data.caption_dataset import read_image, read_sound
+from nanods.data.examples import caption_key
 from nanods.data.scenes import normalized_log_mel, vocabulary
-from nanods.data.sound import write_wav
+from nanods.data.sound import HOP, RATE, WINDOW, wav_seconds, write_wav
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
@@ -37,6 +38,7 @@ from nanods.training.contrastive_task import (
     load_dataset,
     model_inputs,
 )
+from nanods.training.saved_gallery import SavedGallery, load_gallery, words_of
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,11 @@ def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: 
 
     Writes found.png, a contact sheet, and found_image.png and found_audio.wav.
     """
+    query = read_query(args, config, tokenizer, run_dir)
     if args.gallery:
         galleries = folder_galleries(args.gallery, config)
     else:
-        galleries = held_out_galleries(config, tokenizer)
-    query = read_query(args, config, tokenizer)
+        galleries = held_out_galleries(config, tokenizer, run_dir)
     embedding = embed_one_modality(model, query.modality, query.inputs, args.device)[0]  # (M,)
     rows, files = [], [run_dir / "found.png"]
     others = [name for name in galleries if name != query.modality]
@@ -196,8 +198,11 @@ def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: 
         gallery = galleries[name]
         targets = embed_one_modality(model, name, gallery.inputs, args.device)  # (Q, M)
         scores = (targets @ embedding).cpu()  # (Q,)
-        best = scores.argsort(descending=True, stable=True)[: args.top].tolist()
-        print(f"{name}, the best of {len(scores)}:")
+        best = scores.argsort(descending=True, stable=True).tolist()
+        if name == "text":
+            best = first_of_equal_texts(best, gallery.captions)
+        print(f"{name}, the best of {len(best)}:")
+        best = best[: args.top]
         for rank, i in enumerate(best, start=1):
             print(f"{rank:>4}. {scores[i]:6.3f}  {gallery.captions[i]}")
         results = [(gallery.shown[i], gallery.captions[i], scores[i].item()) for i in best]
@@ -212,6 +217,14 @@ def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: 
     print(f"wrote      {', '.join(map(str, files))}")
 
 
+def first_of_equal_texts(best: list[int], captions: list[str]) -> list[int]:
+    """Return the indices of captions, best first, without those that say what a better one says."""
+    by_text = {}
+    for i in best:
+        by_text.setdefault(caption_key(captions[i]), i)
+    return list(by_text.values())
+
+
 def embed_one_modality(model: Multimodal, name: str, inputs: Tensor, device: str) -> Tensor:
     """Return the embeddings (Q, M) of the inputs of one modality."""
     embeddings, _ = embed(model, {name: inputs.to(device)})
@@ -221,14 +234,14 @@ def embed_one_modality(model: Multimodal, name: str, inputs: Tensor, device: str
 QUERY_FLAGS = {"text": "--query", "image": "--image", "audio": "--audio"}
 
 
-def read_query(args: Args, config: Config, tokenizer) -> Query:
-    """Return the query of the command line. Raises UserError unless it is exactly one, of a
-    modality that the model knows."""
+def read_query(args: Args, config: Config, tokenizer, run_dir: Path) -> Query:
+    """Return the query of the command line, cut as the examples were in training. Raises UserError
+    unless it is exactly one, of a modality that the model knows."""
     modalities, multimodal = config.multimodal.modalities, config.multimodal
     given = {"text": args.query, "image": args.image, "audio": args.audio}
     given = {name: value for name, value in given.items() if value is not None}
     if not given and "text" in modalities:
-        given = {"text": load_dataset(config).gallery(1).captions[0]}
+        given = {"text": held_out_examples(config, run_dir).examples.captions[0]}
         print(f"query      {given['text']}")
     if len(given) != 1 or not given.keys() <= set(modalities):
         flags = " and ".join(QUERY_FLAGS[name] for name in given) or "no query"
@@ -239,17 +252,46 @@ def read_query(args: Args, config: Config, tokenizer) -> Query:
         image = read_image(value, multimodal.image_size)
         return Query(name, torch.from_numpy(image)[None], image)
     if name == "audio":
+        report_cut_sounds([value], multimodal.frames)
         mel = normalized_log_mel(read_sound(value, multimodal.frames))
         return Query(name, torch.from_numpy(mel)[None], mel)
     text = " ".join(value.split())
+    tokens, max_tokens = len(tokenizer.encode(text)), config.model.context_length
+    if not tokens:
+        raise UserError("--query has no word in it: describe what to find")
     if config.data == "scenes":
         text = check_scene_words(text)
-    tokens = len(tokenizer.encode(text))
-    if not 1 <= tokens <= config.model.context_length:
-        raise UserError(
-            f"--query has {tokens} tokens: this model reads 1 to {config.model.context_length}"
-        )
-    return Query(name, encode_captions([text], tokenizer, tokens), text)
+    elif args.query is not None:
+        report_unknown_words(text, config, run_dir)
+    if tokens > max_tokens:
+        print(f"cut        the query, of {tokens} tokens, after {max_tokens}, as in training")
+    return Query(name, encode_captions([text], tokenizer, max_tokens), text)
+
+
+def report_unknown_words(text: str, config: Config, run_dir: Path) -> None:
+    """Print which words of a query no training caption contains."""
+    try:
+        known = held_out_examples(config, run_dir).words
+    except UserError:  # a gallery is given, and the run's own captions are gone
+        return
+    words = list(dict.fromkeys(words_of(text)))
+    unknown = [word for word in words if word not in known]
+    if not unknown:
+        return
+    some = ", ".join(word[:40] for word in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+    if len(unknown) == len(words):
+        print(f"notice     the model has read none of these words: {some}. Expect no good match")
+    else:
+        print(f"notice     words that the model has never read: {some}")
+
+
+def report_cut_sounds(files: list[Path], frames: int) -> None:
+    """Print how many sounds are longer than the model hears."""
+    heard = (WINDOW + (frames - 1) * HOP) / RATE
+    cut = [file for file in files if round(wav_seconds(file) * RATE) > heard * RATE]
+    if cut:
+        first = f"{cut[0]}" if len(files) == 1 else f"{len(cut)} of {len(files)} sounds"
+        print(f"cut        {first} after {heard:.3g} s, as in training")
 
 
 def check_scene_words(text: str) -> str:
@@ -266,10 +308,26 @@ def check_scene_words(text: str) -> str:
     return " ".join(words)
 
 
-def held_out_galleries(config: Config, tokenizer) -> dict[str, Gallery]:
-    """Return the held-out examples of the run's data, by modality."""
-    data = load_dataset(config)
+def held_out_examples(config: Config, run_dir: Path) -> SavedGallery:
+    """Return the run's held-out examples and the words of its training captions: from the run's
+    directory, or generated again. Raises UserError if they are nowhere."""
+    for folder in (run_dir, run_dir.parent):  # RUN/best is a part of RUN
+        if saved := load_gallery(folder):
+            return saved
+    try:
+        data = load_dataset(config)
+    except UserError as error:
+        raise UserError(
+            f"{error}. {run_dir} does not hold its held-out examples, so search other ones: give "
+            "--gallery FOLDER and a query"
+        ) from None
     examples = data.gallery(min(MAX_GALLERY, len(data.held_out)))
+    return SavedGallery(examples, frozenset(words_of(data.text())))
+
+
+def held_out_galleries(config: Config, tokenizer, run_dir: Path) -> dict[str, Gallery]:
+    """Return the held-out examples of the run's data, by modality."""
+    examples = held_out_examples(config, run_dir).examples
     galleries = {}
     for name, inputs in model_inputs(examples, config, tokenizer).items():
         shown = getattr(examples, MODALITIES[name].input_field)
@@ -311,6 +369,7 @@ def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
         stacked = np.stack(list(images.values()))
         galleries["image"] = Gallery(torch.from_numpy(stacked), stacked, list(images))
     if waves:
+        report_cut_sounds([folder / name for name in waves], multimodal.frames)
         stacked = np.stack(list(waves.values()))
         mels = normalized_log_mel(stacked)
         galleries["audio"] = Gallery(torch.from_numpy(mels), mels, list(waves), stacked)

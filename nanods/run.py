@@ -123,7 +123,12 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
         with precision.autocast:
             run.rows = [{"step": 0} | task.evaluate(model)]
         print(f"           validation loss {run.rows[0]['val_loss']:.6f} before the first step")
-    processes.on_main_process(lambda: prepare_run_directory(config.run_dir))
+
+    def prepare() -> None:
+        prepare_run_directory(config.run_dir)
+        task.save_examples(config.run_dir)
+
+    processes.on_main_process(prepare)
     return run
 
 

@@ -1,6 +1,7 @@
 """V3 on labels as captions: ten words, each the transcript of many sounds."""
 
 import json
+import shutil
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def write_words(folder, seconds=1.0, per_word=20):
             (folder / f"{word}_{i}.txt").write_text(word.title() if i % 2 else f" {word}\n")
 
 
-def test_ten_words_are_learnt_and_reported_as_labels(train_tiny, workspace):
+def test_ten_words_are_learnt_reported_as_labels_and_found(train_tiny, program, workspace):
     write_words(workspace / "words")
     code, out, err = train_tiny("v3-tiny", "--data", "words", *SMALL)
     assert code == 0, err
@@ -39,6 +40,33 @@ def test_ten_words_are_learnt_and_reported_as_labels(train_tiny, workspace):
         assert last[name] >= 0.9, name
     assert last["ce_loss"] < 0.2 and last["val_loss"] < 0.2
     assert (run / "confusion.png").stat().st_size > 5000
+
+    shutil.rmtree(workspace / "words")  # sample.py needs no data
+    code, out, err = program("sample", "v3-tiny")
+    assert code == 0 and "query      " in out and "notice" not in out, err
+    query = out.splitlines()[0].split()[1]
+    found = [line.split()[2] for line in out.splitlines() if line[:5].strip().endswith(".")]
+    assert len(found) == 5 and found[0].casefold() == query.casefold()
+    code, out, err = program("sample", "v3-tiny", "--query", "Elephants")
+    assert code == 0 and "the model has read none of these words: elephants" in out, err
+    code, out, err = program("sample", "v3-tiny", "--query", "seven elephants, " * 9)
+    assert "words that the model has never read: elephants" in out
+    assert "cut        the query, of 152 tokens, after 32, as in training" in out
+    # Equal texts are shown once, whatever their case.
+    write_wav(workspace / "long.wav", np.sin(np.arange(20_000)))
+    code, out, err = program("sample", "v3-tiny", "--audio", "long.wav", "--top", 9)
+    texts = [line.split()[2] for line in out.splitlines() if line[:5].strip().endswith(".")]
+    assert 5 < len({text.casefold() for text in texts}) == len(texts), err
+    assert f"text, the best of {len(texts)}:" in out or len(texts) == 9
+    assert "cut        long.wav after 1.06 s, as in training" in out
+    # Without the saved examples and without the data, a gallery and a query are asked for.
+    (run / "gallery.safetensors").unlink()
+    code, _, err = program("sample", "v3-tiny")
+    assert code == 2 and "give --gallery FOLDER and a query" in err
+    (workspace / "mine").mkdir()
+    (workspace / "long.wav").rename(workspace / "mine/long.wav")
+    code, out, err = program("sample", "v3-tiny", "--query", "seven", "--gallery", "mine")
+    assert code == 0 and "cut        mine/long.wav after 1.06 s" in out, err
 
 
 def test_what_is_cut_or_has_no_negatives_is_said_before_the_first_step(train_tiny, workspace):

@@ -58,6 +58,7 @@ from nanods.training.contrastive_checks import (
 )
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
+from nanods.training.saved_gallery import save_gallery
 
 MAX_GALLERY = 512  # held-out examples among which each is to be found
 EMBED_CHUNK = 64  # examples embedded at a time where no gradient is needed
@@ -311,6 +312,11 @@ class ContrastiveTask:
         return float(np.mean(losses))
 
     # ---- words and pictures ----------------------------------------------------------------------
+
+    def save_examples(self, run_dir: Path) -> None:
+        """Write the gallery, which sample.py searches, unless it can be generated again."""
+        if self.config.data not in GENERATED_DATA:
+            save_gallery(run_dir, self.gallery, self.data.text())
 
     def describe_data(self) -> str:
         data = self.data

@@ -169,6 +169,9 @@ class LanguageTask:
 
     # ---- words and pictures ----------------------------------------------------------------------
 
+    def save_examples(self, run_dir: Path) -> None:
+        """Write nothing: generating text needs no data."""
+
     def describe_data(self) -> str:
         data = self.data
         return (

@@ -75,6 +75,9 @@ class Task(Protocol):
     def evaluation_seconds(self, model: nn.Module) -> float:
         """Return about how long one `evaluate` takes, measured on a part of it."""
 
+    def save_examples(self, run_dir: Path) -> None:
+        """Write what sample.py needs of the data to a new run directory."""
+
     def describe_data(self) -> str:
         """Return what is known of the data set: name, size, hash, and what the user should know.
         Lines after the first begin with a word and have their text at the same column."""
