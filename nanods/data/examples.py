@@ -66,6 +66,7 @@ class ExampleDataset(Protocol):
     # Optional: `notes(self) -> list[str]`, lines that are printed before training, such as what
     # was left out.
 
+
 # ---- duplicates ----------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from nanods.config import PRESETS
 from nanods.data.caption_dataset import CaptionDataset
+from nanods.data.captions import CaptionFolder
 from nanods.data.examples import Examples, duplicate_ids
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
@@ -108,7 +109,7 @@ def test_the_batches_of_an_epoch_mix_the_labels(counts, tmp_path):
         for word, count in enumerate(counts)
         for i in range(count)
     ]
-    data = CaptionDataset("mine", "audio", rows, rows[:1], 32, 32)
+    data = CaptionDataset("mine", CaptionFolder("audio", rows, rows[:1], notes=[]), 32, 32)
     expected = expected_candidates(Counter(caption for _, caption in rows), 20)
     candidates = []
     for step in range(30):
