@@ -221,8 +221,8 @@ def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> N
         f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), "
         f"{task.describe_flops(whole)}, about {memory / 2**30:.2f} GiB, "
         f"{format_duration(seconds * len(steps) + evaluating)} for {config.steps} steps of "
-        f"{task.describe_step()} (micro-batches of {run.micro_batch}), of it "
-        f"{format_duration(evaluating)} for evaluations ({evaluations})"
+        f"{task.describe_step()} (micro-batches of {run.micro_batch}); "
+        f"evaluations ({evaluations}) take {format_duration(evaluating)} of it"
     )
 
 
