@@ -6,6 +6,7 @@ import grade
 import pytest
 import steps_02
 import torch
+from torch import nn
 
 from tests.lessons.wrong_answers import grade_answer
 
@@ -89,6 +90,15 @@ def bias_by_cases(bias, load, rate):
     return torch.stack(new_bias)
 
 
+def bias_in_integers(bias, load, rate):
+    return bias + rate * (load.sum() - len(load) * load).sign()
+
+
+def upcycle_as_parameters(up, out, n_expert):
+    copies = torch.stack([up] * n_expert), out.repeat(n_expert, 1, 1)
+    return [nn.Parameter(copy) for copy in copies]
+
+
 def upcycle_by_stack(up, out, n_expert):
     return torch.stack([up] * n_expert), out.expand(n_expert, *out.shape).clone()
 
@@ -104,7 +114,9 @@ ANSWERS = [
     ("load_balancing_loss", loss_by_expert),
     ("within_capacity", capacity_by_loop),
     ("update_bias", bias_by_cases),
+    ("update_bias", bias_in_integers),
     ("upcycle", upcycle_by_stack),
+    ("upcycle", upcycle_as_parameters),
 ]
 
 
