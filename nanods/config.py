@@ -91,8 +91,9 @@ class Config:
     .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes, or a folder of captioned
     images or sounds (docs/DATA.md)."""
     val_data: str | None = None
-    """V0 to V2: a file or a folder of texts for validation; all of --data is then trained on.
-    Default: the validation split of the data set, else a part of --data."""
+    """A file or a folder of texts, for V3 a folder of captioned images or sounds, for validation;
+    all of --data is then trained on. Default: the validation split of the data set, else a part of
+    --data."""
     val_fraction: float = 0.1
     """V0 to V2: share of --data held out for validation, if it has no validation split; of folders
     and tables about 1 MB at most."""

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is installed
 
-from nanods.data.captions import CaptionFolder, read_captions
+from nanods.data.captions import CaptionFolder, hold_out_folder, read_captions
 from nanods.data.examples import Examples
 from nanods.data.file_types import wrong_type
 from nanods.data.random_bits import random_bits
@@ -333,8 +333,12 @@ class CaptionDataset:
             print("warning: further corrupt files are counted, not named", file=sys.stderr)
 
 
-def load_caption_dataset(folder: Path, image_size: int, frames: int) -> CaptionDataset:
+def load_caption_dataset(
+    folder: Path, image_size: int, frames: int, val_folder: Path | None = None
+) -> CaptionDataset:
     """Return the data set of a folder, whose captions are read and whose files exist.
+
+    With `val_folder`, all of this other folder is held out, and nothing of `folder`.
 
     A batch decodes the files, to images of `image_size` x `image_size` pixels or to sounds of
     `frames` spectrogram frames.
@@ -342,4 +346,7 @@ def load_caption_dataset(folder: Path, image_size: int, frames: int) -> CaptionD
     Raises UserError for a folder without captions, for a mistake in the captions, and for missing
     files.
     """
-    return CaptionDataset(str(folder), read_captions(Path(folder)), image_size, frames)
+    captions = read_captions(Path(folder))
+    if val_folder is not None:
+        captions = hold_out_folder(captions, Path(val_folder))
+    return CaptionDataset(str(folder), captions, image_size, frames)

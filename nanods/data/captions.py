@@ -113,6 +113,30 @@ def read_captions(folder: Path) -> CaptionFolder:
     return CaptionFolder(modalities.pop(), train, held_out, notes + describe_others(parts, folder))
 
 
+def hold_out_folder(captions: CaptionFolder, folder: Path) -> CaptionFolder:
+    """Return captions all of which are for training, with those of `folder` (--val-data) held out.
+
+    What is called test in either folder is still left out. Raises UserError if the folders have
+    different modalities, and as `read_captions`.
+    """
+    try:
+        val = read_captions(folder)
+    except UserError as error:
+        raise UserError(str(error).replace("--data", "--val-data", 1)) from error
+    if val.modality != captions.modality:
+        raise UserError(
+            f"--val-data {folder}: it holds {val.modality}, and --data {captions.modality}; give a "
+            "folder of the same modality"
+        )
+    held_out = val.train + val.held_out
+    elsewhere = {path.resolve() for path, _ in held_out}
+    train = captions.train + captions.held_out
+    train = [row for row in train if row[0].resolve() not in elsewhere]
+    # The first note says what is held out; here it is the folder.
+    notes = [f"held out: {count_files(held_out)} of {folder}", *captions.notes[1:], *val.notes[1:]]
+    return CaptionFolder(captions.modality, train, held_out, notes)
+
+
 def modality_of(path: Path) -> str:
     return "audio" if path.suffix.lower() in SOUNDS else "image"
 

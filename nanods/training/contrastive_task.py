@@ -406,9 +406,22 @@ def load_dataset(config: Config) -> ExampleDataset:
     A generated data set of another kind is one more entry in GENERATED_DATA (docs/MODIFYING.md).
     """
     multimodal = config.multimodal
+    if config.val_fraction != Config.val_fraction:
+        raise UserError(
+            f"--val-fraction {config.val_fraction}: it is for texts; --val-data FOLDER chooses the "
+            "held-out examples of V3"
+        )
     if config.data in GENERATED_DATA:
+        if config.val_data:
+            raise UserError(
+                f"--val-data {config.val_data}: {config.data} has held-out examples of its own; "
+                "leave it out"
+            )
         return GENERATED_DATA[config.data](multimodal)
-    return load_caption_dataset(Path(config.data), multimodal.image_size, multimodal.frames)
+    val_folder = Path(config.val_data) if config.val_data else None
+    return load_caption_dataset(
+        Path(config.data), multimodal.image_size, multimodal.frames, val_folder
+    )
 
 
 def scenes(config: MultimodalConfig) -> ExampleDataset:

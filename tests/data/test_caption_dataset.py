@@ -70,6 +70,12 @@ def voices(tmp_path):
     return tmp_path / "voices"
 
 
+def write_table(folder):
+    folder.mkdir()
+    (folder / "captions.csv").write_text("image,caption\na.png,black\n")
+    return folder
+
+
 def load(folder):
     return load_caption_dataset(folder, SIZE, FRAMES)
 
@@ -405,6 +411,12 @@ class TestGallery:
         training = load(photos).batch(0, 36, 0)
         assert not {text.split()[0] for text in training.captions} & set(HELD_OUT)
         assert not set(examples.ids.tolist()) & set(training.ids.tolist())
+
+    def test_another_folder_can_be_held_out(self, photos, tmp_path):
+        Image.new("RGB", (9, 12)).save(write_table(tmp_path / "val") / "a.png")
+        dataset = load_caption_dataset(photos, SIZE, FRAMES, tmp_path / "val")
+        assert len(dataset.train) == 36 + 12 and dataset.gallery(1).captions == ["black"]
+        assert dataset.sha256 != load(photos).sha256
 
     def test_the_same_at_every_call(self, photos):
         dataset = load(photos)

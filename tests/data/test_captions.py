@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanods.data.captions import read_captions
+from nanods.data.captions import hold_out_folder, read_captions
 from nanods.errors import UserError
 
 
@@ -344,6 +344,33 @@ class TestSplitsByName:
         read = read_captions(tmp_path)
         assert names(read.train) == [ROWS[3]] and names(read.held_out) == [ROWS[0]]
         assert read.notes[-1] == "left out of training: 2 that are in val or test too"
+
+
+class TestValData:
+    def test_another_folder_is_held_out_and_all_of_the_first_is_for_training(self, tmp_path):
+        for name, count in (("mine", 40), ("theirs", 8)):
+            for i in range(count):
+                write(tmp_path / name, {f"{i}.wav": "", f"{i}.txt": "x"})
+        read = hold_out_folder(read_captions(tmp_path / "mine"), tmp_path / "theirs")
+        assert {path.parent.name for path, _ in read.train} == {"mine"} and len(read.train) == 40
+        assert {path.parent.name for path, _ in read.held_out} == {"theirs"}
+        assert len(read.held_out) == 8
+        assert read.notes == [f"held out: 8 sounds of {tmp_path / 'theirs'}"]
+
+    def test_no_file_is_in_both(self, tmp_path):
+        for i in range(8):
+            write(tmp_path / ("val" if i < 4 else "."), {f"{i}.wav": "", f"{i}.txt": "x"})
+        captions = read_captions(tmp_path / "val")
+        assert not hold_out_folder(captions, tmp_path / "val").train
+
+    def test_mistakes(self, tmp_path):
+        write(tmp_path / "images", {"captions.txt": CSV, **FILES})
+        write(tmp_path / "sounds", {"a.wav": "", "a.txt": "x"})
+        captions = read_captions(tmp_path / "images")
+        with pytest.raises(UserError, match=r"^--val-data .*nowhere: there is no such folder"):
+            hold_out_folder(captions, tmp_path / "nowhere")
+        with pytest.raises(UserError, match=r"^--val-data .*: it holds audio, and --data image"):
+            hold_out_folder(captions, tmp_path / "sounds")
 
 
 class TestOthers:

@@ -69,6 +69,19 @@ def test_a_batch_depends_on_seed_and_step_alone():
         assert set(other[1][:, 0].tolist()) != set(ids[:, 0].tolist())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_data": "x"}, "--val-data x: scenes has held-out examples of its own; leave it out"),
+        ({"val_fraction": 0.2}, "--val-fraction 0.2: it is for texts; --val-data FOLDER"),
+        ({"data": ".", "val_fraction": 0.2}, "--val-fraction 0.2: it is for texts"),
+    ],
+)
+def test_flags_of_texts_are_not_ignored(changes, message):
+    with pytest.raises(UserError, match=message):
+        task_of(replace(SMALL, **changes))
+
+
 def test_the_gallery_is_held_out():
     assert set(task_of().gallery.ids.tolist()) <= set(split()[1].tolist())
     assert len(set(task_of().gallery.ids.tolist())) == 512
