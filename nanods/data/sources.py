@@ -159,7 +159,7 @@ def fingerprint(name: str, fraction: float) -> str:
         for path in sorted(text_files(Path(name))):
             stat = path.stat()
             inputs.append([path.relative_to(name).as_posix(), stat.st_size, stat.st_mtime_ns])
-        inputs += [SLICE, HELD_OUT, STRETCH, STRETCHES]
+        inputs += [SLICE, HELD_OUT, STRETCHES, STRETCH, SHORTEST, MANY, FEW]
     return hashlib.sha256(json.dumps([*inputs, fraction]).encode()).hexdigest()
 
 
@@ -263,15 +263,13 @@ def split_by_name(
 
     Names count only if some files are left for training, and "test" only beside another split.
     """
-    splits = {None: [], "train": [], "val": [], "test": []}
+    train, validation, test, is_named = [], [], [], False
     for file in files:
         words = [split_of(part) for part in Path(file.name).parts]
-        splits[next((word for word in words if word), None)].append(file)
-    validation, test = splits["val"], splits["test"]
-    train = [file for file in files if file not in validation and file not in test]
-    if not train or not (validation or splits["train"]):
-        return files, [], []
-    return train, validation, test
+        split = next((word for word in words if word), None)
+        {"val": validation, "test": test}.get(split, train).append(file)
+        is_named = is_named or split in ("train", "val")
+    return (train, validation, test) if train and is_named else (files, [], [])
 
 
 def hold_out(files: list[SourceFile], fraction: float) -> tuple[dict[SourceFile, list[Part]], str]:
@@ -299,17 +297,17 @@ def hold_out(files: list[SourceFile], fraction: float) -> tuple[dict[SourceFile,
         words.append(f"{len(chosen):,} of {len(files):,} files, chosen by a hash of their names")
     if cut:
         number = sum(len(held[file]) for file in cut)
-        of = cut[0].name if len(cut) == 1 else f"{len(cut):,} files"
-        where = "the end" if number == len(cut) else f"{number:,} stretches, evenly spread,"
-        words.append(f"{where} of {of}" if len(cut) == 1 else f"{where} of each of {of}")
+        at_end = number == len(cut) and all(held[file][0].stop == file.length for file in cut)
+        where = "the end" if at_end else f"{number:,} stretches, evenly spread,"
+        words.append(f"{where} of {cut[0].name if len(cut) == 1 else f'{len(cut):,} files'}")
     return held, " and ".join(words)
 
 
 def choose_files(files: list[SourceFile], wanted: float, least: int) -> list[SourceFile]:
     """Return files of `wanted` bytes in total, about, in the order of a hash of their names.
 
-    At least `least` of them, but at most a third; one of two. Files much larger than `wanted` come
-    last.
+    At least `least` of them, if these are no more than a third, and at most half. Files much larger
+    than `wanted` come last.
     """
     least = min(least, max(1, len(files) // 3), len(files) - 1)
 
