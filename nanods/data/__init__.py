@@ -7,5 +7,6 @@ Examples: examples.py describes a data set of text, images and sounds. scenes.py
           caption_dataset.py reads one from a folder, whose captions captions.py finds.
           sound.py has waveforms and spectrograms.
 Both:     random_bits.py has random numbers that depend on their key alone. lock.py keeps two
-          processes from writing the same file.
+          processes from writing the same file. splits.py knows the names of splits, file_types.py
+          the first bytes of files.
 """
