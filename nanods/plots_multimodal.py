@@ -33,14 +33,17 @@ def similarities(
     matrices: dict[str, np.ndarray],
     scale: float | None = None,
     matching: np.ndarray | None = None,
+    names: Sequence[str] = (),
 ) -> Figure:
     """Draw the cosines (n, n) of each pair of modalities; matching pairs are on the diagonal.
 
     `matrices` by name: "text-image" has a text in each row. `scale`: the loss's 1 / temperature,
     to print what a difference in cosine means to the loss. `matching` (n, n): which pairs match,
-    where not the diagonal alone.
+    where not the diagonal alone. `names` (n,): of the examples, where they are short enough to be
+    read beside the rows and columns.
     """
-    figure = Figure(figsize=(4.1 * len(matrices) + 0.8, 4.6), layout="constrained")
+    side = 4.1 + (0.9 if names else 0)
+    figure = Figure(figsize=(side * len(matrices) + 0.8, side + 0.5), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, (name, cosines) in zip(panels, matrices.items(), strict=True):
         image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
@@ -53,8 +56,11 @@ def similarities(
             fontsize=10,
         )
         axes.set(ylabel=f"{rows} (one per row)", xlabel=f"{columns} (one per column)")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(6, integer=True))
+        if names:
+            name_rows_and_columns(axes, names)
+        else:
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(False)
     figure.colorbar(image, ax=panels, pad=0.01, shrink=0.85, label="cosine")
     if scale is not None:
@@ -66,6 +72,13 @@ def similarities(
             fontsize=9,
         )
     return figure
+
+
+def name_rows_and_columns(axes: Axes, names: Sequence[str]) -> None:
+    """Write the names of n classes or examples beside a matrix (n, n)."""
+    shown = [safe_text(name, max_columns=24) for name in names]
+    axes.set_xticks(range(len(names)), shown, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), shown, fontsize=7)
 
 
 def spread_labels(heights: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
@@ -239,9 +252,7 @@ def confusion(counts: dict[str, np.ndarray], names: Sequence[str]) -> Figure:
         axes.set(ylabel="caption", xlabel="nearest caption")
         axes.grid(False)
         if named:
-            shown = [safe_text(name, max_columns=24) for name in names]
-            axes.set_xticks(range(C), shown, rotation=90, fontsize=7)
-            axes.set_yticks(range(C), shown, fontsize=7)
+            name_rows_and_columns(axes, names)
         else:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(10, integer=True))

@@ -203,6 +203,16 @@ def test_neighbours_draws_a_row_for_each_query():
     assert (pictures(figure)[-1] == 0.5).all() and not overlaps(figure)
 
 
+def test_similarities_name_the_examples_where_they_have_names():
+    names = ["cat", "cat", "a rather long name of a class"]
+    figure = mm.similarities({"text-image": np.eye(3)}, matching=np.eye(3, dtype=bool), names=names)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[:2] == ["cat", "cat"] and labels[2].endswith("\u2026")
+    figure.draw_without_rendering()
+    assert not overlaps(figure)
+    assert "cat" not in words(mm.similarities({"text-image": np.eye(3)}))
+
+
 def test_a_confusion_matrix_shows_shares_and_names_classes_where_they_fit():
     counts = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 40]])  # nothing of class 1 is held out
     figure = mm.confusion({"image": counts, "audio": counts.T}, ["cat", "dog", "bird"])

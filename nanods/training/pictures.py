@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from nanods import plots, plots_multimodal
 from nanods.config import Config
-from nanods.data.examples import duplicate_ids
+from nanods.data.examples import caption_key, duplicate_ids
 from nanods.data.scenes import COLOURS, PALETTE, Scenes, facts_of
 from nanods.data.text import TextData
 from nanods.gpt import GPT
@@ -17,6 +17,8 @@ from nanods.multimodal import MODALITIES
 from nanods.training.inspection import chosen_experts, sparsity_report
 
 SHOWN_TOKENS = 384  # tokens of validation text that are coloured by their experts
+SHOWN_EXAMPLES = 24  # held-out examples whose similarities are drawn
+SHOWN_QUERIES = 4  # whose nearest neighbours are drawn, at least
 
 
 def draw_language_run(config: Config, model: GPT, data: TextData, rows: list[dict]) -> list[Path]:
@@ -61,13 +63,19 @@ def draw_multimodal_run(
         for a, b in (pair, pair[::-1]):
             recalls[f"{a}->{b}"] = [row[f"recall1_{a}_{b}"] for row in validated]
     duplicates = duplicates_in(gallery)
-    few = {name: e[:24] for name, e in embeddings.items()}
-    similarities = {f"{a}-{b}": few[a] @ few[b].T for a, b in combinations(few, 2)}
+    few = np.arange(min(SHOWN_EXAMPLES, len(duplicates)))
+    if labels:  # examples of one label stand together
+        few = np.array(sorted(few, key=lambda i: caption_key(gallery.captions[i])))
+    matching = duplicates[few][:, few]
+    similarities = {}
+    for a, b in combinations(embeddings, 2):
+        similarities[f"{a}-{b}"] = embeddings[a][few] @ embeddings[b][few].T
+    names = [gallery.captions[i] for i in few] if labels else []
     steps, chance = [row["step"] for row in validated], duplicates.mean()
     figures = {
         "loss": draw_losses(trained, validated, "example"),
         "recall": plots_multimodal.recall_over_time(steps, recalls, chance),
-        "similarities": plots_multimodal.similarities(similarities, scale, duplicates[:24, :24]),
+        "similarities": plots_multimodal.similarities(similarities, scale, matching, names),
         "neighbours": draw_neighbours(embeddings, gallery),
     }
     if confusions:
@@ -101,15 +109,25 @@ def draw_scene_map(embeddings: dict[str, np.ndarray], gallery: Scenes) -> Figure
 
 
 def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
-    """Draw what the gallery's first examples find in another modality: one query for each direction
-    to something visible."""
+    """Draw what some of the gallery's examples, of different captions, find in another modality:
+    one query for each direction to something visible, at least SHOWN_QUERIES in total."""
     shown = {name: getattr(gallery, MODALITIES[name].input_field) for name in embeddings}
+    keys = np.array([caption_key(caption) for caption in gallery.captions])
     duplicates, rows = duplicates_in(gallery), []
     directions = [(a, b) for b in embeddings for a in embeddings if a != b and b != "text"]
-    for i, (a, b) in enumerate(directions):  # a different example for each direction
+    if len(directions) == 1:  # text and one other
+        directions.append(directions[0][::-1])
+    rounds = -(-SHOWN_QUERIES // len(directions))
+    queries = [direction for direction in directions for _ in range(rounds)]
+    for i, (a, b) in zip(first_of_each(keys), queries, strict=False):
         scores = embeddings[b] @ embeddings[a][i]
-        best = np.argsort(-scores, kind="stable")[:5]
+        best = np.argsort(-scores, kind="stable")
+        if b == "text":
+            best = best[first_of_each(keys[best])]  # equal captions once
+        best = best[:5]
         results = [(shown[b][j], gallery.captions[j], float(scores[j])) for j in best]
+        if b == "text":
+            results = [(None, caption, score) for _, caption, score in results]
         right = np.flatnonzero(duplicates[i, best]).tolist()
         query, caption = (shown[a][i], gallery.captions[i])
         if a == "text":
@@ -117,6 +135,11 @@ def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
         rows.append((query, caption, results, right))
     title = "what each query finds among held-out examples, best first (framed: true matches)"
     return plots_multimodal.neighbours(rows, title)
+
+
+def first_of_each(keys: np.ndarray) -> np.ndarray:
+    """Return where each distinct value of an array occurs first, in order."""
+    return np.sort(np.unique(keys, return_index=True)[1])
 
 
 def split_rows(rows: list[dict]) -> tuple[list[dict], list[dict]]:
