@@ -125,6 +125,14 @@ class ContrastiveTask:
 
         captions = self.data.text().split("\n")
         counts = Counter(map(caption_key, captions))
+        if (
+            isinstance(self.data, CaptionDataset)
+            and len({file for file, _ in self.data.train}) == 1
+        ):
+            raise UserError(
+                f"--data {config.data}: all {len(self.data.train):,} training captions are of one "
+                "file, so there is nothing to tell apart; add files"
+            )
         self.warnings = check_negatives(config, counts, self.gallery)
         self.candidates = expected_candidates(counts, config.batch_size)
         self.labels = find_labels(captions, self.gallery.captions)  # the captions, if they are

@@ -11,7 +11,10 @@ from torch.nn.functional import normalize
 
 from nanods.config import PRESETS
 from nanods.contrastive import all_pairs_loss
+from nanods.data.caption_dataset import CaptionDataset
+from nanods.data.captions import CaptionFolder
 from nanods.data.scenes import SceneData, split
+from nanods.data.sound import write_wav
 from nanods.errors import UserError
 from nanods.moe import MoEConfig, load_balancing_loss
 from nanods.multimodal import Multimodal
@@ -330,3 +333,15 @@ def test_data_without_a_modality_is_refused_with_a_fix():
         replace(SMALL, multimodal=replace(SMALL.multimodal, modalities=("text", "image"))), Mute()
     )
     assert list(task.batch(0)[0]) == ["text", "image"]
+
+
+def test_captions_of_one_file_are_refused(tmp_path):
+    names = [tmp_path / f"{i}.wav" for i in range(3)]
+    for name in names:
+        write_wav(name, np.ones(100))
+    train = [(names[0], f"caption {i}") for i in range(8)]
+    held_out = [(name, "a sound") for name in names[1:]]
+    folder = CaptionFolder("audio", train, held_out, notes=[])
+    sounds = replace(SMALL, multimodal=replace(SMALL.multimodal, modalities=("text", "audio")))
+    with pytest.raises(UserError, match="all 8 training captions are of one file"):
+        task_of(sounds, CaptionDataset("mine", folder, 32, 32))
