@@ -11,6 +11,7 @@ type, and is saved in every checkpoint.
 
 import dataclasses
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -230,12 +231,22 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
         config = tyro.extras.overridable_config_cli(presets, description=description, args=args)
     except ValueError as error:
         raise UserError(str(error)) from None
-    words = sys.argv[1:] if args is None else args
-    lr_given = any(word == "--lr" or word.startswith("--lr=") for word in words)
-    if config.optimizer == "adamw" and not lr_given and not config.resume:
+    lr_is_typed = "lr" in typed_flags(sys.argv[1:] if args is None else args)
+    if config.optimizer == "adamw" and not lr_is_typed and not config.resume:
         print(f"lr         {ADAMW_LR} (AdamW's default here; the preset's {config.lr} is Muon's)")
         config = replace(config, lr=ADAMW_LR)
     return config
+
+
+def typed_flags(words: list[str]) -> set[str]:
+    """Return the names of the flags on a command line, as `flatten` spells them: the values alone
+    do not tell a flag that was typed with its default from one that was left out."""
+    names = {word[2:].split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    positive = set()  # --moe.no-normalise sets moe.normalise
+    for name in names:
+        *parts, last = name.split(".")
+        positive.add(".".join([*parts, last.removeprefix("no-")]))
+    return names | positive
 
 
 def describe(config: Config) -> str:
@@ -298,30 +309,30 @@ RUNTIME_ONLY_FIELDS = (
 """Flags that do not change what is learnt."""
 
 
-def resolve_resume(requested: Config, saved: Config) -> Config:
-    """Return the saved configuration with the requested runtime-only fields (device, how often to
-    save, where).
+def resolve_resume(requested: Config, saved: Config, typed: Collection[str] = ()) -> Config:
+    """Return the saved configuration with the runtime-only fields that are asked for (device, how
+    often to save, where).
 
-    Raises UserError naming each flag that asks for something else than the saved run has.
+    `typed` names the flags of the command line: one that is typed with the preset's default counts
+    like any other. Raises UserError naming each flag that asks for something else than the saved
+    run has.
     """
     default, wanted, has = flatten(PRESETS[requested.preset]), flatten(requested), flatten(saved)
+    given = {name for name in wanted if name in typed or wanted[name] != default[name]}
     conflicts = []
     for name, value in wanted.items():
-        given = name == "preset" or value != default[name]
-        if given and name not in RUNTIME_ONLY_FIELDS and value != has[name]:
+        is_asked = name == "preset" or (name in given and name not in RUNTIME_ONLY_FIELDS)
+        if is_asked and value != has[name]:
             conflicts.append(f"--{name} {value} (the run has {has[name]})")
     if conflicts:
         raise UserError(
             f"{requested.run_dir} holds a run of another configuration: {', '.join(conflicts)}. "
             "Leave these flags out to continue it, or choose another --out-dir to start a new run"
         )
-    return replace(
-        saved,
-        resume=True,
-        out_dir=requested.out_dir,
-        device=requested.device,
-        save_every=requested.save_every,
-        compile=requested.compile,
-        mesh=requested.mesh,
-        tensorboard=requested.tensorboard or saved.tensorboard,
-    )
+    changed = {name for name in RUNTIME_ONLY_FIELDS if name in given} | {
+        "resume",
+        "out-dir",
+        "mesh",
+    }
+    fields = (name.replace("-", "_") for name in changed)
+    return replace(saved, **{name: getattr(requested, name) for name in fields})

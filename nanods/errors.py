@@ -36,8 +36,14 @@ OS_ERROR_FIXES = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`. Turn a mistake of the user into one message and exit code 2."""
+    """Run a program's `main`. Turn a mistake of the user into one message and exit code 2.
+
+    Characters that the terminal or file behind stdout cannot take (LANG=C, say) are printed as "?".
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
+        refuse_undecodable(sys.argv[1:])
         main()
     except UserError as error:
         fail(str(error))
@@ -46,6 +52,17 @@ def run(main: Callable[[], None]) -> None:
             raise
         path = f"{error.filename}: " if error.filename else ""
         fail(f"{path}{OS_ERROR_FIXES[error.errno]}")
+
+
+def refuse_undecodable(words: list[str]) -> None:
+    """Raise UserError for a word of the command line that is not in the system's encoding."""
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            shown = word.encode(errors="backslashreplace").decode()
+            raise UserError(
+                f"the argument {shown} is not {sys.getfilesystemencoding()}: type it in that "
+                "encoding, and rename a file whose name is not"
+            )
 
 
 def fail(message: str) -> None:

@@ -6,6 +6,7 @@ nanods/distributed (many) and nanods/planner (memory).
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     saved = checkpoint.load(config.run_dir, processes.on_main_process) if config.resume else None
     if saved:
         checkpoint.require_floats(saved)
-        config = ladder.resolve_resume(config, ladder.from_dict(saved.state["config"]))
+        config = ladder.resolve_resume(
+            config, ladder.from_dict(saved.state["config"]), ladder.typed_flags(sys.argv[1:])
+        )
         if saved.state["step"] >= config.steps:
             print(
                 f"{config.run_dir} is finished: all {config.steps} steps are done. "

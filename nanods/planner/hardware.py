@@ -106,7 +106,10 @@ def main_memory() -> float:
     This is half of the machine's memory, since other programs run too, divided among the processes
     that torchrun started on this machine.
     """
-    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    if hasattr(os, "sysconf"):
+        half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    else:
+        half = 4 * 2**30  # Windows does not say without further packages: assume 8 GiB
     return half / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

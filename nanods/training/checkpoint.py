@@ -151,7 +151,12 @@ def write_folder(run_dir: Path, step: int, write_files: Callable[[Path], None], 
 
 
 def fsync(path: Path) -> None:
-    """Wait until the content of a file, or a folder's list of names, is on the disk."""
+    """Wait until the content of a file, or a folder's list of names, is on the disk.
+
+    Not on Windows, where folders cannot be opened, nor files synced that are open for reading.
+    """
+    if os.name != "posix":
+        return
     is_windows = os.name == "nt"
     if is_windows and path.is_dir():
         return  # Windows opens no folders, and syncs only files that are open for writing

@@ -4,7 +4,6 @@ An experiment tracker is one more line there, as TensorBoard's is (docs/MODIFYIN
 """
 
 import json
-import resource
 import sys
 
 import torch
@@ -15,6 +14,11 @@ from nanods.data.download import write_atomic
 from nanods.training.commands import tensorboard_command
 from nanods.training.task import Task
 from nanods.training.tensorboard_log import TensorBoardLog
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 
 class MetricsLog:
@@ -79,7 +83,8 @@ class MetricsLog:
         parts.append(f"{row[f'{unit}_per_second']:,} {unit}/s")
         if row.get("alarm"):
             parts.append("ALARM")
-        parts.append(f"{peak_memory(self.task.device) / 2**30:.2f} GiB")
+        if peak := peak_memory(self.task.device):
+            parts.append(f"{peak / 2**30:.2f} GiB")
         return ", ".join(parts)
 
     def close(self) -> None:
@@ -92,8 +97,10 @@ class MetricsLog:
 
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has used so far: of GPU memory on CUDA, else of main
-    memory."""
+    memory; 0 where the system does not say (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux reports KiB, macOS bytes

@@ -1,0 +1,70 @@
+"""The command line: flags typed with their default, words and outputs that are not UTF-8, and no
+module that Windows lacks."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanods.config import PRESETS, resolve_resume, typed_flags
+from nanods.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+V1 = PRESETS["v1-tiny"]
+
+
+def test_typed_flags_are_named_as_the_fields_are():
+    words = ["v1-tiny", "--lr=0.02", "--n_layer", "4", "--moe.no-normalise", "--prompt", "-1"]
+    assert typed_flags(words) >= {"lr", "n-layer", "moe.normalise", "prompt"}
+    assert "seed" not in typed_flags(words)
+
+
+def test_a_flag_that_is_typed_with_the_default_is_not_ignored_by_resume():
+    saved = replace(V1, lr=0.001)
+    assert resolve_resume(V1, saved).lr == 0.001
+    with pytest.raises(UserError, match=r"--lr 0.02 \(the run has 0.001\)"):
+        resolve_resume(V1, saved, {"lr"})
+
+
+def test_resume_keeps_what_was_saved_of_runtime_flags_that_are_not_typed():
+    saved = replace(
+        V1, save_every=14, device="cpu", activation_checkpointing=True, tensorboard=True
+    )
+    kept = resolve_resume(V1, saved)
+    assert (kept.save_every, kept.device) == (14, "cpu")
+    assert kept.activation_checkpointing and kept.tensorboard
+    typed = {"save-every", "device", "activation-checkpointing", "tensorboard"}
+    changed = resolve_resume(V1, saved, typed)
+    assert (changed.save_every, changed.device) == (V1.save_every, V1.device)
+    assert not changed.activation_checkpointing and not changed.tensorboard
+
+
+def run_python(code, *words, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", f"from nanods.errors import run\n{code}", *words],
+        capture_output=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def test_characters_that_stdout_cannot_take_are_replaced():
+    shown = run_python("run(lambda: print('caf\\u00e9 \\u4e2d'))", PYTHONIOENCODING="ascii")
+    assert (shown.returncode, shown.stdout.split()) == (0, [b"caf?", b"?"])
+
+
+def test_a_word_that_is_not_utf8_gets_a_message():
+    shown = run_python("run(lambda: print('done'))", b"--prompt=caf\xe9", PYTHONUTF8="1")
+    assert shown.returncode == 2 and not shown.stdout
+    assert b"caf\\udce9 is not utf-8" in shown.stderr and b"Traceback" not in shown.stderr
+
+
+def test_no_module_that_windows_lacks_is_imported_without_a_guard():
+    posix_only = {"resource", "fcntl", "pwd", "grp", "termios", "pty", "syslog"}
+    for path in [*(ROOT / "nanods").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not those in a try
+            if isinstance(node, ast.Import):
+                assert not posix_only & {alias.name for alias in node.names}, path
