@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -117,7 +118,9 @@ class LanguageTask:
         model.eval()
         total_loss, total_tokens, load = 0.0, 0, 0
         batches = self.validation_batches()
-        for windows in tqdm(batches, desc="evaluating", delay=2, leave=False, disable=None):
+        is_worker = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+        hidden = True if is_worker else None  # None: shown where stderr is a terminal
+        for windows in tqdm(batches, desc="evaluating", delay=2, leave=False, disable=hidden):
             inputs, targets = self.validation_windows(windows)
             logits, layers = model(inputs)
             total_loss += cross_entropy(logits, targets).item() * targets.numel()
