@@ -102,6 +102,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     device = choose_device(config, processes.world_size)
     precision = choose_precision(config, device)
     task = make_task(config, device)
+    config = task.config  # V3: with the modalities of the data
     processes.local_batch(config.batch_size)  # refuses a batch that does not divide
     print(f"processes  {processes}")
     if saved and saved.state["data_sha256"] != task.data.sha256:

@@ -18,8 +18,8 @@ space, L layers, E experts, C labels.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanods.config import Config
+from nanods.config import PRESETS, Config
 from nanods.contrastive import (
     all_pairs_loss,
     embedding_gradients,
@@ -102,16 +102,10 @@ class ContrastiveTask:
         self, config: Config, device: torch.device, data: ExampleDataset | None = None
     ) -> None:
         """`data` replaces the data set that the configuration names. Raises UserError if it lacks a
-        modality, or if no batch can have negatives."""
-        self.config, self.device = config, device
+        modality that was asked for, or if no batch can have negatives."""
+        self.device = device
         self.data = data or load_dataset(config)
-        modalities = config.multimodal.modalities
-        missing = [name for name in modalities if name not in self.data.modalities]
-        if missing:
-            raise UserError(
-                f"--data {config.data} has no {' and no '.join(missing)}: choose other data, or "
-                f"--multimodal.modalities {' '.join(self.data.modalities)}"
-            )
+        self.config = config = fit_modalities(config, self.data.modalities)
         if config.batch_size > len(self.data.train):
             raise UserError(
                 f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training "
@@ -334,6 +328,9 @@ class ContrastiveTask:
             f"examples{labels}, sha256 {data.sha256[:12]}"
         )
         notes = data.notes() if hasattr(data, "notes") else []
+        left_out = missing_modalities(preset_modalities(self.config), data.modalities)
+        if left_out:
+            notes = [f"no {' and no '.join(left_out)}: the model has none either", *notes]
         lines = [line, *(f"           {text}" for text in notes)]
         lines += [f"cut        {text}" for text in self.cuts]
         lines += [f"warning    {text}" for text in self.warnings]
@@ -430,6 +427,33 @@ def load_dataset(config: Config) -> ExampleDataset:
     return load_caption_dataset(
         Path(config.data), multimodal.image_size, multimodal.frames, val_folder
     )
+
+
+def fit_modalities(config: Config, modalities: Sequence[str]) -> Config:
+    """Return the configuration for data with these modalities: without the preset's others.
+
+    Raises UserError if a modality is missing that a flag names, or if fewer than two are left.
+    """
+    wanted = config.multimodal.modalities
+    missing = missing_modalities(wanted, modalities)
+    if not missing:
+        return config
+    left = tuple(name for name in wanted if name in modalities)
+    asked_for = wanted != preset_modalities(config) or config.multimodal.pairs
+    if asked_for or len(left) < 2:
+        raise UserError(
+            f"--data {config.data} has no {' and no '.join(missing)}: choose other data, or "
+            f"--multimodal.modalities {' '.join(modalities)}"
+        )
+    return replace(config, multimodal=replace(config.multimodal, modalities=left))
+
+
+def missing_modalities(wanted: Sequence[str], present: Sequence[str]) -> list[str]:
+    return [name for name in wanted if name not in present]
+
+
+def preset_modalities(config: Config) -> tuple[str, ...]:
+    return PRESETS[config.preset].multimodal.modalities
 
 
 def scenes(config: MultimodalConfig) -> ExampleDataset:

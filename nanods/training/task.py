@@ -32,6 +32,8 @@ class Task(Protocol):
     Shapes: B examples of this process's batch, L layers, E experts.
     """
 
+    config: Config
+    """The configuration, fitted to the data: V3 has the modalities that the data has."""
     unit: str
     """What is counted along the run: "tokens" or "examples"."""
     units_per_step: int

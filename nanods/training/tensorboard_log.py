@@ -69,11 +69,14 @@ class TensorBoardLog:
 
 
 def add_pictures(run_dir: Path, step: int, pictures: Iterable[Path]) -> None:
-    """Write PNG files into an event file of their own, as images of a step."""
+    """Write the PNG files among a run's pictures into an event file of their own, as images of a
+    step."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     writer = open_writer(run_dir)
     for path in pictures:
+        if path.suffix != ".png":  # a page of sounds
+            continue
         with Image.open(path) as image:
             size = image.size
         value = image_value(path.stem, path.read_bytes(), size)

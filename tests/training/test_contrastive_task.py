@@ -321,18 +321,23 @@ def test_captions_are_encoded_as_padded_rows():
     assert tokens.tolist() == [[97, 98, -1, -1], [-1] * 4, [97, 98, 99, 100]]
 
 
-def test_data_without_a_modality_is_refused_with_a_fix():
-    class Mute(SceneData):
-        modalities = ("text", "image")
+class Mute(SceneData):
+    modalities = ("text", "image")
 
-    with pytest.raises(
-        UserError, match=r"has no audio: choose other data, or --multimodal.modalities text image"
-    ):
-        task_of(data=Mute())
-    task = task_of(
-        replace(SMALL, multimodal=replace(SMALL.multimodal, modalities=("text", "image"))), Mute()
-    )
+
+def test_the_model_has_the_modalities_of_the_data_and_that_is_said():
+    task = task_of(data=Mute())
+    assert task.config.multimodal.modalities == ("text", "image")
     assert list(task.batch(0)[0]) == ["text", "image"]
+    assert "no audio: the model has none either" in task.describe_data()
+    assert "no audio" not in task_of().describe_data()
+
+
+def test_data_without_a_modality_that_was_asked_for_is_refused_with_a_fix():
+    for changes in ({"modalities": ("image", "audio")}, {"pairs": ("text-audio",)}):
+        config = replace(SMALL, multimodal=replace(SMALL.multimodal, **changes))
+        with pytest.raises(UserError, match=r"no audio: .* --multimodal.modalities text image$"):
+            task_of(config, Mute())
 
 
 def test_captions_of_one_file_are_refused(tmp_path):

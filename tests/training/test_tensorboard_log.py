@@ -12,7 +12,7 @@ from PIL import Image
 
 from nanods import config as ladder
 from nanods.training.metrics_log import MetricsLog
-from nanods.training.tensorboard_log import draw_load
+from nanods.training.tensorboard_log import add_pictures, draw_load
 
 pytest.importorskip("tensorboard")
 
@@ -122,6 +122,13 @@ def test_a_running_tensorboard_forgets_the_old_files(log_rows, tmp_path):
     assert [event.step for event in board.Scalars("ce_loss")] == [1, 2, 3, 4, 5, 6]
     times = [event.wall_time for event in board.Scalars("ce_loss")]
     assert np.diff(times) == pytest.approx([10] * 5, abs=0.1)
+
+
+def test_a_page_of_sounds_is_no_picture(tmp_path):
+    (tmp_path / "sheet.html").write_text("<html>")
+    Image.new("RGB", (3, 2)).save(tmp_path / "loss.png")
+    add_pictures(tmp_path, 7, [tmp_path / "loss.png", tmp_path / "sheet.html"])
+    assert images(tmp_path) == [("loss", 7)]
 
 
 def test_only_the_main_process_writes(tmp_path):
