@@ -213,6 +213,13 @@ V3 = {
 V3["tiny"] = replace(
     V3["tiny"], steps=800, batch_size=128, weight_decay=0.0, eval_every=100, save_every=100
 )
+# v3-tiny for real drawings and spoken names, which last up to 1.5 s (nanods/data/emoji.py).
+V3["emoji"] = replace(
+    V3["tiny"],
+    preset="v3-emoji",
+    data="emoji",
+    multimodal=replace(MODALITY_CONFIGS["tiny"], frames=48),
+)
 V3["small"] = replace(V3["small"], steps=12_000, batch_size=1024)
 V3["base"] = replace(V3["base"], steps=12_000, batch_size=4096)
 V3["full"] = replace(V3["full"], steps=50_000, batch_size=4096)

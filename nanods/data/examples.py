@@ -64,7 +64,8 @@ class ExampleDataset(Protocol):
         ...
 
     # Optional: `notes(self) -> list[str]`, lines that are printed before training, such as what
-    # was left out.
+    # was left out; `more_galleries(self) -> dict[str, Examples]`, other held-out examples by name,
+    # whose recalls are logged as NAME_recall1_A_B.
 
 
 # ---- duplicates ----------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ from nanods.contrastive import (
     surrogate_loss,
 )
 from nanods.data.caption_dataset import CaptionDataset, load_caption_dataset
-from nanods.data.examples import ExampleDataset, caption_key, duplicate_ids
+from nanods.data.emoji import EmojiData
+from nanods.data.examples import ExampleDataset, Examples, caption_key, duplicate_ids
 from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
 from nanods.errors import UserError
@@ -116,6 +117,7 @@ class ContrastiveTask:
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(MAX_GALLERY, len(self.data.held_out)))
         self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, 2)
+        self.more_galleries: dict[str, Examples] = getattr(self.data, "more_galleries", dict)()
 
         captions = self.data.text().split("\n")
         counts = Counter(map(caption_key, captions))
@@ -244,17 +246,18 @@ class ContrastiveTask:
         zero_shot_accuracy_MODALITY    where the captions are labels: the share of examples nearest
                                        to their own caption among all labels
         val_load, ...     with experts: the load (L, E) and its metrics, and val_load_MODALITY
+        NAME_recall1_A_B, ...   the recalls and ranks among another gallery of the data set
         """
         embeddings, load = self.embed(model, self.inputs(self.gallery))
-        ids = self.gallery_ids
-        metrics = {"val_loss": self.gallery_loss(embeddings, ids, logit_scale(model))}
-        recalls = {}
-        for a, b in permutations(embeddings, 2):
-            queries, targets = embeddings[a], embeddings[b]
-            recalls[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, ids)
-            metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, ids)
-            metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, ids)
-        metrics |= {"val_recall1": float(np.mean(list(recalls.values())))} | recalls
+        metrics = {"val_loss": self.gallery_loss(embeddings, self.gallery_ids, logit_scale(model))}
+        retrieval = retrieval_metrics(embeddings, self.gallery_ids)
+        recalls = [value for name, value in retrieval.items() if name.startswith("recall1_")]
+        metrics |= {"val_recall1": float(np.mean(recalls))} | retrieval
+        for name, gallery in self.more_galleries.items():
+            others, _ = self.embed(model, self.inputs(gallery))
+            ids = torch.from_numpy(duplicate_ids(gallery)).to(self.device)
+            for metric, value in retrieval_metrics(others, ids).items():
+                metrics[f"{name}_{metric}"] = value
         for name, (truth, nearest) in self.classify(model, embeddings).items():
             metrics[f"zero_shot_accuracy_{name}"] = float((truth == nearest).mean())
         if load:
@@ -360,6 +363,14 @@ class ContrastiveTask:
         ]
         if zero_shot:
             line += f"; zero-shot accuracy among {len(self.labels)} labels: {', '.join(zero_shot)}"
+        for name, gallery in self.more_galleries.items():
+            prefix = f"{name}_recall5_"
+            each = [
+                f"{metric.removeprefix(prefix).replace('_', '->')} {value:.3f}"
+                for metric, value in metrics.items()
+                if metric.startswith(prefix)
+            ]
+            line += f"; {name}: recall@5 among {len(gallery.ids)}: {', '.join(each)}"
         return line
 
     def draw(self, model: Multimodal, rows: list[dict]) -> list[Path]:
@@ -460,7 +471,14 @@ def scenes(config: MultimodalConfig) -> ExampleDataset:
     return SceneData(config.hard_batches)
 
 
-GENERATED_DATA: dict[str, Callable[[MultimodalConfig], ExampleDataset]] = {"scenes": scenes}
+def emoji(config: MultimodalConfig) -> ExampleDataset:
+    return EmojiData(config.image_size, config.frames)
+
+
+GENERATED_DATA: dict[str, Callable[[MultimodalConfig], ExampleDataset]] = {
+    "scenes": scenes,
+    "emoji": emoji,
+}
 """Data sets that need no files: from --data to a function that makes them."""
 
 
@@ -503,6 +521,18 @@ def embed(
                 counts = torch.stack([layer["load"] for layer in stats[name]])
                 load[name] = load.get(name, 0) + counts
     return {name: torch.cat(parts) for name, parts in chunks.items()}, load
+
+
+def retrieval_metrics(embeddings: dict[str, Tensor], ids: Tensor) -> dict[str, float]:
+    """Return recall at 1 and at 5 and the median rank in each direction, from embeddings (Q, M) by
+    modality and ids (Q, 2)."""
+    metrics = {}
+    for a, b in permutations(embeddings, 2):
+        queries, targets = embeddings[a], embeddings[b]
+        metrics[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, ids)
+        metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, ids)
+        metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, ids)
+    return metrics
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The pictures that a finished run leaves in its directory."""
 
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from nanods import plots, plots_multimodal
 from nanods.config import Config
-from nanods.data.examples import caption_key, duplicate_ids
+from nanods.contact_sheet import Cell, Row, save_contact_sheet
+from nanods.data.examples import Examples, caption_key, duplicate_ids
 from nanods.data.scenes import COLOURS, PALETTE, Scenes, facts_of
 from nanods.data.text import TextData
 from nanods.gpt import GPT
@@ -55,8 +56,8 @@ def draw_multimodal_run(
     confusions: dict[str, np.ndarray] | None = None,
 ) -> list[Path]:
     """Draw loss and recall and, from the gallery's embeddings (Q, M) by modality, similarities, a
-    map of the space, and what some examples find; where the captions are C labels, also the
-    confusions (C, C) by modality. Returns the files."""
+    map of the space, and what some examples find (as a page too if there are sounds); where the
+    captions are C labels, also the confusions (C, C) by modality. Returns the files."""
     trained, validated = split_rows(rows)
     recalls = {}
     for pair in combinations(embeddings, 2):
@@ -85,13 +86,47 @@ def draw_multimodal_run(
     if config.model.moe.n_expert > 1:
         load = {name: np.array(validated[-1][f"val_load_{name}"]) for name in embeddings}
         figures["experts"] = plots_multimodal.load_by_modality(load)
-    return save_figures(config, figures)
+    paths = save_figures(config, figures)
+    if gallery.waves is not None:
+        paths.append(config.run_dir / "sheet.html")
+        save_sounding_sheet(paths[-1], embeddings, gallery)
+    return paths
 
 
 def duplicates_in(gallery) -> np.ndarray:
     """Return which examples of the gallery are duplicates of which, (Q, Q): each of itself, too."""
     ids = duplicate_ids(gallery)
     return (ids[:, None] == ids).any(axis=-1)
+
+
+def save_sounding_sheet(
+    path: Path, embeddings: dict[str, np.ndarray], gallery: Examples, queries: int = 6
+) -> None:
+    """Write what some examples of the gallery find, in each direction, as a page whose sounds
+    play. The right answers are framed."""
+    ids = duplicate_ids(gallery)
+    rows = []
+    for number, (a, b) in enumerate(permutations(embeddings, 2)):
+        for i in range(number * queries, min((number + 1) * queries, len(ids))):
+            scores = embeddings[b] @ embeddings[a][i]
+            best = np.argsort(-scores, kind="stable")[:5]
+            cells = [sheet_cell(gallery, i, a, "the query")]
+            for j in best:
+                is_right = bool((ids[i] == ids[j]).any())
+                cells.append(sheet_cell(gallery, j, b, f"cosine {scores[j]:.2f}", is_right))
+            rows.append(Row(f"{a} to {b}", cells))
+    text = f"Among {len(ids)} held-out examples. Right answers are framed."
+    save_contact_sheet(path, "What each query finds", rows, text)
+
+
+def sheet_cell(gallery: Examples, i: int, modality: str, note: str, is_right: bool = False) -> Cell:
+    """Return example i of the gallery, as the model reads it in one modality, and its caption."""
+    caption = gallery.captions[i]
+    if modality == "audio":
+        return Cell(caption, None, gallery.waves[i], note, is_right)
+    if modality == "image":
+        return Cell(caption, gallery.images[i], None, note, is_right)
+    return Cell(caption, None, None, note, is_right)
 
 
 def draw_scene_map(embeddings: dict[str, np.ndarray], gallery: Scenes) -> Figure:
