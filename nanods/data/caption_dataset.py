@@ -2,14 +2,14 @@
 
     load_caption_dataset(folder, image_size=64, frames=32).batch(step=0, size=128)
 
-nanods/data/captions.py says which folders are read. A file, an image or a sound, may have several
+nanods/data/captions.py says which folders are read. An item, an image or a sound, may have several
 captions; its number is the id of its examples.
 
 A batch depends on (seed, step, size) alone, not on earlier calls. An epoch holds each training
-caption once. It goes through all files in a random order, with one caption of each, then again in
+caption once. It goes through all items in a random order, with one caption of each, then again in
 the same order with another caption, until every caption was used. The last batch of an epoch is
-filled up with the epoch's first captions. So if all files have equally many captions, no batch
-holds a file twice. Threads decode the next step's batch in the background.
+filled up with the epoch's first captions. So if all items have equally many captions, no batch
+holds an item twice. Threads decode the next step's batch in the background.
 
 A file that cannot be decoded is skipped, in training and in the gallery, and the next one in the
 order takes its place. `notes` tries some files before training and counts these. Later ones are
@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is installed
 
-from nanods.data.captions import CaptionFolder, hold_out_folder, read_captions
+from nanods.data.captions import CaptionFolder, Item, hold_out_folder, read_captions
 from nanods.data.examples import Examples
 from nanods.data.file_types import wrong_type
 from nanods.data.random_bits import random_bits
@@ -129,36 +129,37 @@ class CaptionDataset:
 
     def __init__(self, name: str, captions: CaptionFolder, image_size: int, frames: int):
         """Store the captions of a folder. `load_caption_dataset` calls this."""
-        modality, train, held_out = captions.modality, captions.train, captions.held_out
-        self.name, self.modalities = name, ("text", modality)
+        train, held_out = captions.train, captions.held_out
+        self.name, self.modalities = name, captions.modalities
         self.image_size, self.frames = image_size, frames
-        lines = [f"{path.name}\t{caption}\n" for path, caption in train]
+        lines = [hash_line(item, caption) for item, caption in train]
         lines.append("\n")
-        lines += [f"{path.name}\t{caption}\n" for path, caption in held_out]
+        lines += [hash_line(item, caption) for item, caption in held_out]
         self.sha256 = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
-        self.paths = list(dict.fromkeys(path for path, _ in train + held_out))  # by file id
-        file_id = {path: i for i, path in enumerate(self.paths)}
-        self.train = [(file_id[path], caption) for path, caption in train]
-        self.held_out: dict[int, list[str]] = {}  # file id -> its captions
-        for path, caption in held_out:
-            self.held_out.setdefault(file_id[path], []).append(caption)
+        self.items = list(dict.fromkeys(item for item, _ in train + held_out))
+        self.sounds = list(dict.fromkeys(item.audio for item in self.items if item.audio))
+        number = {item: i for i, item in enumerate(self.items)}
+        self.train = [(number[item], caption) for item, caption in train]
+        self.held_out: dict[int, list[str]] = {}  # item -> its captions
+        for item, caption in held_out:
+            self.held_out.setdefault(number[item], []).append(caption)
 
-        # For each training caption: its file's id, the number of captions of that file, and which
-        # of them it is, from 0 up.
-        self._file_ids = np.array([i for i, _ in self.train], np.int64)
-        n_captions = np.bincount(self._file_ids)
-        self._n_captions = n_captions[self._file_ids]
-        self._caption_index = np.empty_like(self._file_ids)
-        self._caption_index[self._file_ids.argsort(kind="stable")] = np.concatenate(
+        # For each training caption: its item, the number of captions of that item, and which of
+        # them it is, from 0 up.
+        self._item_ids = np.array([i for i, _ in self.train], np.int64)
+        n_captions = np.bincount(self._item_ids)
+        self._n_captions = n_captions[self._item_ids]
+        self._caption_index = np.empty_like(self._item_ids)
+        self._caption_index[self._item_ids.argsort(kind="stable")] = np.concatenate(
             [np.arange(n) for n in n_captions] or [[]]
         )
 
         self._epoch = None  # (seed, epoch) of the cached order
-        self._epoch_order = self._file_ids  # the cached order of the training captions
+        self._epoch_order = self._item_ids  # the cached order of the training captions
         self._notes = captions.notes
-        self._tried: set[int] = set()  # ids of files that were decoded, or could not be
-        self._errors: dict[int, str] = {}  # file id -> why the file cannot be decoded
+        self._tried: set[int] = set()  # items that were decoded, or could not be
+        self._errors: dict[int, str] = {}  # item -> why its file cannot be decoded
         self._warnings = 0  # corrupt files that were warned of
         self._threads = min(8, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._threads)
@@ -173,13 +174,13 @@ class CaptionDataset:
         """Return what to know before training, a line for each: which examples are held out, what
         is left out, and how many files cannot be decoded, of those in galleries and batches so far
         and of CHECKED training files."""
-        training = np.unique(self._file_ids)
+        training = np.unique(self._item_ids)
         keys = random_bits(len(training), 0, CHECK)[0]
         sample = training[keys.argsort(kind="stable")[:CHECKED]].tolist()
-        for file_id, arrays in zip(sample, self._decode_all(sample), strict=True):
-            self._tried.add(file_id)
+        for item_id, arrays in zip(sample, self._decode_all(sample), strict=True):
+            self._tried.add(item_id)
             if isinstance(arrays, str):
-                self._errors.setdefault(file_id, arrays)
+                self._errors.setdefault(item_id, arrays)
         held_out = len(self._tried & self.held_out.keys())
         checked = (
             f"{held_out:,} of {len(self.held_out):,} held-out and {len(self._tried) - held_out:,} "
@@ -202,9 +203,9 @@ class CaptionDataset:
 
         Of more than `most` sounds it returns those of `most`, spread evenly.
         """
-        every = -(-len(self.paths) // most)
+        every = -(-len(self.sounds) // most)
         seconds = []
-        for path in self.paths[::every]:
+        for path in self.sounds[::every]:
             with suppress(UserError):  # a batch that needs the file reports it
                 seconds.append(wav_seconds(path))
         return np.array(seconds)
@@ -223,7 +224,7 @@ class CaptionDataset:
             )
         order = self._order(step, size, seed)
         decoded = self._prefetched.pop((step, size, seed), None) or self._prefetch(order[:size])
-        replacements = self._decode_all(self._file_ids[order[size:]].tolist())
+        replacements = self._decode_all(self._item_ids[order[size:]].tolist())
         rows_in_order = (self.train[i] for i in order)
         examples = self._collect(rows_in_order, chain(decoded, replacements), size, least=size)
         next_order = self._order(step + 1, size, seed)
@@ -240,16 +241,16 @@ class CaptionDataset:
         """
         epoch, step_in_epoch = divmod(step, -(-len(self.train) // size))
         if self._epoch != (seed, epoch):
-            file_keys = random_bits(len(self.paths), seed, ORDER, epoch)[0]
-            key = (file_keys >> 1).astype(np.int64)[self._file_ids]
-            # In each pass over the files, the key of a file also decides its first caption.
-            file_pass = (self._caption_index + key) % self._n_captions
+            item_keys = random_bits(len(self.items), seed, ORDER, epoch)[0]
+            key = (item_keys >> 1).astype(np.int64)[self._item_ids]
+            # In each pass over the items, the key of an item also decides its first caption.
+            item_pass = (self._caption_index + key) % self._n_captions
             self._epoch = (seed, epoch)
-            self._epoch_order = np.lexsort((key, file_pass))  # by pass, then by key
+            self._epoch_order = np.lexsort((key, item_pass))  # by pass, then by key
         return np.roll(self._epoch_order, -step_in_epoch * size)
 
     def gallery(self, size: int, seed: int = 0) -> Examples:
-        """Return `size` held-out examples of different files, the same at every call.
+        """Return `size` held-out examples of different items, the same at every call.
 
         Each comes with one of its captions. They are fewer where too few can be decoded. Raises
         UserError if fewer than `size` are held out, or fewer than 2 of them can be decoded.
@@ -264,50 +265,53 @@ class CaptionDataset:
                 f"{len(self.held_out):,} held-out examples; choose another size, or add some"
             )
         keys = random_bits(len(self.held_out), seed, GALLERY)[0]
-        files = list(self.held_out.items())
+        items = list(self.held_out.items())
         rows = []
         for i in keys.argsort(kind="stable"):
-            file_id, captions = files[i]
-            rows.append((file_id, captions[keys[i] % len(captions)]))
-        decoded = self._decode_all([file_id for file_id, _ in rows])
+            item_id, captions = items[i]
+            rows.append((item_id, captions[keys[i] % len(captions)]))
+        decoded = self._decode_all([item_id for item_id, _ in rows])
         return self._collect(rows, decoded, size, least=min(size, 2))
 
     def _prefetch(self, order: np.ndarray) -> Iterator:
-        """Start to decode these training captions' files in the threads. Return the results."""
-        return self._pool.map(self._decode, self._file_ids[order].tolist())
+        """Start to decode these training captions' items in the threads. Return the results."""
+        return self._pool.map(self._decode, self._item_ids[order].tolist())
 
-    def _decode(self, file_id: int) -> tuple[np.ndarray, ...] | str:
-        """Return the arrays of a file, or the reason why it cannot be decoded."""
+    def _decode(self, item_id: int) -> dict[str, np.ndarray] | str:
+        """Return the arrays of an item by the field of Examples, or why it cannot be decoded."""
         try:
-            if file_id in self._errors:
-                return self._errors[file_id]
-            if self.modalities[1] == "image":
-                return (read_image(self.paths[file_id], self.image_size),)
-            wave = read_sound(self.paths[file_id], self.frames)
-            return wave, normalized_log_mel(wave)
+            if item_id in self._errors:
+                return self._errors[item_id]
+            item, fields = self.items[item_id], {}
+            if item.image:
+                fields["images"] = read_image(item.image, self.image_size)
+            if item.audio:
+                fields["waves"] = read_sound(item.audio, self.frames)
+                fields["mels"] = normalized_log_mel(fields["waves"])
+            return fields
         except UserError as error:
             return str(error)
 
-    def _decode_all(self, file_ids: list[int]) -> Iterator[tuple[np.ndarray, ...] | str]:
-        """Yield `_decode` of each file, in order. The threads decode a few at a time."""
-        for start in range(0, len(file_ids), self._threads):
-            yield from self._pool.map(self._decode, file_ids[start : start + self._threads])
+    def _decode_all(self, item_ids: list[int]) -> Iterator[dict[str, np.ndarray] | str]:
+        """Yield `_decode` of each item, in order. The threads decode a few at a time."""
+        for start in range(0, len(item_ids), self._threads):
+            yield from self._pool.map(self._decode, item_ids[start : start + self._threads])
 
     def _collect(
         self, rows: Iterable[tuple[int, str]], decoded: Iterable, size: int, least: int
     ) -> Examples:
-        """Return the first `size` of the rows (file id, caption) whose file can be decoded.
+        """Return the first `size` of the rows (item, caption) that can be decoded.
 
         `decoded` has what `_decode` returns for each row. Raises UserError if fewer than `least`
         can be decoded.
         """
         collected = []
-        for (file_id, caption), arrays in zip(rows, decoded, strict=False):
-            self._tried.add(file_id)
+        for (item_id, caption), arrays in zip(rows, decoded, strict=False):
+            self._tried.add(item_id)
             if not isinstance(arrays, str):
-                collected.append((file_id, caption, arrays))
-            elif file_id not in self._errors:
-                self._errors[file_id] = arrays
+                collected.append((item_id, caption, arrays))
+            elif item_id not in self._errors:
+                self._errors[item_id] = arrays
                 self._warn(arrays)
             if len(collected) == size:
                 break
@@ -319,9 +323,7 @@ class CaptionDataset:
                 "--batch-size"
             )
         ids, captions, arrays = zip(*collected, strict=True)
-        batched = [np.stack(column) for column in zip(*arrays, strict=True)]
-        names = ("images",) if self.modalities[1] == "image" else ("waves", "mels")
-        fields = dict(zip(names, batched, strict=True))
+        fields = {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
         return Examples(np.array(ids, np.int64), list(captions), **fields)
 
     def _warn(self, error: str) -> None:
@@ -331,6 +333,11 @@ class CaptionDataset:
             print(f"warning: skipped {error}", file=sys.stderr)
         if self._warnings == WARNINGS:
             print("warning: further corrupt files are counted, not named", file=sys.stderr)
+
+
+def hash_line(item: Item, caption: str) -> str:
+    """Return what stands for an example in the data set's hash."""
+    return "\t".join([*(path.name for path in item.files), f"{caption}\n"])
 
 
 def load_caption_dataset(

@@ -12,17 +12,24 @@ files and looked for in this order:
               filename or file_name) and one of captions (caption or text); of images or of sounds
               The files of both are in images/, Flicker8k_Dataset/ (their spelling),
               flickr30k-images/, wavs/ or the folder itself.
+    metadata  metadata.csv or metadata.jsonl with the columns image, audio, file_name, text, label
+              and split (table.py), also Hugging Face's imagefolder and audiofolder; the paths are
+              relative to it
     LJSpeech  metadata.csv: lines of ID|TEXT|NORMALISED TEXT; the sound is wavs/ID.wav
     sounds    NAME.wav, each with its transcript in NAME.txt
+    classes   CLASS/*.jpg, CLASS/*.png or CLASS/*.wav, at least two folders: the folder's name is
+              the caption
 
-Upper and lower case of file names do not matter.
+Upper and lower case of file names do not matter. A row of a metadata file that lacks its file or
+its caption is left out and counted; in the other forms this is an error.
 
 Splits are recognised by the words train, valid, validation, val, dev and test (splits.py) in the
-names of caption files (captions_val2017.json, captions_dev.csv, metadata_val.csv), of the
-subfolders that hold a form each (train/, val/, test/), and of the folders in which a form's files
-lie (images/train/, images/val/). What is in test is not used. Where nothing is named train, all of
-val is the training data. Where nothing is held out by name, about 1 image or sound in 20 is, with
-all of its captions. The hash of the file's name decides: other files and their order do not matter.
+column "split" and in the names of caption files (captions_val2017.json, captions_dev.csv,
+metadata_val.csv), of the subfolders that hold a form each (train/, val/, test/), and of the folders
+in which a form's files lie (images/train/, images/val/). What is in test is not used. Where nothing
+is named train, all of val is the training data. Where nothing is held out by name, about 1 image or
+sound in 20 is, with all of its captions. The hash of the file's name decides, in metadata files and
+classes with its folder: other files and their order do not matter.
 
 To add a form, write a reader: a function from a folder to its `Part`s, [] for another form, and add
 it to READERS.
@@ -40,17 +47,35 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from nanods.data.decoding import decode_text
-from nanods.data.splits import split_of
+from nanods.data.examples import caption_key
+from nanods.data.splits import SPLITS, split_of
+from nanods.data.table import Table, find_delimiter, parse_csv, parse_jsonl
 from nanods.errors import UserError
 
-Rows = list[tuple[Path, str]]  # a file and one of its captions
+
+class Item(NamedTuple):
+    """What an example shows: an image or a sound."""
+
+    name: str
+    """The hash of the name decides whether the item is held out."""
+    image: Path | None = None
+    audio: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (self.image, self.audio) if path]
+
+
+Rows = list[tuple[Item, str]]  # an item and one of its captions
 # Where the files are that a .token file or a table names.
 FOLDERS = ("images", "image", "flicker8k_dataset", "flickr8k_dataset", "flickr30k-images")
 FOLDERS += ("flickr30k_images", "wavs", "")
 FILE_COLUMNS = ("image", "filename", "file_name", "file", "image_name")
 CAPTION_COLUMNS = ("caption", "text")
+IMAGES = (".jpg", ".jpeg", ".png")
 WAV = (".wav", ".wave")
 SOUNDS = (*WAV, ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")  # WAV alone can be decoded
 MIN_HELD_OUT = 4  # files, or a quarter of all if these are fewer
@@ -58,9 +83,9 @@ MIN_HELD_OUT = 4  # files, or a quarter of all if these are fewer
 
 @dataclass(frozen=True)
 class CaptionFolder:
-    """The captions of a folder. No file is in both `train` and `held_out`."""
+    """The captions of a folder. No item is in both `train` and `held_out`."""
 
-    modality: str  # "image" or "audio"
+    modalities: tuple[str, ...]  # "text", and "image" or "audio"
     train: Rows
     held_out: Rows
     notes: list[str]  # where the held-out rows come from, and what was left out
@@ -68,13 +93,15 @@ class CaptionFolder:
 
 @dataclass(frozen=True)
 class Part:
-    """The captions of one caption file, or of one folder of sounds."""
+    """The captions of one caption file, or of one split in it, or of one folder."""
 
     name: str  # of the file or folder
     rows: Rows
     split: str | None = None  # "train", "val", "test"; None if the name does not say
     searched: list[Path] = field(default_factory=list)  # folders
     used: set[Path] = field(default_factory=set)  # files and folders with the captions
+    has_labels: bool = False  # whether the captions are labels
+    notes: list[str] = field(default_factory=list)  # what was left out of it
 
 
 def read_captions(folder: Path) -> CaptionFolder:
@@ -89,28 +116,31 @@ def read_captions(folder: Path) -> CaptionFolder:
             "captions"
         )
     list_folder.cache_clear()  # files may have changed since the last call
-    parts = read_form(folder)
+    is_inside.cache_clear()
+    parts = read_form(folder) or read_split_folders(folder, read_form)
+    parts = parts or read_split_folders(folder, read_classes) or read_classes(folder)
     if not parts:
-        for subfolder in split_folders(folder):
-            for part in read_form(subfolder):
-                parts.append(
-                    replace(part, name=f"{subfolder.name}/", split=split_of(subfolder.name))
-                )
-    if not parts:
-        files, _ = list_folder(folder)
+        files, folders = list_folder(folder)
+        inside = f" and the folders {first_names(sorted(p.name for p in folders))}"
         raise UserError(
             f"--data {folder}: no captions are in it; expected annotations/captions_*.json (COCO), "
-            "*.token, *.token.txt, captions.txt or captions.csv (Flickr), metadata.csv (LJSpeech), "
-            f"or NAME.wav with NAME.txt; it holds {count_suffixes(files) or 'no files'}"
+            "*.token, *.token.txt, captions.txt or captions.csv (Flickr), metadata.csv or "
+            "metadata.jsonl with the columns image or audio, and text, metadata.csv (LJSpeech), "
+            "folders CLASS/*.jpg or CLASS/*.wav, or NAME.wav with NAME.txt; it holds "
+            f"{count_suffixes(files) or 'no files'}{inside if folders else ''}"
         )
-    modalities = {modality_of(path) for path in {path for part in parts for path, _ in part.rows}}
+    items = {item for part in parts for item, _ in part.rows}
+    modalities = [name for name in ("image", "audio") if any(getattr(i, name) for i in items)]
     if len(modalities) > 1:
         raise UserError(
             f"--data {folder}: its captions name both images and sounds; give each a folder of its "
             "own"
         )
     train, held_out, notes = split_rows(parts, folder)
-    return CaptionFolder(modalities.pop(), train, held_out, notes + describe_others(parts, folder))
+    for part in parts:
+        notes += part.notes
+    notes += count_rare_labels(parts) + describe_others(parts, folder)
+    return CaptionFolder(("text", *modalities), train, held_out, notes)
 
 
 def hold_out_folder(captions: CaptionFolder, folder: Path) -> CaptionFolder:
@@ -123,31 +153,41 @@ def hold_out_folder(captions: CaptionFolder, folder: Path) -> CaptionFolder:
         val = read_captions(folder)
     except UserError as error:
         raise UserError(str(error).replace("--data", "--val-data", 1)) from error
-    if val.modality != captions.modality:
+    if val.modalities != captions.modalities:
         raise UserError(
-            f"--val-data {folder}: it holds {val.modality}, and --data {captions.modality}; give a "
-            "folder of the same modality"
+            f"--val-data {folder}: it holds {' and '.join(val.modalities)}, and --data "
+            f"{' and '.join(captions.modalities)}; give a folder of the same modalities"
         )
     held_out = val.train + val.held_out
-    elsewhere = {path.resolve() for path, _ in held_out}
+    elsewhere = {resolve(item) for item, _ in held_out}
     train = captions.train + captions.held_out
-    train = [row for row in train if row[0].resolve() not in elsewhere]
+    train = [row for row in train if resolve(row[0]) not in elsewhere]
     # The first note says what is held out; here it is the folder.
     notes = [f"held out: {count_files(held_out)} of {folder}", *captions.notes[1:], *val.notes[1:]]
-    return CaptionFolder(captions.modality, train, held_out, notes)
+    return CaptionFolder(captions.modalities, train, held_out, notes)
+
+
+def resolve(item: Item) -> tuple[Path, ...]:
+    """Return the files of an item, the same whichever path leads to them."""
+    return tuple(path.resolve() for path in item.files)
 
 
 def modality_of(path: Path) -> str:
     return "audio" if path.suffix.lower() in SOUNDS else "image"
 
 
+def item_of(path: Path, name: str | None = None) -> Item:
+    """Return the item of one file."""
+    return Item(name or path.name, **{modality_of(path): path})
+
+
 # ---- splits --------------------------------------------------------------------------------------
 
 
 def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
-    """Return the training and the held-out rows, so that no file is in both, and notes.
+    """Return the training and the held-out rows, so that no item is in both, and notes.
 
-    Rows of the split "test" are in neither. If nothing is held out yet, about 1 file in 20 is.
+    Rows of the split "test" are in neither. If nothing is held out yet, about 1 item in 20 is.
     """
     rows: dict[str, Rows] = {"train": [], "val": [], "test": []}
     names: dict[str, dict[str, None]] = {"train": {}, "val": {}, "test": {}}  # ordered sets
@@ -157,46 +197,47 @@ def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
             rows[part.split or "train"] += part.rows
             names[part.split or "train"][part.name] = None
             continue
-        for path, caption in part.rows:
-            split, name = by_folder.get(path, ("train", part.name))
-            rows[split].append((path, caption))
+        for item, caption in part.rows:
+            split, name = by_folder.get(item, ("train", part.name))
+            rows[split].append((item, caption))
             names[split][name] = None
     for split in ("val", "test"):  # nothing but val or test: the user chose it
         if not rows["train"]:
             rows["train"], rows[split] = rows[split], []
-    notes, elsewhere = [], {path for path, _ in rows["val"] + rows["test"]}
+    notes, elsewhere = [], {item for item, _ in rows["val"] + rows["test"]}
     train = (
         [row for row in rows["train"] if row[0] not in elsewhere] if elsewhere else rows["train"]
     )
     if held_out := rows["val"]:
         notes.append(f"held out: {count_files(held_out)} of {', '.join(names['val'])}")
     else:
-        paths = choose_held_out({path for path, _ in train})
+        items = choose_held_out({item for item, _ in train})
         notes.append(
-            f"held out: {len(paths):,} of {count_files(train)}, by the hash of the file's name"
+            f"held out: {len(items):,} of {count_files(train)}, by the hash of the file's name"
         )
-        held_out = [row for row in train if row[0] in paths]
-        train = [row for row in train if row[0] not in paths]
+        held_out = [row for row in train if row[0] in items]
+        train = [row for row in train if row[0] not in items]
     if rows["test"]:
         notes.append(f"left out: {count_files(rows['test'])} of {', '.join(names['test'])}")
-    if both := elsewhere & {path for path, _ in rows["train"]}:
+    if both := elsewhere & {item for item, _ in rows["train"]}:
         notes.append(f"left out of training: {len(both):,} that are in val or test too")
     return train, held_out, notes
 
 
-def split_by_folder(part: Part, folder: Path) -> dict[Path, tuple[str, str]]:
-    """Return file -> (split, folder) for the files that lie in a folder named like a split."""
+def split_by_folder(part: Part, folder: Path) -> dict[Item, tuple[str, str]]:
+    """Return item -> (split, folder) for the items that lie in a folder named like a split."""
     by_folder = {}
-    for path in dict.fromkeys(path for path, _ in part.rows):
-        inside = path.parent.relative_to(folder).as_posix()  # the name of `folder` says nothing
+    for item in dict.fromkeys(item for item, _ in part.rows):
+        # The name of `folder` says nothing.
+        inside = item.files[0].parent.relative_to(folder).as_posix()
         if split := split_of(inside):
-            by_folder[path] = split, f"{inside}/"
+            by_folder[item] = split, f"{inside}/"
     return by_folder
 
 
-def choose_held_out(paths: Iterable[Path]) -> set[Path]:
-    """Return about 1 file in 20 (13 / 256), at least a few, chosen by the hash of its name."""
-    digests = {path: hashlib.sha256(os.fsencode(path.name)).digest() for path in paths}
+def choose_held_out(items: Iterable[Item]) -> set[Item]:
+    """Return about 1 item in 20 (13 / 256), at least a few, chosen by the hash of its name."""
+    digests = {item: hashlib.sha256(os.fsencode(item.name)).digest() for item in items}
     count = max(
         sum(digest[0] < 13 for digest in digests.values()), min(MIN_HELD_OUT, len(digests) // 4)
     )
@@ -204,15 +245,32 @@ def choose_held_out(paths: Iterable[Path]) -> set[Path]:
 
 
 def count_files(rows: Rows) -> str:
-    """Return the number of files of rows in words: "5,000 images"."""
-    paths = {path for path, _ in rows}
-    is_sound = any(modality_of(path) == "audio" for path in paths)
-    return f"{len(paths):,} {'sound' if is_sound else 'image'}{'' if len(paths) == 1 else 's'}"
+    """Return the number of items of rows in words: "5,000 images"."""
+    items = {item for item, _ in rows}
+    noun = "sound" if any(item.audio for item in items) else "image"
+    return f"{len(items):,} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def count_rare_labels(parts: list[Part]) -> list[str]:
+    """Return a note of the labels with one example, if there are any."""
+    counts, labels = Counter(), {}
+    for part in parts:
+        if part.has_labels and part.split != "test":
+            for _, label in part.rows:
+                counts[caption_key(label)] += 1
+                labels.setdefault(caption_key(label), label)
+    rare = [labels[key] for key, count in counts.items() if count == 1]
+    if not rare:
+        return []
+    return [
+        f"labels with one example, which cannot be both learnt and tested: {len(rare):,} of "
+        f"{len(labels):,} ({first_names(rare)}); add examples"
+    ]
 
 
 def describe_others(parts: list[Part], folder: Path) -> list[str]:
     """Return notes of the files and folders that are not read."""
-    used = {path for part in parts for path, _ in part.rows}
+    used = {path for part in parts for item, _ in part.rows for path in item.files}
     used |= {path for part in parts for path in part.used}
     searched = list(dict.fromkeys(path for part in parts for path in [folder, *part.searched]))
     others = [file for path in searched for file in list_folder(path)[0] if file not in used]
@@ -351,10 +409,43 @@ def read_wav_folder(folder: Path) -> list[Part]:
     return [replace(part, used={texts[sound.stem] for sound in sounds})]
 
 
+def read_metadata(folder: Path) -> list[Part]:
+    """Read metadata.csv or metadata.jsonl, or metadata_SPLIT.csv and metadata_SPLIT.jsonl."""
+    parts = []
+    for file in caption_files(folder, "metadata", (".csv", ".jsonl")):
+        text = read_text(file)
+        if not text.strip():
+            raise UserError(f"--data {file}: no captions are in it; fetch it again")
+        if file.suffix.lower() == ".jsonl":
+            table = parse_jsonl(str(file), text)
+        elif (delimiter := find_delimiter(text)) or "|" not in text:
+            table = parse_csv(str(file), text, delimiter or ",")
+        else:  # LJSpeech
+            return []
+        parts += locate_table(file, table, folder)
+    return parts
+
+
+def read_classes(folder: Path) -> list[Part]:
+    """Read CLASS/*.jpg, CLASS/*.png and CLASS/*.wav."""
+    rows, classes = [], []
+    for subfolder in sorted(list_folder(folder)[1]):
+        files = [p for p in list_folder(subfolder)[0] if p.suffix.lower() in (*IMAGES, *WAV)]
+        label = normalise_caption(subfolder.name.replace("_", " "))
+        if files and label and subfolder.name.lower() not in FOLDERS:
+            classes.append(subfolder)
+            rows += [(item_of(p, f"{subfolder.name}/{p.name}"), label) for p in sorted(files)]
+    if len(classes) < 2 or all(split_of(path.name) for path in classes):
+        return []
+    # A class may be called "train": the names of the folders say nothing of splits.
+    return [Part(f"{folder.name}/", rows, "train", searched=classes, has_labels=True)]
+
+
 READERS: tuple[Callable[[Path], list[Part]], ...] = (
     read_coco,
     read_flickr_tokens,
     read_tables,
+    read_metadata,
     read_ljspeech,
     read_wav_folder,
 )
@@ -366,6 +457,121 @@ def read_form(folder: Path) -> list[Part]:
         if parts := read(folder):
             return parts
     return []
+
+
+def read_split_folders(folder: Path, read: Callable[[Path], list[Part]]) -> list[Part]:
+    """Return what `read` finds in the subfolders whose names say that they are a split."""
+    parts = []
+    for subfolder in split_folders(folder):
+        for part in read(subfolder):
+            parts.append(replace(part, name=f"{subfolder.name}/", split=split_of(subfolder.name)))
+    return parts
+
+
+# ---- rows of a table -----------------------------------------------------------------------------
+
+
+def locate_table(file: Path, table: Table, folder: Path) -> list[Part]:
+    """Return a part for each split of a table, with the rows that have a file and a caption.
+
+    Raises UserError for a path outside the folder, for an unknown split, and if no row is left.
+    """
+    subfolders = [path for path in list_folder(folder)[1] if path.name.lower() in FOLDERS]
+    finder = FileFinder([folder, *subfolders])
+    rows: dict[str | None, dict[tuple[Item, str], None]] = {}  # by split: an ordered set
+    noted: dict[str, list[str]] = {}  # what -> where
+    for line, cells in table.rows:
+        source, where = f"{file}, line {line:,}", f"line {line}"
+        names = file_names(cells, source)
+        files = {name: find_inside(finder, path, folder, source) for name, path in names.items()}
+        for name in [name for name, path in files.items() if path is None]:
+            noted.setdefault("files that do not exist", []).append(names[name])
+            del files[name]
+        split = split_in_cell(cells["split"], source) if "split" in cells else None
+        if "split" in table.columns and split is None:
+            noted.setdefault("cells without a split, read as train", []).append(where)
+            split = "train"
+        caption = normalise_caption(cells.get("text") or cells.get("label", ""))
+        if not names and not caption:
+            noted.setdefault("rows without file and caption", []).append(where)
+        elif len(files) + bool(caption) < 2:
+            reason = "rows without a file" if caption else "rows without a caption"
+            noted.setdefault(reason, []).append(where)
+        else:
+            paths = [path.relative_to(folder).as_posix() for path in files.values()]
+            row = Item(",".join(paths), **files), caption
+            if row in rows.setdefault(split, {}):
+                noted.setdefault("rows that occur twice", []).append(where)
+            rows[split][row] = None
+    notes = [
+        f"{what}: {len(where):,} of {len(table.rows):,} rows ({first_names(where)})"
+        for what, where in noted.items()
+    ]
+    if not any(rows.values()):
+        raise UserError(
+            f"--data {file}: no row can be used. {'; '.join(notes) or 'It has no rows'}. The paths "
+            f"are relative to {folder}: put the files there, or correct the table"
+        )
+    if table.others:
+        notes.append(f"not read: the columns {first_names(table.others)} of {file.name}")
+    has_labels = "label" in table.columns and "text" not in table.columns
+    searched = [path for path, files in finder.listings.items() if files]
+    parts = []
+    for split, of_split in rows.items():
+        name = f"{file.name} ({split})" if split else file.name
+        split = split or split_of(file.stem)
+        parts.append(Part(name, list(of_split), split, searched, {file}, has_labels))
+    parts[0] = replace(parts[0], notes=notes)
+    return parts
+
+
+def file_names(cells: dict[str, str], source: str) -> dict[str, str]:
+    """Return the names of the files in a row by modality."""
+    names = {name: cells[name] for name in ("image", "audio") if name in cells}
+    if "file" in cells:
+        modality = modality_of(Path(cells["file"]))
+        if modality in names:
+            raise UserError(
+                f"--data {source}: two files of one modality, {names[modality]} and "
+                f"{cells['file']}; delete one"
+            )
+        names[modality] = cells["file"]
+    return names
+
+
+def split_in_cell(cell: str, source: str) -> str:
+    """Return the split that the cell of a table says. Raises UserError if it is unknown."""
+    if cell.lower() not in SPLITS:
+        raise UserError(
+            f"--data {source}: the split {cell[:40]!r} is unknown; write one of {', '.join(SPLITS)}"
+        )
+    return SPLITS[cell.lower()]
+
+
+def find_inside(finder: "FileFinder", name: str, folder: Path, source: str) -> Path | None:
+    """Return the file of a name in a table, None if there is none.
+
+    Raises UserError if it is not inside the folder, by its path or by a link: a table made by
+    others should not decide which other files of ours are read.
+    """
+    name = name.replace("\\", "/")  # of a table made on Windows
+    outside = name.startswith("/") or name[1:2] == ":" or ".." in name.split("/")
+    path = None if outside else finder.find(name)
+    if path:
+        outside = not is_inside(path.parent, folder)
+        outside |= path.is_symlink() and not is_inside(path, folder)
+    if outside:
+        raise UserError(
+            f"--data {source}: {name} is outside the folder; move the file into {folder}, and "
+            "write its path from there"
+        )
+    return path
+
+
+@cache
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path, its links followed, is in a folder."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 # ---- files and folders ---------------------------------------------------------------------------
@@ -421,6 +627,8 @@ class FileFinder:
     def find(self, name: str) -> Path | None:
         """Return the file of a name, which may begin with a subfolder; None if there is none."""
         subfolder, _, name = name.lstrip("/").rpartition("/")
+        if ".." in subfolder.split("/"):  # not in the data set
+            return None
         for folder in self.folders:
             files = self.files(folder / subfolder if subfolder else folder)
             if path := files.get(name) or files.get(name.lower()):
@@ -444,9 +652,9 @@ def locate_files(
     subfolders: tuple[str, ...],
     split: str | None = None,
 ) -> Part:
-    """Return a part with the rows (path, caption) for rows (file name, caption) of `source`.
+    """Return a part with the rows (item, caption) for rows (file name, caption) of `source`.
 
-    A path is in the first of `subfolders` that has the file, or in a folder inside it that is named
+    A file is in the first of `subfolders` that has the file, or in a folder inside it that is named
     like a split; a caption is on one line. Raises UserError if there are no rows, for empty
     captions, and for missing files.
     """
@@ -475,7 +683,8 @@ def locate_files(
         )
     if not split:
         check_one_split(source, paths, inside)
-    located = [(paths[name], caption) for name, caption in rows]
+    items = {name: item_of(path) for name, path in paths.items()}
+    located = [(items[name], caption) for name, caption in rows]
     searched = [path for path, files in finder.listings.items() if files]
     return Part(source.name, located, split, searched, {source})
 

@@ -140,8 +140,8 @@ class ContrastiveTask:
         if "text" in config.multimodal.modalities:
             captions = [*train, *self.gallery.captions]
             cuts.append(cut_captions(captions, self.tokenizer, config.model.context_length))
-        if isinstance(data, CaptionDataset) and data.modalities[1] == "audio":
-            cuts.append(cut_sounds(data.sound_seconds(), len(data.paths), config.multimodal))
+        if isinstance(data, CaptionDataset) and "audio" in config.multimodal.modalities:
+            cuts.append(cut_sounds(data.sound_seconds(), len(data.sounds), config.multimodal))
         return list(filter(None, cuts))
 
     # ---- batches and loss ------------------------------------------------------------------------

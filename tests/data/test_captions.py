@@ -56,9 +56,12 @@ def in_folder(folder, files=FILES):
 
 
 def read_all_rows(folder):
-    """Return the modality and the rows, training and held out."""
+    """Return the modality beside text, and the rows (path, caption), training and held out."""
     read = read_captions(folder)
-    return read.modality, read.train + read.held_out
+    assert read.modalities[0] == "text" and len(read.modalities) == 2
+    rows = read.train + read.held_out
+    assert all(len(item.files) == 1 for item, _ in rows)
+    return read.modalities[1], [(item.files[0], caption) for item, caption in rows]
 
 
 class TestForms:
@@ -102,11 +105,11 @@ class TestForms:
         )
         read = read_captions(tmp_path)
         rows, held_out = read.train, read.held_out
-        assert read.modality == "image"
+        assert read.modalities == ("text", "image")
         assert names(rows) == ROWS
         assert names(held_out) == [("d.jpg", "two lines")]
-        assert rows[0][0] == tmp_path / train / "b.jpg"
-        assert held_out[0][0] == tmp_path / val / "d.jpg"
+        assert rows[0][0].image == tmp_path / train / "b.jpg"
+        assert held_out[0][0].image == tmp_path / val / "d.jpg"
 
     def test_the_folder_named_like_the_file_is_searched_first(self, tmp_path):
         write(
@@ -261,7 +264,7 @@ class TestSplitsByName:
             f"held out: 1 {noun} of {notes['val']}",
             f"left out: 1 {noun} of {notes['test']}",
         ]
-        assert read.modality == ("audio" if suffix == ".wav" else "image")
+        assert read.modalities == ("text", "audio" if suffix == ".wav" else "image")
 
     @pytest.mark.parametrize("val", ["valid", "validation", "val", "dev", "VAL", "dev-clean"])
     def test_folders_of_sounds(self, tmp_path, val):
@@ -320,7 +323,7 @@ class TestSplitsByName:
             folder = tmp_path / ("test" if i % 2 else "train")
             write(folder, {f"{i}.wav": "", f"{i}.txt": "x"})
         read = read_captions(tmp_path)
-        assert {path.parent.name for path, _ in read.train + read.held_out} == {"train"}
+        assert {item.audio.parent.name for item, _ in read.train + read.held_out} == {"train"}
         assert len(read.held_out) == 4 and len(read.train) == 46
         assert read.notes == [
             "held out: 4 of 50 sounds, by the hash of the file's name",
@@ -352,9 +355,9 @@ class TestValData:
             for i in range(count):
                 write(tmp_path / name, {f"{i}.wav": "", f"{i}.txt": "x"})
         read = hold_out_folder(read_captions(tmp_path / "mine"), tmp_path / "theirs")
-        assert {path.parent.name for path, _ in read.train} == {"mine"} and len(read.train) == 40
-        assert {path.parent.name for path, _ in read.held_out} == {"theirs"}
-        assert len(read.held_out) == 8
+        assert {item.audio.parent.name for item, _ in read.train} == {"mine"}
+        assert {item.audio.parent.name for item, _ in read.held_out} == {"theirs"}
+        assert len(read.train) == 40 and len(read.held_out) == 8
         assert read.notes == [f"held out: 8 sounds of {tmp_path / 'theirs'}"]
 
     def test_no_file_is_in_both(self, tmp_path):
@@ -369,7 +372,7 @@ class TestValData:
         captions = read_captions(tmp_path / "images")
         with pytest.raises(UserError, match=r"^--val-data .*nowhere: there is no such folder"):
             hold_out_folder(captions, tmp_path / "nowhere")
-        with pytest.raises(UserError, match=r"^--val-data .*: it holds audio, and --data image"):
+        with pytest.raises(UserError, match=r"^--val-data .*it holds text and audio, and --data "):
             hold_out_folder(captions, tmp_path / "sounds")
 
 
@@ -507,7 +510,11 @@ def mistakes():
         ),
         "no bar": (
             {"metadata.csv": "a,b\n"},
-            "line 1: not ID.TEXT.NORMALISED TEXT: 'a,b'; fix or delete it",
+            "no column of files: image, audio or file_name. Found: a, b. Write a header such as",
+        ),
+        "no bar in a line": (
+            {"metadata.csv": "a|b\nc,d\n"},
+            "line 2: not ID.TEXT.NORMALISED TEXT: 'c,d'; fix or delete it",
         ),
         "blank": ({"metadata.csv": "\n\n"}, "metadata.csv: no captions are in it"),
         "empty": ({"captions.txt": ""}, "captions.txt: the file is empty"),

@@ -8,7 +8,7 @@ import pytest
 
 from nanods.config import PRESETS
 from nanods.data.caption_dataset import CaptionDataset
-from nanods.data.captions import CaptionFolder
+from nanods.data.captions import CaptionFolder, item_of
 from nanods.data.examples import Examples, duplicate_ids
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
@@ -105,11 +105,13 @@ def test_chance_counts_the_candidates_that_are_not_duplicates():
 def test_the_batches_of_an_epoch_mix_the_labels(counts, tmp_path):
     """Files named by their label, as in a folder per word: no batch is made of duplicates."""
     rows = [
-        (tmp_path / f"{word}_{i}.wav", f"word {word}")
+        (item_of(tmp_path / f"{word}_{i}.wav"), f"word {word}")
         for word, count in enumerate(counts)
         for i in range(count)
     ]
-    data = CaptionDataset("mine", CaptionFolder("audio", rows, rows[:1], notes=[]), 32, 32)
+    data = CaptionDataset(
+        "mine", CaptionFolder(("text", "audio"), rows, rows[:1], notes=[]), 32, 32
+    )
     expected = expected_candidates(Counter(caption for _, caption in rows), 20)
     candidates = []
     for step in range(30):

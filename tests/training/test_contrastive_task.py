@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from nanods.config import PRESETS
 from nanods.contrastive import all_pairs_loss
 from nanods.data.caption_dataset import CaptionDataset
-from nanods.data.captions import CaptionFolder
+from nanods.data.captions import CaptionFolder, item_of
 from nanods.data.scenes import SceneData, split
 from nanods.data.sound import write_wav
 from nanods.errors import UserError
@@ -344,9 +344,9 @@ def test_captions_of_one_file_are_refused(tmp_path):
     names = [tmp_path / f"{i}.wav" for i in range(3)]
     for name in names:
         write_wav(name, np.ones(100))
-    train = [(names[0], f"caption {i}") for i in range(8)]
-    held_out = [(name, "a sound") for name in names[1:]]
-    folder = CaptionFolder("audio", train, held_out, notes=[])
+    train = [(item_of(names[0]), f"caption {i}") for i in range(8)]
+    held_out = [(item_of(name), "a sound") for name in names[1:]]
+    folder = CaptionFolder(("text", "audio"), train, held_out, notes=[])
     sounds = replace(SMALL, multimodal=replace(SMALL.multimodal, modalities=("text", "audio")))
     with pytest.raises(UserError, match="all 8 training captions are of one file"):
         task_of(sounds, CaptionDataset("mine", folder, 32, 32))
