@@ -235,14 +235,20 @@ def confusion(counts: dict[str, np.ndarray], names: Sequence[str]) -> Figure:
     """Draw confusion matrices (C, C) by modality: the class of an example in each row, the class
     that it is taken for in each column.
 
-    A colour is the share of the row, so that rare classes show too. The classes have names, shown
-    where they are few enough to be read, and numbers otherwise.
+    A colour is the share of the row, so that rare classes show too. Of more than MAX_NAMED classes,
+    those are left out that no example has and none is taken for. If there are still more, they are
+    shown by their numbers.
     """
-    C, named = len(names), len(names) <= MAX_NAMED
-    side = 3 + (0.17 * C if named else 5)
+    C, shown = len(names), np.arange(len(names))
+    if C > MAX_NAMED:
+        total = sum(counts.values())
+        shown = np.flatnonzero(total.sum(axis=0) + total.sum(axis=1))
+    named = len(shown) <= MAX_NAMED
+    side = 3 + (0.17 * len(shown) if named else 5)
     figure = Figure(figsize=(side * len(counts) + 1, side), layout="constrained")
     panels = figure.subplots(1, len(counts), squeeze=False)[0]
     for axes, (modality, matrix) in zip(panels, counts.items(), strict=True):
+        matrix = matrix[shown][:, shown]
         total = matrix.sum(axis=1, keepdims=True)
         image = axes.imshow(
             matrix / np.maximum(total, 1), vmin=0, vmax=1, cmap="Blues", interpolation="nearest"
@@ -250,9 +256,11 @@ def confusion(counts: dict[str, np.ndarray], names: Sequence[str]) -> Figure:
         accuracy = np.trace(matrix) / max(1, matrix.sum())
         axes.set_title(f"{modality}: {accuracy:.1%} right, chance {1 / C:.1%}", fontsize=10)
         axes.set(ylabel="caption", xlabel="nearest caption")
+        if len(shown) < C:
+            axes.set_ylabel(f"caption ({len(shown)} of {C} occur)")
         axes.grid(False)
         if named:
-            name_rows_and_columns(axes, names)
+            name_rows_and_columns(axes, [names[i] for i in shown])
         else:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(10, integer=True))

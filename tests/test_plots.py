@@ -224,6 +224,13 @@ def test_a_confusion_matrix_shows_shares_and_names_classes_where_they_fit():
     assert not overlaps(figure)
     many = mm.confusion({"image": np.eye(200, dtype=int)}, [f"class {i}" for i in range(200)])
     assert "class 7" not in words(many) and max(many.get_size_inches()) < 15
+    few = np.zeros((100, 100), int)
+    few[7, [7, 8]] = few[9, 7] = 2  # 9 is taken for 7, and half of 7 for 8
+    figure = mm.confusion({"image": few}, [f"class {i}" for i in range(100)])
+    shares = figure.axes[0].images[0].get_array()
+    assert shares.tolist() == [[0.5, 0.5, 0], [0, 0, 0], [1, 0, 0]]
+    assert "class 8" in words(figure) and "class 10" not in words(figure)
+    assert "33.3% right, chance 1.0%" in words(figure) and "(3 of 100 occur)" in words(figure)
     fitting = mm.confusion({"image": np.eye(60, dtype=int)}, [f"the class {i}" for i in range(60)])
     fitting.draw_without_rendering()
     labels = fitting.axes[0].get_yticklabels()
