@@ -79,3 +79,20 @@ def test_coco(tmp_path):
     write(tmp_path / "annotations/captions_val2017.json", text)
     write(tmp_path / "val2017" / json.loads(text)["images"][0]["file_name"])
     assert captions_of(tmp_path) == ["Lunch.", "Some food in boxes."]
+
+
+def test_the_folders_of_classes(tmp_path):
+    for name in example("**Folders of classes**").split("\n"):
+        write(tmp_path / name)
+    assert captions_of(tmp_path / "animals") == ["cat", "dog", "dog"]
+    (tmp_path / "animals/val/dog/917.jpg").rename(tmp_path / "animals/train/dog/917.jpg")
+    assert captions_of(tmp_path / "animals/train") == ["cat", "dog", "dog"]
+
+
+def test_the_json_lines(tmp_path):
+    text = example("**The same as JSON lines**")
+    write(tmp_path / "metadata.jsonl", text)
+    rows = [json.loads(line) for line in text.split("\n")]
+    for row in rows:
+        write(tmp_path / row["file_name"])
+    assert captions_of(tmp_path) == sorted(row["text"] for row in rows)
