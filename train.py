@@ -37,6 +37,7 @@ from nanods.run import (
     print_forecast,
     save_run,
     set_up_run,
+    start_rounding,
 )
 from nanods.training.commands import resume_command
 from nanods.training.inspection import LoadMonitor
@@ -84,6 +85,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
     while run.step < config.steps and not processes.any_process(stop.received):
         start, cpu_start = time.perf_counter(), time.process_time()
         lr = set_learning_rate(optimizers, run.step, config)
+        start_rounding(run)
 
         # Forward and backward: gradients add up over the micro-batches, then over the processes.
         metrics = {}

@@ -87,10 +87,15 @@ class Config:
     experts (upcycling)."""
     init_noise: float = 0.0
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
+    quantize: Literal["off", "int8", "int4", "int2"] = "off"
+    """Quantisation-aware training: round the weights to 8, 4 or 2 bits and the activations to 8, so
+    that the model learns to do well when it is rounded (nanods/quantize.py)."""
+    quantize_from: int = 0
+    """The first step that rounds, counted from 0."""
     data: str = "pydocs"
     """pydocs, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the path of a UTF-8 text, of a
-    .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes, or a folder of captioned
-    images or sounds (docs/DATA.md)."""
+    .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes, emoji, or a folder of
+    captioned images or sounds (docs/DATA.md)."""
     val_data: str | None = None
     """A file or a folder of texts, for V3 a folder of captioned images or sounds, for validation;
     all of --data is then trained on. Default: the validation split of the data set, else a part of
@@ -136,6 +141,13 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return self.out_dir or Path("runs") / self.preset
+
+    def weight_bits(self, step: int) -> int | None:
+        """Return the bits of the weights in a step of quantisation-aware training; None before it
+        begins, and without it."""
+        if self.quantize == "off" or step < self.quantize_from:
+            return None
+        return int(self.quantize.removeprefix("int"))
 
 
 TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256)

@@ -26,6 +26,7 @@ from nanods.distributed.sharding import to_local
 from nanods.errors import UserError
 from nanods.planner.memory import model_cost
 from nanods.planner.search import largest_micro_batch, run_memory
+from nanods.quantize import fake_quantize_model
 from nanods.training import checkpoint
 from nanods.training.activation_checkpointing import checkpoint_blocks
 from nanods.training.commands import sample_command
@@ -64,6 +65,8 @@ class Run:
     cpu_seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
     """The metrics of each step done, as in metrics.jsonl."""
+    is_rounding: bool = False
+    """Whether the model rounds its weights (quantisation-aware training)."""
 
 
 # ---- set up --------------------------------------------------------------------------------------
@@ -115,6 +118,11 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
             f"--dtype fp16, --mesh {processes.mesh}: a gradient that overflows shows on one "
             "process only; use bf16 or fp32"
         )
+    if config.quantize != "off" and processes.is_sharded:
+        raise UserError(
+            f"--quantize {config.quantize}, --mesh {processes.mesh}: a weight that is spread over "
+            "processes has no scale of its own; use dp, or one process"
+        )
     model = set_up_model(config, task, device, precision, processes, is_new=not saved)
     optimizers = make_run_optimizers(config, model, processes)
     micro_batch = choose_micro_batch(config, device, saved, processes)
@@ -134,6 +142,14 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
 
     processes.on_main_process(prepare)
     return run
+
+
+def start_rounding(run: Run) -> None:
+    """Round weights and activations from this step on, if --quantize asks for it."""
+    bits = run.config.weight_bits(run.step)
+    if bits and not run.is_rounding:
+        fake_quantize_model(run.model, bits)
+        run.is_rounding = True
 
 
 def set_up_model(

@@ -33,7 +33,7 @@ from nanods.data.download import file_sha256
 from nanods.errors import UserError
 from nanods.gpt import GPT
 from nanods.multimodal import Multimodal
-from nanods.quantize import FORMATS, quantize
+from nanods.quantize import FORMATS, fake_quantize_model, quantize
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
@@ -230,10 +230,14 @@ def find_corruption(path: Path) -> str | None:
 def load_model(checkpoint: Checkpoint) -> GPT | Multimodal:
     """Return the model of a checkpoint, in eval mode, on the CPU. Raises UserError as
     `restore_model` does."""
-    model = build_model(from_dict(checkpoint.state["config"])).eval()
+    config = from_dict(checkpoint.state["config"])
+    model = build_model(config).eval()
     if is_quantized(checkpoint):
         model = quantize(model, checkpoint.state["format"])
     restore_model(model, checkpoint.model, checkpoint.path)
+    bits = config.weight_bits(checkpoint.state["step"] - 1)  # of the last step done
+    if bits and not is_quantized(checkpoint):
+        fake_quantize_model(model, bits)
     return model
 
 

@@ -53,6 +53,12 @@ def quantize_run(run_dir: Path, format: str, out: Path, evaluate: bool = True) -
     saved = checkpoint.load(run_dir)
     config = from_dict(saved.state["config"])
     model = checkpoint.load_model(saved)
+    bits = config.weight_bits(saved.state["step"] - 1)
+    if bits and (bits, format) != (8, "int8"):
+        raise UserError(
+            f"{saved.path} was trained for weights of {bits} bits, which {format} would change; "
+            "sample.py rounds them as training did"
+        )
     try:
         converted = quantize(model, format)
     except ValueError as error:
