@@ -2,8 +2,13 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# No time limit for an example: a busy machine is no fault.
+hypothesis.settings.register_profile("nanods", deadline=None)
+hypothesis.settings.load_profile("nanods")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where train.py and sample.py are
 

@@ -100,7 +100,9 @@ def lock_run_directory(run_dir: Path) -> Iterator[None]:
     path = run_dir.absolute()
     with contextlib.ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+                stack.callback(remove_if_empty, path.parent)  # where the run is refused
             can_be_renamed = os.access(path.parent, os.W_OK)
             lock_file = path.parent.resolve() / f".{path.name}.lock"
             stack.enter_context(lock(lock_file if can_be_renamed else path / ".lock", wait=False))
@@ -112,6 +114,11 @@ def lock_run_directory(run_dir: Path) -> Iterator[None]:
         except OSError as error:
             raise unwritable(run_dir, error) from None
         yield
+
+
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def unwritable(run_dir: Path, error: OSError) -> UserError:
