@@ -13,7 +13,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
-.PHONY: bench-arithmetic bench-experts results docs
+.PHONY: bench-arithmetic bench-experts bench-labels results docs
 .PHONY: lessons notebook check-01 check-02 check-03 check-04
 .PHONY: test test-slow lint format clean
 
@@ -52,6 +52,7 @@ help:
 	@echo '  make bench-long-text   V1 against dense attention at 4,096 tokens                10 min'
 	@echo '  make bench-arithmetic  V2 against V1 on sums and products                        12 min'
 	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
+	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
 	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             50 min'
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
 	@echo
@@ -154,6 +155,10 @@ bench-arithmetic: .venv/base
 
 bench-experts: .venv/base
 	$(PY) -m nanods.bench.experts $(ARGS)
+
+# Needs the extra peers: make setup EXTRAS=peers
+bench-labels: .venv/base
+	$(PY) -m nanods.bench.labels $(ARGS)
 
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)

@@ -4,6 +4,7 @@ V0 to V2 generate text:    python sample.py v1-tiny
                            python sample.py runs/my-run --prompt "def " --temperature 0.5
 V3 retrieves:              python sample.py v3-tiny --query "a red circle left of a blue square"
                            python sample.py v3-tiny --image FILE      (or --audio FILE)
+V3 classifies:             python sample.py v3-tiny --image FILE --labels "cat, dog, boat"
 """
 
 import codecs
@@ -20,25 +21,31 @@ import tyro
 from torch import Tensor
 
 from nanods import plots, plots_multimodal
-from nanods.config import PRESETS, Config, from_dict
+from nanods.config import Config
 from nanods.data.caption_dataset import read_image, read_sound
 from nanods.data.examples import caption_key
 from nanods.data.scenes import normalized_log_mel, vocabulary
 from nanods.data.sound import HOP, RATE, WINDOW, wav_seconds, write_wav
-from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
-from nanods.training import checkpoint
 from nanods.training.contrastive_task import (
     MAX_GALLERY,
     embed,
     encode_captions,
     load_dataset,
+    logit_scale,
     model_inputs,
 )
+from nanods.training.finished_run import FinishedRun, load_run
 from nanods.training.saved_gallery import SavedGallery, load_gallery, words_of
+from nanods.training.zero_shot import (
+    describe_cut_prompts,
+    fill_template,
+    label_probabilities,
+    read_labels,
+)
 
 
 @dataclass(frozen=True)
@@ -73,33 +80,33 @@ class Args:
     """V3: where to search, a folder of images and WAV files. Default: the held-out examples."""
     top: int = 5
     """V3: how many to show, best first."""
+    labels: str | None = None
+    """V3: classify the query instead: labels to choose from, between commas."""
+    labels_file: Path | None = None
+    """V3: a text file with such labels, one on each line."""
+    prompt_template: str = "{}"
+    """V3: what the model reads for each label, such as "a photo of a {}"."""
 
 
 def main() -> None:
     args = parse_args(Args, __doc__)
     check_args(args)
-    run_dir = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
-    if not run_dir.is_dir():
-        version, _, scale = args.run.partition("-")
-        target = f"train-{version}" if args.run in PRESETS else "train-v1"
-        size = f" SCALE={scale}" if args.run in PRESETS and scale != "tiny" else ""
-        raise UserError(
-            f"{run_dir}: no such run. Train it first: make {target}{size}. "
-            f"Presets: {', '.join(PRESETS)}"
-        )
-    saved = checkpoint.load(run_dir)
-    config = from_dict(saved.state["config"])
-    tokenizer = tokenizer_from_json(saved.state["tokenizer"])
-    model = checkpoint.load_model(saved).to(args.device)
-    if config.multimodal.modalities:
-        retrieve(args, config, model, tokenizer, run_dir)
-    elif args.query or args.image or args.audio or args.gallery:
-        raise UserError(
-            f"{run_dir} generates text and does not retrieve: drop --query, --image, --audio and "
-            "--gallery, or name a run of V3"
-        )
+    finished = load_run(args.run, args.device)
+    retrieving = ("query", "image", "audio", "gallery", "labels", "labels_file")
+    given = [
+        f"--{name.replace('_', '-')}" for name in retrieving if getattr(args, name) is not None
+    ]
+    if not finished.config.multimodal.modalities:
+        if given:
+            raise UserError(
+                f"{finished.folder} generates text and neither retrieves nor classifies: drop "
+                f"{' and '.join(given)}, or name a run of V3"
+            )
+        generate(args, finished.model, finished.tokenizer)
+    elif args.labels is not None or args.labels_file:
+        classify(args, finished)
     else:
-        generate(args, model, tokenizer)
+        retrieve(args, finished.config, finished.model, finished.tokenizer, finished.folder)
 
 
 def check_args(args: Args) -> None:
@@ -114,6 +121,14 @@ def check_args(args: Args) -> None:
         raise UserError(
             f"--device {args.device}: PyTorch finds none on this machine; leave the flag out"
         )
+    if args.labels is not None and args.labels_file:
+        raise UserError("--labels and --labels-file: give one of them")
+    if args.labels is not None or args.labels_file:
+        fill_template(args.prompt_template, [])
+        if args.gallery:
+            raise UserError("--gallery: labels are what the query is compared with; leave one out")
+    elif args.prompt_template != Args.prompt_template:
+        raise UserError("--prompt-template is for labels: give --labels, or leave it out")
 
 
 # ---- V0 to V2: generate text ---------------------------------------------------------------------
@@ -159,6 +174,42 @@ def read_prompt(prompt: str) -> str:
             "--prompt is empty: the model continues a text, so give it at least one character"
         )
     return prompt
+
+
+# ---- V3: classify --------------------------------------------------------------------------------
+
+
+def classify(args: Args, finished: FinishedRun) -> None:
+    """Print the likeliest labels of the query."""
+    config, tokenizer = finished.config, finished.tokenizer
+    if "text" not in config.multimodal.modalities:
+        raise UserError(
+            f"{finished.folder} was trained on {' and '.join(config.multimodal.modalities)}, so it "
+            "reads no labels: leave them out"
+        )
+    if args.query is None and not args.image and not args.audio:
+        flags = [flag for name, flag in QUERY_FLAGS.items() if name in config.multimodal.modalities]
+        raise UserError(f"--labels: say what to classify, by {' or '.join(flags)}")
+    labels, notices = read_labels(args.labels, args.labels_file)
+    prompts = fill_template(args.prompt_template, labels)
+    query = read_query(args, config, tokenizer, finished.folder)
+    for notice in notices:
+        print(f"notice     {notice}")
+    report_unknown_words(" ".join(prompts), config, finished.folder)
+    if cut := describe_cut_prompts(prompts, tokenizer, config.model.context_length):
+        print(f"cut        {cut}")
+    embedding = embed_one_modality(finished.model, query.modality, query.inputs, args.device)[0]
+    probabilities = label_probabilities(finished.model, embedding, prompts, config, tokenizer)
+    print(
+        f"labels     {len(labels):,}, each read as {args.prompt_template!r}; probabilities at the "
+        f"model's temperature of {1 / logit_scale(finished.model):.4f}"
+    )
+    best = probabilities.argsort(descending=True, stable=True).tolist()[: args.top]
+    for rank, i in enumerate(best, start=1):
+        print(f"{rank:>4}. {probabilities[i]:6.4f}  {labels[i]}")
+    if len(best) < len(labels):
+        rest = (1 - probabilities[best].sum()).clamp(min=0)
+        print(f"      {rest:6.4f}  the other {len(labels) - len(best):,} together")
 
 
 # ---- V3: retrieve --------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "embedding-lr": RATE,
     "held-out": SIZE,
     "lines": COUNT,
+    "per-class": (4, 100_000),
 }
 """The smallest and the largest value of each flag."""
 

@@ -264,7 +264,7 @@ def test_bad_queries_are_refused_with_a_fix(trained, program, workspace):
 def test_a_language_model_refuses_queries(train_tiny, program):
     assert train_tiny("v0-tiny", "--steps", 1)[0] == 0
     code, _, err = program("sample", "v0-tiny", "--query", "a circle")
-    assert code == 2 and "generates text and does not retrieve" in err
+    assert code == 2 and "generates text and neither retrieves nor classifies" in err
 
 
 def test_impossible_settings_are_refused_with_a_fix(train_tiny):
