@@ -292,7 +292,7 @@ def read_query(args: Args, config: Config, tokenizer, run_dir: Path) -> Query:
     given = {"text": args.query, "image": args.image, "audio": args.audio}
     given = {name: value for name, value in given.items() if value is not None}
     if not given and "text" in modalities:
-        given = {"text": held_out_examples(config, run_dir).examples.captions[0]}
+        given = {"text": next(filter(None, held_out_examples(config, run_dir).examples.captions))}
         print(f"query      {given['text']}")
     if len(given) != 1 or not given.keys() <= set(modalities):
         flags = " and ".join(QUERY_FLAGS[name] for name in given) or "no query"
@@ -382,7 +382,11 @@ def held_out_galleries(config: Config, tokenizer, run_dir: Path) -> dict[str, Ga
     galleries = {}
     for name, inputs in model_inputs(examples, config, tokenizer).items():
         shown = getattr(examples, MODALITIES[name].input_field)
-        galleries[name] = Gallery(inputs, shown, examples.captions, examples.waves)
+        has = np.flatnonzero(examples.has(name))  # not the examples that lack this modality
+        captions = [examples.captions[i] for i in has]
+        shown = captions if name == "text" else shown[has]
+        waves = None if examples.waves is None else examples.waves[has]
+        galleries[name] = Gallery(inputs[has], shown, captions, waves)
     return galleries
 
 

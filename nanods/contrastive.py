@@ -31,9 +31,12 @@ first and the last are none), so duplicates are pairs in a mask and not groups.
 Left out on purpose, as an exercise: SigLIP's sigmoid loss (Zhai et al. 2023, arXiv:2303.15343). It
 classifies each pair on its own and needs no sum over the batch, so neither a gather nor a cache.
 
-Pinned by tests/test_contrastive.py: the loss equals the reference with and without ids; two
-processes give the loss and gradients of one, and so do micro-batches with gradient caching;
-collapsed and NaN embeddings retrieve nothing.
+An example may lack a modality. `present` says which examples have what a loss compares: the others
+are no queries, no candidates, and have no part in the mean.
+
+Pinned by tests/test_contrastive.py: the loss equals the reference, with and without ids and
+missing modalities; two processes give the loss and gradients of one, and so do micro-batches with
+gradient caching; collapsed and NaN embeddings retrieve nothing.
 
 Shapes: B pairs in the batch, M width of an embedding, R rows of a similarity matrix, Q queries
 and as many targets, N ids of an example.
@@ -102,6 +105,7 @@ def contrastive_loss(
     ids: Tensor | None = None,
     rows: slice = slice(None),
     negative_weight: float = 1.0,
+    present: Tensor | None = None,
 ) -> Tensor:
     """Compute the symmetric contrastive loss of unit-length embeddings a, b (B, M) -> (), in nats.
 
@@ -110,7 +114,8 @@ def contrastive_loss(
     restricts the mean to these examples, each compared with the whole batch (see `local_rows`).
     `negative_weight` counts each negative that many times: (n - 1) / (B - 1) estimates the loss of
     a batch of n from B examples. The loss is computed in at least fp32, also under autocast: bf16
-    resolves similarities near 1 only to 1/256, and the scale multiplies that error.
+    resolves similarities near 1 only to 1/256, and the scale multiplies that error. `present` (B,)
+    bool leaves the other examples out (see `loss_of_present`).
 
     Unrelated embeddings give about `chance_loss(B)`; random directions add scale^2 / (2 M). The
     loss never reaches 0: its minimum over unit-length vectors is
@@ -125,6 +130,8 @@ def contrastive_loss(
             f"embeddings of shape {tuple(a.shape)} and {tuple(b.shape)}: the shapes must be equal, "
             "with matching embeddings in the same row"
         )
+    if present is not None:
+        return loss_of_present(a, b, scale, ids, rows, negative_weight, present)
     a, b = promote_dtype(a, b)
     columns = torch.arange(len(a), device=a.device)  # (B,)
     targets = columns[rows]  # (R,): the column of each row's match
@@ -141,6 +148,37 @@ def contrastive_loss(
                 logits = torch.where(others, logits + math.log(negative_weight), logits)
             total = total + F.cross_entropy(logits, targets)
     return total / 2
+
+
+def loss_of_present(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor | float,
+    ids: Tensor | None,
+    rows: slice,
+    negative_weight: float,
+    present: Tensor,
+) -> Tensor:
+    """Compute the contrastive loss of the examples that are present, (B,) bool: the mean over them.
+
+    The arguments are those of `contrastive_loss`. Of R `rows` with r present examples among P, it
+    is the mean over the r, times r / P * B / R: so the mean over equal parts of the rows, such as
+    those of several processes, is the mean over the P. It is 0, with a gradient of 0, if r = 0 or
+    P < 2.
+    """
+    start, stop, _ = rows.indices(len(a))
+    before, r, P = (int(present[part].sum()) for part in (slice(start), rows, slice(None)))
+    if P < 2 or r == 0:
+        return 0 * (a.sum() + b.sum() + scale)
+    loss = contrastive_loss(
+        a[present],
+        b[present],
+        scale,
+        None if ids is None else ids[present],
+        slice(before, before + r),
+        negative_weight,
+    )
+    return loss * (r / P * len(a) / (stop - start))
 
 
 def promote_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,14 +220,16 @@ def all_pairs_loss(
     ids: Tensor | None = None,
     rows: slice = slice(None),
     negative_weight: float = 1.0,
+    present: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted mean of the contrastive losses of several pairs of modalities.
 
     embeddings: (B, M) by modality; pairs: a weight for each pair of modalities; the other arguments
-    as in `contrastive_loss`. Returns the mean () and each pair's loss by name ("text-image"),
-    detached. One common space can emerge as long as the pairs connect all modalities, even if two
-    of them are never compared (ImageBind: Girdhar et al. 2023, arXiv:2305.05665). Raises ValueError
-    if a pair names a missing modality, if a weight is negative, or if no weight is positive.
+    as in `contrastive_loss`; present: (B,) bool by modality, a pair has the examples with both.
+    Returns the mean () and each pair's loss by name ("text-image"), detached. One common space can
+    emerge as long as the pairs connect all modalities, even if two of them are never compared
+    (ImageBind: Girdhar et al. 2023, arXiv:2305.05665). Raises ValueError if a pair names a missing
+    modality, if a weight is negative, or if no weight is positive.
     """
     for pair in pairs:
         for name in pair:
@@ -202,12 +242,12 @@ def all_pairs_loss(
     total_weight = sum(pairs.values())
     if not (total_weight > 0 and all(weight >= 0 for weight in pairs.values())):
         raise ValueError(f"weights {pairs}: none may be below 0, and at least one must be above")
-    losses = {
-        (first, second): contrastive_loss(
-            embeddings[first], embeddings[second], scale, ids, rows, negative_weight
+    losses = {}
+    for first, second in pairs:
+        both = None if present is None else present[first] & present[second]
+        losses[first, second] = contrastive_loss(
+            embeddings[first], embeddings[second], scale, ids, rows, negative_weight, both
         )
-        for first, second in pairs
-    }
     total = sum(pairs[pair] * loss for pair, loss in losses.items()) / total_weight
     return total, {"-".join(pair): loss.detach() for pair, loss in losses.items()}
 

@@ -32,15 +32,15 @@ MARKERS = "osD^vP"
 def similarities(
     matrices: dict[str, np.ndarray],
     scale: float | None = None,
-    matching: np.ndarray | None = None,
-    names: Sequence[str] = (),
+    matching: dict[str, np.ndarray] | None = None,
+    names: dict[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Draw the cosines (n, n) of each pair of modalities; matching pairs are on the diagonal.
 
     `matrices` by name: "text-image" has a text in each row. `scale`: the loss's 1 / temperature,
-    to print what a difference in cosine means to the loss. `matching` (n, n): which pairs match,
-    where not the diagonal alone. `names` (n,): of the examples, where they are short enough to be
-    read beside the rows and columns.
+    to print what a difference in cosine means to the loss. `matching` (n, n) by name: which pairs
+    match, where not the diagonal alone. `names` (n,) by name: of the examples, where they are short
+    enough to be read beside the rows and columns.
     """
     side = 4.1 + (0.9 if names else 0)
     figure = Figure(figsize=(side * len(matrices) + 0.8, side + 0.5), layout="constrained")
@@ -48,16 +48,16 @@ def similarities(
     for axes, (name, cosines) in zip(panels, matrices.items(), strict=True):
         image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
         rows, columns = name.split("-")
-        if matching is None:
-            matching = np.eye(len(cosines), dtype=bool)
+        match = matching[name] if matching else np.eye(len(cosines), dtype=bool)
+        others = f"{cosines[~match].mean():.2f}" if not match.all() else "none"
         axes.set_title(
-            f"{rows} to {columns}\nmean cosine: matching pairs {cosines[matching].mean():.2f}, "
-            f"others {cosines[~matching].mean():.2f}",
+            f"{rows} to {columns}\nmean cosine: matching pairs {cosines[match].mean():.2f}, "
+            f"others {others}",
             fontsize=10,
         )
         axes.set(ylabel=f"{rows} (one per row)", xlabel=f"{columns} (one per column)")
         if names:
-            name_rows_and_columns(axes, names)
+            name_rows_and_columns(axes, names[name])
         else:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(6, integer=True))

@@ -147,6 +147,50 @@ def test_examples_that_share_a_file_or_a_caption_are_not_negatives():
     assert not are_duplicates(torch.tensor([[0, 1], [1, 0]]))[0, 1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 2), st.booleans(), st.data())
+def test_examples_that_lack_a_modality_have_no_part_in_the_loss(B, n_ids, is_weighted, data):
+    """It equals the loops over the examples that are present, for each part of the rows too."""
+    a, b, ids = random_pairs(B, 4, data.draw(st.integers(0, 99)))
+    ids = (None, ids, file_and_caption_ids(B))[n_ids]
+    present = torch.tensor(data.draw(st.lists(st.booleans(), min_size=B, max_size=B)))
+    weight = 0.5 if is_weighted else 1.0
+    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+    kept = present.nonzero()[:, 0].tolist()
+    total = 0 * (a.sum() + b.sum() + scale)
+    for i in kept if len(kept) > 1 else []:
+        for left, right in ((a, b), (b, a)):
+            terms = (scale * left[i] @ right[i]).exp()
+            for j in kept:
+                if j != i and (ids is None or (ids[i] != ids[j]).all()):
+                    terms = terms + weight * (scale * left[i] @ right[j]).exp()
+            total = total + (terms.log() - scale * left[i] @ right[i]) / (2 * len(kept))
+    expected = torch.autograd.grad(total, (a, b, scale))
+    for parts in (1, B):
+        rows = torch.arange(B).chunk(parts)
+        losses = [
+            contrastive_loss(a, b, scale, ids, slice(int(p[0]), int(p[-1]) + 1), weight, present)
+            for p in rows
+        ]
+        mean = sum(losses) / parts
+        assert (mean - total).abs() < 1e-12
+        for gradient, right in zip(torch.autograd.grad(mean, (a, b, scale)), expected, strict=True):
+            assert (gradient - right).abs().max() < 1e-12
+    assert not expected[0][~present].any()
+
+
+def test_a_pair_that_no_two_examples_have_adds_nothing():
+    embeddings = {name: random_pairs(4, 3, seed)[0] for seed, name in enumerate("abc")}
+    present = {name: torch.ones(4, dtype=torch.bool) for name in "ab"}
+    present["c"] = torch.tensor([True, False, False, False])
+    pairs = {("a", "b"): 1.0, ("b", "c"): 3.0}
+    loss, by_pair = all_pairs_loss(embeddings, 5.0, pairs, present=present)
+    assert by_pair["b-c"] == 0 and loss == by_pair["a-b"] / 4
+    assert by_pair["a-b"] == pytest.approx(
+        contrastive_loss(embeddings["a"], embeddings["b"], 5.0).item(), abs=1e-12
+    )
+
+
 def test_the_weight_of_the_negatives_estimates_the_loss_of_a_larger_batch():
     """Each negative counts as if it occurred that many times; the chance level is that of the
     larger batch."""
@@ -256,8 +300,16 @@ PAIRS = {("text", "image"): 1.0, ("text", "audio"): 0.5}
 IDS = torch.tensor([[3, 0], [1, 1], [4, 2], [2, 1], [5, 4], [9, 5], [2, 6], [6, 7], [5, 4], [3, 9]])
 
 
-def pairs_loss(embeddings, scale):
-    return all_pairs_loss(embeddings, scale, PAIRS, IDS)[0]
+# Two processes of five examples have different numbers of each pair.
+PRESENT = {
+    "text": torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 1]) > 0,
+    "image": torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 0, 0]) > 0,
+    "audio": torch.tensor([1, 0, 1, 1, 1, 1, 1, 0, 1, 1]) > 0,
+}
+
+
+def pairs_loss(embeddings, scale, present=None):
+    return all_pairs_loss(embeddings, scale, PAIRS, IDS, present=present)[0]
 
 
 class Towers(nn.Module):
@@ -293,10 +345,10 @@ def ten_examples():
     }
 
 
-def reference_loss_and_gradients():
+def reference_loss_and_gradients(present=None):
     """Return the loss of the whole batch on one process, and its gradients by parameter."""
     model = Towers()
-    loss = pairs_loss(*model(ten_examples()))
+    loss = pairs_loss(*model(ten_examples()), present)
     loss.backward()
     return loss.detach(), model.gradients()
 
@@ -424,9 +476,9 @@ def run_process(rank, folder, world_size):
     inputs = {name: x[rank * n : (rank + 1) * n] for name, x in ten_examples().items()}
     ids = gather_with_gradient(IDS[local_rows(n)])
 
-    def gathered_loss(embeddings, scale, rows):
+    def gathered_loss(embeddings, scale, rows, present=None):
         gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}
-        return all_pairs_loss(gathered, scale, PAIRS, ids, rows)[0]
+        return all_pairs_loss(gathered, scale, PAIRS, ids, rows, present=present)[0]
 
     def store_means(name, loss, model):
         loss = loss.detach().clone()
@@ -441,15 +493,20 @@ def run_process(rank, folder, world_size):
         loss.backward()
         store_means(name, loss, model)
 
-    model = Towers()
-    loss = cached_gradients(
-        model.encode,
-        inputs,
-        lambda embeddings, scale: gathered_loss(embeddings, scale, local_rows(n)),
-        2,
-        model.temperature(),
-    )
-    store_means("micro-batches", loss, model)
+    local = {name: has[local_rows(n)].long() for name, has in PRESENT.items()}
+    present = {name: gather_with_gradient(has) > 0 for name, has in local.items()}
+    for name, gaps in {"micro-batches": None, "gaps": present}.items():
+        model = Towers()
+        loss = cached_gradients(
+            model.encode,
+            inputs,
+            lambda embeddings, scale, gaps=gaps: gathered_loss(
+                embeddings, scale, local_rows(n), gaps
+            ),
+            2,
+            model.temperature(),
+        )
+        store_means(name, loss, model)
 
     # The sum over the processes must not happen in a gradient that other nodes still read.
     x, other = (torch.zeros(length, requires_grad=True) for length in (n, 10))
@@ -468,10 +525,12 @@ def test_two_processes_give_the_loss_and_the_gradients_of_one(tmp_path):
     assert gather_with_gradient(x) is x, "one process has nothing to gather"
     assert local_rows(3) == slice(0, 3)
     torch.multiprocessing.spawn(run_process, (str(tmp_path), 2), nprocs=2)
-    expected_loss, expected = reference_loss_and_gradients()
+    whole, with_gaps = reference_loss_and_gradients(), reference_loss_and_gradients(PRESENT)
     results = torch.load(tmp_path / "results.pt")
-    assert results.keys() == {"local rows", "all rows", "micro-batches"}
-    for loss, gradients in results.values():
+    assert results.keys() == {"local rows", "all rows", "micro-batches", "gaps"}
+    assert (whole[0] - with_gaps[0]).abs() > 1e-3
+    for name, (loss, gradients) in results.items():
+        expected_loss, expected = with_gaps if name == "gaps" else whole
         assert (loss - expected_loss).abs() < 1e-12
         assert_gradients_equal(gradients, expected)
 

@@ -205,7 +205,7 @@ def test_neighbours_draws_a_row_for_each_query():
 
 def test_similarities_name_the_examples_where_they_have_names():
     names = ["cat", "cat", "a rather long name of a class"]
-    figure = mm.similarities({"text-image": np.eye(3)}, matching=np.eye(3, dtype=bool), names=names)
+    figure = mm.similarities({"text-image": np.eye(3)}, names={"text-image": names})
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[:2] == ["cat", "cat"] and labels[2].endswith("\u2026")
     figure.draw_without_rendering()

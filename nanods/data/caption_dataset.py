@@ -2,8 +2,9 @@
 
     load_caption_dataset(folder, image_size=64, frames=32).batch(step=0, size=128)
 
-nanods/data/captions.py says which folders are read. An item, an image or a sound, may have several
-captions; its number is the id of its examples.
+nanods/data/captions.py says which folders are read. An item is an image, a sound or both, and may
+have several captions. The numbers of its files are the ids of its examples. An example that lacks
+one of the data set's modalities has zeros for it, and `Examples.present` says so.
 
 A batch depends on (seed, step, size) alone, not on earlier calls. An epoch holds each training
 caption once. It goes through all items in a random order, with one caption of each, then again in
@@ -25,20 +26,35 @@ Shapes: B examples, S samples, T frames. Images are [channel, y, x], y downwards
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is installed
 
-from nanods.data.captions import CaptionFolder, Item, hold_out_folder, read_captions
+from nanods.data.captions import (
+    CaptionFolder,
+    Item,
+    hold_out_folder,
+    keep_modalities,
+    read_captions,
+)
 from nanods.data.examples import Examples
 from nanods.data.file_types import wrong_type
 from nanods.data.random_bits import random_bits
-from nanods.data.sound import HOP, WINDOW, crop_or_pad, normalized_log_mel, read_wav, wav_seconds
+from nanods.data.sound import (
+    HOP,
+    MELS,
+    WINDOW,
+    crop_or_pad,
+    normalized_log_mel,
+    read_wav,
+    wav_seconds,
+)
 from nanods.errors import UserError
 
 # ---- decoding one file ---------------------------------------------------------------------------
@@ -125,7 +141,7 @@ WARNINGS = 5  # corrupt files that are named; later ones are counted
 
 
 class CaptionDataset:
-    """An `ExampleDataset` of captions and images, or captions and sounds, read from files."""
+    """An `ExampleDataset` of captions, images and sounds, or two of them, read from files."""
 
     def __init__(self, name: str, captions: CaptionFolder, image_size: int, frames: int):
         """Store the captions of a folder. `load_caption_dataset` calls this."""
@@ -145,6 +161,17 @@ class CaptionDataset:
         for item, caption in held_out:
             self.held_out.setdefault(number[item], []).append(caption)
 
+        # The numbers of each item's files, one column for each kind. A missing file has a number of
+        # its own, so that it makes no duplicates.
+        columns = []
+        for kind in ("image", "audio"):
+            if kind in self.modalities:
+                files = [getattr(item, kind) or i for i, item in enumerate(self.items)]
+                numbers = {file: n for n, file in enumerate(dict.fromkeys(files))}
+                columns.append([numbers[file] for file in files])
+        self._ids = np.array(columns, np.int64).T  # (items, kinds)
+        self.has_gaps = not all(self._has(*row) == self.modalities for row in train + held_out)
+
         # For each training caption: its item, the number of captions of that item, and which of
         # them it is, from 0 up.
         self._item_ids = np.array([i for i, _ in self.train], np.int64)
@@ -158,6 +185,16 @@ class CaptionDataset:
         self._epoch = None  # (seed, epoch) of the cached order
         self._epoch_order = self._item_ids  # the cached order of the training captions
         self._notes = captions.notes
+        samples = WINDOW + (frames - 1) * HOP
+        shapes = {
+            "image": {"images": (3, image_size, image_size)},
+            "audio": {"waves": (samples,), "mels": (MELS, frames)},
+        }
+        self._shapes = {  # field of Examples -> the shape of one example
+            field: shape
+            for name in self.modalities
+            for field, shape in shapes.get(name, {}).items()
+        }
         self._tried: set[int] = set()  # items that were decoded, or could not be
         self._errors: dict[int, str] = {}  # item -> why its file cannot be decoded
         self._warnings = 0  # corrupt files that were warned of
@@ -182,21 +219,35 @@ class CaptionDataset:
             if isinstance(arrays, str):
                 self._errors.setdefault(item_id, arrays)
         held_out = len(self._tried & self.held_out.keys())
+        noun = "files" if self._ids.shape[1] == 1 else "examples"
         checked = (
             f"{held_out:,} of {len(self.held_out):,} held-out and {len(self._tried) - held_out:,} "
-            f"of {len(training):,} training files"
+            f"of {len(training):,} training {noun}"
         )
+        notes = [*self._notes]
+        if self.has_gaps:
+            counts = self.pair_counts()
+            pairs = [f"{a} and {b} {counts[a, b]:,}" for a, b in combinations(self.modalities, 2)]
+            notes.append(f"of {len(self.train):,} training examples have {', '.join(pairs)}")
         if not self._errors:
-            return [*self._notes, f"decoded: {checked}, without an error"]
+            return [*notes, f"decoded: {checked}, without an error"]
         return [
-            *self._notes,
+            *notes,
             f"decoded: {checked}; {self.skipped:,} of them cannot be and are skipped, the first: "
             f"{next(iter(self._errors.values()))}",
         ]
 
     def text(self) -> str:
         """Return the training captions, one on each line, for a tokenizer to learn from."""
-        return "\n".join(caption for _, caption in self.train)
+        return "\n".join(caption for _, caption in self.train if caption)
+
+    def pair_counts(self) -> Counter[tuple[str, str]]:
+        """Return how many training examples have both modalities of each pair."""
+        combined = Counter(self._has(self.items[i], caption) for i, caption in self.train)
+        counts = Counter()
+        for has, count in combined.items():
+            counts.update(dict.fromkeys(combinations(has, 2), count))
+        return counts
 
     def sound_seconds(self, most: int = 2000) -> np.ndarray:
         """Return the lengths of the sounds in seconds, by their headers, without damaged ones.
@@ -229,10 +280,7 @@ class CaptionDataset:
         examples = self._collect(rows_in_order, chain(decoded, replacements), size, least=size)
         next_order = self._order(step + 1, size, seed)
         self._prefetched = {(step + 1, size, seed): self._prefetch(next_order[:size])}
-        fields = {}
-        for name, value in vars(examples).items():
-            fields[name] = None if value is None else value[rows]
-        return Examples(**fields)
+        return examples.take(rows)
 
     def _order(self, step: int, size: int, seed: int) -> np.ndarray:
         """Return all training captions in the order of the step's epoch, from the step's first on.
@@ -323,8 +371,23 @@ class CaptionDataset:
                 "--batch-size"
             )
         ids, captions, arrays = zip(*collected, strict=True)
-        fields = {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
-        return Examples(np.array(ids, np.int64), list(captions), **fields)
+        fields = {}
+        for name, shape in self._shapes.items():
+            empty = np.zeros(shape, np.float32)
+            fields[name] = np.stack([each.get(name, empty) for each in arrays])
+        present = None
+        if self.has_gaps:
+            has = [self._has(self.items[i], text) for i, text in zip(ids, captions, strict=True)]
+            present = {name: np.array([name in each for each in has]) for name in self.modalities}
+        file_ids = self._ids[list(ids)]
+        if file_ids.shape[1] == 1:
+            file_ids = file_ids[:, 0]
+        return Examples(file_ids, list(captions), **fields, present=present)
+
+    def _has(self, item: Item, caption: str) -> tuple[str, ...]:
+        """Return the modalities that an example of an item and a caption has."""
+        has = {"text": caption, "image": item.image, "audio": item.audio}
+        return tuple(name for name, value in has.items() if value)
 
     def _warn(self, error: str) -> None:
         """Print a warning of a corrupt file, unless there were enough."""
@@ -341,11 +404,16 @@ def hash_line(item: Item, caption: str) -> str:
 
 
 def load_caption_dataset(
-    folder: Path, image_size: int, frames: int, val_folder: Path | None = None
+    folder: Path,
+    image_size: int,
+    frames: int,
+    val_folder: Path | None = None,
+    modalities: Sequence[str] = ("text", "image", "audio"),
 ) -> CaptionDataset:
     """Return the data set of a folder, whose captions are read and whose files exist.
 
-    With `val_folder`, all of this other folder is held out, and nothing of `folder`.
+    With `val_folder`, all of this other folder is held out, and nothing of `folder`. What is not
+    among `modalities` is not read.
 
     A batch decodes the files, to images of `image_size` x `image_size` pixels or to sounds of
     `frames` spectrogram frames.
@@ -356,4 +424,5 @@ def load_caption_dataset(
     captions = read_captions(Path(folder))
     if val_folder is not None:
         captions = hold_out_folder(captions, Path(val_folder))
+    captions = keep_modalities(captions, modalities)
     return CaptionDataset(str(folder), captions, image_size, frames)

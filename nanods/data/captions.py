@@ -20,8 +20,9 @@ files and looked for in this order:
     classes   CLASS/*.jpg, CLASS/*.png or CLASS/*.wav, at least two folders: the folder's name is
               the caption
 
-Upper and lower case of file names do not matter. A row of a metadata file that lacks its file or
-its caption is left out and counted; in the other forms this is an error.
+Upper and lower case of file names do not matter. A metadata file may name an image, a sound and a
+caption in one row, and leave one of them empty; a row with less is left out and counted. In the
+other forms a file without a caption is an error.
 
 Splits are recognised by the words train, valid, validation, val, dev and test (splits.py) in the
 column "split" and in the names of caption files (captions_val2017.json, captions_dev.csv,
@@ -29,7 +30,8 @@ metadata_val.csv), of the subfolders that hold a form each (train/, val/, test/)
 in which a form's files lie (images/train/, images/val/). What is in test is not used. Where nothing
 is named train, all of val is the training data. Where nothing is held out by name, about 1 image or
 sound in 20 is, with all of its captions. The hash of the file's name decides, in metadata files and
-classes with its folder: other files and their order do not matter.
+classes with its folder: other files and their order do not matter. Rows that share an image or a
+sound are held out together, unless that leaves few groups: a drawing of each of ten classes, say.
 
 To add a form, write a reader: a function from a folder to its `Part`s, [] for another form, and add
 it to READERS.
@@ -43,9 +45,9 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +59,7 @@ from nanods.errors import UserError
 
 
 class Item(NamedTuple):
-    """What an example shows: an image or a sound."""
+    """What an example shows: an image, a sound or both."""
 
     name: str
     """The hash of the name decides whether the item is held out."""
@@ -69,7 +71,7 @@ class Item(NamedTuple):
         return [path for path in (self.image, self.audio) if path]
 
 
-Rows = list[tuple[Item, str]]  # an item and one of its captions
+Rows = list[tuple[Item, str]]  # an item and one of its captions; "" for an item without one
 # Where the files are that a .token file or a table names.
 FOLDERS = ("images", "image", "flicker8k_dataset", "flickr8k_dataset", "flickr30k-images")
 FOLDERS += ("flickr30k_images", "wavs", "")
@@ -79,13 +81,14 @@ IMAGES = (".jpg", ".jpeg", ".png")
 WAV = (".wav", ".wave")
 SOUNDS = (*WAV, ".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac")  # WAV alone can be decoded
 MIN_HELD_OUT = 4  # files, or a quarter of all if these are fewer
+MIN_GROUPS = 100  # groups of rows that share files, from which whole groups are held out
 
 
 @dataclass(frozen=True)
 class CaptionFolder:
     """The captions of a folder. No item is in both `train` and `held_out`."""
 
-    modalities: tuple[str, ...]  # "text", and "image" or "audio"
+    modalities: tuple[str, ...]  # two or three of "text", "image" and "audio"
     train: Rows
     held_out: Rows
     notes: list[str]  # where the held-out rows come from, and what was left out
@@ -118,7 +121,7 @@ def read_captions(folder: Path) -> CaptionFolder:
     list_folder.cache_clear()  # files may have changed since the last call
     is_inside.cache_clear()
     parts = read_form(folder) or read_split_folders(folder, read_form)
-    parts = parts or read_split_folders(folder, read_classes) or read_classes(folder)
+    parts = parts or read_split_classes(folder) or read_classes(folder)
     if not parts:
         files, folders = list_folder(folder)
         inside = f" and the folders {first_names(sorted(p.name for p in folders))}"
@@ -129,18 +132,45 @@ def read_captions(folder: Path) -> CaptionFolder:
             "folders CLASS/*.jpg or CLASS/*.wav, or NAME.wav with NAME.txt; it holds "
             f"{count_suffixes(files) or 'no files'}{inside if folders else ''}"
         )
-    items = {item for part in parts for item, _ in part.rows}
-    modalities = [name for name in ("image", "audio") if any(getattr(i, name) for i in items)]
-    if len(modalities) > 1:
-        raise UserError(
-            f"--data {folder}: its captions name both images and sounds; give each a folder of its "
-            "own"
-        )
     train, held_out, notes = split_rows(parts, folder)
     for part in parts:
         notes += part.notes
     notes += count_rare_labels(parts) + describe_others(parts, folder)
-    return CaptionFolder(("text", *modalities), train, held_out, notes)
+    return CaptionFolder(modalities_of(train + held_out), train, held_out, notes)
+
+
+def modalities_of(rows: Rows) -> tuple[str, ...]:
+    """Return the modalities that rows have."""
+    has_text = any(caption for _, caption in rows)
+    items = {item for item, _ in rows}
+    files = [name for name in ("image", "audio") if any(getattr(item, name) for item in items)]
+    return ("text", *files) if has_text else tuple(files)
+
+
+def keep_modalities(captions: CaptionFolder, wanted: Sequence[str]) -> CaptionFolder:
+    """Return the captions with these modalities alone; all of them if fewer than two are left.
+
+    Rows that have less than two of them are left out.
+    """
+    kept = [name for name in captions.modalities if name in wanted]
+    if len(kept) in (0, 1, len(captions.modalities)):
+        return captions
+    split, left_out = {}, 0
+    for name in ("train", "held_out"):
+        rows = {}  # an ordered set: rows may now occur twice
+        for item, caption in getattr(captions, name):
+            image, audio = "image" in kept and item.image, "audio" in kept and item.audio
+            part = Item(item.name, image or None, audio or None)
+            text = caption if "text" in kept else ""
+            if len(part.files) + bool(text) < 2:
+                left_out += 1
+            else:
+                rows[part, text] = None
+        split[name] = list(rows)
+    notes = list(captions.notes)
+    if left_out:
+        notes.append(f"left out: {left_out:,} rows without {' and '.join(kept)}")
+    return CaptionFolder(tuple(kept), split["train"], split["held_out"], notes)
 
 
 def hold_out_folder(captions: CaptionFolder, folder: Path) -> CaptionFolder:
@@ -204,22 +234,23 @@ def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
     for split in ("val", "test"):  # nothing but val or test: the user chose it
         if not rows["train"]:
             rows["train"], rows[split] = rows[split], []
-    notes, elsewhere = [], {item for item, _ in rows["val"] + rows["test"]}
-    train = (
-        [row for row in rows["train"] if row[0] not in elsewhere] if elsewhere else rows["train"]
-    )
+    notes, elsewhere = [], {item[1:] for item, _ in rows["val"] + rows["test"]}
+    train = rows["train"]
+    if elsewhere:
+        train = [(item, caption) for item, caption in train if item[1:] not in elsewhere]
     if held_out := rows["val"]:
         notes.append(f"held out: {count_files(held_out)} of {', '.join(names['val'])}")
     else:
-        items = choose_held_out({item for item, _ in train})
+        items, held_out_notes = choose_held_out({item for item, _ in train})
         notes.append(
             f"held out: {len(items):,} of {count_files(train)}, by the hash of the file's name"
         )
+        notes += held_out_notes
         held_out = [row for row in train if row[0] in items]
         train = [row for row in train if row[0] not in items]
     if rows["test"]:
         notes.append(f"left out: {count_files(rows['test'])} of {', '.join(names['test'])}")
-    if both := elsewhere & {item for item, _ in rows["train"]}:
+    if both := elsewhere & {item[1:] for item, _ in rows["train"]}:
         notes.append(f"left out of training: {len(both):,} that are in val or test too")
     return train, held_out, notes
 
@@ -235,19 +266,48 @@ def split_by_folder(part: Part, folder: Path) -> dict[Item, tuple[str, str]]:
     return by_folder
 
 
-def choose_held_out(items: Iterable[Item]) -> set[Item]:
-    """Return about 1 item in 20 (13 / 256), at least a few, chosen by the hash of its name."""
-    digests = {item: hashlib.sha256(os.fsencode(item.name)).digest() for item in items}
-    count = max(
-        sum(digest[0] < 13 for digest in digests.values()), min(MIN_HELD_OUT, len(digests) // 4)
-    )
-    return set(sorted(digests, key=digests.get)[:count])
+def choose_held_out(items: set[Item]) -> tuple[set[Item], list[str]]:
+    """Return about 1 item in 20 (13 / 256), at least a few, chosen by the hash of its name; and
+    notes.
+
+    Items that share a file are chosen together, unless they form fewer than MIN_GROUPS groups.
+    """
+    groups, notes = group_by_files(items), []
+    if len(groups) < min(len(items), MIN_GROUPS):
+        groups = [[item] for item in items]
+        notes.append(
+            "images or sounds of held-out examples may be in training examples too, with others: "
+            "too many examples share them"
+        )
+    digests = [hashlib.sha256(os.fsencode(min(i.name for i in group))).digest() for group in groups]
+    count = max(sum(digest[0] < 13 for digest in digests), min(MIN_HELD_OUT, len(groups) // 4))
+    chosen = sorted(range(len(groups)), key=digests.__getitem__)[:count]
+    return {item for i in chosen for item in groups[i]}, notes
+
+
+def group_by_files(items: Iterable[Item]) -> list[list[Item]]:
+    """Return groups of items: those that share a file are in one, and those that share one with
+    them."""
+    parents: dict[Path, Path] = {}  # each group of files is a tree
+
+    def root(path: Path) -> Path:
+        while (parent := parents.setdefault(path, path)) != path:
+            parents[path] = path = parents[parent]
+        return path
+
+    for item in items:
+        parents[root(item.files[0])] = root(item.files[-1])
+    groups: dict[Path, list[Item]] = {}
+    for item in items:
+        groups.setdefault(root(item.files[0]), []).append(item)
+    return list(groups.values())
 
 
 def count_files(rows: Rows) -> str:
     """Return the number of items of rows in words: "5,000 images"."""
     items = {item for item, _ in rows}
-    noun = "sound" if any(item.audio for item in items) else "image"
+    has_image, has_audio = any(i.image for i in items), any(i.audio for i in items)
+    noun = "example" if has_image and has_audio else "sound" if has_audio else "image"
     return f"{len(items):,} {noun}{'' if len(items) == 1 else 's'}"
 
 
@@ -426,8 +486,14 @@ def read_metadata(folder: Path) -> list[Part]:
     return parts
 
 
-def read_classes(folder: Path) -> list[Part]:
-    """Read CLASS/*.jpg, CLASS/*.png and CLASS/*.wav."""
+def read_split_classes(folder: Path) -> list[Part]:
+    """Read SPLIT/CLASS/*.jpg, SPLIT/CLASS/*.png and SPLIT/CLASS/*.wav. A split may lack classes."""
+    parts = read_split_folders(folder, partial(read_classes, least=1))
+    return parts if len({label for part in parts for _, label in part.rows}) > 1 else []
+
+
+def read_classes(folder: Path, least: int = 2) -> list[Part]:
+    """Read CLASS/*.jpg, CLASS/*.png and CLASS/*.wav, if there are at least so many classes."""
     rows, classes = [], []
     for subfolder in sorted(list_folder(folder)[1]):
         files = [p for p in list_folder(subfolder)[0] if p.suffix.lower() in (*IMAGES, *WAV)]
@@ -435,7 +501,7 @@ def read_classes(folder: Path) -> list[Part]:
         if files and label and subfolder.name.lower() not in FOLDERS:
             classes.append(subfolder)
             rows += [(item_of(p, f"{subfolder.name}/{p.name}"), label) for p in sorted(files)]
-    if len(classes) < 2 or all(split_of(path.name) for path in classes):
+    if len(classes) < least or all(split_of(path.name) for path in classes):
         return []
     # A class may be called "train": the names of the folders say nothing of splits.
     return [Part(f"{folder.name}/", rows, "train", searched=classes, has_labels=True)]
@@ -472,7 +538,7 @@ def read_split_folders(folder: Path, read: Callable[[Path], list[Part]]) -> list
 
 
 def locate_table(file: Path, table: Table, folder: Path) -> list[Part]:
-    """Return a part for each split of a table, with the rows that have a file and a caption.
+    """Return a part for each split of a table, with the rows that have two modalities or three.
 
     Raises UserError for a path outside the folder, for an unknown split, and if no row is left.
     """
@@ -492,11 +558,12 @@ def locate_table(file: Path, table: Table, folder: Path) -> list[Part]:
             noted.setdefault("cells without a split, read as train", []).append(where)
             split = "train"
         caption = normalise_caption(cells.get("text") or cells.get("label", ""))
+        present = [*files, *(["text"] if caption else [])]
         if not names and not caption:
             noted.setdefault("rows without file and caption", []).append(where)
-        elif len(files) + bool(caption) < 2:
-            reason = "rows without a file" if caption else "rows without a caption"
-            noted.setdefault(reason, []).append(where)
+        elif len(present) < 2:
+            alone = present[0] if present else "a missing file"
+            noted.setdefault(f"rows with {alone} alone", []).append(where)
         else:
             paths = [path.relative_to(folder).as_posix() for path in files.values()]
             row = Item(",".join(paths), **files), caption

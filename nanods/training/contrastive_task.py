@@ -10,7 +10,8 @@ directly.
 Evaluation is retrieval among held-out examples, in every direction. The data set is an
 ExampleDataset (nanods/data/examples.py). Examples that share a file or a caption are duplicates: no
 negatives of each other in the loss, and right answers in retrieval. Where the captions are labels,
-few and repeated, evaluation also classifies.
+few and repeated, evaluation also classifies. An example that lacks a modality has no part in the
+losses and recalls of the pairs with it.
 
 Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption, M width of the
 space, L layers, E experts, C labels.
@@ -69,18 +70,21 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]
     """What the model reads, by modality; each (B, ...)."""
     ids: Tensor
-    """(B, 2), of files and captions: examples that share one are not negatives of each other."""
+    """(B, N), of files and captions: examples that share one are not negatives of each other."""
+    present: dict[str, Tensor] | None = None
+    """By modality, (B,) bool: which examples have it. None: all have all."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     inputs: dict[str, Tensor]  # by modality; each (b, ...)
-    ids: Tensor  # (b, 2)
+    ids: Tensor  # (b, N)
     count: int
     """Micro-batches in the batch that this one is a part of."""
     cached: "CachedGradients | None" = None
     """Where the batch has several micro-batches: the gradient of its loss at this one's embeddings.
     """
+    present: dict[str, Tensor] | None = None  # by modality: (b,) bool
 
 
 @dataclass(frozen=True)
@@ -113,14 +117,19 @@ class ContrastiveTask:
                 "examples; choose a smaller batch"
             )
         self.tokenizer = tokenizer_for(self.data.text(), config.model.vocab_size)
-        self.pair_weights = config.multimodal.pair_weights()
+        self.pair_weights, self.pair_share = self.choose_pairs()
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(MAX_GALLERY, len(self.data.held_out)))
-        self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, 2)
+        self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, N)
+        self.gallery_present = present_on(self.gallery, device)
         self.more_galleries: dict[str, Examples] = getattr(self.data, "more_galleries", dict)()
 
-        captions = self.data.text().split("\n")
+        text = self.data.text()
+        captions = text.split("\n") if text else []
         counts = Counter(map(caption_key, captions))
+        if not text or getattr(self.data, "has_gaps", False):
+            # Examples without a caption have none in common.
+            counts.update(f"\n{i}" for i in range(len(self.data.train) - len(captions)))
         if (
             isinstance(self.data, CaptionDataset)
             and len({file for file, _ in self.data.train}) == 1
@@ -130,15 +139,37 @@ class ContrastiveTask:
                 "file, so there is nothing to tell apart; add files"
             )
         self.warnings = check_negatives(config, counts, self.gallery)
-        self.candidates = expected_candidates(counts, config.batch_size)
-        self.labels = find_labels(captions, self.gallery.captions)  # the captions, if they are
-        self.cuts = self.describe_cuts(captions)
+        self.candidates = expected_candidates(counts, config.batch_size) * self.pair_share
+        held_out = list(filter(None, self.gallery.captions))
+        self.labels = find_labels(captions, held_out)  # the captions, if they are
+        self.cuts = self.describe_cuts([*captions, *held_out])
 
-    def describe_cuts(self, train: list[str]) -> list[str]:
+    def choose_pairs(self) -> tuple[dict[tuple[str, str], float], float]:
+        """Return the weights of the pairs of modalities that the loss compares, and the share of
+        the training examples that have both of a pair, on average.
+
+        Raises UserError for a pair that was asked for and that no two examples have.
+        """
+        weights = self.config.multimodal.pair_weights()
+        if not getattr(self.data, "has_gaps", False):
+            return weights, 1.0
+        counts = self.data.pair_counts()
+        counts.update({(b, a): count for (a, b), count in counts.items()})
+        missing = [pair for pair in weights if counts[pair] < 2]
+        if missing and (self.config.multimodal.pairs or len(missing) == len(weights)):
+            raise UserError(
+                f"--data {self.config.data}: fewer than two training examples have "
+                f"{' or '.join(' and '.join(pair) for pair in missing)}; leave the pair out of "
+                "--multimodal.pairs, or add examples that have both"
+            )
+        weights = {pair: weight for pair, weight in weights.items() if pair not in missing}
+        share = np.mean([counts[pair] for pair in weights]) / len(self.data.train)
+        return weights, float(share)
+
+    def describe_cuts(self, captions: list[str]) -> list[str]:
         """Return what the model will not read of captions and sounds, in words."""
         config, data, cuts = self.config, self.data, []
         if "text" in config.multimodal.modalities:
-            captions = [*train, *self.gallery.captions]
             cuts.append(cut_captions(captions, self.tokenizer, config.model.context_length))
         if isinstance(data, CaptionDataset) and "audio" in config.multimodal.modalities:
             cuts.append(cut_sounds(data.sound_seconds(), len(data.sounds), config.multimodal))
@@ -155,13 +186,13 @@ class ContrastiveTask:
         """Return the examples of a step's batch, or the `rows` of them."""
         examples = self.data.batch(step, self.config.batch_size, self.config.seed, rows)
         ids = torch.from_numpy(duplicate_ids(examples)).to(self.device)
-        return Batch(self.inputs(examples), ids)
+        return Batch(self.inputs(examples), ids, present_on(examples, self.device))
 
     def micro_batches(self, model: nn.Module, batch: Batch, size: int) -> list[MicroBatch]:
         """Split a batch into micro-batches of `size`; where there are several, cache the gradients
         at the embeddings."""
         if len(batch.ids) <= size:
-            return [MicroBatch(batch.inputs, batch.ids, count=1)]
+            return [MicroBatch(batch.inputs, batch.ids, count=1, present=batch.present)]
         parts, ids = split_batch(batch.inputs, size), batch.ids.split(size)
         with torch.no_grad():
             embedded = [model(part)[0] for part in parts]
@@ -169,7 +200,7 @@ class ContrastiveTask:
         metrics: dict[str, Tensor] = {}
 
         def loss_of_batch(embeddings: dict[str, Tensor], scale: Tensor) -> Tensor:
-            loss, loss_metrics = self.contrastive_loss(embeddings, scale, batch.ids)
+            loss, loss_metrics = self.contrastive_loss(embeddings, scale, batch.ids, batch.present)
             metrics.update(loss_metrics)
             return loss
 
@@ -193,7 +224,9 @@ class ContrastiveTask:
         embeddings, stats = model(micro_batch.inputs)
         scale, cached = model.temperature(), micro_batch.cached
         if cached is None:
-            loss, metrics = self.contrastive_loss(embeddings, scale, micro_batch.ids)
+            loss, metrics = self.contrastive_loss(
+                embeddings, scale, micro_batch.ids, micro_batch.present
+            )
         else:
             loss, metrics = surrogate_loss(embeddings, cached.embeddings), cached.metrics
             if cached.scale is not None:
@@ -207,16 +240,24 @@ class ContrastiveTask:
         return loss, {"train_loss": train_loss} | metrics
 
     def contrastive_loss(
-        self, embeddings: dict[str, Tensor], scale: Tensor, ids: Tensor
+        self,
+        embeddings: dict[str, Tensor],
+        scale: Tensor,
+        ids: Tensor,
+        present: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of this process's examples against those of all processes, and its
         metrics.
 
-        embeddings: (B, M) by modality; ids (B, 2).
+        embeddings: (B, M) by modality; ids (B, N); present: (B,) by modality.
         """
         gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}
         all_ids, rows = gather_with_gradient(ids), local_rows(len(ids))
-        loss, by_pair = all_pairs_loss(gathered, scale, self.pair_weights, all_ids, rows)
+        if present is not None:  # as integers, which every backend gathers
+            present = {name: gather_with_gradient(x.long()) > 0 for name, x in present.items()}
+        loss, by_pair = all_pairs_loss(
+            gathered, scale, self.pair_weights, all_ids, rows, present=present
+        )
         metrics = {"ce_loss": loss.detach(), "temperature": 1 / scale.detach()}
         for pair, pair_loss in by_pair.items():
             metrics[f"loss_{pair.replace('-', '_')}"] = pair_loss
@@ -236,7 +277,7 @@ class ContrastiveTask:
 
     def evaluate(self, model: nn.Module) -> dict:
         """Return how well each held-out example of the gallery finds its partner or a duplicate of
-        it, for each direction A -> B.
+        it, for each direction A -> B. Only examples that have both A and B count.
 
         val_loss          the contrastive loss alone, in nats, in batches of the training's size
         recall1_A_B       the share of A's examples for which a right answer in B ranks first
@@ -250,13 +291,14 @@ class ContrastiveTask:
         """
         embeddings, load = self.embed(model, self.inputs(self.gallery))
         metrics = {"val_loss": self.gallery_loss(embeddings, self.gallery_ids, logit_scale(model))}
-        retrieval = retrieval_metrics(embeddings, self.gallery_ids)
+        retrieval = retrieval_metrics(embeddings, self.gallery_ids, self.gallery_present)
         recalls = [value for name, value in retrieval.items() if name.startswith("recall1_")]
         metrics |= {"val_recall1": float(np.mean(recalls))} | retrieval
         for name, gallery in self.more_galleries.items():
             others, _ = self.embed(model, self.inputs(gallery))
             ids = torch.from_numpy(duplicate_ids(gallery)).to(self.device)
-            for metric, value in retrieval_metrics(others, ids).items():
+            present = present_on(gallery, self.device)
+            for metric, value in retrieval_metrics(others, ids, present).items():
                 metrics[f"{name}_{metric}"] = value
         for name, (truth, nearest) in self.classify(model, embeddings).items():
             metrics[f"zero_shot_accuracy_{name}"] = float((truth == nearest).mean())
@@ -282,19 +324,25 @@ class ContrastiveTask:
         self, model: nn.Module, embeddings: dict[str, Tensor]
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the label of each example of the gallery, (Q,) from 0 to C - 1, and the one it is
-        nearest to (-1 for NaN), by modality without text; {} unless the captions are labels."""
+        nearest to (-1 for NaN), by modality without text; {} unless the captions are labels.
+
+        Of a modality that some examples lack, or the caption, it returns the others.
+        """
         if not self.labels or "text" not in embeddings:
             return {}
         numbers = {key: i for i, key in enumerate(self.labels)}
-        truth = np.array([numbers[caption_key(caption)] for caption in self.gallery.captions])
+        keys = map(caption_key, self.gallery.captions)
+        truth = np.array([numbers.get(key, -1) for key in keys])  # -1: no caption
         texts = encode_captions(
             list(self.labels.values()), self.tokenizer, self.config.model.context_length
         )
         classes, _ = self.embed(model, {"text": texts.to(self.device)})
         classified = {}
         for name, e in embeddings.items():
-            if name != "text":
-                classified[name] = truth, nearest_class(e, classes["text"]).cpu().numpy()
+            has = self.gallery.has(name, "text")
+            if name != "text" and has.any():
+                nearest = nearest_class(e, classes["text"]).cpu().numpy()
+                classified[name] = truth[has], nearest[has]
         return classified
 
     def gallery_loss(self, embeddings: dict[str, Tensor], ids: Tensor, scale: float) -> float:
@@ -310,8 +358,16 @@ class ContrastiveTask:
         for start in range(0, len(ids) - size + 1, size):
             rows = slice(start, start + size)
             batch = {name: e[rows] for name, e in embeddings.items()}
+            present = self.gallery_present
+            if present is not None:
+                present = {name: x[rows] for name, x in present.items()}
             loss, _ = all_pairs_loss(
-                batch, scale, self.pair_weights, ids[rows], negative_weight=negative_weight
+                batch,
+                scale,
+                self.pair_weights,
+                ids[rows],
+                negative_weight=negative_weight,
+                present=present,
             )
             losses.append(loss.item())
         return float(np.mean(losses))
@@ -405,11 +461,13 @@ class ContrastiveTask:
             were = "file was" if skipped == 1 else "files were"
             lines.append(f"data       {skipped} corrupt {were} skipped")
         embeddings, _ = self.embed(model, self.inputs(self.gallery))
-        captions, targets = self.gallery.captions, embeddings[others[0]]
-        for i in range(min(3, len(captions))):
-            best = int((targets @ embeddings["text"][i]).argmax())
-            lines.append(f"query      {captions[i]}\n{others[0]:<10} of: {captions[best]}")
-        query = sample_command(run_dir, *flag("query", shorten(captions[0])))
+        both = np.flatnonzero(self.gallery.has("text", others[0]))
+        captions = [self.gallery.captions[i] for i in both]
+        texts, targets = embeddings["text"][both], embeddings[others[0]][both]
+        for caption, text in zip(captions[:3], texts, strict=False):
+            best = int((targets @ text).argmax())
+            lines.append(f"query      {caption}\n{others[0]:<10} of: {captions[best]}")
+        query = sample_command(run_dir, *flag("query", shorten(captions[0] if captions else "...")))
         return "\n".join([*lines, "", f"next       {query}"])
 
 
@@ -436,7 +494,11 @@ def load_dataset(config: Config) -> ExampleDataset:
         return GENERATED_DATA[config.data](multimodal)
     val_folder = Path(config.val_data) if config.val_data else None
     return load_caption_dataset(
-        Path(config.data), multimodal.image_size, multimodal.frames, val_folder
+        Path(config.data),
+        multimodal.image_size,
+        multimodal.frames,
+        val_folder,
+        multimodal.modalities,
     )
 
 
@@ -483,15 +545,31 @@ GENERATED_DATA: dict[str, Callable[[MultimodalConfig], ExampleDataset]] = {
 
 
 def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
-    """Return what a model reads of examples, by modality, on the CPU."""
+    """Return what a model reads of examples, by modality, on the CPU.
+
+    Where an example lacks a modality, it gets the input of another one. No loss reads its
+    embedding, shapes stay equal over all processes, and experts see no tokens that are not data.
+    """
     inputs = {}
     for name in config.multimodal.modalities:
         x = getattr(examples, MODALITIES[name].input_field)
+        has = examples.has(name) if examples.present else None
+        if has is not None and not has.all():
+            others = np.resize(np.flatnonzero(has) if has.any() else 0, len(has))
+            source = np.where(has, np.arange(len(has)), others)
+            x = [x[i] or " " for i in source] if isinstance(x, list) else x[source]
         if isinstance(x, list):
             inputs[name] = encode_captions(x, tokenizer, config.model.context_length)
         else:
             inputs[name] = torch.from_numpy(x)
     return inputs
+
+
+def present_on(examples, device: torch.device) -> dict[str, Tensor] | None:
+    """Return which examples have which modality, (B,) bool by modality; None if all have all."""
+    if examples.present is None:
+        return None
+    return {name: torch.from_numpy(x).to(device) for name, x in examples.present.items()}
 
 
 def encode_captions(captions: list[str], tokenizer, max_tokens: int) -> Tensor:
@@ -523,12 +601,22 @@ def embed(
     return {name: torch.cat(parts) for name, parts in chunks.items()}, load
 
 
-def retrieval_metrics(embeddings: dict[str, Tensor], ids: Tensor) -> dict[str, float]:
+def retrieval_metrics(
+    embeddings: dict[str, Tensor], ids: Tensor, present: dict[str, Tensor] | None = None
+) -> dict[str, float]:
     """Return recall at 1 and at 5 and the median rank in each direction, from embeddings (Q, M) by
-    modality and ids (Q, 2)."""
-    metrics = {}
+    modality and ids (Q, N), among the examples with both modalities, present (Q,) by modality.
+
+    A direction for which there are fewer than two is left out.
+    """
+    metrics, all_ids = {}, ids
     for a, b in permutations(embeddings, 2):
         queries, targets = embeddings[a], embeddings[b]
+        if present is not None:
+            both = present[a] & present[b]
+            if both.sum() < 2:
+                continue
+            queries, targets, ids = queries[both], targets[both], all_ids[both]
         metrics[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, ids)
         metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, ids)
         metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, ids)

@@ -19,6 +19,7 @@ from nanods.training.inspection import chosen_experts, sparsity_report
 
 SHOWN_TOKENS = 384  # tokens of validation text that are coloured by their experts
 SHOWN_EXAMPLES = 24  # held-out examples whose similarities are drawn
+NO_TEXT = "(no text)"  # in place of the caption of an example without one
 SHOWN_QUERIES = 4  # whose nearest neighbours are drawn, at least
 
 
@@ -62,17 +63,22 @@ def draw_multimodal_run(
     recalls = {}
     for pair in combinations(embeddings, 2):
         for a, b in (pair, pair[::-1]):
-            recalls[f"{a}->{b}"] = [row[f"recall1_{a}_{b}"] for row in validated]
-    duplicates = duplicates_in(gallery)
-    few = np.arange(min(SHOWN_EXAMPLES, len(duplicates)))
-    if labels:  # examples of one label stand together
-        few = np.array(sorted(few, key=lambda i: caption_key(gallery.captions[i])))
-    matching = duplicates[few][:, few]
-    similarities = {}
+            if f"recall1_{a}_{b}" in validated[-1]:  # not if no example has both
+                recalls[f"{a}->{b}"] = [row[f"recall1_{a}_{b}"] for row in validated]
+    duplicates, chances = duplicates_in(gallery), []
+    similarities, matching, names = {}, {}, {}
     for a, b in combinations(embeddings, 2):
+        both = np.flatnonzero(gallery.has(a, b))
+        if len(both) < 2:
+            continue
+        few = both[:SHOWN_EXAMPLES]
+        if labels:  # examples of one label stand together
+            few = np.array(sorted(few, key=lambda i: caption_key(gallery.captions[i])))
+            names[f"{a}-{b}"] = [gallery.captions[i] or NO_TEXT for i in few]
         similarities[f"{a}-{b}"] = embeddings[a][few] @ embeddings[b][few].T
-    names = [gallery.captions[i] for i in few] if labels else []
-    steps, chance = [row["step"] for row in validated], duplicates.mean()
+        matching[f"{a}-{b}"] = duplicates[few][:, few]
+        chances.append(duplicates[both][:, both].mean())
+    steps, chance = [row["step"] for row in validated], np.mean(chances)
     figures = {
         "loss": draw_losses(trained, validated, "example"),
         "recall": plots_multimodal.recall_over_time(steps, recalls, chance),
@@ -107,9 +113,10 @@ def save_sounding_sheet(
     ids = duplicate_ids(gallery)
     rows = []
     for number, (a, b) in enumerate(permutations(embeddings, 2)):
-        for i in range(number * queries, min((number + 1) * queries, len(ids))):
+        both = np.flatnonzero(gallery.has(a, b))
+        for i in np.roll(both, -number * queries)[:queries]:  # others for each direction
             scores = embeddings[b] @ embeddings[a][i]
-            best = np.argsort(-scores, kind="stable")[:5]
+            best = both[np.argsort(-scores[both], kind="stable")][:5]
             cells = [sheet_cell(gallery, i, a, "the query")]
             for j in best:
                 is_right = bool((ids[i] == ids[j]).any())
@@ -147,26 +154,32 @@ def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
     """Draw what some of the gallery's examples, of different captions, find in another modality:
     one query for each direction to something visible, at least SHOWN_QUERIES in total."""
     shown = {name: getattr(gallery, MODALITIES[name].input_field) for name in embeddings}
-    keys = np.array([caption_key(caption) for caption in gallery.captions])
-    duplicates, rows = duplicates_in(gallery), []
+    keys = np.array([caption_key(text) or f"\n{i}" for i, text in enumerate(gallery.captions)])
+    captions = [text or NO_TEXT for text in gallery.captions]
+    duplicates, rows, drawn = duplicates_in(gallery), [], set()
     directions = [(a, b) for b in embeddings for a in embeddings if a != b and b != "text"]
     if len(directions) == 1:  # text and one other
         directions.append(directions[0][::-1])
     rounds = -(-SHOWN_QUERIES // len(directions))
     queries = [direction for direction in directions for _ in range(rounds)]
-    for i, (a, b) in zip(first_of_each(keys), queries, strict=False):
+    for a, b in queries:
+        both = np.flatnonzero(gallery.has(a, b))
+        i = next((i for i in both if keys[i] not in drawn), None)
+        if i is None:
+            continue
+        drawn.add(keys[i])
         scores = embeddings[b] @ embeddings[a][i]
-        best = np.argsort(-scores, kind="stable")
+        best = both[np.argsort(-scores[both], kind="stable")]
         if b == "text":
             best = best[first_of_each(keys[best])]  # equal captions once
         best = best[:5]
-        results = [(shown[b][j], gallery.captions[j], float(scores[j])) for j in best]
+        results = [(shown[b][j], captions[j], float(scores[j])) for j in best]
         if b == "text":
             results = [(None, caption, score) for _, caption, score in results]
         right = np.flatnonzero(duplicates[i, best]).tolist()
-        query, caption = (shown[a][i], gallery.captions[i])
+        query, caption = (shown[a][i], captions[i])
         if a == "text":
-            query, caption = gallery.captions[i], ""
+            query, caption = captions[i], ""
         rows.append((query, caption, results, right))
     title = "what each query finds among held-out examples, best first (framed: true matches)"
     return plots_multimodal.neighbours(rows, title)

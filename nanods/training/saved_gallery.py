@@ -17,6 +17,7 @@ from nanods.data.examples import Examples
 from nanods.errors import UserError
 
 FILE = "gallery.safetensors"
+PRESENT = "present."  # begins the name of a mask in it
 # Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
 NO_BLANKS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\ua4cf\uf900-\ufaff"
 WORD = re.compile(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+")
@@ -39,7 +40,9 @@ def save_gallery(run_dir: Path, gallery: Examples, train_text: str) -> None:
     Images are stored with 8 bits and waves, which are only listened to, with 16.
     """
     arrays = {}
-    for name, values in vars(gallery).items():
+    present = gallery.present or {}
+    fields = vars(gallery) | {PRESENT + name: x for name, x in present.items()}
+    for name, values in fields.items():
         if isinstance(values, np.ndarray):
             if name == "images":
                 values = np.round(255 * values).astype(np.uint8)
@@ -71,4 +74,7 @@ def load_gallery(run_dir: Path) -> SavedGallery | None:
         arrays["images"] = arrays["images"].astype(np.float32) / np.float32(255)
     if "waves" in arrays:
         arrays["waves"] = arrays["waves"].astype(np.float32) / np.float32(32767)
-    return SavedGallery(Examples(captions=captions, **arrays), frozenset(words))
+    names = [name for name in arrays if name.startswith(PRESENT)]
+    present = {name.removeprefix(PRESENT): arrays.pop(name) for name in names} or None
+    examples = Examples(captions=captions, present=present, **arrays)
+    return SavedGallery(examples, frozenset(words))

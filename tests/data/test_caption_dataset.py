@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from nanods.data import caption_dataset as module
 from nanods.data.caption_dataset import load_caption_dataset, read_image, read_sound
-from nanods.data.examples import Examples
+from nanods.data.examples import Examples, duplicate_ids
 from nanods.data.sound import HOP, WINDOW, normalized_log_mel, write_wav
 from nanods.errors import UserError
 
@@ -73,6 +73,22 @@ def voices(tmp_path):
 def write_table(folder):
     folder.mkdir()
     (folder / "captions.csv").write_text("image,caption\na.png,black\n")
+    return folder
+
+
+@pytest.fixture
+def gaps(tmp_path):
+    """30 rows with image, sound and text, of which every third lacks one; 6 are held out."""
+    folder, rows = tmp_path / "gaps", ["image,audio,text,split\n"]
+    folder.mkdir()
+    for i in range(30):
+        Image.new("RGB", (8, 8), colour(f"{i}.png")).save(folder / f"{i}.png")
+        write_wav(folder / f"{i}.wav", np.full(700, (i + 1) / 100))
+        cells = [f"{i}.png", f"{i}.wav", f"{i}.png is text {i}"]
+        if i % 3 == 0:
+            cells[i // 3 % 3] = ""
+        rows.append(",".join([*cells, "val" if i < 6 else "train"]) + "\n")
+    (folder / "metadata.csv").write_text("".join(rows))
     return folder
 
 
@@ -401,6 +417,68 @@ class TestBatches:
         env = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
         process = subprocess.run([sys.executable, "-c", program], env=env, timeout=60)
         assert process.returncode == 7
+
+
+class TestGaps:
+    def test_what_is_missing_is_marked_and_zero(self, gaps):
+        dataset = load(gaps)
+        assert dataset.modalities == ("text", "image", "audio") and dataset.has_gaps
+        examples = dataset.batch(0, 24, 0)
+        assert examples.ids.shape == (24, 2) and examples.images.shape == (24, 3, SIZE, SIZE)
+        assert examples.mels.shape == (24, 32, FRAMES) and examples.waves.shape == (24, SAMPLES)
+        for name, field in (("image", "images"), ("audio", "waves"), ("audio", "mels")):
+            values = getattr(examples, field)
+            np.testing.assert_array_equal(examples.present[name], [x.any() for x in values])
+        assert examples.present["text"].tolist() == [bool(text) for text in examples.captions]
+        assert [int((~has).sum()) for has in examples.present.values()] == [3, 3, 2]
+        for i in np.flatnonzero(examples.has("text", "image", "audio")):
+            number = int(examples.captions[i].split()[-1])
+            expected = np.array(colour(f"{number}.png"))[:, None, None] / 255
+            np.testing.assert_allclose(examples.images[i] - expected, 0, atol=1e-6)
+            assert abs(examples.waves[i, 0] - (number + 1) / 100) < 1e-4
+        ids = duplicate_ids(examples)
+        assert ids.shape == (24, 3)
+        assert all(len(set(column.tolist())) == 24 for column in ids.T), "gaps are no duplicates"
+
+    def test_some_rows_of_a_batch_and_the_gallery(self, gaps):
+        whole, part = load(gaps).batch(3, 10, 1), load(gaps).batch(3, 10, 1, slice(2, 7))
+        assert_equal(part, whole.take(slice(2, 7)))
+        for name, has in part.present.items():
+            np.testing.assert_array_equal(has, whole.present[name][2:7])
+        gallery = load(gaps).gallery(6)
+        assert len(gallery.captions) == 6 and not gallery.has("text", "image", "audio").all()
+
+    def test_pairs_are_counted(self, gaps):
+        counts = load(gaps).pair_counts()
+        assert counts == {("text", "image"): 18, ("text", "audio"): 19, ("image", "audio"): 19}
+        assert load(gaps).notes()[2:] == [
+            "of 24 training examples have text and image 18, text and audio 19, image and audio 19",
+            "decoded: 0 of 6 held-out and 24 of 24 training examples, without an error",
+        ]
+
+    def test_examples_that_share_an_image_have_one_of_their_ids_in_common(self, gaps):
+        (gaps / "metadata.csv").write_text(
+            "image,audio,text\n1.png,1.wav,\n1.png,2.wav,\n2.png,1.wav,x\n3.png,,y\n,3.wav,y\n"
+        )
+        dataset = load(gaps)
+        ids = duplicate_ids(dataset.batch(0, len(dataset.train), 0))
+        assert len(ids) == 4, "one of 5 is held out"
+        everything = np.concatenate([ids, duplicate_ids(dataset.gallery(1))])
+        shared = (everything[:, None] == everything).any(axis=-1).sum() - 5
+        assert shared == 2 * 3, "one image, one sound, one caption"
+
+    def test_the_hash_changes_with_what_is_missing(self, gaps):
+        first = load(gaps).sha256
+        table = gaps / "metadata.csv"
+        table.write_text(table.read_text().replace("7.png,7.wav", "7.png,"))
+        assert load(gaps).sha256 != first
+
+    def test_two_of_three_modalities(self, gaps):
+        dataset = load_caption_dataset(gaps, SIZE, FRAMES, modalities=("text", "image"))
+        assert dataset.modalities == ("text", "image") and not dataset.has_gaps
+        examples = dataset.batch(0, 5, 0)
+        assert examples.waves is None and examples.present is None and examples.ids.shape == (5,)
+        check_colours(examples)
 
 
 class TestGallery:

@@ -216,6 +216,16 @@ class TestNames:
         write(tmp_path, {"captions.csv": "file_name,text\na.wav,one\n", "wavs/A.WAV": ""})
         assert read_all_rows(tmp_path) == ("audio", [(tmp_path / "wavs/A.WAV", "one")])
 
+    def test_a_table_of_images_and_sounds(self, tmp_path):
+        write(tmp_path, {"captions.txt": "file,text\na.jpg,x\na.wav,y\n", "a.jpg": "", "a.wav": ""})
+        read = read_captions(tmp_path)
+        assert read.modalities == ("text", "image", "audio")
+        assert [(item.image is None, item.audio is None) for item, _ in read.train] == [
+            (False, True),
+            (True, False),
+        ]
+        assert read.notes[0] == "held out: 0 of 2 examples, by the hash of the file's name"
+
     def test_upper_case(self, tmp_path):
         write(tmp_path, {"A.WAV": "", "A.TXT": "one", "b.Wav": "", "b.txt": "two"})
         modality, rows = read_all_rows(tmp_path)
@@ -533,10 +543,6 @@ def mistakes():
         "one name in two splits": (
             {"captions.txt": "image,caption\na.jpg,x\n", "train/a.jpg": "", "val/a.jpg": ""},
             "a.jpg is in train and in val: write train/a.jpg, or captions_train.csv and",
-        ),
-        "images and sounds": (
-            {"captions.txt": "file,text\na.jpg,x\na.wav,y\n", "a.jpg": "", "a.wav": ""},
-            "both images and sounds",
         ),
         "open quote": (
             {"captions.txt": CSV + 'a.jpg,"x\n' + "b.jpg,y\n" * 3, **FILES},

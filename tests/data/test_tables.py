@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from nanods.data.captions import read_captions
+from nanods.data.captions import keep_modalities, read_captions
 from nanods.errors import UserError
 from tests.data.test_captions import write
 
@@ -109,8 +109,8 @@ class TestTables:
         assert rows == [("a.jpg", "another"), ("a.jpg", "one")]
         assert notes[1:7] == [
             "rows that occur twice: 1 of 8 rows (line 3)",
-            "rows without a file: 2 of 8 rows (line 5, line 7)",
-            "rows without a caption: 2 of 8 rows (line 6, line 8)",
+            "rows with text alone: 2 of 8 rows (line 5, line 7)",
+            "rows with image alone: 2 of 8 rows (line 6, line 8)",
             "files that do not exist: 1 of 8 rows (none.jpg)",
             "rows without file and caption: 1 of 8 rows (line 9)",
             "not read: the columns source of metadata.csv",
@@ -121,6 +121,68 @@ class TestTables:
         write(tmp_path, {"metadata.csv": table, **IMAGES})
         (note,) = [note for note in read(tmp_path)[2] if note.startswith("labels")]
         assert note.endswith("cannot be both learnt and tested: 1 of 2 (dog); add examples")
+
+
+class TestThreeModalities:
+    def test_gaps(self, tmp_path):
+        table = "audio,text,image\na.wav,one,a.jpg\n,two,b.jpg\nb.wav,three,\na.wav,,c.jpg\nb.wav,,"
+        write(tmp_path, {"metadata.csv": table, **IMAGES, "a.wav": "", "wavs/b.wav": ""})
+        modalities, rows, notes = read(tmp_path)
+        assert modalities == ("text", "image", "audio")
+        assert rows == [
+            ("a.jpg", "a.wav", "one"),
+            ("b.jpg", "two"),
+            ("c.jpg", "a.wav", ""),
+            ("wavs/b.wav", "three"),
+        ]
+        assert notes[2] == "rows with audio alone: 1 of 5 rows (line 6)"
+
+    def test_without_texts(self, tmp_path):
+        write(tmp_path, {"metadata.csv": "image,audio\na.jpg,a.wav\n", "a.jpg": "", "a.wav": ""})
+        assert read(tmp_path)[:2] == (("image", "audio"), [("a.jpg", "a.wav", "")])
+
+    def test_classes_of_images_and_sounds(self, tmp_path):
+        write(tmp_path, dict.fromkeys(("cat/1.jpg", "cat/1.wav", "dog/1.wav"), ""))
+        modalities, rows, _ = read(tmp_path)
+        assert modalities == ("text", "image", "audio")
+        assert rows == [("cat/1.jpg", "cat"), ("cat/1.wav", "cat"), ("dog/1.wav", "dog")]
+
+    @staticmethod
+    def write_pairs(folder, images, sounds):
+        """Write 800 rows with the given numbers of different images and sounds."""
+        rows = [f"{i % images}.jpg,{i % sounds}.wav,text {i}\n" for i in range(800)]
+        write(folder, {"metadata.csv": "image,audio,text\n" + "".join(rows)})
+        write(folder, {f"{i}.jpg": "" for i in range(images)})
+        write(folder, {f"{i}.wav": "" for i in range(sounds)})
+
+    def test_rows_that_share_a_file_are_held_out_together(self, tmp_path):
+        self.write_pairs(tmp_path, 200, 400)  # of each image two sounds, of each sound two texts
+        captions = read_captions(tmp_path)
+        train = {path for item, _ in captions.train for path in item.files}
+        held_out = {path for item, _ in captions.held_out for path in item.files}
+        assert 10 < len(captions.held_out) < 80 and not train & held_out
+        assert not any("too many examples share them" in note for note in captions.notes)
+
+    def test_rows_of_a_few_drawings_are_held_out_apart(self, tmp_path):
+        self.write_pairs(tmp_path, 10, 800)
+        captions = read_captions(tmp_path)
+        assert 10 < len(captions.held_out) < 80
+        assert len({item.image for item, _ in captions.train}) == 10
+        assert "too many examples share them" in captions.notes[1]
+
+    def test_some_of_the_modalities(self, tmp_path):
+        table = "audio,text,image\na.wav,one,a.jpg\n,two,b.jpg\nb.wav,three,\na.wav,,c.jpg\n"
+        write(tmp_path, {"metadata.csv": table, **IMAGES, "a.wav": "", "b.wav": ""})
+        captions = read_captions(tmp_path)
+        kept = keep_modalities(captions, ("image", "text", "video"))
+        assert kept.modalities == ("text", "image")
+        assert [(item.files, caption) for item, caption in kept.train] == [
+            ([tmp_path / "a.jpg"], "one"),
+            ([tmp_path / "b.jpg"], "two"),
+        ]
+        assert kept.notes[-1] == "left out: 2 rows without text and image"
+        assert keep_modalities(captions, ("text",)) is captions
+        assert keep_modalities(captions, ("audio", "image", "text")) is captions
 
 
 class TestClasses:
@@ -159,6 +221,13 @@ class TestClasses:
             "left out: 4 images of test/",
             "not read: the folders drawings, photos",
         ]
+
+    def test_a_split_may_lack_a_class(self, tmp_path):
+        files = ("train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg")
+        write(tmp_path, dict.fromkeys(files, ""))
+        captions = read_captions(tmp_path)
+        assert len(captions.train) == 2
+        assert [caption for _, caption in captions.held_out] == ["dog"]
 
     def test_a_class_may_be_called_train(self, tmp_path):
         write(tmp_path, {f"{name}/{i}.jpg": "" for name in ("train", "car", "bus") for i in "123"})
@@ -199,7 +268,7 @@ MISTAKES = {
     "header alone": ("image,text\n", "no row can be used. It has no rows"),
     "nothing left": (
         "image,text\nx.jpg,one\n,two\na.jpg,\n",
-        "no row can be used. files that do not exist: 1 of 3 rows .x.jpg.; rows without a file: 2 ",
+        "no row can be used. files that do not exist: 1 of 3 rows .x.jpg.; rows with text alone: 2",
     ),
     "too many cells": (
         "text,image\nred, round,a.jpg\n",

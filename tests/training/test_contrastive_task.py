@@ -1,6 +1,7 @@
 """V3's task: micro-batches give the loss of the whole batch, experts are balanced over all
 modalities, the gallery is held out."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
@@ -63,8 +64,9 @@ def near(a, b, tolerance=1e-12):
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    inputs, ids = task_of().batch(3)
-    again, _ = task_of().batch(3)
+    inputs, ids, present = task_of().batch(3)
+    assert present is None
+    again, _, _ = task_of().batch(3)
     assert all(torch.equal(inputs[name], again[name]) for name in ("text", "image", "audio"))
     assert inputs["text"].shape[0] == inputs["image"].shape[0] == 8 and ids.shape == (8, 2)
     assert all(len(set(column.tolist())) == 8 for column in ids.T)
@@ -103,7 +105,7 @@ class Repeated(SceneData):
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_duplicates_by_file_or_caption_are_no_negatives_with_micro_batches_too(size):
     task, model = task_of(data=Repeated()), model_of()
-    inputs, _ = task.batch(0)
+    inputs, _, _ = task.batch(0)
     embeddings, _ = model(inputs)
     duplicates = {(0, 3), (0, 6), (1, 7)}  # "one", a file, a file and "two"
     total = 0
@@ -144,7 +146,7 @@ def test_the_experts_losses_reach_the_gates_with_micro_batches_too(shared):
         EXPERTS, multimodal=replace(EXPERTS.multimodal, shared=shared, entropy_coefficient=0.5)
     )
     task, model = task_of(config), model_of(config)
-    inputs, ids = task.batch(0)
+    inputs, ids, _ = task.batch(0)
     embeddings, _ = model(inputs)
     total = all_pairs_loss(embeddings, model.temperature(), task.pair_weights, ids)[0]
     for piece in (slice(0, 4), slice(4, 8)):
@@ -350,3 +352,122 @@ def test_captions_of_one_file_are_refused(tmp_path):
     sounds = replace(SMALL, multimodal=replace(SMALL.multimodal, modalities=("text", "audio")))
     with pytest.raises(UserError, match="all 8 training captions are of one file"):
         task_of(sounds, CaptionDataset("mine", folder, 32, 32))
+
+
+# ---- examples that lack a modality ---------------------------------------------------------------
+
+LACKING = {
+    "text": [True, True, False, True, True, True, True, True],
+    "image": [True, False, True, True, True, True, False, False],
+    "audio": [True, True, True, False, False, True, True, True],
+}
+
+
+class Gaps(SceneData):
+    """Scenes of which some lack a modality, in each eighth alike."""
+
+    has_gaps = True
+
+    def lacking(self, examples):
+        size = len(examples.captions)
+        present = {name: np.resize(has, size) for name, has in LACKING.items()}
+        captions = zip(examples.captions, present["text"], strict=True)
+        texts = [text if has else "" for text, has in captions]
+        images = examples.images * present["image"][:, None, None, None]
+        return replace(examples, captions=texts, images=images, present=present)
+
+    def batch(self, *args):
+        return self.lacking(super().batch(*args))
+
+    def gallery(self, size):
+        return self.lacking(super().gallery(16))
+
+    def pair_counts(self):
+        return Counter({("text", "image"): 9, ("text", "audio"): 9, ("image", "audio"): 9})
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_loss_of_a_pair_counts_the_examples_that_have_both(size):
+    task, model = task_of(data=Gaps()), model_of()
+    inputs, _, present = task.batch(0)
+    assert {name: has.tolist() for name, has in present.items()} == LACKING
+    embeddings, _ = model(inputs)
+    total = 0
+    for a, b in combinations(embeddings, 2):
+        both = [i for i in range(8) if LACKING[a][i] and LACKING[b][i]]
+        assert 2 < len(both) < 7
+        scores = (model.temperature() * embeddings[a] @ embeddings[b].T)[both][:, both]
+        logits = scores.logsumexp(0) + scores.logsumexp(1) - 2 * scores.diag()
+        total = total + logits.mean() / (2 * 3)
+    total.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    metrics = accumulate_gradients(task, model, task.batch(0), size)
+    assert metrics["ce_loss"].item() == pytest.approx(total.item(), abs=1e-12)
+    near({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+def test_what_stands_in_a_gap_changes_no_loss():
+    class Noise(Gaps):
+        def lacking(self, examples):
+            examples = super().lacking(examples)
+            lost = ~examples.present["image"][:, None, None, None]
+            return replace(examples, images=examples.images + lost * np.float32(0.3))
+
+    losses = []
+    for data in (Gaps(), Noise()):
+        task = task_of(data=data)
+        losses.append(accumulate_gradients(task, model_of(), task.batch(0), 3)["ce_loss"].item())
+    assert losses[0] == losses[1]
+
+
+def test_recalls_and_accuracies_are_of_the_examples_that_have_both():
+    class Lost(Gaps):
+        """Every image that is there is collapsed; all others would be found."""
+
+        def text(self):
+            return "\n".join("ab"[i % 2] for i in range(100))
+
+        def lacking(self, examples):
+            examples = super().lacking(examples)
+            texts = [text and "ab"[i % 2] for i, text in enumerate(examples.captions)]
+            return replace(examples, captions=texts)
+
+    class Points(Known):
+        def forward(self, inputs):
+            B = len(next(iter(inputs.values())))
+            points = torch.eye(16)[:B]
+            made = dict.fromkeys(inputs, points)
+            if "image" in made:
+                lost = torch.tensor(LACKING["image"] * 2)
+                made["image"] = torch.where(lost[:, None], points[:1], points)
+            return made, {name: [{}] for name in inputs}
+
+    task = task_of(data=Gaps())
+    row = task.evaluate(Points())
+    both = sum(a and b for a, b in zip(LACKING["image"], LACKING["audio"], strict=True)) * 2
+    assert row["recall1_text_audio"] == row["recall5_audio_text"] == 1
+    assert row["recall1_image_audio"] == pytest.approx(1 / both)  # example 0 alone is at its point
+    assert row["median_rank_audio_image"] == both
+    task = task_of(replace(SMALL, batch_size=4), Lost())
+    assert list(task.labels) == ["a", "b"]
+    classified = task.classify(Points(), task.embed(Points(), task.inputs(task.gallery))[0])
+    for name, (truth, nearest) in classified.items():
+        has = np.logical_and(LACKING[name], LACKING["text"])
+        assert len(truth) == len(nearest) == 2 * has.sum() and truth.min() == 0
+    assert task.evaluate(Points())["zero_shot_accuracy_image"] < 1
+
+
+def test_pairs_that_no_example_has_are_not_compared():
+    class Apart(Gaps):
+        def pair_counts(self):
+            return Counter(
+                {("text", "image"): 8208, ("text", "audio"): 8208, ("image", "audio"): 1}
+            )
+
+    task = task_of(data=Apart())
+    assert list(task.pair_weights) == [("text", "image"), ("text", "audio")]
+    assert "ln 4" in task.describe_step(), "half of 8 examples have both of a pair"
+    asked = replace(SMALL, multimodal=replace(SMALL.multimodal, pairs=("audio-image",)))
+    with pytest.raises(UserError, match="fewer than two training examples have audio and image"):
+        task_of(asked, Apart())

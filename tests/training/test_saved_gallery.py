@@ -14,13 +14,18 @@ def test_a_gallery_comes_back_as_the_model_read_it(tmp_path):
     images = random.integers(0, 256, (3, 3, 8, 8), np.uint8).astype(np.float32) / np.float32(255)
     waves = random.uniform(-1.5, 1.5, (3, 1024)).astype(np.float32)
     captions = ["a $ caption", "\u4e03", 'with "quotes"\\']
-    gallery = Examples(np.array([4, 2, 9]), captions, images, waves, normalized_log_mel(waves))
+    present = {"text": np.ones(3, bool), "image": np.array([True, False, True])}
+    gallery = Examples(
+        np.array([4, 2, 9]), captions, images, waves, normalized_log_mel(waves), present
+    )
     assert load_gallery(tmp_path) is None
     save_gallery(tmp_path, gallery, "A caption\nwith quotes, \u4e03\u516b")
     examples, words = load_gallery(tmp_path)
     assert words == {"a", "caption", "with", "quotes", "\u4e03", "\u516b"}
     assert examples.captions == captions and examples.ids.tolist() == [4, 2, 9]
     np.testing.assert_array_equal(examples.images, images)
+    assert examples.present["image"].tolist() == [True, False, True]
+    assert examples.present.keys() == {"text", "image"}
     np.testing.assert_array_equal(examples.mels, gallery.mels)
     np.testing.assert_allclose(examples.waves, np.clip(waves, -1, 1), atol=2**-15)
     data = (tmp_path / FILE).read_bytes()
