@@ -74,6 +74,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "top-k": SIZE,
     "top-p": (1e-9, 1),
     "top": (1, 10**6),
+    # nanods/evaluate.py
+    "examples": (2, 10**6),
     # --plan
     "gpus": (1, 2**16),
     "tokens": (1, 1e20),

@@ -235,14 +235,15 @@ def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> N
     steps = range(run.step + 1, config.steps + 1)
     evaluations = sum(step % config.eval_every == 0 or step == config.steps for step in steps)
     with run.precision.autocast:
-        evaluating = evaluations * task.evaluation_seconds(compiled)
+        each = task.evaluation_seconds(compiled)
+    evaluating = evaluations * each
     print(
         f"data       {task.describe_data()}\n"
         f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), "
         f"{task.describe_flops(whole)}, about {memory / 2**30:.2f} GiB, "
         f"{format_duration(seconds * len(steps) + evaluating)} for {config.steps} steps of "
         f"{task.describe_step()} (micro-batches of {run.micro_batch}); "
-        f"evaluations ({evaluations}) take {format_duration(evaluating)} of it"
+        f"evaluations ({evaluations}, {each:.2g} s each) take {format_duration(evaluating)} of it"
     )
 
 

@@ -52,13 +52,16 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def program(workspace, monkeypatch, capsys):
-    """Run train.py or sample.py in this process: program("train", "v1-tiny", ...) -> (exit code,
-    stdout, stderr)."""
+    """Run train.py, sample.py, nanods/evaluate.py or nanods/data/check.py in this process:
+    program("train", "v1-tiny", ...) -> (exit code, stdout, stderr)."""
     import sample
     import train
+    from nanods import evaluate
+    from nanods.data import check
     from nanods.errors import run
 
     mains = {"train": train.main, "sample": sample.main}
+    mains |= {"evaluate": evaluate.main, "check": check.main}
 
     def call(name, *args):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])

@@ -17,6 +17,7 @@ BENCHES += ("multimodal", "recall", "scale", "time_to_loss")
 PROGRAMS = {
     "sample": "Args",
     "nanods.training.quantize": "Args",
+    "nanods.evaluate": "Args",
     "nanods.planner.cli": "PlanArgs",
     **{f"nanods.bench.{name}": "Args" for name in BENCHES},
 }

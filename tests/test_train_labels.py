@@ -33,7 +33,7 @@ def test_ten_words_are_learnt_reported_as_labels_and_found(train_tiny, program, 
     assert code == 0, err
     assert "held-out examples of 10 labels" in out
     assert "28 that are not its duplicates: an untrained model's loss is about ln 29 = 3.37" in out
-    assert "zero-shot accuracy among 10 labels: audio" in out and "\ncut  " not in out
+    assert "zero-shot accuracy among 10 labels: audio" in out and "\ncut        nothing\n" in out
     run = workspace / "runs/v3-tiny"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("recall1_text_audio", "recall1_audio_text", "zero_shot_accuracy_audio"):

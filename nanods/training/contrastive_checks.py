@@ -10,10 +10,12 @@ import numpy as np
 
 from nanods.config import Config
 from nanods.contrastive import chance_loss
+from nanods.data.captions import Item
 from nanods.data.examples import Examples, caption_key, duplicate_ids
 from nanods.data.sound import HOP, RATE, WINDOW
 from nanods.errors import UserError
 from nanods.multimodal import MultimodalConfig
+from nanods.training.commands import shorten
 
 MAX_LABELS = 200  # distinct captions that are taken for labels: enough for a confusion matrix
 
@@ -30,6 +32,42 @@ def find_labels(train: list[str], held_out: list[str]) -> dict[str, str]:
         if len(labels) > MAX_LABELS:
             return {}
     return dict(sorted(labels.items())) if 2 * len(labels) <= len(train) else {}
+
+
+# ---- items, captions and held-out examples -------------------------------------------------------
+
+
+def count_items(items: list[Item]) -> str:
+    """Return of how many files the examples are made, in words."""
+    images = {item.image for item in items if item.image}
+    sounds = {item.audio for item in items if item.audio}
+    counts = {"image": len(images), "sound": len(sounds)}
+    each = [f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in counts.items() if n]
+    return f" in {' and '.join(each)}"
+
+
+def describe_captions(captions: list[str]) -> str | None:
+    """Return how many training captions are distinct, in words; None if there are none."""
+    counts = Counter(caption_key(caption) for caption in captions if caption)
+    if not counts:
+        return None
+    (commonest, most), *_ = counts.most_common(1)
+    text = f"{len(counts):,} of {sum(counts.values()):,} training captions are distinct"
+    if most == 1:
+        return text
+    return f"{text}; the commonest, {shorten(commonest)!r}, is that of {most:,}"
+
+
+def describe_standard_error(number: int) -> str:
+    """Return how sure a recall over this many held-out examples is, in words.
+
+    The standard error of a share p of n examples is sqrt(p (1 - p) / n).
+    """
+    half, most = (np.sqrt(p * (1 - p) / number) for p in (0.5, 0.9))
+    return (
+        f"{number:,} held-out examples: a recall of 0.5 has a standard error of {half:.3f}, one of "
+        f"0.9 of {most:.3f}"
+    )
 
 
 # ---- negatives -----------------------------------------------------------------------------------

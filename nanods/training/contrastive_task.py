@@ -46,15 +46,19 @@ from nanods.data.emoji import EmojiData
 from nanods.data.examples import ExampleDataset, Examples, caption_key, duplicate_ids
 from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
+from nanods.data.tokenizer import BPETokenizer, ByteTokenizer
 from nanods.errors import UserError
 from nanods.moe import entropy_loss
 from nanods.multimodal import MODALITIES, Multimodal, MultimodalConfig
 from nanods.training.commands import flag, sample_command, shorten
 from nanods.training.contrastive_checks import (
     check_negatives,
+    count_items,
     cut_captions,
     cut_sounds,
+    describe_captions,
     describe_chance,
+    describe_standard_error,
     expected_candidates,
     find_labels,
 )
@@ -104,10 +108,16 @@ class ContrastiveTask:
     higher_is_better = True
 
     def __init__(
-        self, config: Config, device: torch.device, data: ExampleDataset | None = None
+        self,
+        config: Config,
+        device: torch.device,
+        data: ExampleDataset | None = None,
+        tokenizer: ByteTokenizer | BPETokenizer | None = None,
+        max_gallery: int = MAX_GALLERY,
     ) -> None:
-        """`data` replaces the data set that the configuration names. Raises UserError if it lacks a
-        modality that was asked for, or if no batch can have negatives."""
+        """`data` replaces the data set that the configuration names, `tokenizer` the one that its
+        captions would give. Raises UserError if the data lack a modality that was asked for, or if
+        no batch can have negatives."""
         self.device = device
         self.data = data or load_dataset(config)
         self.config = config = fit_modalities(config, self.data.modalities)
@@ -116,10 +126,10 @@ class ContrastiveTask:
                 f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training "
                 "examples; choose a smaller batch"
             )
-        self.tokenizer = tokenizer_for(self.data.text(), config.model.vocab_size)
+        self.tokenizer = tokenizer or tokenizer_for(self.data.text(), config.model.vocab_size)
         self.pair_weights, self.pair_share = self.choose_pairs()
         self.units_per_step = config.batch_size
-        self.gallery = self.data.gallery(min(MAX_GALLERY, len(self.data.held_out)))
+        self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))
         self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, N)
         self.gallery_present = present_on(self.gallery, device)
         self.more_galleries: dict[str, Examples] = getattr(self.data, "more_galleries", dict)()
@@ -380,18 +390,24 @@ class ContrastiveTask:
             save_gallery(run_dir, self.gallery, self.data.text())
 
     def describe_data(self) -> str:
+        """Return items and files, distinct captions, what is cut, which files cannot be read, and
+        how sure an evaluation is."""
         data = self.data
         labels = f" of {len(self.labels)} labels" if self.labels else ""
+        files = count_items(data.items) if isinstance(data, CaptionDataset) else ""
         line = (
             f"{data.name}: {len(data.train):,} training + {len(data.held_out):,} held-out "
-            f"examples{labels}, sha256 {data.sha256[:12]}"
+            f"examples{labels}{files}, sha256 {data.sha256[:12]}"
         )
         notes = data.notes() if hasattr(data, "notes") else []
         left_out = missing_modalities(preset_modalities(self.config), data.modalities)
         if left_out:
             notes = [f"no {' and no '.join(left_out)}: the model has none either", *notes]
         lines = [line, *(f"           {text}" for text in notes)]
-        lines += [f"cut        {text}" for text in self.cuts]
+        if captions := describe_captions(data.text().split("\n")):
+            lines.append(f"captions   {captions}")
+        lines += [f"cut        {text}" for text in self.cuts or ["nothing"]]
+        lines.append(f"evaluated  {describe_standard_error(len(self.gallery.ids))}")
         lines += [f"warning    {text}" for text in self.warnings]
         return "\n".join(lines)
 
