@@ -241,11 +241,11 @@ def split_rows(parts: list[Part], folder: Path) -> tuple[Rows, Rows, list[str]]:
     if held_out := rows["val"]:
         notes.append(f"held out: {count_files(held_out)} of {', '.join(names['val'])}")
     else:
-        items, held_out_notes = choose_held_out({item for item, _ in train})
+        items, remark = choose_held_out({item for item, _ in train})
         notes.append(
             f"held out: {len(items):,} of {count_files(train)}, by the hash of the file's name"
+            f"{remark}"
         )
-        notes += held_out_notes
         held_out = [row for row in train if row[0] in items]
         train = [row for row in train if row[0] not in items]
     if rows["test"]:
@@ -266,23 +266,22 @@ def split_by_folder(part: Part, folder: Path) -> dict[Item, tuple[str, str]]:
     return by_folder
 
 
-def choose_held_out(items: set[Item]) -> tuple[set[Item], list[str]]:
-    """Return about 1 item in 20 (13 / 256), at least a few, chosen by the hash of its name; and
-    notes.
+def choose_held_out(items: set[Item]) -> tuple[set[Item], str]:
+    """Return about 1 item in 20 (13 / 256), at least a few, chosen by the hash of its name; and a
+    remark, "" if there is none.
 
     Items that share a file are chosen together, unless they form fewer than MIN_GROUPS groups.
     """
-    groups, notes = group_by_files(items), []
+    groups, remark = group_by_files(items), ""
     if len(groups) < min(len(items), MIN_GROUPS):
         groups = [[item] for item in items]
-        notes.append(
-            "images or sounds of held-out examples may be in training examples too, with others: "
-            "too many examples share them"
+        remark = (
+            "; some of their images or sounds are in training examples too: too many share them"
         )
     digests = [hashlib.sha256(os.fsencode(min(i.name for i in group))).digest() for group in groups]
     count = max(sum(digest[0] < 13 for digest in digests), min(MIN_HELD_OUT, len(groups) // 4))
     chosen = sorted(range(len(groups)), key=digests.__getitem__)[:count]
-    return {item for i in chosen for item in groups[i]}, notes
+    return {item for i in chosen for item in groups[i]}, remark
 
 
 def group_by_files(items: Iterable[Item]) -> list[list[Item]]:

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +132,12 @@ class ContrastiveTask:
         self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))
         self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, N)
         self.gallery_present = present_on(self.gallery, device)
+        pairs = combinations(config.multimodal.modalities, 2)
+        if self.gallery.present and all(self.gallery.has(*pair).sum() < 2 for pair in pairs):
+            raise UserError(
+                f"--data {config.data}: no two held-out examples have the same two modalities, so "
+                "nothing can be retrieved; hold out others, or give --val-data FOLDER"
+            )
         self.more_galleries: dict[str, Examples] = getattr(self.data, "more_galleries", dict)()
 
         text = self.data.text()
@@ -403,6 +409,9 @@ class ContrastiveTask:
         left_out = missing_modalities(preset_modalities(self.config), data.modalities)
         if left_out:
             notes = [f"no {' and no '.join(left_out)}: the model has none either", *notes]
+        for pair in self.config.multimodal.pair_weights():
+            if pair not in self.pair_weights:
+                notes.append(f"not compared: {' and '.join(pair)}, which too few examples have")
         lines = [line, *(f"           {text}" for text in notes)]
         if captions := describe_captions(data.text().split("\n")):
             lines.append(f"captions   {captions}")

@@ -458,6 +458,19 @@ def test_recalls_and_accuracies_are_of_the_examples_that_have_both():
     assert task.evaluate(Points())["zero_shot_accuracy_image"] < 1
 
 
+def test_held_out_examples_without_a_pair_are_refused():
+    class Alone(Gaps):
+        def gallery(self, size):
+            examples = super().gallery(size)
+            return replace(examples, present=examples.present | {"text": ~examples.has("image")})
+
+    with pytest.raises(UserError, match="no two held-out examples have the same two modalities"):
+        task_of(
+            replace(SMALL, multimodal=replace(SMALL.multimodal, modalities=("text", "image"))),
+            Alone(),
+        )
+
+
 def test_pairs_that_no_example_has_are_not_compared():
     class Apart(Gaps):
         def pair_counts(self):
@@ -468,6 +481,7 @@ def test_pairs_that_no_example_has_are_not_compared():
     task = task_of(data=Apart())
     assert list(task.pair_weights) == [("text", "image"), ("text", "audio")]
     assert "ln 4" in task.describe_step(), "half of 8 examples have both of a pair"
+    assert "not compared: image and audio, which too few examples have" in task.describe_data()
     asked = replace(SMALL, multimodal=replace(SMALL.multimodal, pairs=("audio-image",)))
     with pytest.raises(UserError, match="fewer than two training examples have audio and image"):
         task_of(asked, Apart())
