@@ -13,6 +13,7 @@ from nanods.data.tokenizer import ByteTokenizer
 from nanods.training import checkpoint
 from nanods.training.contrastive_checks import describe_captions, describe_standard_error
 from nanods.training.language_task import LanguageTask
+from tests.test_train_gaps import write_table
 
 
 def files_of(folder):
@@ -41,6 +42,21 @@ def test_a_run_of_v3_is_evaluated_on_its_own_data_and_on_others(shapes, program,
     assert code == 0 and "moved: 30 of 60 examples of 10 labels" in out
     assert "a recall of 0.5 has a standard error of 0.091, one of 0.9 of 0.055" in out
     assert files_of(workspace / "run") == before, "the run is not touched"
+
+
+def test_a_table_with_gaps_is_described_drawn_and_evaluated(shapes, program, workspace):
+    write_table(workspace / "table")
+    code, out, err = program("check", "table")
+    assert code == 0, err
+    assert "held-out examples of 4 labels in " in out and " images and " in out
+    page = (workspace / "contact_sheet.html").read_text()
+    assert 24 < page.count("<img") < 40 and 24 < page.count("<audio") < 40, "24 + 16, some lack it"
+    # The run knows texts and images: sounds are left out, and so are items with one of the two.
+    code, out, err = program("evaluate", "run", "--data", "table", "--json", "-")
+    assert code == 0 and "zero-shot accuracy among 4 labels: image" in err, err
+    metrics = json.loads(out)["metrics"]
+    assert metrics.keys() >= {"recall1_text_image", "recall1_image_text"}
+    assert not [name for name in metrics if "audio" in name]
 
 
 @pytest.mark.parametrize(
