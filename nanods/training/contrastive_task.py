@@ -432,9 +432,8 @@ class ContrastiveTask:
         for name, value in metrics.items():
             if name.startswith("recall1_"):
                 each.append(f"{name.removeprefix('recall1_').replace('_', '->')} {value:.3f}")
-        examples = len(self.gallery.ids)
         line = (
-            f"recall@1 {metrics['val_recall1']:.4f} among {examples} held-out examples "
+            f"recall@1 {metrics['val_recall1']:.4f} among {self.count_pairs()} held-out examples "
             f"({', '.join(each)})"
         )
         zero_shot = [
@@ -453,6 +452,17 @@ class ContrastiveTask:
             ]
             line += f"; {name}: recall@5 among {len(gallery.ids)}: {', '.join(each)}"
         return line
+
+    def count_pairs(self) -> str:
+        """Return how many examples of the gallery a query is compared with, in words: "512", or "96
+        to 104 of 120" where some lack a modality."""
+        total = len(self.gallery.ids)
+        pairs = combinations(self.config.multimodal.modalities, 2)
+        counts = [int(count) for pair in pairs if (count := self.gallery.has(*pair).sum()) > 1]
+        if min(counts, default=total) == total:
+            return f"{total}"
+        few, many = min(counts), max(counts)
+        return f"{few} of {total}" if few == many else f"{few} to {many} of {total}"
 
     def draw(self, model: Multimodal, rows: list[dict]) -> list[Path]:
         """Draw loss, recall, similarities, neighbours, a map of the space of scenes, and a

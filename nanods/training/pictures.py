@@ -158,6 +158,7 @@ def draw_neighbours(embeddings: dict[str, np.ndarray], gallery) -> Figure:
     captions = [text or NO_TEXT for text in gallery.captions]
     duplicates, rows, drawn = duplicates_in(gallery), [], set()
     directions = [(a, b) for b in embeddings for a in embeddings if a != b and b != "text"]
+    directions = [pair for pair in directions if gallery.has(*pair).sum() > 1]
     if len(directions) == 1:  # text and one other
         directions.append(directions[0][::-1])
     rounds = -(-SHOWN_QUERIES // len(directions))

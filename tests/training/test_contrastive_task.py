@@ -449,6 +449,7 @@ def test_recalls_and_accuracies_are_of_the_examples_that_have_both():
     assert row["recall1_text_audio"] == row["recall5_audio_text"] == 1
     assert row["recall1_image_audio"] == pytest.approx(1 / both)  # example 0 alone is at its point
     assert row["median_rank_audio_image"] == both
+    assert "among 6 to 10 of 16 held-out examples" in task.describe_validation(row)
     task = task_of(replace(SMALL, batch_size=4), Lost())
     assert list(task.labels) == ["a", "b"]
     classified = task.classify(Points(), task.embed(Points(), task.inputs(task.gallery))[0])

@@ -1,5 +1,7 @@
 """What the pictures of V3 show of real data: labels, two modalities, equal captions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,17 @@ def test_neighbours_of_labels_have_four_queries_of_different_labels(modalities, 
 def test_neighbours_of_two_captions_have_two_queries():
     figure = draw_neighbours(*make_gallery(("text", "image"), ["cat", "dog", "cat"]))
     assert len(figure.axes) == 2 * (1 + 3)
+
+
+def test_neighbours_are_examples_that_have_both_modalities():
+    """Of images and sounds of the same labels, as in folders of classes: no example has both."""
+    embeddings, gallery = make_gallery(("text", "image", "audio"), [*LABELS, *LABELS])
+    has_image = np.arange(12) < 6
+    present = {"text": np.arange(12) > 0, "image": has_image, "audio": ~has_image}
+    figure = draw_neighbours(embeddings, replace(gallery, present=present))
+    assert len(figure.axes) == 4 * 6, "two queries for images, two for sounds"
+    queries = [axes.texts[0].get_text() for axes in np.array(figure.axes).reshape(4, 6)[:, 0]]
+    assert queries == ["dog", "boat", "cat", "tree"]
 
 
 def test_first_of_each():
