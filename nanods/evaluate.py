@@ -216,7 +216,8 @@ def describe_examples(task: ContrastiveTask) -> str:
     lines += [f"cut        {cut}" for cut in task.cuts]
     if skipped := getattr(data, "skipped", 0):
         lines.append(f"left out   {skipped:,} files that cannot be read")
-    lines.append(f"evaluated  {describe_standard_error(number)}")
+    error = describe_standard_error(task.gallery, task.config.multimodal.modalities)
+    lines.append(f"evaluated  {error}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,8 @@ Shapes: B examples of a batch, N training examples, C labels.
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -58,16 +60,20 @@ def describe_captions(captions: list[str]) -> str | None:
     return f"{text}; the commonest, {shorten(commonest)!r}, is that of {most:,}"
 
 
-def describe_standard_error(number: int) -> str:
-    """Return how sure a recall over this many held-out examples is, in words.
+def describe_standard_error(gallery: Examples, modalities: Sequence[str]) -> str:
+    """Return how sure a recall over the held-out examples is, in words: of the pair of modalities
+    that the fewest of them have.
 
     The standard error of a share p of n examples is sqrt(p (1 - p) / n).
     """
-    half, most = (np.sqrt(p * (1 - p) / number) for p in (0.5, 0.9))
-    return (
-        f"{number:,} held-out examples: a recall of 0.5 has a standard error of {half:.3f}, one of "
-        f"0.9 of {most:.3f}"
-    )
+    number = len(gallery.captions)
+    fewest = min(gallery.has(*pair).sum() for pair in combinations(modalities, 2))
+    gaps = f", of which at least {fewest:,} have both of a pair" if fewest < number else ""
+    text = f"{number:,} held-out examples{gaps}"
+    if not fewest:
+        return text
+    half, most = (np.sqrt(p * (1 - p) / fewest) for p in (0.5, 0.9))
+    return f"{text}: a recall of 0.5 has a standard error of {half:.3f}, one of 0.9 of {most:.3f}"
 
 
 # ---- negatives -----------------------------------------------------------------------------------

@@ -416,7 +416,8 @@ class ContrastiveTask:
         if captions := describe_captions(data.text().split("\n")):
             lines.append(f"captions   {captions}")
         lines += [f"cut        {text}" for text in self.cuts or ["nothing"]]
-        lines.append(f"evaluated  {describe_standard_error(len(self.gallery.ids))}")
+        error = describe_standard_error(self.gallery, self.config.multimodal.modalities)
+        lines.append(f"evaluated  {error}")
         lines += [f"warning    {text}" for text in self.warnings]
         return "\n".join(lines)
 

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from nanods.build import build_model
 from nanods.config import PRESETS, to_dict
+from nanods.data.examples import Examples
 from nanods.data.text import load_text
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.training import checkpoint
@@ -130,4 +132,12 @@ def test_captions_and_standard_errors_in_words():
     text = describe_captions(["A cat", "a  cat", "dog"])
     assert text == "2 of 3 training captions are distinct; the commonest, 'a cat', is that of 2"
     assert describe_captions([""]) is None
-    assert describe_standard_error(100).endswith("error of 0.050, one of 0.9 of 0.030")
+    gallery = Examples(np.arange(100), ["x"] * 100)
+    text = describe_standard_error(gallery, ("text", "image"))
+    assert text.endswith("error of 0.050, one of 0.9 of 0.030") and "of which" not in text
+    has_image = np.arange(100) < 25  # the error is that of these
+    text = describe_standard_error(
+        replace(gallery, present={"image": has_image}), ("text", "image")
+    )
+    assert "100 held-out examples, of which at least 25 have both of a pair: " in text
+    assert text.endswith("error of 0.100, one of 0.9 of 0.060")
