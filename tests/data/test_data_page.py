@@ -88,6 +88,16 @@ def test_the_folders_of_classes(tmp_path):
     assert captions_of(tmp_path / "animals/train") == ["cat", "dog"]  # train/ may be left out
 
 
+def test_the_table(tmp_path):
+    write(tmp_path / "metadata.csv", example("**A table**"))
+    for name in ("img/kite.jpg", "wav/kite.wav", "img/dog.jpg"):
+        write(tmp_path / name)
+    read = read_captions(tmp_path)
+    assert read.modalities == ("text", "image", "audio")
+    assert [caption for _, caption in read.train] == ["a red kite, over the sea"]
+    assert [(item.audio, caption) for item, caption in read.held_out] == [(None, "a dog asleep")]
+
+
 def test_the_json_lines(tmp_path):
     text = example("**The same as JSON lines**")
     write(tmp_path / "metadata.jsonl", text)
