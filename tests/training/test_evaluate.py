@@ -11,9 +11,11 @@ from nanods.build import build_model
 from nanods.config import PRESETS, to_dict
 from nanods.data.examples import Examples
 from nanods.data.text import load_text
-from nanods.data.tokenizer import ByteTokenizer
+from nanods.data.tokenizer import BPETokenizer, ByteTokenizer
+from nanods.evaluate import language_task
 from nanods.training import checkpoint
 from nanods.training.contrastive_checks import describe_captions, describe_standard_error
+from nanods.training.finished_run import FinishedRun
 from nanods.training.language_task import LanguageTask
 from tests.test_train_gaps import write_table
 
@@ -97,6 +99,20 @@ def test_a_language_model_is_evaluated_on_all_of_another_text(program, workspace
     assert table["tokens"] == len(data.val) and "all of other.txt" in err
     code, _, err = program("evaluate", "gpt", "--data", "othre.txt")
     assert code == 2 and "did you mean other.txt?" in err
+
+
+def test_a_text_is_read_in_the_tokens_of_the_run(workspace):
+    pytest.importorskip("tokenizers")
+    config = replace(PRESETS["v0-tiny"], data="text.txt")
+    config = replace(config, model=replace(config.model, context_length=32))
+    text = (workspace / "text.txt").read_text()
+    tokenizer = BPETokenizer.train(text, 300)
+    finished = FinishedRun(workspace, {}, config, tokenizer, None)
+    for other in (None, "text.txt"):  # its last tenth, and all of it
+        data = language_task(finished, torch.device("cpu"), other).data
+        decoded = tokenizer.decode(data.val.tolist())
+        assert decoded == (text if other else text[int(0.9 * len(text)) :])
+        assert data.val_bytes == len(decoded) > len(data.val)
 
 
 # ---- before the first step -----------------------------------------------------------------------
