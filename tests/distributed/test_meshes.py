@@ -211,9 +211,10 @@ def test_a_run_resumes_on_another_mesh(folder, name):
     paths = checkpoint.list_checkpoints(folder / name)
     assert [path.name for path in paths] == ["step_000003", "step_000005"]
     best = checkpoint.load(folder / name / "best")  # step 5 is the only one that is evaluated
-    assert (
-        best.state["step"] == 5 and best.state["figure"] == read_rows(folder / name)[-1]["val_bpb"]
-    )
+    assert best.state["step"] == 5
+    # Step 5 may have been the best already when it was done the first time, on another mesh.
+    figure = read_rows(folder / name)[-1]["val_bpb"]
+    assert best.state["figure"] == pytest.approx(figure, rel=1e-12)
     assert_same_run(folder / name, folder / "v2-tiny-1")
     model = checkpoint.load_model(checkpoint.load(folder / name))
     assert model.config.moe.n_expert == 4  # the whole model, as sample.py reads it
