@@ -2,9 +2,9 @@
 
     load_caption_dataset(folder, image_size=64, frames=32).batch(step=0, size=128)
 
-nanods/data/captions.py says which folders are read. An item is an image, a sound or both, and may
-have several captions. The numbers of its files are the ids of its examples. An example that lacks
-one of the data set's modalities has zeros for it, and `Examples.present` says so.
+nanods/data/caption_forms.py says which folders are read. An item is an image, a sound or both, and
+may have several captions. The numbers of its files are the ids of its examples. An example that
+lacks one of the data set's modalities has zeros for it, and `Examples.present` says so.
 
 A batch depends on (seed, step, size) alone, not on earlier calls. An epoch holds each training
 caption once. It goes through all items in a random order, with one caption of each, then again in
@@ -36,13 +36,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is installed
 
-from nanods.data.captions import (
-    CaptionFolder,
-    Item,
-    hold_out_folder,
-    keep_modalities,
-    read_captions,
-)
+from nanods.data.caption_forms import Item
+from nanods.data.captions import CaptionFolder, hold_out_folder, keep_modalities, read_captions
 from nanods.data.examples import Examples
 from nanods.data.file_types import wrong_type
 from nanods.data.random_bits import random_bits

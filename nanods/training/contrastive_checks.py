@@ -12,7 +12,7 @@ import numpy as np
 
 from nanods.config import Config
 from nanods.contrastive import chance_loss
-from nanods.data.captions import Item
+from nanods.data.caption_forms import Item
 from nanods.data.examples import Examples, caption_key, duplicate_ids
 from nanods.data.sound import HOP, RATE, WINDOW
 from nanods.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 
 from nanods.config import PRESETS
 from nanods.data.caption_dataset import CaptionDataset
-from nanods.data.captions import CaptionFolder, item_of
+from nanods.data.caption_forms import item_of
+from nanods.data.captions import CaptionFolder
 from nanods.data.examples import Examples, duplicate_ids
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError

@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 from nanods.config import PRESETS
 from nanods.contrastive import all_pairs_loss
 from nanods.data.caption_dataset import CaptionDataset
-from nanods.data.captions import CaptionFolder, item_of
+from nanods.data.caption_forms import item_of
+from nanods.data.captions import CaptionFolder
 from nanods.data.scenes import SceneData, split
 from nanods.data.sound import write_wav
 from nanods.errors import UserError
