@@ -30,14 +30,8 @@ from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
-from nanods.training.contrastive_task import (
-    MAX_GALLERY,
-    embed,
-    encode_captions,
-    load_dataset,
-    logit_scale,
-    model_inputs,
-)
+from nanods.training.contrastive_data import encode_captions, load_dataset, model_inputs
+from nanods.training.contrastive_task import MAX_GALLERY, embed, logit_scale
 from nanods.training.finished_run import FinishedRun, load_run
 from nanods.training.saved_gallery import SavedGallery, load_gallery, words_of
 from nanods.training.zero_shot import (

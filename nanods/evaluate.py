@@ -36,13 +36,8 @@ from nanods.data.text import (
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.training.contrastive_checks import describe_standard_error
-from nanods.training.contrastive_task import (
-    GENERATED_DATA,
-    MAX_GALLERY,
-    ContrastiveTask,
-    load_dataset,
-    missing_modalities,
-)
+from nanods.training.contrastive_data import GENERATED_DATA, load_dataset, missing_modalities
+from nanods.training.contrastive_task import MAX_GALLERY, ContrastiveTask
 from nanods.training.finished_run import FinishedRun, load_run
 from nanods.training.language_task import LanguageTask
 from nanods.training.setup import choose_device, choose_precision

@@ -48,7 +48,8 @@ from nanods.data import scenes
 from nanods.data.random_bits import random_bits
 from nanods.flags import parse_args
 from nanods.training import checkpoint
-from nanods.training.contrastive_task import ContrastiveTask, encode_captions
+from nanods.training.contrastive_data import encode_captions
+from nanods.training.contrastive_task import ContrastiveTask
 
 EXPERTS = {"moe.n-expert": 16, "hidden-ratio": 2}
 VARIANTS = {

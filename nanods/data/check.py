@@ -17,7 +17,8 @@ from nanods.contact_sheet import Cell, Row, save_contact_sheet
 from nanods.data.examples import Examples
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
-from nanods.training.contrastive_task import ContrastiveTask, load_dataset
+from nanods.training.contrastive_data import load_dataset
+from nanods.training.contrastive_task import ContrastiveTask
 
 SHOWN = 24  # examples of the training data, and of those held out
 

@@ -19,8 +19,7 @@ space, L layers, E experts, C labels.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanods.config import PRESETS, Config
+from nanods.config import Config
 from nanods.contrastive import (
     all_pairs_loss,
     embedding_gradients,
@@ -41,15 +40,12 @@ from nanods.contrastive import (
     split_batch,
     surrogate_loss,
 )
-from nanods.data.caption_dataset import CaptionDataset, load_caption_dataset
-from nanods.data.emoji import EmojiData
+from nanods.data.caption_dataset import CaptionDataset
 from nanods.data.examples import ExampleDataset, Examples, caption_key, duplicate_ids
-from nanods.data.scenes import SceneData
 from nanods.data.text import tokenizer_for
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer
 from nanods.errors import UserError
-from nanods.moe import entropy_loss
-from nanods.multimodal import MODALITIES, Multimodal, MultimodalConfig
+from nanods.multimodal import Multimodal
 from nanods.training.commands import flag, sample_command, shorten
 from nanods.training.contrastive_checks import (
     check_negatives,
@@ -62,9 +58,20 @@ from nanods.training.contrastive_checks import (
     expected_candidates,
     find_labels,
 )
+from nanods.training.contrastive_data import (
+    GENERATED_DATA,
+    encode_captions,
+    fit_modalities,
+    load_dataset,
+    missing_modalities,
+    model_inputs,
+    present_on,
+    preset_modalities,
+)
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
 from nanods.training.saved_gallery import save_gallery
+from nanods.training.shared_experts import combine_loads, moe_losses
 
 MAX_GALLERY = 512  # held-out examples among which each is to be found
 EMBED_CHUNK = 64  # examples embedded at a time where no gradient is needed
@@ -507,115 +514,7 @@ class ContrastiveTask:
         return "\n".join([*lines, "", f"next       {query}"])
 
 
-# ---- data sets and inputs ------------------------------------------------------------------------
-
-
-def load_dataset(config: Config) -> ExampleDataset:
-    """Return the data set that the configuration names. Raises UserError if it cannot be read.
-
-    A generated data set of another kind is one more entry in GENERATED_DATA (docs/MODIFYING.md).
-    """
-    multimodal = config.multimodal
-    if config.val_fraction != Config.val_fraction:
-        raise UserError(
-            f"--val-fraction {config.val_fraction}: it is for texts; --val-data FOLDER chooses the "
-            "held-out examples of V3"
-        )
-    if config.data in GENERATED_DATA:
-        if config.val_data:
-            raise UserError(
-                f"--val-data {config.val_data}: {config.data} has held-out examples of its own; "
-                "leave it out"
-            )
-        return GENERATED_DATA[config.data](multimodal)
-    val_folder = Path(config.val_data) if config.val_data else None
-    return load_caption_dataset(
-        Path(config.data),
-        multimodal.image_size,
-        multimodal.frames,
-        val_folder,
-        multimodal.modalities,
-    )
-
-
-def fit_modalities(config: Config, modalities: Sequence[str]) -> Config:
-    """Return the configuration for data with these modalities: without the preset's others.
-
-    Raises UserError if a modality is missing that a flag names, or if fewer than two are left.
-    """
-    wanted = config.multimodal.modalities
-    missing = missing_modalities(wanted, modalities)
-    if not missing:
-        return config
-    left = tuple(name for name in wanted if name in modalities)
-    asked_for = wanted != preset_modalities(config) or config.multimodal.pairs
-    if asked_for or len(left) < 2:
-        raise UserError(
-            f"--data {config.data} has no {' and no '.join(missing)}: choose other data, or "
-            f"--multimodal.modalities {' '.join(modalities)}"
-        )
-    return replace(config, multimodal=replace(config.multimodal, modalities=left))
-
-
-def missing_modalities(wanted: Sequence[str], present: Sequence[str]) -> list[str]:
-    return [name for name in wanted if name not in present]
-
-
-def preset_modalities(config: Config) -> tuple[str, ...]:
-    return PRESETS[config.preset].multimodal.modalities
-
-
-def scenes(config: MultimodalConfig) -> ExampleDataset:
-    return SceneData(config.hard_batches)
-
-
-def emoji(config: MultimodalConfig) -> ExampleDataset:
-    return EmojiData(config.image_size, config.frames)
-
-
-GENERATED_DATA: dict[str, Callable[[MultimodalConfig], ExampleDataset]] = {
-    "scenes": scenes,
-    "emoji": emoji,
-}
-"""Data sets that need no files: from --data to a function that makes them."""
-
-
-def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
-    """Return what a model reads of examples, by modality, on the CPU.
-
-    Where an example lacks a modality, it gets the input of another one. No loss reads its
-    embedding, shapes stay equal over all processes, and experts see no tokens that are not data.
-    """
-    inputs = {}
-    for name in config.multimodal.modalities:
-        x = getattr(examples, MODALITIES[name].input_field)
-        has = examples.has(name) if examples.present else None
-        if has is not None and not has.all():
-            others = np.resize(np.flatnonzero(has) if has.any() else 0, len(has))
-            source = np.where(has, np.arange(len(has)), others)
-            x = [x[i] or " " for i in source] if isinstance(x, list) else x[source]
-        if isinstance(x, list):
-            inputs[name] = encode_captions(x, tokenizer, config.model.context_length)
-        else:
-            inputs[name] = torch.from_numpy(x)
-    return inputs
-
-
-def present_on(examples, device: torch.device) -> dict[str, Tensor] | None:
-    """Return which examples have which modality, (B,) bool by modality; None if all have all."""
-    if examples.present is None:
-        return None
-    return {name: torch.from_numpy(x).to(device) for name, x in examples.present.items()}
-
-
-def encode_captions(captions: list[str], tokenizer, max_tokens: int) -> Tensor:
-    """Return captions as token ids (B, T), int64, padded with -1. T is the length of the longest;
-    all are cut at `max_tokens`."""
-    encoded = [tokenizer.encode(caption)[:max_tokens] for caption in captions]
-    tokens = np.full((len(encoded), max(map(len, encoded))), -1, np.int64)
-    for row, ids in zip(tokens, encoded, strict=True):
-        row[: len(ids)] = ids
-    return torch.from_numpy(tokens)
+# ---- embeddings and retrieval --------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -663,60 +562,3 @@ def retrieval_metrics(
 def logit_scale(model: nn.Module) -> float:
     """Return the model's scale, 1 / temperature, as a number."""
     return model.temperature().item()
-
-
-# ---- losses of experts that several modalities share ---------------------------------------------
-
-
-def combine_loads(loads: Iterable[Tensor], config: Config) -> Tensor:
-    """Return the loads (L, E) of the modalities as one: their sum where they share a trunk, else
-    one trunk's layers after the other's."""
-    loads = list(loads)
-    if config.multimodal.shared:
-        return torch.stack(loads).sum(dim=0)
-    return torch.cat(loads)
-
-
-def moe_losses(
-    stats: dict[str, list[dict[str, Tensor]]], config: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of the experts' losses, and their metrics, from each modality's stats
-    of each layer.
-
-    Where modalities share experts, the load-balancing loss counts all their tokens together: an
-    expert may then serve one modality alone. Where they do not, it is taken per modality.
-    `entropy_loss` is LIMoE's, per modality; all are means over the layers.
-    """
-    moe, multimodal, E = config.model.moe, config.multimodal, config.model.moe.n_expert
-    groups = [list(stats)] if multimodal.shared else [[name] for name in stats]
-    values = {name: [] for name in ("balance_loss", "z_loss", "entropy_loss", "dropped")}
-    for group in groups:
-        # One layer at a time, as each modality of the group went through it.
-        for layers in zip(*(stats[name] for name in group), strict=True):
-            load = torch.stack([layer["load"] for layer in layers])  # (modalities, E), integers
-            dtype = layers[0]["z_loss"].dtype
-            token_share = load.sum(dim=1, keepdim=True).to(dtype) / load.sum()  # (modalities, 1)
-            by_modality = list(zip(token_share, layers, strict=True))
-            importance = sum(share * layer["importance"] for share, layer in by_modality)
-            load_share = load.sum(dim=0).to(dtype) / load.sum()  # (E,)
-            values["balance_loss"].append(E * (load_share * importance).sum())
-            for name in ("z_loss", "dropped"):
-                values[name].append(sum(share[0] * layer[name] for share, layer in by_modality))
-            for layer in layers:
-                values["entropy_loss"].append(
-                    entropy_loss(
-                        layer["token_entropy"], layer["importance"], multimodal.min_experts
-                    )
-                )
-    means = {name: torch.stack(layers).mean() for name, layers in values.items()}
-    total = (
-        moe.balance_coefficient * means["balance_loss"]
-        + moe.z_coefficient * means["z_loss"]
-        + multimodal.entropy_coefficient * means["entropy_loss"]
-    )
-    loads = {
-        name: torch.stack([layer["load"] for layer in layers]) for name, layers in stats.items()
-    }
-    metrics = {name: value.detach() for name, value in means.items()}
-    metrics |= {f"load_{name}": load for name, load in loads.items()}
-    return total, metrics | {"load": combine_loads(loads.values(), config)}

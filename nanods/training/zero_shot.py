@@ -16,7 +16,8 @@ from nanods.config import Config
 from nanods.data.decoding import decode_text
 from nanods.data.examples import caption_key
 from nanods.errors import UserError
-from nanods.training.contrastive_task import embed, encode_captions, logit_scale
+from nanods.training.contrastive_data import encode_captions
+from nanods.training.contrastive_task import embed, logit_scale
 
 MOST_LABELS = 10_000
 

@@ -20,12 +20,9 @@ from nanods.data.sound import write_wav
 from nanods.errors import UserError
 from nanods.moe import MoEConfig, load_balancing_loss
 from nanods.multimodal import Multimodal
-from nanods.training.contrastive_task import (
-    ContrastiveTask,
-    combine_loads,
-    encode_captions,
-    moe_losses,
-)
+from nanods.training.contrastive_data import encode_captions
+from nanods.training.contrastive_task import ContrastiveTask
+from nanods.training.shared_experts import combine_loads, moe_losses
 from nanods.training.task import accumulate_gradients
 
 TINY = PRESETS["v3-tiny"]

@@ -1,0 +1,131 @@
+"""V3's data: the data set of a configuration, and what a model reads of its examples.
+
+Shapes: B examples, T tokens of a caption.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanods.config import PRESETS, Config
+from nanods.data.caption_dataset import load_caption_dataset
+from nanods.data.emoji import EmojiData
+from nanods.data.examples import ExampleDataset
+from nanods.data.scenes import SceneData
+from nanods.errors import UserError
+from nanods.multimodal import MODALITIES, MultimodalConfig
+
+
+def load_dataset(config: Config) -> ExampleDataset:
+    """Return the data set that the configuration names. Raises UserError if it cannot be read.
+
+    A generated data set of another kind is one more entry in GENERATED_DATA (docs/MODIFYING.md).
+    """
+    multimodal = config.multimodal
+    if config.val_fraction != Config.val_fraction:
+        raise UserError(
+            f"--val-fraction {config.val_fraction}: it is for texts; --val-data FOLDER chooses the "
+            "held-out examples of V3"
+        )
+    if config.data in GENERATED_DATA:
+        if config.val_data:
+            raise UserError(
+                f"--val-data {config.val_data}: {config.data} has held-out examples of its own; "
+                "leave it out"
+            )
+        return GENERATED_DATA[config.data](multimodal)
+    val_folder = Path(config.val_data) if config.val_data else None
+    return load_caption_dataset(
+        Path(config.data),
+        multimodal.image_size,
+        multimodal.frames,
+        val_folder,
+        multimodal.modalities,
+    )
+
+
+def fit_modalities(config: Config, modalities: Sequence[str]) -> Config:
+    """Return the configuration for data with these modalities: without the preset's others.
+
+    Raises UserError if a modality is missing that a flag names, or if fewer than two are left.
+    """
+    wanted = config.multimodal.modalities
+    missing = missing_modalities(wanted, modalities)
+    if not missing:
+        return config
+    left = tuple(name for name in wanted if name in modalities)
+    asked_for = wanted != preset_modalities(config) or config.multimodal.pairs
+    if asked_for or len(left) < 2:
+        raise UserError(
+            f"--data {config.data} has no {' and no '.join(missing)}: choose other data, or "
+            f"--multimodal.modalities {' '.join(modalities)}"
+        )
+    return replace(config, multimodal=replace(config.multimodal, modalities=left))
+
+
+def missing_modalities(wanted: Sequence[str], present: Sequence[str]) -> list[str]:
+    return [name for name in wanted if name not in present]
+
+
+def preset_modalities(config: Config) -> tuple[str, ...]:
+    return PRESETS[config.preset].multimodal.modalities
+
+
+def scenes(config: MultimodalConfig) -> ExampleDataset:
+    return SceneData(config.hard_batches)
+
+
+def emoji(config: MultimodalConfig) -> ExampleDataset:
+    return EmojiData(config.image_size, config.frames)
+
+
+GENERATED_DATA: dict[str, Callable[[MultimodalConfig], ExampleDataset]] = {
+    "scenes": scenes,
+    "emoji": emoji,
+}
+"""Data sets that need no files: from --data to a function that makes them."""
+
+
+# ---- what the model reads ------------------------------------------------------------------------
+
+
+def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
+    """Return what a model reads of examples, by modality, on the CPU.
+
+    Where an example lacks a modality, it gets the input of another one. No loss reads its
+    embedding, shapes stay equal over all processes, and experts see no tokens that are not data.
+    """
+    inputs = {}
+    for name in config.multimodal.modalities:
+        x = getattr(examples, MODALITIES[name].input_field)
+        has = examples.has(name) if examples.present else None
+        if has is not None and not has.all():
+            others = np.resize(np.flatnonzero(has) if has.any() else 0, len(has))
+            source = np.where(has, np.arange(len(has)), others)
+            x = [x[i] or " " for i in source] if isinstance(x, list) else x[source]
+        if isinstance(x, list):
+            inputs[name] = encode_captions(x, tokenizer, config.model.context_length)
+        else:
+            inputs[name] = torch.from_numpy(x)
+    return inputs
+
+
+def present_on(examples, device: torch.device) -> dict[str, Tensor] | None:
+    """Return which examples have which modality, (B,) bool by modality; None if all have all."""
+    if examples.present is None:
+        return None
+    return {name: torch.from_numpy(x).to(device) for name, x in examples.present.items()}
+
+
+def encode_captions(captions: list[str], tokenizer, max_tokens: int) -> Tensor:
+    """Return captions as token ids (B, T), int64, padded with -1. T is the length of the longest;
+    all are cut at `max_tokens`."""
+    encoded = [tokenizer.encode(caption)[:max_tokens] for caption in captions]
+    tokens = np.full((len(encoded), max(map(len, encoded))), -1, np.int64)
+    for row, ids in zip(tokens, encoded, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(tokens)
