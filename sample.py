@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from nanods import plots, plots_multimodal
-from nanods.config import Config
+from nanods.config import Config, typed_flags
 from nanods.data.caption_dataset import read_image, read_sound
 from nanods.data.examples import caption_key
 from nanods.data.scenes import normalized_log_mel, vocabulary
@@ -82,20 +82,25 @@ class Args:
     """V3: what the model reads for each label, such as "a photo of a {}"."""
 
 
+GENERATING = ("prompt", "num-samples", "max-new-tokens", "temperature", "top-k", "top-p", "stop")
+RETRIEVING = (
+    "query", "image", "audio", "gallery", "top", "labels", "labels-file", "prompt-template",
+)  # fmt: skip
+
+
 def main() -> None:
     args = parse_args(Args, __doc__)
     check_args(args)
     finished = load_run(args.run, args.device)
-    retrieving = ("query", "image", "audio", "gallery", "labels", "labels_file")
-    given = [
-        f"--{name.replace('_', '-')}" for name in retrieving if getattr(args, name) is not None
-    ]
-    if not finished.config.multimodal.modalities:
-        if given:
-            raise UserError(
-                f"{finished.folder} generates text and neither retrieves nor classifies: drop "
-                f"{' and '.join(given)}, or name a run of V3"
-            )
+    is_v3 = bool(finished.config.multimodal.modalities)
+    typed = typed_flags(sys.argv[1:])
+    useless = [f"--{name}" for name in (GENERATING if is_v3 else RETRIEVING) if name in typed]
+    if useless:
+        does, other = "generates text and neither retrieves nor classifies", "a run of V3"
+        if is_v3:
+            does, other = "retrieves and classifies, and generates no text", "a run of V0 to V2"
+        raise UserError(f"{finished.folder} {does}: drop {' and '.join(useless)}, or name {other}")
+    if not is_v3:
         generate(args, finished.model, finished.tokenizer)
     elif args.labels is not None or args.labels_file:
         classify(args, finished)

@@ -256,6 +256,8 @@ def test_bad_queries_are_refused_with_a_fix(trained, program, workspace):
         (("--gallery", "empty"), "--gallery empty is empty"),
         (("--gallery", "nowhere"), "no such folder"),
         (("--top", 0), "--top 0: must be at least 1"),
+        # Typed with its default: what was asked for is not ignored.
+        (("--temperature", 0.8, "--prompt=def"), "no text: drop --prompt and --temperature"),
     ):
         code, _, err = program("sample", "v3-tiny", *flags)
         assert code == 2 and message in err and "Traceback" not in err, (flags, err)
@@ -263,8 +265,9 @@ def test_bad_queries_are_refused_with_a_fix(trained, program, workspace):
 
 def test_a_language_model_refuses_queries(train_tiny, program):
     assert train_tiny("v0-tiny", "--steps", 1)[0] == 0
-    code, _, err = program("sample", "v0-tiny", "--query", "a circle")
-    assert code == 2 and "generates text and neither retrieves nor classifies" in err
+    for flags in (("--query", "a circle"), ("--top", 5)):
+        code, _, err = program("sample", "v0-tiny", *flags)
+        assert code == 2 and "generates text and neither retrieves nor classifies" in err
 
 
 def test_impossible_settings_are_refused_with_a_fix(train_tiny):
