@@ -1,6 +1,5 @@
 """Scenes: scene ids and their split, random numbers, and decoders for every modality."""
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -48,10 +47,10 @@ SAMPLE = (random_bits(600, 12345)[0] % SCENE_COUNT).astype(np.int64)  # training
 
 
 def arrays(scenes):
-    return [
-        value if isinstance(value, np.ndarray) else np.array(value)
-        for value in dataclasses.astuple(scenes)
-    ]
+    """Return the fields of scenes as arrays, without the mask of missing modalities: none is."""
+    assert scenes.present is None
+    values = [getattr(scenes, name) for name in ("ids", "captions", "images", "waves", "mels")]
+    return [value if isinstance(value, np.ndarray) else np.array(value) for value in values]
 
 
 def fingerprint(scenes):
