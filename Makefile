@@ -11,7 +11,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .PHONY: help setup
 .PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3
-.PHONY: plan-v0 plan-v1 plan-v2 plan-v3
+.PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
 .PHONY: bench-arithmetic bench-experts bench-labels results docs
 .PHONY: lessons notebook check-01 check-02 check-03 check-04
@@ -34,6 +34,7 @@ help:
 	@echo '  make upcycle-v2        start V2 from a trained V1 (after train-v1)                2 min'
 	@echo '  make sample-v2         generate text (ARGS="--prompt def"); also v0 and v1      seconds'
 	@echo '  make sample-v3         search by text, image or sound (ARGS="--query ...")      seconds'
+	@echo '  make quantize-v2       store a trained run as INT8 (ARGS="--to fp8"); also others  1 min'
 	@echo '  make plan-v2           memory and time that a run needs; also v0 to v3          seconds'
 	@echo '                         (SCALE=full ARGS="--gpus 512 --gpu a100-80gb")'
 	@echo
@@ -73,7 +74,7 @@ TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH)) train.py
 PRESET = $*-$(SCALE)
 DATA_FLAG = $(if $(DATA),--data '$(subst ','\'',$(DATA))')
 ifeq ($(DATA),emoji)
-train-v3 plan-v3 sample-v3: PRESET = v3-emoji
+train-v3 plan-v3 sample-v3 quantize-v3: PRESET = v3-emoji
 train-v3 sample-v3: .venv/emoji
 endif
 
@@ -127,6 +128,9 @@ upcycle-v2: .venv/base
 
 sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
 	$(PY) sample.py $(PRESET) $(ARGS)
+
+quantize-v0 quantize-v1 quantize-v2 quantize-v3: quantize-%: .venv/base
+	$(PY) -m nanods.training.quantize $(PRESET) $(ARGS)
 
 bench-v1: .venv/base
 	$(PY) -m nanods.bench.attention $(ARGS)
