@@ -55,7 +55,7 @@ def capacity_table(hardware: tuple[str, ...] = REFERENCE_HARDWARE) -> list[dict[
     """
     rows = []
     for name, config in PRESETS.items():
-        if name.startswith("v0") or name.endswith("tiny"):
+        if name.startswith("v0") or name.endswith(("tiny", "emoji")):
             continue
         row = {"preset": name}
         for words in hardware:
