@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from nanods.data.shards import load_shards
-from nanods.data.text import tokenizer_for
+from nanods.data.text import load_text
 from nanods.distributed.rendezvous import attempt_number, connection_failure
 from tests.distributed.processes import free_port
 from tests.distributed.test_meshes import FLAGS, SIZE, STEPS, TEXT
@@ -197,7 +196,7 @@ def test_a_process_waits_for_a_stopped_one_no_longer_than_the_timeout(folder, mo
 def test_a_faulty_data_shard_is_reported_once_and_all_processes_exit(folder, fault):
     (folder / "corpus").mkdir()
     (folder / "corpus/a.txt").write_text(TEXT)
-    load_shards("corpus", 256, tokenizer_for)
+    load_text("corpus")
     (shards,) = (folder / "data/shards").iterdir()
     shard = shards / "train-00000.bin"
     if fault == "missing":
