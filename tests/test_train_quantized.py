@@ -8,6 +8,7 @@ import torch
 from nanods.errors import UserError
 from nanods.quantize import FakeQuantLinear, choose_kernel
 from nanods.training import checkpoint
+from nanods.training.finished_run import load_run
 from nanods.training.quantize import quantize_run
 from tests.test_train import metrics, weights
 
@@ -62,7 +63,9 @@ def test_what_was_trained_is_what_is_loaded(train_tiny, workspace, program):
     model = checkpoint.load_model(saved)
     assert isinstance(model.head, FakeQuantLinear) and model.head.weight_bits == 8
 
-    quantize_run(workspace / "run", "int8", workspace / "small", evaluate=False)
+    quantize_run(
+        load_run(str(workspace / "run"), "cpu"), "int8", workspace / "small", evaluate=False
+    )
     real = checkpoint.load_model(checkpoint.load(workspace / "small"))
     tokens = torch.randint(256, (4, 33))
     with torch.no_grad():
@@ -81,7 +84,9 @@ def test_what_was_trained_is_what_is_loaded(train_tiny, workspace, program):
 def test_a_run_of_4_bits_is_not_turned_into_another_format(train_tiny, workspace):
     assert train_tiny("v0-tiny", "--steps", 2, "--quantize", "int4", "--out-dir", "run")[0] == 0
     with pytest.raises(UserError, match="trained for weights of 4 bits"):
-        quantize_run(workspace / "run", "int8", workspace / "small", evaluate=False)
+        quantize_run(
+            load_run(str(workspace / "run"), "cpu"), "int8", workspace / "small", evaluate=False
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ import tyro
 from safetensors.torch import save_file
 from torch import nn
 
-from nanods.config import PRESETS, Config, from_dict
+from nanods.config import Config
 from nanods.errors import UserError, run
+from nanods.flags import parse_args
 from nanods.quantize import choose_kernel, quantize, quantized_share
 from nanods.training import checkpoint
+from nanods.training.commands import sample_command
+from nanods.training.finished_run import FinishedRun, load_run
 from nanods.training.setup import lock_run_directory
 from nanods.training.task import make_task
 
@@ -36,33 +39,31 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    run_dir = Path("runs") / args.run if args.run in PRESETS else Path(args.run)
-    out = args.out or run_dir.with_name(f"{run_dir.name}-{args.to}")
+    args = parse_args(Args, __doc__)
+    finished = load_run(args.run, "cpu")
+    out = args.out or finished.folder.with_name(f"{finished.folder.name}-{args.to}")
     with lock_run_directory(out):
         if checkpoint.list_checkpoints(out):
             raise UserError(f"--out {out}: a run is there already; choose another folder")
-        quantize_run(run_dir, args.to, out, args.evaluate)
+        quantize_run(finished, args.to, out, args.evaluate)
 
 
-def quantize_run(run_dir: Path, format: str, out: Path, evaluate: bool = True) -> None:
+def quantize_run(finished: FinishedRun, format: str, out: Path, evaluate: bool = True) -> None:
     """Write the last checkpoint of a run, quantised, to `out`, and print what changes.
 
     Raises UserError for a run that is quantised already or whose weights are not finite.
     """
-    saved = checkpoint.load(run_dir)
-    config = from_dict(saved.state["config"])
-    model = checkpoint.load_model(saved)
-    bits = config.weight_bits(saved.state["step"] - 1)
+    config, model, state = finished.config, finished.model, finished.state
+    bits = config.weight_bits(state["step"] - 1)
     if bits and (bits, format) != (8, "int8"):
         raise UserError(
-            f"{saved.path} was trained for weights of {bits} bits, which {format} would change; "
-            "sample.py rounds them as training did"
+            f"{finished.folder} was trained for weights of {bits} bits, which {format} would "
+            "change; sample.py rounds them as training did"
         )
     try:
         converted = quantize(model, format)
     except ValueError as error:
-        raise UserError(f"{saved.path}: {error}") from None
+        raise UserError(f"{finished.folder}: {error}") from None
     if format == "int8":
         kernel = choose_kernel("cpu")
         print(f"kernel     {kernel.name}, weights of {kernel.weight_bits} bits: {kernel.reason}")
@@ -79,9 +80,8 @@ def quantize_run(run_dir: Path, format: str, out: Path, evaluate: bool = True) -
         save_file(weights, folder / checkpoint.FILES[0])
         save_file({}, folder / checkpoint.FILES[1])  # no optimizer: training cannot go on
 
-    state = saved.state | {"format": format}
-    checkpoint.write_checkpoint(out, state["step"], state, write_tensors)
-    print(f"wrote      {out}. Sample it: python sample.py {out}")
+    checkpoint.write_checkpoint(out, state["step"], state | {"format": format}, write_tensors)
+    print(f"wrote      {out}. Sample it: {sample_command(out)}")
 
 
 def size_of(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from nanods.config import PRESETS, to_dict
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError, run
 from nanods.training import checkpoint
+from nanods.training.finished_run import load_run
 from nanods.training.quantize import main, quantize_run
 from nanods.training.warm_start import warm_start
 
@@ -47,7 +48,7 @@ def text(tmp_path, monkeypatch):
 def test_a_quantised_run_is_read_as_any_other(tmp_path, text, capsys, preset, format):
     run_dir, out = tmp_path / "run", tmp_path / "small"
     model = save_random_run(run_dir, tiny(preset, data=text))
-    quantize_run(run_dir, format, out)
+    quantize_run(load_run(str(run_dir), "cpu"), format, out)
     printed = capsys.readouterr().out
     assert "times smaller" in printed and printed.count("bits per byte") == 2
     assert ("kernel" in printed) == (format == "int8")
@@ -65,13 +66,13 @@ def test_training_does_not_go_on_from_it(tmp_path, text):
     run_dir, out = tmp_path / "run", tmp_path / "small"
     config = tiny("v1-tiny", data=text)
     save_random_run(run_dir, config)
-    quantize_run(run_dir, "int8", out, evaluate=False)
+    quantize_run(load_run(str(run_dir), "cpu"), "int8", out, evaluate=False)
     with pytest.raises(UserError, match=r"is quantised \(int8\) and cannot be trained"):
         warm_start(replace(config, init_from=str(out)), build_model(config), "")
     with pytest.raises(UserError, match="is quantised"):
         checkpoint.require_floats(checkpoint.load(out))
     with pytest.raises(UserError, match="quantised already"):
-        quantize_run(out, "fp8", tmp_path / "smaller", evaluate=False)
+        quantize_run(load_run(str(out), "cpu"), "fp8", tmp_path / "smaller", evaluate=False)
     checkpoint.require_floats(checkpoint.load(run_dir))
 
 
@@ -82,14 +83,14 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path
     state = checkpoint.load(run_dir).state
     checkpoint.save(run_dir, 7, model.state_dict(), {}, state)
     with pytest.raises(UserError, match="not all finite"):
-        quantize_run(run_dir, "fp8", out, evaluate=False)
+        quantize_run(load_run(str(run_dir), "cpu"), "fp8", out, evaluate=False)
     assert not out.exists()
 
 
 def test_data_that_are_gone_are_said_and_the_run_is_quantised(tmp_path, text, capsys):
     run_dir = tmp_path / "run"
     save_random_run(run_dir, tiny("v0-tiny", data=str(tmp_path / "gone.txt")))
-    quantize_run(run_dir, "fp8", tmp_path / "small")
+    quantize_run(load_run(str(run_dir), "cpu"), "fp8", tmp_path / "small")
     assert "not evaluated" in capsys.readouterr().err
     assert checkpoint.list_checkpoints(tmp_path / "small")
 
