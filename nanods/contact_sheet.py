@@ -9,7 +9,6 @@ the file.
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nanods.data.download import write_and_rename
 from nanods.data.sound import write_wav
 
 CAPTION_LENGTH = 120  # characters that a cell shows; the whole caption appears under the pointer
@@ -64,12 +64,7 @@ def save_contact_sheet(path: Path, title: str, rows: Sequence[Row], text: str = 
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_and_rename(path, lambda file: file.write(page.encode(errors="replace")))
 
 
 def cell_html(cell: Cell) -> str:

@@ -68,17 +68,16 @@ def main() -> None:
 
 def cells(examples: Examples) -> list[Cell]:
     """Return the first examples as cells, each with the modalities that it has."""
+    has_image, has_sound = examples.has("image"), examples.has("audio")
     result = []
     for i in range(min(SHOWN, len(examples.captions))):
         image = examples.images[i] if examples.images is not None else None
         wave = examples.waves[i] if examples.waves is not None else None
-        present = getattr(examples, "present", None) or {}
-        has = {name: bool(mask[i]) for name, mask in present.items()}
         result.append(
             Cell(
                 examples.captions[i],
-                image if has.get("image", True) else None,
-                wave if has.get("audio", True) else None,
+                image if has_image[i] else None,
+                wave if has_sound[i] else None,
             )
         )
     return result

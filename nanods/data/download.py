@@ -36,6 +36,14 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises UserError if the folder cannot be written.
     """
+    try:
+        write_and_rename(path, write)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_and_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Do what `write_atomic` does, outside the data folder too. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +52,6 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise write_error(path, error) from error
     finally:
         if temporary.is_file():
             temporary.unlink()

@@ -110,8 +110,7 @@ def save_sounding_sheet(
 ) -> None:
     """Write what some examples of the gallery find, in each direction, as a page whose sounds
     play. The right answers are framed."""
-    ids = duplicate_ids(gallery)
-    rows = []
+    duplicates, rows = duplicates_in(gallery), []
     for number, (a, b) in enumerate(permutations(embeddings, 2)):
         both = np.flatnonzero(gallery.has(a, b))
         for i in np.roll(both, -number * queries)[:queries]:  # others for each direction
@@ -119,10 +118,10 @@ def save_sounding_sheet(
             best = both[np.argsort(-scores[both], kind="stable")][:5]
             cells = [sheet_cell(gallery, i, a, "the query")]
             for j in best:
-                is_right = bool((ids[i] == ids[j]).any())
-                cells.append(sheet_cell(gallery, j, b, f"cosine {scores[j]:.2f}", is_right))
+                note = f"cosine {scores[j]:.2f}"
+                cells.append(sheet_cell(gallery, j, b, note, bool(duplicates[i, j])))
             rows.append(Row(f"{a} to {b}", cells))
-    text = f"Among {len(ids)} held-out examples. Right answers are framed."
+    text = f"Among {len(duplicates)} held-out examples. Right answers are framed."
     save_contact_sheet(path, "What each query finds", rows, text)
 
 
