@@ -25,7 +25,7 @@ from nanods.config import Config, typed_flags
 from nanods.data.caption_dataset import read_image, read_sound
 from nanods.data.examples import caption_key
 from nanods.data.scenes import normalized_log_mel, vocabulary
-from nanods.data.sound import HOP, RATE, WINDOW, wav_seconds, write_wav
+from nanods.data.sound import RATE, samples_of, wav_seconds, write_wav
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.gpt import GPT
@@ -337,11 +337,11 @@ def report_unknown_words(text: str, config: Config, run_dir: Path) -> None:
 
 def report_cut_sounds(files: list[Path], frames: int) -> None:
     """Print how many sounds are longer than the model hears."""
-    heard = (WINDOW + (frames - 1) * HOP) / RATE
-    cut = [file for file in files if round(wav_seconds(file) * RATE) > heard * RATE]
+    limit = samples_of(frames)
+    cut = [file for file in files if round(wav_seconds(file) * RATE) > limit]
     if cut:
         first = f"{cut[0]}" if len(files) == 1 else f"{len(cut)} of {len(files)} sounds"
-        print(f"cut        {first} after {heard:.3g} s, as in training")
+        print(f"cut        {first} after {limit / RATE:.3g} s, as in training")
 
 
 def check_scene_words(text: str) -> str:

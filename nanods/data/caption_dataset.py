@@ -42,12 +42,11 @@ from nanods.data.examples import Examples
 from nanods.data.file_types import wrong_type
 from nanods.data.random_bits import random_bits
 from nanods.data.sound import (
-    HOP,
     MELS,
-    WINDOW,
     crop_or_pad,
     normalized_log_mel,
     read_wav,
+    samples_of,
     wav_seconds,
 )
 from nanods.errors import UserError
@@ -124,7 +123,7 @@ def read_sound(path: str | Path, frames: int) -> np.ndarray:
 
     Raises UserError if the file is missing, damaged or of another kind.
     """
-    length = WINDOW + (frames - 1) * HOP
+    length = samples_of(frames)
     return crop_or_pad(read_wav(path, length), length)
 
 
@@ -180,7 +179,7 @@ class CaptionDataset:
         self._epoch = None  # (seed, epoch) of the cached order
         self._epoch_order = self._item_ids  # the cached order of the training captions
         self._notes = captions.notes
-        samples = WINDOW + (frames - 1) * HOP
+        samples = samples_of(frames)
         shapes = {
             "image": {"images": (3, image_size, image_size)},
             "audio": {"waves": (samples,), "mels": (MELS, frames)},

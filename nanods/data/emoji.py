@@ -8,7 +8,7 @@ About 1,880 names have a drawing of their own; drawings that two names share are
 nothing could tell them apart, and so are variants of skin tone. The drawings and the sounds are
 made once, in about a minute, and kept in the cache (200 MB), which is checked by hash.
 
-Two things are held out. Two voices (HELD_OUT_VOICES) are never heard in training. And 200 names are
+Two things are held out. Two voices (HELD_OUT_VOICES) do not occur in training. And 200 names are
 never seen: each of their words occurs in the name of another emoji, so a model can find them only
 if it has learnt what words mean. `gallery` shows names of the training set, drawn anew and spoken
 by the held-out voices. `more_galleries` shows the held-out names.
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from nanods.data.download import data_dir, file_sha256, write_atomic
 from nanods.data.examples import Examples
 from nanods.data.random_bits import interpolate, noise, random_bits, uniform
-from nanods.data.sound import HOP, RATE, WINDOW, normalized_log_mel
+from nanods.data.sound import RATE, normalized_log_mel, samples_of
 from nanods.data.speech import speak
 from nanods.errors import UserError
 
@@ -180,7 +180,7 @@ class EmojiData:
 
     def __init__(self, image_size: int, frames: int) -> None:
         self.names, self.drawings, self.samples, self.starts = load_emoji()
-        self.image_size, self.sample_count = image_size, WINDOW + (frames - 1) * HOP
+        self.image_size, self.sample_count = image_size, samples_of(frames)
         is_held_out = hold_out(self.names)
         self.train, self.unseen = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         self.held_out = self.train  # known names, but drawn anew and by other voices
@@ -230,11 +230,11 @@ class EmojiData:
     def notes(self) -> list[str]:
         """Return what is held out and what is cut."""
         seconds = np.diff(self.starts) / RATE
-        heard = self.sample_count / RATE
+        limit = self.sample_count / RATE
         return [
             f"held out: {len(HELD_OUT_VOICES)} voices of {len(VOICES) + len(HELD_OUT_VOICES)}, and "
             f"{len(self.unseen)} names of which each word occurs in another (unseen)",
-            f"cut: {(seconds > heard).mean():.1%} of the spoken names, after {heard:.2f} s "
+            f"cut: {(seconds > limit).mean():.1%} of the spoken names, after {limit:.2f} s "
             f"(longest {seconds.max():.2f} s): --multimodal.frames",
         ]
 

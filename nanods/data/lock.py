@@ -41,12 +41,12 @@ def lock(path: Path, wait: bool = True) -> Iterator[None]:
     If another process holds it: wait, and say so on stderr, or raise LockHeldError if not `wait`.
     Raises OSError if the file cannot be made.
     """
-    start, told = time.monotonic(), False
+    start, reported = time.monotonic(), False
     while (file := try_to_lock(path)) is None:
         if not wait:
             raise LockHeldError(holder(path))
-        if not told and time.monotonic() - start > SECONDS_OF_SILENCE:
-            told = True
+        if not reported and time.monotonic() - start > SECONDS_OF_SILENCE:
+            reported = True
             print(f"waiting    for {holder(path)}, which holds {path}", file=sys.stderr)
         time.sleep(0.05)
     with file:

@@ -42,7 +42,7 @@ import numpy as np
 
 from nanods.data.examples import Examples
 from nanods.data.random_bits import interpolate, noise, random_bits, uniform
-from nanods.data.sound import HOP, RATE, WINDOW, normalized_log_mel
+from nanods.data.sound import RATE, normalized_log_mel, samples_of
 
 # ---- scene ids and facts -------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ def vocabulary() -> frozenset[str]:
 # ---- sounds --------------------------------------------------------------------------------------
 
 FRAMES = 32
-SAMPLES = WINDOW + (FRAMES - 1) * HOP  # 8,448: 1.056 s, 32 frames of log_mel
+SAMPLES = samples_of(FRAMES)  # 8,448: 1.056 s, 32 frames of log_mel
 # Hz, of COLOURS: C4 Eb4 Gb4 A4 C5 Eb5 Gb5 A5
 PITCHES = 440 * 2 ** ((np.arange(8, dtype=np.float32) * 3 - 9) / 12)
 # Of SHAPES: the strengths of 1, 2, 3 and 4 times the pitch.

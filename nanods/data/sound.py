@@ -124,6 +124,11 @@ def resample(samples: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
     return (np.fft.irfft(spectrum, length) * (length / len(samples))).astype(np.float32)
 
 
+def samples_of(frames: int) -> int:
+    """Return how many samples a spectrogram of so many frames reads."""
+    return WINDOW + (frames - 1) * HOP
+
+
 def crop_or_pad(samples: np.ndarray, length: int) -> np.ndarray:
     """Return the first `length` samples, padded with silence at the end: (S,) -> (length,)."""
     return np.pad(samples[:length], (0, max(0, length - len(samples))))

@@ -81,8 +81,8 @@ class ProcessGroups:
             )
         if not self.is_main_process:
             # Only the main process prints to stdout, so that each line appears once. Errors of all
-            # processes go to stderr.
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  stays open until the process exits
+            # processes go to stderr. The file stays open until the process exits.
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
     def __str__(self) -> str:
         if self.world_size == 1:

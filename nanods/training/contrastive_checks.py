@@ -14,7 +14,7 @@ from nanods.config import Config
 from nanods.contrastive import chance_loss
 from nanods.data.caption_forms import Item
 from nanods.data.examples import Examples, caption_key, duplicate_ids
-from nanods.data.sound import HOP, RATE, WINDOW
+from nanods.data.sound import HOP, RATE, WINDOW, samples_of
 from nanods.errors import UserError
 from nanods.multimodal import MultimodalConfig
 from nanods.training.commands import shorten
@@ -163,16 +163,15 @@ def cut_sounds(seconds: np.ndarray, total: int, config: MultimodalConfig) -> str
 
     `seconds`: the lengths of some or all of the `total` sounds.
     """
-    samples = np.round(seconds * RATE)
-    cut = samples > WINDOW + (config.frames - 1) * HOP
+    samples, limit = np.round(seconds * RATE), samples_of(config.frames)
+    cut = samples > limit
     if not cut.any():
         return None
-    heard = (WINDOW + (config.frames - 1) * HOP) / RATE
     frames = int(np.ceil((samples.max() - WINDOW) / HOP)) + 1
     frames += -frames % config.patch_frames
     looked_at = "" if len(seconds) == total else f" looked at (of {total:,})"
     return (
-        f"{cut.sum():,} of {len(seconds):,} sounds{looked_at} after {heard:.3g} s (median "
-        f"{np.median(seconds):.3g} s, longest {seconds.max():.3g} s): --multimodal.frames {frames} "
-        "hears the longest to its end"
+        f"{cut.sum():,} of {len(seconds):,} sounds{looked_at} after {limit / RATE:.3g} s "
+        f"(median {np.median(seconds):.3g} s, longest {seconds.max():.3g} s): --multimodal.frames "
+        f"{frames} hears the longest to its end"
     )
