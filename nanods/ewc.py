@@ -22,11 +22,11 @@ Labels at different positions are drawn independently, and the expected gradient
 position is 0. So the expected square of the sum over positions is the sum of the expected squares:
 one gradient per sequence estimates the whole sum without bias.
 
-Two mistakes are common. Squaring the gradient of a batch's mean loss: it shrinks with the size of
-the batch, so the strength means something else at each size (tests/test_ewc.py shows both). And
-taking the labels of the data ("data"): this is the empirical Fisher information, which is near 0
-where the model is right and large where it is wrong, whether or not predictions depend on a weight
-(Kunstner et al. 2019, arXiv:1905.12558).
+Two mistakes are common. One is to square the gradient of a batch's mean loss: it shrinks as the
+batch grows, and so does the penalty (tests/test_ewc.py shows it). The other is to use the labels of
+the data ("data"): this empirical Fisher information is near 0 where the model is right and large
+where it is wrong, however much its predictions depend on a weight (Kunstner et al. 2019,
+arXiv:1905.12558).
 
 Left out on purpose: off-diagonal terms (Kronecker factors), and forgetting of old Fisher
 information (online EWC).
@@ -130,9 +130,9 @@ def squared_gradients(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the squares of each sequence's gradient, summed over the sequences, by parameter.
 
-    tokens (B, T). `objective(logits, rows)` is a sum over the sequences `rows`, whose logits it
-    gets. One backward pass serves all B if every parameter belongs to a linear layer or an
-    embedding; else (experts) each sequence takes its own.
+    tokens (B, T). `objective(logits, rows)` sums over the sequences `rows`; `logits` are theirs.
+    One backward pass serves all B if every parameter belongs to a linear layer or an embedding;
+    else (experts) each sequence takes its own.
     """
     layers = simple_layers(model)
     if layers is not None:
@@ -208,8 +208,8 @@ def squared_gradients_at_once(
 
 @dataclass(frozen=True)
 class Consolidation:
-    """What holds a model near the weights of a task: by parameter name, the weights after it and
-    the Fisher information."""
+    """What the penalty needs: the weights after a task and their Fisher information, by parameter
+    name."""
 
     weights: dict[str, Tensor]
     fisher: dict[str, Tensor]

@@ -60,9 +60,9 @@ def grid_limit(bits: int) -> int:
 def grid_scale(x: Tensor, bits: int, axis: int | None = -1) -> Tensor:
     """Return the scale at which the largest |x| falls on the grid's limit.
 
-    `axis` is the axis that shares one scale and becomes 1 in the result: -1 gives each row of
-    activations (N, C), and each output channel of weights (F, C), its own. None: one scale for all.
-    A row of zeros has scale 1.
+    Numbers along `axis` share one scale, and its size becomes 1: -1 gives one scale per row of
+    activations (N, C), or per output channel of weights (F, C). None: one scale for all. A row of
+    zeros has scale 1.
     """
     magnitude = x.detach().abs()
     largest = magnitude.amax() if axis is None else magnitude.amax(dim=axis, keepdim=True)
@@ -108,8 +108,8 @@ def fake_quantize(x: Tensor, bits: int, axis: int | None = -1) -> Tensor:
 def fake_product(x: Tensor, weight: Tensor, weight_bits: int, activation_bits: int) -> Tensor:
     """Return x W^T of rounded rows x (..., C) and rounded weights (F, C) -> (..., F).
 
-    The integers are multiplied before they are scaled. An fp32 sum of up to 1,040 products is
-    exact, so that the result is what `Int8Linear` computes, to the last bit.
+    The integers are multiplied before they are scaled. Up to C = 1,040 the fp32 sum is exact: with
+    8 bits the result is that of `Int8Linear`, bit for bit.
     """
     x_scale, weight_scale = grid_scale(x, activation_bits), grid_scale(weight, weight_bits)
     rows = round_to_grid(x, x_scale, activation_bits)
@@ -168,9 +168,9 @@ def integer_product(a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = N
     """Return the exact product of integers: a (N, C) int8, b (F, C) int8 -> (N, F) int32.
 
     `kernel` is "int8", or "fp32" to multiply the integers as floats, in pieces whose sums fp32
-    holds exactly. `b_sums` are the sums of the rows of b, (F,) int32, which a caller computes once:
-    a CPU's instruction (VNNI) multiplies unsigned by signed bytes, so 128 is added to a, and 128
-    times the sums subtracted from the product.
+    holds exactly. `b_sums`, (F,) int32, are the sums of b's rows, which a caller computes once. A
+    CPU's instruction (VNNI) multiplies unsigned by signed bytes: 128 is added to a, and 128 times
+    the sums are subtracted from the product.
     """
     if kernel == "fp32":
         product = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
@@ -265,8 +265,8 @@ def check_finite(weight: Tensor) -> None:
 
 
 def usable_kernel(integers: Tensor) -> str:
-    """Return the kernel for a weight that may come from another machine: "fp32" if it has 8 bits
-    and this processor multiplies 7."""
+    """Return the kernel for a weight that another machine may have quantised: "fp32" if it has more
+    bits than this processor multiplies."""
     kernel = choose_kernel(integers.device.type)
     return kernel.name if integers.abs().max() <= grid_limit(kernel.weight_bits) else "fp32"
 

@@ -7,9 +7,9 @@ and an unfinished one is resumed from its last checkpoint. The store is small an
 a fresh clone need not repeat hours of training.
 
 Each result is stored with its *identity*: the flags that differ from the preset's, the hash of the
-data, and a probe, which is the losses of the first few steps in fp64. A change of the code that
-computes the same leaves the probe, and so the result, as it was. A change of what is computed
-changes the probe: the stored result is then stale, which is said, and the run is repeated.
+data, and a probe, which is the losses of the first few steps in fp64. If changed code computes the
+same losses, the probe is unchanged and the result stays valid. A change of what is computed changes
+the probe: the stored result is then stale, which is said, and the run is repeated.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Job:
 
 
 Summarise = Callable[[Job, Path, list[dict]], dict]
-"""From a job, its run directory and the rows of its metrics to the result to store."""
+"""Maps a job, its run directory and the rows of its metrics to the result to store."""
 
 
 # ---- what a result came from ---------------------------------------------------------------------

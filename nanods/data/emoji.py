@@ -6,12 +6,12 @@
 
 About 1,880 names have a drawing of their own; drawings that two names share are left out, since
 nothing could tell them apart, and so are variants of skin tone. The drawings and the sounds are
-made once, in about a minute, and kept in the cache (200 MB), which is checked by hash.
+made once, in a few minutes, and kept in the cache (340 MB), which is checked by hash.
 
 Two things are held out. Two voices (HELD_OUT_VOICES) do not occur in training. And 200 names are
-never seen: each of their words occurs in the name of another emoji, so a model can find them only
-if it has learnt what words mean. `gallery` shows names of the training set, drawn anew and spoken
-by the held-out voices. `more_galleries` shows the held-out names.
+never trained on: each of their words occurs in a training name, so a model can find them only if it
+has learnt what words mean. `gallery` shows names of the training set, drawn anew and spoken by the
+held-out voices. `more_galleries` shows the held-out names.
 
 A training example depends on (seed, step, size) alone. Its drawing is shifted and scaled, its
 colours vary, the background is of any light colour; its sound is faster or slower and with it
@@ -158,7 +158,7 @@ def load_emoji() -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     except (OSError, ValueError, KeyError):
         intact = False
     if not intact:
-        print("emoji      drawing and speaking all names, once, about 2 minutes")
+        print("emoji      drawing and speaking all names, once, a few minutes")
         names, drawings = draw_emoji()
         samples, starts = speak_names(names)
         arrays = {"drawings": drawings, "samples": samples, "starts": starts}
@@ -243,8 +243,7 @@ class EmojiData:
         return np.arange(len(HELD_OUT_VOICES)) + len(VOICES)
 
     def render(self, ids: np.ndarray, voices: np.ndarray, variant: int, seed: int) -> Examples:
-        """Return the emoji `ids` (B,), each drawn and spoken, by one of the `voices`, anew for each
-        variant."""
+        """Return emoji `ids` (B,), drawn and spoken in random `voices`; each `variant` differs."""
         waves = self.render_waves(ids, voices, variant, seed)
         return Examples(
             ids=ids,
