@@ -93,9 +93,9 @@ class Config:
     quantize_from: int = 0
     """The first step that rounds, counted from 0."""
     data: str = "pydocs"
-    """pydocs, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the path of a UTF-8 text, of a
-    .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes, emoji, or a folder of
-    captioned images or sounds (docs/DATA.md)."""
+    """pydocs, pydocs-train, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the
+    path of a UTF-8 text, of a .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes,
+    emoji, or a folder of captioned images or sounds (docs/DATA.md)."""
     val_data: str | None = None
     """A file or a folder of texts, for V3 a folder of captioned images or sounds, for validation;
     all of --data is then trained on. Default: the validation split of the data set, else a part of

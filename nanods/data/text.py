@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nanods.data.decoding import decode_text, describe_format
 from nanods.data.download import data_dir, download, lock_data, write_atomic
-from nanods.data.pydocs import pydocs_text
+from nanods.data.pydocs import pydocs_split, pydocs_text
 from nanods.data.shards import Tokens, load_shards
 from nanods.data.sources import (
     DATASETS_MARKERS,
@@ -46,7 +46,7 @@ SHAKESPEARE_URLS = (
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
 )
 WIKITEXTS = {"wikitext-2": "wikitext-2-raw-v1", "wikitext-103": "wikitext-103-raw-v1"}
-NAMES = ("pydocs", "shakespeare", *WIKITEXTS, FINEWEB)
+NAMES = ("pydocs", "pydocs-train", "shakespeare", *WIKITEXTS, FINEWEB)
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,9 @@ def read_splits(name: str, fraction: float) -> Splits:
     `fraction` of it; with a fraction of 0 no validation text."""
     if name == "pydocs":
         return hold_out_end(pydocs_text(), fraction)
+    if name == "pydocs-train":
+        train, val = pydocs_split()
+        return Splits(train, val if fraction else "", "the docstrings of held-out modules")
     if name == "shakespeare":
         path = download(SHAKESPEARE_URLS, data_dir() / "tinyshakespeare.txt", SHAKESPEARE_SHA256)
         return hold_out_end(path.read_bytes().decode(), fraction)
