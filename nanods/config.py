@@ -92,6 +92,18 @@ class Config:
     that the model learns to do well when it is rounded (nanods/quantize.py)."""
     quantize_from: int = 0
     """The first step that rounds, counted from 0."""
+    teacher: str | None = None
+    """A finished run, or its preset, to learn from beside the data: distillation
+    (nanods/training/distill.py)."""
+    distill_weight: float = 0.5
+    """Share of the distance to the teacher in the loss; the task's own loss has the rest. 0: the
+    teacher is not read."""
+    distill_temperature: float = 2.0
+    """What divides the logits of teacher and student before they are compared; of V3, the cosines
+    of the embeddings of two examples."""
+    distill_cosine: float = 1.0
+    """V3: weight of 1 - cosine of each embedding and the teacher's, beside the relations of the
+    batch, whose weight is 1."""
     data: str = "pydocs"
     """pydocs, pydocs-train, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the
     path of a UTF-8 text, of a .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes,
@@ -218,6 +230,7 @@ V3 = {
         preset=f"v3-{scale}",
         model=replace(v2.model, attention=AttentionConfig("dense"), **V3_TRUNKS[scale]),
         multimodal=MODALITY_CONFIGS[scale],
+        distill_temperature=0.1,
         data="scenes" if scale == "tiny" else "data/coco",
     )
     for scale, v2 in V2.items()
@@ -338,9 +351,12 @@ def resolve_resume(requested: Config, saved: Config, typed: Collection[str] = ()
     """
     default, wanted, has = flatten(PRESETS[requested.preset]), flatten(requested), flatten(saved)
     given = {name for name in wanted if name in typed or wanted[name] != default[name]}
+    may_change = set(RUNTIME_ONLY_FIELDS)
+    if saved.teacher and requested.teacher:
+        may_change.add("teacher")  # it may have been moved; its hash says whether it is the same
     conflicts = []
     for name, value in wanted.items():
-        is_asked = name == "preset" or (name in given and name not in RUNTIME_ONLY_FIELDS)
+        is_asked = name == "preset" or (name in given and name not in may_change)
         if is_asked and value != has[name]:
             conflicts.append(f"--{name} {value} (the run has {has[name]})")
     if conflicts:
@@ -348,7 +364,7 @@ def resolve_resume(requested: Config, saved: Config, typed: Collection[str] = ()
             f"{requested.run_dir} holds a run of another configuration: {', '.join(conflicts)}. "
             "Leave these flags out to continue it, or choose another --out-dir to start a new run"
         )
-    changed = {name for name in RUNTIME_ONLY_FIELDS if name in given} | {
+    changed = {name for name in may_change if name in given} | {
         "resume",
         "out-dir",
         "mesh",

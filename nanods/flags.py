@@ -37,6 +37,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "expert-every": (1, 10**6),
     "init-noise": (0, 1000),
     "quantize-from": (0, 10**9),
+    "distill-weight": (0, 1),
+    "distill-temperature": (0.01, 1e4),
+    "distill-cosine": WEIGHT,
     "val-fraction": (0.0001, 0.9),
     "eval-tokens": (1, 10**12),
     "seed": (0, 2**32 - 1),  # random streams take seed x 1,000,003 + row in 64 bits

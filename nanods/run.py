@@ -30,6 +30,7 @@ from nanods.quantize import fake_quantize_model
 from nanods.training import checkpoint
 from nanods.training.activation_checkpointing import checkpoint_blocks
 from nanods.training.commands import sample_command
+from nanods.training.distill import projection_of
 from nanods.training.metrics import read_metrics
 from nanods.training.muon import STACKED, Muon, orthogonalise
 from nanods.training.optimizers import make_optimizers
@@ -41,6 +42,12 @@ from nanods.training.setup import (
     prepare_run_directory,
 )
 from nanods.training.task import Task, accumulate_gradients, make_task
+from nanods.training.teacher import (
+    fit_projection,
+    give_teacher,
+    load_teacher,
+    require_same_teacher,
+)
 from nanods.training.tensorboard_log import require_tensorboard
 from nanods.training.warm_start import warm_start
 
@@ -101,7 +108,9 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
             return None
     if config.tensorboard:
         require_tensorboard()
-    build_meta_model(config)  # refuses sizes that do not fit together, before any data is loaded
+    # These refuse what does not fit together before any data is loaded.
+    build_meta_model(config)
+    teacher = load_teacher(config) if config.teacher else None
     device = choose_device(config, processes.world_size)
     precision = choose_precision(config, device)
     task = make_task(config, device)
@@ -123,6 +132,10 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
             f"--quantize {config.quantize}, --mesh {processes.mesh}: a weight that is spread over "
             "processes has no scale of its own; use dp, or one process"
         )
+    if teacher:
+        give_teacher(task, teacher, device, precision.weights)
+    if saved:
+        require_same_teacher(saved, task)
     model = set_up_model(config, task, device, precision, processes, is_new=not saved)
     optimizers = make_run_optimizers(config, model, processes)
     micro_batch = choose_micro_batch(config, device, saved, processes)
@@ -175,6 +188,13 @@ def set_up_model(
             start()
     if config.activation_checkpointing:
         checkpoint_blocks(model)
+    fit_projection(model, task)
+    if projection_of(model) is not None and processes.is_sharded:
+        raise UserError(
+            f"--teacher {config.teacher}, --mesh {processes.mesh}: the teacher's embeddings have "
+            f"another width than the student's {config.multimodal.width}, and the projection "
+            "between them is not sharded; use dp, or --distill-cosine 0"
+        )
     sent_as = torch.bfloat16 if precision.dtype == torch.bfloat16 else None
     return processes.shard_model(model, device, sent_as)
 
@@ -332,12 +352,13 @@ def write_checkpoint(run: Run, folder: Path, keep: int, processes: ProcessGroups
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
         "data_sha256": run.task.data.sha256,
+        "teacher_sha256": run.task.teacher.sha256 if run.task.teacher else None,
         "micro_batch": run.micro_batch,
         "scaler": run.precision.scaler.state_dict(),
         "config": ladder.to_dict(run.config),
         "tokenizer": run.task.tokenizer.to_json(),
     }
-    weights = run.model.state_dict()  # first: FSDP then frees what evaluation gathered
+    weights = checkpoint.model_tensors(run.model)  # first: FSDP then frees what evaluation gathered
     tensors = checkpoint.optimizer_tensors(run.model, run.optimizers)
     if processes.is_sharded:
         sharded_checkpoint.save(

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON, written whole or not at all.
 
     RUN/step_000060/model.safetensors        the weights, by their names in the model
-    RUN/step_000060/optimizer.safetensors    the optimizers' state and the random state
+    RUN/step_000060/optimizer.safetensors    the optimizers' state, the random state, and weights
+                                             that only training needs (TRAINING_ONLY)
     RUN/step_000060/state.json               configuration, tokenizer, step, seconds so far
     RUN/step_000060/SHA256SUMS               of the three; `sha256sum -c SHA256SUMS` checks them
     RUN/best/step_000040/                    the same, of the step with the best evaluation so far
@@ -34,10 +35,14 @@ from nanods.errors import UserError
 from nanods.gpt import GPT
 from nanods.multimodal import Multimodal
 from nanods.quantize import FORMATS, fake_quantize_model, quantize
+from nanods.training.distill import PROJECTION
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 KEEP = 2
 BEST = "best"
+TRAINING_ONLY = f"{PROJECTION}."
+"""How the names of weights begin that only training needs: a student's map to its teacher's space.
+They are stored in optimizer.safetensors, so that model.safetensors is a model as any other."""
 
 
 @dataclass
@@ -258,13 +263,25 @@ def require_floats(checkpoint: Checkpoint) -> None:
 # ---- model and optimizers ------------------------------------------------------------------------
 
 
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights by name, without those that only training needs."""
+    weights = model.state_dict()
+    return {name: x for name, x in weights.items() if not name.startswith(TRAINING_ONLY)}
+
+
 def optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """Return the optimizers' state and the random state, by name: the optimizer's class, the
-    parameter, the field, as in "Muon/blocks.0.mlp.up.weight/momentum_buffer"."""
+    parameter, the field, as in "Muon/blocks.0.mlp.up.weight/momentum_buffer".
+
+    Also the weights that only training needs, as in "weight/projection.weight".
+    """
     names = {p: name for name, p in model.named_parameters()}
     tensors = {"rng/cpu": torch.get_rng_state()}
+    for p, name in names.items():
+        if name.startswith(TRAINING_ONLY):
+            tensors[f"weight/{name}"] = p.detach()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     for optimizer in optimizers:
@@ -277,8 +294,12 @@ def optimizer_tensors(
 def restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: Checkpoint) -> None:
     """Load a checkpoint's weights, optimizer state and random state. Raises UserError as
     `restore_model` does."""
-    restore_model(model, saved.model, saved.path)
-    restore_optimizers(model, optimizers, saved.optimizer)
+    weights, tensors = saved.model, saved.optimizer
+    for name in model.state_dict():
+        if name.startswith(TRAINING_ONLY):
+            weights[name] = tensors.pop(f"weight/{name}")
+    restore_model(model, weights, saved.path)
+    restore_optimizers(model, optimizers, tensors)
 
 
 def restore_optimizers(

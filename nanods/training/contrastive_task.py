@@ -13,8 +13,11 @@ negatives of each other in the loss, and right answers in retrieval. Where the c
 few and repeated, evaluation also classifies. An example that lacks a modality has no part in the
 losses and recalls of the pairs with it.
 
+With a teacher (nanods/training/distill.py), the loss of the batch also compares its embeddings and
+similarities with the teacher's.
+
 Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption, M width of the
-space, L layers, E experts, C labels.
+space, D of the teacher's, L layers, E experts, C labels.
 """
 
 import time
@@ -68,6 +71,7 @@ from nanods.training.contrastive_data import (
     present_on,
     preset_modalities,
 )
+from nanods.training.distill import PROJECTION, Teacher, embedding_loss, mix, projection_of
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
 from nanods.training.saved_gallery import save_gallery
@@ -96,6 +100,7 @@ class MicroBatch:
     """Where the batch has several micro-batches: the gradient of its loss at this one's embeddings.
     """
     present: dict[str, Tensor] | None = None  # by modality: (b,) bool
+    taught: dict[str, Tensor] | None = None  # by modality: the teacher's embeddings, (b, D)
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,11 @@ class CachedGradients:
     scale: Tensor | None
     """The gradient at the scale (1 / temperature); on the first micro-batch alone, since the batch
     has one scale."""
+    projection: Tensor | None
+    """The gradient at the projection to the teacher's space, where there is one; also on the first
+    micro-batch alone."""
     metrics: dict[str, Tensor]
-    """Those of the whole batch's contrastive loss."""
+    """Those of the whole batch's loss."""
 
 
 class ContrastiveTask:
@@ -134,6 +142,7 @@ class ContrastiveTask:
                 "examples; choose a smaller batch"
             )
         self.tokenizer = tokenizer or tokenizer_for(self.data.text(), config.model.vocab_size)
+        self.teacher: Teacher | None = None  # what run.py sets for --teacher
         self.pair_weights, self.pair_share = self.choose_pairs()
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))
@@ -214,25 +223,35 @@ class ContrastiveTask:
     def micro_batches(self, model: nn.Module, batch: Batch, size: int) -> list[MicroBatch]:
         """Split a batch into micro-batches of `size`; where there are several, cache the gradients
         at the embeddings."""
+        taught = None
+        if self.teacher is not None:
+            taught = self.teacher.embeddings(batch.inputs, size)
         if len(batch.ids) <= size:
-            return [MicroBatch(batch.inputs, batch.ids, count=1, present=batch.present)]
+            return [MicroBatch(batch.inputs, batch.ids, 1, present=batch.present, taught=taught)]
         parts, ids = split_batch(batch.inputs, size), batch.ids.split(size)
         with torch.no_grad():
             embedded = [model(part)[0] for part in parts]
         embeddings = {name: torch.cat([part[name] for part in embedded]) for name in parts[0]}
         metrics: dict[str, Tensor] = {}
+        leaves, projection = dict(embeddings), projection_of(model)
+        if projection is not None:
+            leaves[PROJECTION] = projection
 
-        def loss_of_batch(embeddings: dict[str, Tensor], scale: Tensor) -> Tensor:
-            loss, loss_metrics = self.contrastive_loss(embeddings, scale, batch.ids, batch.present)
+        def loss_of_batch(leaves: dict[str, Tensor], scale: Tensor) -> Tensor:
+            by_modality = {name: leaves[name] for name in embeddings}
+            loss, loss_metrics = self.batch_loss(
+                by_modality, scale, batch.ids, batch.present, taught, leaves.get(PROJECTION)
+            )
             metrics.update(loss_metrics)
             return loss
 
         _, gradients, scale_gradient = embedding_gradients(
-            loss_of_batch, embeddings, model.temperature().detach()
+            loss_of_batch, leaves, model.temperature().detach()
         )
+        of_batch = scale_gradient, gradients.pop(PROJECTION, None)
         micro_batches = []
         for i, gradient in enumerate(split_batch(gradients, size)):
-            cached = CachedGradients(gradient, scale_gradient if i == 0 else None, metrics)
+            cached = CachedGradients(gradient, *(of_batch if i == 0 else (None, None)), metrics)
             micro_batches.append(MicroBatch(parts[i], ids[i], len(parts), cached))
         return micro_batches
 
@@ -242,37 +261,46 @@ class ContrastiveTask:
         `ce_loss` is the contrastive loss of the whole batch, the mean over the pairs of modalities
         (`loss_text_image`, ...); an untrained model has ln B. With experts there are also their
         losses, means over one micro-batch, so their value depends on its size, and the load of each
-        modality.
+        modality. With a teacher, `relation_loss` and `cosine_loss` are the distances to it.
         """
         embeddings, stats = model(micro_batch.inputs)
-        scale, cached = model.temperature(), micro_batch.cached
+        scale, projection, cached = model.temperature(), projection_of(model), micro_batch.cached
         if cached is None:
-            loss, metrics = self.contrastive_loss(
-                embeddings, scale, micro_batch.ids, micro_batch.present
+            loss, metrics = self.batch_loss(
+                embeddings,
+                scale,
+                micro_batch.ids,
+                micro_batch.present,
+                micro_batch.taught,
+                projection,
             )
         else:
             loss, metrics = surrogate_loss(embeddings, cached.embeddings), cached.metrics
             if cached.scale is not None:
                 loss = loss + scale * cached.scale
-        train_loss = metrics["ce_loss"]
+            if cached.projection is not None:
+                loss = loss + (projection * cached.projection).sum()
         if self.config.model.moe.n_expert > 1:
             moe_loss, moe_metrics = moe_losses(stats, self.config)
             loss = loss + moe_loss / micro_batch.count
-            train_loss = train_loss + moe_loss.detach()
-            metrics = metrics | moe_metrics
-        return loss, {"train_loss": train_loss} | metrics
+            train_loss = metrics["train_loss"] + moe_loss.detach()
+            metrics = metrics | {"train_loss": train_loss} | moe_metrics
+        return loss, metrics
 
-    def contrastive_loss(
+    def batch_loss(
         self,
         embeddings: dict[str, Tensor],
         scale: Tensor,
         ids: Tensor,
         present: dict[str, Tensor] | None = None,
+        taught: dict[str, Tensor] | None = None,
+        projection: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of this process's examples against those of all processes, and its
         metrics.
 
-        embeddings: (B, M) by modality; ids (B, N); present: (B,) by modality.
+        embeddings: (B, M) by modality; ids (B, N); present: (B,) by modality; taught: the teacher's
+        embeddings, (B, D); projection (D, M), where M and D differ.
         """
         gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}
         all_ids, rows = gather_with_gradient(ids), local_rows(len(ids))
@@ -284,7 +312,14 @@ class ContrastiveTask:
         metrics = {"ce_loss": loss.detach(), "temperature": 1 / scale.detach()}
         for pair, pair_loss in by_pair.items():
             metrics[f"loss_{pair.replace('-', '_')}"] = pair_loss
-        return loss, metrics
+        if taught is not None:
+            taught = {name: gather_with_gradient(e) for name, e in taught.items()}
+            distance, distances = embedding_loss(
+                gathered, taught, self.pair_weights, self.config, projection, rows, present
+            )
+            loss = mix(loss, distance, self.config.distill_weight)
+            metrics |= distances
+        return loss, {"train_loss": loss.detach()} | metrics
 
     # ---- evaluation ------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from nanods.data.shards import Tokens, window_starts
 from nanods.data.text import TextData, load_text
 from nanods.gpt import GPT
 from nanods.training.commands import first_words, flag, sample_command
+from nanods.training.distill import Teacher, logit_loss, mix
 from nanods.training.metrics import load_metrics, stack_loads
 from nanods.training.pictures import draw_language_run
 
@@ -52,6 +53,7 @@ class LanguageTask:
         )
         self.data.require(self.T)
         self.tokenizer = self.data.tokenizer
+        self.teacher: Teacher | None = None  # what run.py sets for --teacher
         self.units_per_step = config.batch_size * self.T
 
     # ---- batches and loss ------------------------------------------------------------------------
@@ -85,12 +87,18 @@ class LanguageTask:
         `ce_loss` is the mean cross-entropy of each next token. With experts there are also
         `balance_loss` and `z_loss`, means over the layers before their weights, the share of
         `dropped` assignments, and the `load` (L, E). The experts' losses are means over one
-        micro-batch, so their value depends on its size.
+        micro-batch, so their value depends on its size. With a teacher, `distill_loss` is the
+        distance of the predictions to its own.
         """
         windows = micro_batch.windows
         logits, layers = model(windows[:, :-1])
         loss = cross_entropy(logits, windows[:, 1:])
         metrics = {"ce_loss": loss.detach()}
+        if self.teacher is not None:
+            taught = self.teacher.logits(windows[:, :-1])
+            distance = logit_loss(logits, taught, self.config.distill_temperature)
+            loss = mix(loss, distance, self.config.distill_weight)
+            metrics["distill_loss"] = distance.detach()
         load = stack_loads(layers)
         if load is not None:
             moe = self.config.model.moe

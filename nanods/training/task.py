@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanods.config import Config
 from nanods.training.contrastive_task import ContrastiveTask
+from nanods.training.distill import Teacher
 from nanods.training.language_task import LanguageTask
 from nanods.training.metrics import accumulate_metrics
 
@@ -49,6 +50,8 @@ class Task(Protocol):
     other data."""
     tokenizer: Any
     """The tokenizer, stored in every checkpoint by its `to_json()`."""
+    teacher: Teacher | None
+    """With --teacher, the model whose answers are part of `loss`; of `evaluate` they never are."""
 
     def batch(self, step: int, rows: slice = slice(None)) -> Any:
         """Return the examples `rows` of the batch of one step, on the device: a function of (seed,
