@@ -36,8 +36,9 @@ Shapes: N rows, C inputs, F outputs, E experts, K experts per token.
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -164,13 +165,14 @@ class FakeQuantExperts:
 FP32_EXACT = 2**24 // 127**2  # products of INT8 numbers that an fp32 sum always holds: 1,040
 
 
-def integer_product(a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = None) -> Tensor:
+def integer_product(
+    a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = None, packed: object = None
+) -> Tensor:
     """Return the exact product of integers: a (N, C) int8, b (F, C) int8 -> (N, F) int32.
 
-    `kernel` is "int8", or "fp32" to multiply the integers as floats, in pieces whose sums fp32
-    holds exactly. `b_sums`, (F,) int32, are the sums of b's rows, which a caller computes once. A
-    CPU's instruction (VNNI) multiplies unsigned by signed bytes: 128 is added to a, and 128 times
-    the sums are subtracted from the product.
+    `kernel` is "int8"; or "fbgemm", whose sums are rounded to 24 bits; or "fp32" to multiply the
+    integers as floats, in pieces whose sums fp32 holds exactly. A caller may compute once what
+    depends on b alone: `b_sums`, (F,) int32, the sums of b's rows, and `packed`, pack(b).
     """
     if kernel == "fp32":
         product = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
@@ -178,7 +180,14 @@ def integer_product(a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = N
             piece = slice(start, start + FP32_EXACT)
             product += (a[:, piece].float() @ b[:, piece].float().T).to(torch.int32)
         return product
+    if kernel == "fbgemm":
+        # It rounds floats itself, with one scale for all of them. They are integers already, so
+        # scale 1 and zero point 128 leave them as they are.
+        multiply_packed = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return multiply_packed(a.float(), 1.0, 128, pack(b) if packed is None else packed).int()
     if a.device.type == "cpu":
+        # A CPU's instruction (VNNI) multiplies unsigned by signed bytes: add 128 to a, and
+        # subtract 128 times the sums from the product.
         if b_sums is None:
             b_sums = b.sum(dim=1, dtype=torch.int32)
         unsigned = (a.to(torch.int16) + 128).to(torch.uint8)
@@ -190,10 +199,22 @@ def integer_product(a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = N
     return torch._int_mm(a, b.T)[:rows, :columns]
 
 
+def pack(b: Tensor) -> object:
+    """Return a weight (F, C) int8 in the order in which FBGEMM reads it."""
+    with warnings.catch_warnings():
+        # PyTorch means to remove its quantised tensors; choose_kernel then finds none.
+        warnings.simplefilter("ignore")
+        tensor = torch._make_per_tensor_quantized_tensor(b, 1.0, 0)
+    return torch.ops.quantized.linear_prepack(tensor, None)
+
+
+KERNELS = ("int8", "fbgemm")  # the preferred one first; both are PyTorch's
+
+
 class Kernel(NamedTuple):
     """How to multiply INT8 matrices on a kind of device."""
 
-    name: str  # "int8" or "fp32", see integer_product
+    name: str  # of KERNELS, or "fp32": see integer_product
     weight_bits: int  # 7 where the sums of 8-bit products saturate, else 8
     reason: str
 
@@ -203,32 +224,44 @@ def choose_kernel(device_type: str) -> Kernel:
     """Return how to multiply on "cpu" or "cuda", found by one trial with the largest integers.
 
     Processors with AVX2 or AVX512 but without VNNI add pairs of 8-bit products in 16 bits, which
-    saturates; with 7-bit weights it does not. Where PyTorch has no INT8 instructions to use, its
-    product is a plain loop, many times slower than floats.
+    saturates; with 7-bit weights it does not. There PyTorch's torch._int_mm is a plain loop, many
+    times slower than floats, and FBGEMM's product is fast.
     """
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-127, 128, (64, 512), generator=generator, dtype=torch.int8)
     b = torch.randint(-127, 128, (512, 512), generator=generator, dtype=torch.int8)
     a[0], b[0], b[1] = 127, 127, -127  # the largest sums, up and down
     a, b = a.to(device_type), b.to(device_type)
-    for weight_bits in (8, 7):
-        weight = b.clamp(-grid_limit(weight_bits), grid_limit(weight_bits))
+    reasons = []
+    for name in KERNELS:
         try:
-            product = integer_product(a, weight, "int8")
-        except (RuntimeError, NotImplementedError) as error:
-            return Kernel("fp32", 8, f"PyTorch has no INT8 product on {device_type}: {error}")
-        if torch.equal(product, integer_product(a, weight, "fp32")):
-            break
-    else:
-        return Kernel("fp32", 8, "this processor's INT8 product is not exact")
-    in_int8 = median_seconds(lambda: integer_product(a, b, "int8"))
-    in_fp32 = median_seconds(lambda: integer_product(a, b, "fp32"))
-    if in_int8 > 2 * in_fp32:
-        ratio = in_int8 / in_fp32
-        return Kernel("fp32", 8, f"INT8 takes {ratio:.0f} times as long as fp32 on this processor")
-    if weight_bits == 7:
-        return Kernel("int8", 7, "this processor's sums of 8-bit products saturate")
-    return Kernel("int8", 8, "this processor multiplies INT8 exactly")
+            bits = exact_bits(a, b, name)
+            packed = pack(b) if name == "fbgemm" else None
+        except (RuntimeError, AttributeError) as error:
+            text = str(error).partition("\n")[0]
+            reasons.append(f"PyTorch has no {name} product on {device_type}: {text}")
+            continue
+        if not bits:
+            reasons.append(f"this processor's {name} product is not exact")
+            continue
+        in_int8 = median_seconds(partial(integer_product, a, b, name, packed=packed))
+        in_fp32 = median_seconds(partial(integer_product, a, b, "fp32"))
+        if in_int8 > 2 * in_fp32:
+            ratio = in_int8 / in_fp32
+            reasons.append(f"{name} takes {ratio:.0f} times as long as fp32 on this processor")
+            continue
+        exact = "multiplies INT8 exactly" if bits == 8 else "saturates with weights of 8 bits"
+        return Kernel(name, bits, "; ".join([*reasons, f"{name} {exact}"]))
+    return Kernel("fp32", 8, "; ".join(reasons))
+
+
+def exact_bits(a: Tensor, b: Tensor, kernel: str) -> int | None:
+    """Return with how many bits of b, 8 or 7, a kernel's product is exact; None if with neither."""
+    for bits in (8, 7):
+        weight = b.clamp(-grid_limit(bits), grid_limit(bits))
+        if torch.equal(integer_product(a, weight, kernel), integer_product(a, weight, "fp32")):
+            return bits
+    return None
 
 
 def median_seconds(call: Callable[[], object]) -> float:
@@ -271,13 +304,6 @@ def usable_kernel(integers: Tensor) -> str:
     return kernel.name if integers.abs().max() <= grid_limit(kernel.weight_bits) else "fp32"
 
 
-def multiply(x: Tensor, integers: Tensor, scale: Tensor, sums: Tensor, kernel: str) -> Tensor:
-    """Return x W^T for rows x (N, C) and an INT8 weight (F, C) -> (N, F), in the dtype of x."""
-    rows, row_scale = quantize_rows(x)
-    product = integer_product(rows, integers, kernel, sums)
-    return product.to(x.dtype) * row_scale[:, None] * scale.to(x.dtype)
-
-
 # ---- layers on integers --------------------------------------------------------------------------
 
 
@@ -293,6 +319,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("sums", sums)  # (F,) int32
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.kernel: str | None = None  # chosen at the first product: weights may be loaded before
+        self.packed: object = None
 
     @classmethod
     def from_float(cls, linear: nn.Linear) -> "Int8Linear":
@@ -300,11 +327,22 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias: x (..., C) -> (..., F)."""
-        self.kernel = self.kernel or usable_kernel(self.weight)
-        rows = x.reshape(-1, x.size(-1))
-        y = multiply(rows, self.weight, self.scale, self.sums, self.kernel)
+        if self.kernel is None:
+            self.kernel = usable_kernel(self.weight)
+            self.packed = pack(self.weight) if self.kernel == "fbgemm" else None
+        rows, row_scale = quantize_rows(x.reshape(-1, x.size(-1)))
+        product = integer_product(rows, self.weight, self.kernel, self.sums, self.packed)
+        y = product.to(x.dtype) * row_scale[:, None] * self.scale.to(x.dtype)
         y = y.view(*x.shape[:-1], len(self.weight))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        self.kernel = self.packed = None  # the weight changes
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.kernel = self.packed = None  # another device may have another kernel
+        return super()._apply(function, recurse)
 
 
 def run_quantized_experts(
