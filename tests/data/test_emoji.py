@@ -79,6 +79,34 @@ def test_drawings_are_distinct_and_visible(few):
     assert red > 2 * max(green, blue)
 
 
+def test_drawings_fill_their_square(few):
+    heights = (few.drawings[..., 3] > 0).any(2).sum(1)
+    assert np.median(heights) > 0.75 * emoji_data.DRAWING_SIZE
+
+
+def test_a_large_drawing_is_not_cut():
+    centre = emoji_data.CENTRE
+    canvas = emoji_data.Image.new("RGBA", (2 * centre, 2 * centre))
+    for x, y in ((centre - 130, centre), (centre, centre + 99)):
+        canvas.putpixel((x, y), (255, 0, 0, 255))
+    cropped = np.asarray(emoji_data.crop(canvas))
+    assert cropped.shape == (260, 260, 4) and (cropped[..., 3] > 0).sum() == 2
+
+
+def test_a_shifted_drawing_stays_whole(few):
+    few.drawings = np.full_like(few.drawings, 255)
+    few.drawings[..., :3] = 0  # black squares
+    few.scaled = few._scale_drawings()
+    images = few.render_images(np.zeros(200, int), np.arange(200), 0)
+    found = set()
+    for image in images:
+        rows, columns = np.nonzero(image.mean(0) < 0.3)
+        side = np.ptp(rows) + 1
+        assert side == np.ptp(columns) + 1 and len(rows) == side * side
+        found.add((side, rows[0], columns[0]))
+    assert len(found) > 50
+
+
 def test_a_batch_depends_on_seed_step_and_size_alone(few):
     first = few.batch(3, 10, seed=1)
     few.batch(4, 10, seed=1)
