@@ -13,7 +13,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
-.PHONY: bench-arithmetic bench-experts bench-labels results docs
+.PHONY: bench-arithmetic bench-experts bench-labels bench-emoji results docs
 .PHONY: lessons notebook check-01 check-02 check-03 check-04
 .PHONY: test test-slow lint format clean
 
@@ -54,6 +54,7 @@ help:
 	@echo '  make bench-arithmetic  V2 against V1 on sums and products                        12 min'
 	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
 	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
+	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         25 min'
 	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             50 min'
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
 	@echo
@@ -163,6 +164,9 @@ bench-experts: .venv/base
 # Needs the extra peers: make setup EXTRAS=peers
 bench-labels: .venv/base
 	$(PY) -m nanods.bench.labels $(ARGS)
+
+bench-emoji: .venv/emoji
+	$(PY) -m nanods.bench.emoji $(ARGS)
 
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)
