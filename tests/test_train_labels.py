@@ -10,11 +10,11 @@ from nanods.data.sound import write_wav
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SMALL = (
     *("--multimodal.modalities", "text", "audio", "--multimodal.width", 16, "--moe.n-expert", 1),
-    *("--n-layer", 1, "--n-embd", 32, "--batch-size", 32, "--steps", 20, "--eval-every", 20),
+    *("--n-layer", 1, "--n-embd", 32, "--batch-size", 32, "--steps", 80, "--eval-every", 80),
 )
 
 
-def write_words(folder, seconds=1.0, per_word=20):
+def write_words(folder, seconds=1.0, per_word=40):
     """Write sounds of each word, a tone of the word's own pitch with noise, and transcripts."""
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def test_ten_words_are_learnt_reported_as_labels_and_found(train_tiny, program, 
     run = workspace / "runs/v3-tiny"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("recall1_text_audio", "recall1_audio_text", "zero_shot_accuracy_audio"):
-        assert last[name] >= 0.9, name
+        assert last[name] >= 0.95, name
     assert last["ce_loss"] < 0.2 and last["val_loss"] < 0.2
     assert (run / "confusion.png").stat().st_size > 5000
 
