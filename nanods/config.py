@@ -242,6 +242,7 @@ V3["tiny"] = replace(
 V3["emoji"] = replace(
     V3["tiny"],
     preset="v3-emoji",
+    steps=1200,
     data="emoji",
     multimodal=replace(MODALITY_CONFIGS["tiny"], frames=48),
 )

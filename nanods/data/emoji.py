@@ -50,6 +50,7 @@ DRAWING_SIZE = 64  # pixels of a drawing in the cache
 # Drawings are made larger and scaled down. At this font size half of them reach at most 67 pixels
 # from their centre, and 19 of 20 at most 77.
 FONT_SIZE, CENTRE, USUAL_REACH = 128, 150, 68
+SPEEDS, TRAINING_SPEEDS = (0.9, 1.1), (0.8, 1.25)  # a wide range stands for more voices
 SCALES = (0.7, 0.78, 0.86, 0.94, 1.0)  # size of a drawing in its image
 
 # What a random number is used for: a part of its key.
@@ -225,7 +226,7 @@ class EmojiData:
         keys = random_bits(len(self.train), seed, ORDER, epoch)[0]
         order = self.train[keys.argsort(kind="stable")]
         chosen = order[step_in_epoch * size : (step_in_epoch + 1) * size][rows]
-        return self.render(chosen, np.arange(len(VOICES)), step, seed)
+        return self.render(chosen, np.arange(len(VOICES)), step, seed, TRAINING_SPEEDS)
 
     def gallery(self, size: int, seed: int = 0) -> Examples:
         """Return `size` names of the training set, drawn anew and spoken by the held-out voices."""
@@ -252,9 +253,16 @@ class EmojiData:
     def held_out_voices(self) -> np.ndarray:
         return np.arange(len(HELD_OUT_VOICES)) + len(VOICES)
 
-    def render(self, ids: np.ndarray, voices: np.ndarray, variant: int, seed: int) -> Examples:
+    def render(
+        self,
+        ids: np.ndarray,
+        voices: np.ndarray,
+        variant: int,
+        seed: int,
+        speeds: tuple[float, float] = SPEEDS,
+    ) -> Examples:
         """Return emoji `ids` (B,), drawn and spoken in random `voices`; each `variant` differs."""
-        waves = self.render_waves(ids, voices, variant, seed)
+        waves = self.render_waves(ids, voices, variant, seed, speeds)
         return Examples(
             ids=ids,
             captions=[self.names[i] for i in ids],
@@ -283,15 +291,21 @@ class EmojiData:
         return np.clip(images, 0, 1, out=images)
 
     def render_waves(
-        self, ids: np.ndarray, voices: np.ndarray, variant: int, seed: int
+        self,
+        ids: np.ndarray,
+        voices: np.ndarray,
+        variant: int,
+        seed: int,
+        speeds: tuple[float, float] = SPEEDS,
     ) -> np.ndarray:
-        """Return the names spoken, (B, S) float32 in -1 .. 1, 8,000 Hz."""
+        """Return the names spoken, (B, S) float32 in -1 .. 1, 8,000 Hz. At another speed the pitch
+        is another too."""
         key = (seed, SOUND, ids, variant)
         random = uniform(5, *key)
         voice = voices[(random[:, 0] * len(voices)).astype(int)]
         number = ids * (len(VOICES) + len(HELD_OUT_VOICES)) + voice
         starts, ends = self.starts[number, None], self.starts[number + 1, None]
-        speed = interpolate(0.9, 1.1, random[:, 1, None])
+        speed = interpolate(*speeds, random[:, 1, None])
         delay = interpolate(0, 800, random[:, 2, None])  # samples: up to 0.1 s
         time = (np.arange(self.sample_count, dtype=np.float32) - delay) * speed
         position = np.floor(time)
