@@ -5,6 +5,7 @@ program with exit code 2. Every other exception is a bug of nanods and keeps its
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 
@@ -36,7 +37,8 @@ OS_ERROR_FIXES = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`. Turn a mistake of the user into one message and exit code 2.
+    """Run a program's `main`. Turn a mistake of the user into one message and exit code 2, and
+    Ctrl-C into exit code 130.
 
     Characters that the terminal or file behind stdout cannot take (LANG=C, say) are printed as "?".
     """
@@ -52,6 +54,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         path = f"{error.filename}: " if error.filename else ""
         fail(f"{path}{OS_ERROR_FIXES[error.errno]}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def refuse_undecodable(words: list[str]) -> None:

@@ -15,14 +15,13 @@ slowly (LOG.md).
 train.py trains each model at equal tokens, with its preset except for the batch size: v1 (MLPs of
 width 4 C), v1-2f (8 C, the active FLOPs of v2, which uses 2 experts of 4 C) and v2. Attention is
 dense in all three: the question is about experts, and a context of 64 is too short for sparse
-attention. Two runs at a time, one thread each. A finished run is not repeated, so delete the folder
-of the runs after changing a preset.
+attention. Two runs at a time, one thread each. Finished runs are stored and not repeated
+(stored_runs.py).
 """
 
 import hashlib
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +31,11 @@ import torch
 from matplotlib.figure import Figure
 
 from nanods import plots
-from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
+from nanods.bench.runs import flags_from_dict, write_json
+from nanods.bench.stored_runs import Job, Summarise, machine_of, train_all
 from nanods.data.download import write_atomic
 from nanods.data.text import load_text
+from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.training import checkpoint
@@ -65,8 +66,8 @@ class Args:
     """Runs at a time, one thread each."""
     results: Path = Path("results")
     """Folder for the table and the plot."""
-    runs: Path = Path("runs/arithmetic")
-    """Folder for the text and the runs."""
+    runs: Path = Path("runs")
+    """Folder for the text and the runs; an unfinished run is resumed."""
 
 
 # ---- problems ------------------------------------------------------------------------------------
@@ -128,12 +129,9 @@ def to_text(problems: Sequence[Problem], units_first: bool) -> str:
 
 
 def write_training_text(args: Args) -> Path:
-    """Write the training text and return its path, which contains the hash of the text.
-
-    Because of the hash, runs on another text are not mistaken for runs on this one.
-    """
+    """Write the training text and return its path, which contains the hash of the text."""
     text = to_text(training_problems(args.lines), args.units_first).encode()
-    path = args.runs / f"{hashlib.sha256(text).hexdigest()[:8]}.txt"
+    path = args.runs / "arithmetic" / f"{hashlib.sha256(text).hexdigest()[:8]}.txt"
     write_atomic(path, lambda file: file.write(text))
     return path
 
@@ -166,36 +164,41 @@ def accuracy(model: GPT, problems: Sequence[Problem], units_first: bool) -> floa
 # ---- training ------------------------------------------------------------------------------------
 
 
-def train(args: Args, data: Path, variant: str, seed: int) -> dict:
-    """Train a variant in a process of its own. Return its command, time, accuracies and size."""
+def variant_job(args: Args, data: Path, variant: str, seed: int) -> Job:
+    """Return the run of a variant. Its name tells apart runs on another text, of another length or
+    with other tests."""
     preset, variant_flags = VARIANTS[variant]
-    run_dir = data.with_name(f"{data.stem}-{variant}-{args.steps}-{seed}")
-    flags = SIZE | variant_flags
-    flags |= {"data": data, "steps": args.steps, "eval-every": args.steps}
-    flags |= {"save-every": args.steps, "seed": seed, "out-dir": run_dir}
-    command, rows = run_training(run_dir, [preset, *flags_from_dict(flags)])
-    model = checkpoint.load_model(checkpoint.load(run_dir))
-    scores = {}
-    for kind in DIGITS:
-        problems = held_out_problems(kind, args.held_out)
-        scores[kind] = accuracy(model, problems, args.units_first)
-    scores["both"] = statistics.mean(scores.values())
-    last = rows[-1]
-    words = ", ".join(f"{kind} {value:.1%}" for kind, value in scores.items())
-    print(f"{variant} seed {seed}: {words}; {last['cpu_seconds']:.0f} CPU-seconds", flush=True)
-    total, active = model.count_parameters()
-    return {
-        "variant": variant,
-        "seed": seed,
-        "command": command,
-        "score": scores,
-        "seconds": last["seconds"],
-        "cpu_seconds": last["cpu_seconds"],
-        "val_loss": last["val_loss"],
-        "parameters": total,
-        "active": active,
-        "flops_per_token": model.flops_per_token(),
-    }
+    flags = SIZE | variant_flags | {"data": data, "steps": args.steps, "eval-every": args.steps}
+    flags |= {"save-every": 100, "seed": seed}
+    name = f"{data.stem}-{variant}-{args.steps}-{args.held_out}-{seed}"
+    return Job(name, (preset, *flags_from_dict(flags)))
+
+
+def make_summarise(args: Args) -> Summarise:
+    """Return the function that tests a trained model: its time, accuracies and size."""
+
+    def summarise_run(job: Job, out: Path, rows: list[dict]) -> dict:
+        model = checkpoint.load_model(checkpoint.load(out))
+        scores = {}
+        for kind in DIGITS:
+            problems = held_out_problems(kind, args.held_out)
+            scores[kind] = accuracy(model, problems, args.units_first)
+        scores["both"] = statistics.mean(scores.values())
+        last = rows[-1]
+        words = ", ".join(f"{kind} {value:.1%}" for kind, value in scores.items())
+        print(f"{job.name}: {words}; {last['cpu_seconds']:.0f} CPU-seconds", flush=True)
+        total, active = model.count_parameters()
+        return {
+            "score": scores,
+            "seconds": last["seconds"],
+            "cpu_seconds": last["cpu_seconds"],
+            "val_loss": last["val_loss"],
+            "parameters": total,
+            "active": active,
+            "flops_per_token": model.flops_per_token(),
+        }
+
+    return summarise_run
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -209,12 +212,12 @@ def summarise(runs: Sequence[dict]) -> dict:
     """
     kinds = ("both", *DIGITS)
     table = {}
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        variant_runs = [run for run in runs if run["variant"] == variant]
-        cpu_seconds = statistics.mean(run["cpu_seconds"] for run in variant_runs)
+    for variant in dict.fromkeys(row["variant"] for row in runs):
+        variant_runs = [row for row in runs if row["variant"] == variant]
+        cpu_seconds = statistics.mean(row["cpu_seconds"] for row in variant_runs)
         table[variant] = {"seeds": len(variant_runs), "cpu_seconds": cpu_seconds}
         for kind in kinds:
-            values = [run["score"][kind] for run in variant_runs]
+            values = [row["score"][kind] for row in variant_runs]
             table[variant][kind] = {
                 "mean": statistics.mean(values),
                 "min": min(values),
@@ -260,12 +263,20 @@ def print_summary(summary: dict) -> None:
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    torch.set_num_threads(1)
     data = write_training_text(args)
     sha256 = load_text(str(data)).sha256  # prepares the text once, before the processes start
-    jobs = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(lambda job: train(args, data, *job), jobs))
+    jobs = {}
+    for seed in range(args.seeds):
+        for variant in args.variants:
+            jobs[variant, seed] = variant_job(args, data, variant, seed)
+    all_jobs = list(jobs.values())
+    results = train_all(
+        "arithmetic", all_jobs, make_summarise(args), args.results, args.runs, workers=args.jobs
+    )
+    runs = [
+        {"variant": variant, "seed": seed} | results[job.name]
+        for (variant, seed), job in jobs.items()
+    ]
     summary = summarise(runs)
     task = {
         "digits": DIGITS,
@@ -275,11 +286,16 @@ def main() -> None:
         "held_out": args.held_out,
         "steps": args.steps,
     }
-    table = {"machine": describe_machine(), "task": task, **summary, "runs": runs}
+    table = {
+        "machine": machine_of("arithmetic", all_jobs, args.results),
+        "task": task,
+        **summary,
+        "runs": runs,
+    }
     write_json(args.results / "arithmetic.json", table)
     plots.save(draw(runs, summary["variants"]), args.results / "arithmetic.png")
     print_summary(summary)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

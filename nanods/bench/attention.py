@@ -9,7 +9,6 @@ alternate in one process, and each figure is the median of its calls. Selection 
 time. Memory is the increase of a new process's peak above its inputs.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,8 +41,10 @@ from nanods.bench.runs import (
     describe_machine,
     median_seconds,
     peak_memory_increase,
+    read_json,
     write_json,
 )
+from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.gpt import GPT, Attention, GPTConfig, rope_cos_sin
 
@@ -392,11 +393,7 @@ def main() -> None:
         return measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     args = parse_args(Args, __doc__)
     path = args.results / "attention.json"
-    table = json.loads(path.read_text()) if path.exists() else {}
-    for part in PARTS if args.only == "all" else (args.only,):
-        print(f"---- {part}", flush=True)
-        torch.manual_seed(0)
-        table[part] = PARTS[part]()
+    table = read_json(path)
     shapes = {
         "B": 1,
         "heads": HEADS,
@@ -404,11 +401,15 @@ def main() -> None:
         "block_size": BLOCK_SIZE,
         "top_blocks": TOP_BLOCKS,
     }
-    table = {"machine": {**describe_machine("fp32"), "shapes": shapes}, **table}
-    write_json(path, table)
+    for part in PARTS if args.only == "all" else (args.only,):
+        print(f"---- {part}", flush=True)
+        torch.manual_seed(0)
+        table[part] = PARTS[part]()
+        table = {"machine": {**describe_machine("fp32"), "shapes": shapes}, **table}
+        write_json(path, table)  # a bench that is stopped continues with --only
     if {"time", "memory"} <= table.keys():
         plots.save(plots.cost_against_tokens(table), args.results / "attention.png")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

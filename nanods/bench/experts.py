@@ -5,9 +5,9 @@
 
 Writes results/experts.json and results/experts.png.
 
-Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thread. A finished run
-is not repeated; delete its folder to repeat it. The unchanged presets v1-tiny and v2-tiny run in
-runs/ladder (`make results`).
+Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thread. Finished runs
+are stored and not repeated (stored_runs.py), unless the machine is another one. The unchanged
+presets v1-tiny and v2-tiny run in runs/ladder (`make results`).
 
     balance     v2-tiny with the load-balancing loss; without it; STEPS steps with the bias alone
     quality     V2 against V1 with hidden width 2F (equal active FLOPs) and against unchanged V1, at
@@ -23,7 +23,6 @@ Time is CPU time of training on one thread, without evaluations.
 
 import ast
 import inspect
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -32,9 +31,11 @@ import numpy as np
 import torch
 
 from nanods import plots
-from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
+from nanods.bench.runs import flags_from_dict, write_json
+from nanods.bench.stored_runs import Job, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.text import load_text
+from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.training import checkpoint
 from nanods.training.inspection import chosen_experts
@@ -55,15 +56,18 @@ class Args:
     """Runs at a time, one thread each."""
     results: Path = Path("results")
     """Folder for the table and the plot."""
-    runs: Path = Path("runs/experts")
-    """Folder for the runs."""
+    runs: Path = Path("runs")
+    """Folder for the runs; an unfinished one is resumed."""
 
 
-def variants(seed: int) -> dict[str, tuple[str, dict]]:
-    """Return the preset and the flags of each variant that is trained, by name."""
+def variants(start: Path) -> dict[str, tuple[str, dict]]:
+    """Return the preset and the flags of each variant that is trained, by name.
+
+    `start`: the run directory of the trained V1 that some of them start from.
+    """
     # V1's learning rate after three quarters of its schedule.
     low_lr = {"lr": 0.005, "expert-lr": 0.005}
-    warm_start = {"init-from": f"runs/ladder/v1-tiny-pydocs-{seed}", "steps": STEPS, **low_lr}
+    warm_start = {"init-from": start, "steps": STEPS, **low_lr}
     capacity = {"moe.capacity-factor": 1.25}
     return {
         "none": ("v2-tiny", WITHOUT_LOSSES),
@@ -82,19 +86,16 @@ def variants(seed: int) -> dict[str, tuple[str, dict]]:
 # ---- one run -------------------------------------------------------------------------------------
 
 
-def run_variant(args: Args, name: str, preset: str, flags: dict, seed: int) -> dict:
-    """Train one variant in a process of its own and return its command and its figures."""
-    run_dir = args.runs / f"{name.replace(',', '').replace(' ', '-')}-{seed}"
-    if "data" in flags:  # an unchanged preset
-        run_dir = Path("runs/ladder") / f"{preset}-pydocs-{seed}"
-    flags = flags | {"seed": seed, "out-dir": run_dir}
-    command, rows = run_training(run_dir, [preset, *flags_from_dict(flags)])
+def summarise_run(job: Job, out: Path, rows: list[dict]) -> dict:
+    """Return the figures of a run; of the first unchanged V2 also what explains its selections."""
     last = rows[-1]
     print(
-        f"{run_dir.name}: {last['cpu_seconds']:.0f} s, {last['val_bpb']:.4f} bits per byte",
-        flush=True,
+        f"{job.name}: {last['cpu_seconds']:.0f} s, {last['val_bpb']:.4f} bits per byte", flush=True
     )
-    return {"seed": seed, "command": command} | run_figures(rows)
+    figures = run_figures(rows)
+    if job.name == "loss-0":
+        figures["domains"] = explain_selections(out)
+    return figures
 
 
 def run_figures(rows: list[dict]) -> dict:
@@ -224,43 +225,68 @@ def gap(runs: dict[str, list[dict]], a: str, b: str) -> dict:
     return {"mean": mean(each), "each": each}
 
 
-def list_jobs(seeds: int) -> list[tuple[str, str, dict, int]]:
-    """Return (variant, preset, flags, seed) of each run, except those at equal time."""
-    jobs = []
+def preset_job(args: Args, name: str, preset: str, seed: int) -> Job:
+    """Return the run of an unchanged preset, in the folder that `make results` uses."""
+    words = (preset, "--data", "pydocs", "--seed", str(seed))
+    return Job(f"{name}-{seed}", words, out=args.runs / "ladder" / f"{preset}-pydocs-{seed}")
+
+
+def variant_job(args: Args, name: str, seed: int, label: str = "", **changes) -> Job:
+    """Return the run of a variant, under the name `label` if some of its flags are changed."""
+    start = preset_job(args, "v1 as it is", "v1-tiny", seed)
+    preset, flags = variants(start.out)[name]
+    words = (preset, *flags_from_dict(flags | changes | {"seed": seed}))
+    return Job(f"{label or name}-{seed}", words, needs=start if "init-from" in flags else None)
+
+
+def list_jobs(args: Args) -> dict[str, list[Job]]:
+    """Return the runs of each variant, one a seed, except those at equal time."""
+    jobs = {}
     for name, preset in (("v1 as it is", "v1-tiny"), ("loss", "v2-tiny")):
-        jobs += [(name, preset, {"data": "pydocs"}, seed) for seed in range(seeds)]
-    for name in variants(0):
-        for seed in range(min(seeds, MAX_SEEDS.get(name, seeds))):
-            jobs.append((name, *variants(seed)[name], seed))
+        jobs[name] = [preset_job(args, name, preset, seed) for seed in range(args.seeds)]
+    for name in variants(Path()):
+        seeds = min(args.seeds, MAX_SEEDS.get(name, args.seeds))
+        jobs[name] = [variant_job(args, name, seed) for seed in range(seeds)]
     return jobs
 
 
-def train_all(args: Args) -> dict[str, list[dict]]:
-    """Train all variants, then V1 for as long as V2 took. Return the figures of each run."""
+def list_equal_time_jobs(args: Args, runs: dict[str, list[dict]]) -> dict[str, list[Job]]:
+    """Return the runs of V1 for as long as V2 took, from the figures of the others."""
+    label, steps = "v1, equal time", equal_time_steps(runs["v1"], runs["loss"])
+    jobs = {label: [variant_job(args, "v1", 0, label, steps=steps)]}
+    label, steps = "continued, equal time", equal_time_steps(runs["continued"], runs["upcycled"])
+    jobs[label] = [
+        variant_job(args, "continued", seed, label, steps=steps) for seed in range(args.seeds)
+    ]
+    return jobs
 
-    def train(job: tuple[str, str, dict, int]) -> dict:
-        return run_variant(args, *job)
 
+def train_variants(args: Args, jobs: dict[str, list[Job]]) -> dict[str, list[dict]]:
+    """Train what is not stored. Return the figures of each run by variant."""
+    results = train_all(
+        "experts",
+        [job for of_variant in jobs.values() for job in of_variant],
+        summarise_run,
+        args.results,
+        args.runs,
+        workers=args.jobs,
+        same_machine=True,
+    )
     runs = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = list_jobs(args.seeds)
-        for (name, *_), row in zip(jobs, pool.map(train, jobs), strict=True):
-            runs.setdefault(name, []).append(row)
-        steps = equal_time_steps(runs["v1"], runs["loss"])
-        jobs = [("v1, equal time", "v1-tiny", {"steps": steps}, 0)]
-        steps = equal_time_steps(runs["continued"], runs["upcycled"])
-        for seed in range(args.seeds):
-            preset, flags = variants(seed)["continued"]
-            jobs.append(("continued, equal time", preset, flags | {"steps": steps}, seed))
-        for (name, *_), row in zip(jobs, pool.map(train, jobs), strict=True):
-            runs.setdefault(name, []).append(row)
+    for name, of_variant in jobs.items():
+        runs[name] = [{"seed": i} | results[job.name] for i, job in enumerate(of_variant)]
     return runs
 
 
 def main() -> None:
     args = parse_args(Args, __doc__)
     sha256 = load_text("pydocs").sha256  # prepares the text before the first run
-    runs = train_all(args)
+    jobs = list_jobs(args)
+    runs = train_variants(args, jobs)
+    equal_time_jobs = list_equal_time_jobs(args, runs)
+    runs |= train_variants(args, equal_time_jobs)
+    domains = runs["loss"][0].pop("domains")
+    all_jobs = [job for of_variant in (jobs | equal_time_jobs).values() for job in of_variant]
     gaps = {
         "balanced minus unbalanced": gap(runs, "loss", "none"),
         "balanced minus unbalanced, short": gap(runs, "scratch", "none of them"),
@@ -273,12 +299,12 @@ def main() -> None:
         "upcycled minus continued V1, equal time": gap(runs, "upcycled", "continued, equal time"),
     }
     table = {
-        "machine": describe_machine(),
+        "machine": machine_of("experts", all_jobs, args.results),
         "data": {"name": "pydocs", "sha256": sha256},
         "steps": {"full": FULL_STEPS, "short": STEPS},
         "gaps": gaps,
         "summary": {name: summarise(rows) for name, rows in runs.items()},
-        "domains": explain_selections(Path("runs/ladder/v2-tiny-pydocs-0")),
+        "domains": domains,
         "runs": runs,
     }
     for name, rows in runs.items():
@@ -294,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

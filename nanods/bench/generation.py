@@ -13,6 +13,7 @@ import torch
 
 from nanods.bench.runs import median_seconds, write_json
 from nanods.config import PRESETS
+from nanods.errors import run
 from nanods.gpt import GPT
 
 
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,13 +13,12 @@ of their folders. Its zero-shot accuracy, which train.py reports, is checked to 
     logistic regression on pixels       the images as V3 reads them
     logistic regression on embeddings   the images as the trained V3 embeds them (a linear probe)
 
-All are measured on the same held-out images, and in CPU-seconds. Finished runs are not repeated;
-delete a run's directory to repeat it.
+All are measured on the same held-out images, and in CPU-seconds. Finished runs are stored and not
+repeated (stored_runs.py).
 """
 
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -29,7 +28,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from nanods import plots
-from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
+from nanods.bench.runs import flags_from_dict, write_json
+from nanods.bench.stored_runs import Job, machine_of, train_all
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.training.contrastive_task import ContrastiveTask
@@ -71,8 +71,8 @@ class Args:
     """Training images of each class. Half as many are held out."""
     jobs: int = 2
     """Runs at a time."""
-    runs: Path = Path("runs/bench-labels")
-    """Where the images and the runs go."""
+    runs: Path = Path("runs")
+    """Where the images and the runs go; an unfinished run is resumed."""
     results: Path = Path("results")
     """Where the table and the picture go."""
 
@@ -125,11 +125,15 @@ def draw_shape(name: str, random: np.random.Generator) -> Image.Image:
 # ---- one run -------------------------------------------------------------------------------------
 
 
-def flags(args: Args, seed: int) -> dict[str, object]:
-    """Return the flags of a run. fp32: sample.py computes in it too."""
-    return {
-        "data": args.runs / "shapes",
-        "out-dir": args.runs / f"seed-{seed}",
+def shapes_folder(args: Args) -> Path:
+    """Return where the images are."""
+    return args.runs / "labels" / f"shapes-{args.per_class}"
+
+
+def seed_job(args: Args, seed: int) -> Job:
+    """Return the run of a seed. fp32: sample.py computes in it too."""
+    flags = {
+        "data": shapes_folder(args),
         "seed": seed,
         "steps": args.steps,
         "eval-every": args.steps,
@@ -138,20 +142,33 @@ def flags(args: Args, seed: int) -> dict[str, object]:
         "multimodal.patch-size": 8,
         "dtype": "fp32",
     }
+    name = f"{args.per_class}-per-class-{args.steps}-{seed}"
+    return Job(name, ("v3-tiny", *flags_from_dict(flags)))
 
 
-def train(args: Args, seed: int) -> dict:
-    """Train V3 with one seed. Returns its accuracy and its CPU-seconds."""
-    out = args.runs / f"seed-{seed}"
-    command, rows = run_training(out, ["v3-tiny", *flags_from_dict(flags(args, seed))])
+def run_figures(job: Job, out: Path, rows: list[dict]) -> dict:
+    """Return the figures of a run, and of the two classifiers on the same examples."""
     last = rows[-1]
-    return {
-        "seed": seed,
-        "command": command,
+    splits, answers = embed_classes(out)
+    (train_pixels, train_embeddings, labels), (pixels, embeddings, val_labels) = splits.values()
+    linear = logistic_regression((train_embeddings, labels), (embeddings, val_labels))
+    print(
+        f"{job.name}: zero-shot {last['zero_shot_accuracy_image']:.3f} after "
+        f"{last['cpu_seconds']:.0f} CPU-seconds, sample.py --labels {answers:.3f}, linear "
+        f"probe {linear['accuracy']:.3f}",
+        flush=True,
+    )
+    figures = {
         "accuracy": last["zero_shot_accuracy_image"],
         "recall1_image_text": last["recall1_image_text"],
         "cpu_seconds": last["cpu_seconds"],
+        "sample.py --labels": answers,
+        "linear": linear,
     }
+    if job.config.seed == 0:  # the images are the same for each seed
+        figures["pixels"] = logistic_regression((train_pixels, labels), (pixels, val_labels))
+        figures["examples"] = {"train": len(labels), "held_out": len(val_labels)}
+    return figures
 
 
 # ---- the same examples, by two methods -----------------------------------------------------------
@@ -215,33 +232,21 @@ def main() -> None:
     """Draw the images, train V3 with each seed, fit the classifiers, and write the results."""
     args = parse_args(Args, __doc__)
     new_classifier()  # is refused before the training, where scikit-learn is missing
-    torch.set_num_threads(1)
-    write_shapes(args.runs / "shapes", args.per_class)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(lambda seed: train(args, seed), range(args.seeds)))
-    linear = []
-    for result in runs:
-        splits, answers = embed_classes(args.runs / f"seed-{result['seed']}")
-        result["sample.py --labels"] = answers
-        (_, embeddings, labels), (_, val_embeddings, val_labels) = splits.values()
-        linear.append(logistic_regression((embeddings, labels), (val_embeddings, val_labels)))
-        print(
-            f"seed {result['seed']}: zero-shot {result['accuracy']:.3f} after "
-            f"{result['cpu_seconds']:.0f} CPU-seconds, sample.py --labels {answers:.3f}, linear "
-            f"probe {linear[-1]['accuracy']:.3f}"
-        )
-    (pixels, _, labels), (val_pixels, _, val_labels) = splits.values()  # the same for each seed
-    pixels = logistic_regression((pixels, labels), (val_pixels, val_labels))
+    write_shapes(shapes_folder(args), args.per_class)
+    jobs = [seed_job(args, seed) for seed in range(args.seeds)]
+    results = train_all("labels", jobs, run_figures, args.results, args.runs, workers=args.jobs)
+    runs = [{"seed": seed} | results[job.name] for seed, job in enumerate(jobs)]
+    linear = [result.pop("linear") for result in runs]
+    pixels, examples = runs[0].pop("pixels"), runs[0].pop("examples")
     print(
         f"logistic regression on pixels: {pixels['accuracy']:.3f} after "
         f"{pixels['fit_cpu_seconds']:.1f} CPU-seconds"
     )
     table = {
-        "machine": describe_machine("fp32"),
+        "machine": machine_of("labels", jobs, args.results) | {"dtype": "fp32"},
         "data": {
             "classes": CLASSES,
-            "train": len(labels),
-            "held_out": len(val_labels),
+            **examples,
             "pixels": SIZE,
         },
         "steps": args.steps,
@@ -260,7 +265,7 @@ def main() -> None:
         "logistic regression on V3's embeddings": [row["accuracy"] for row in linear],
         "logistic regression on pixels": [pixels["accuracy"]],
     }
-    xlabel = f"accuracy on {len(val_labels)} held-out images (chance {1 / len(CLASSES):.1f})"
+    xlabel = f"accuracy on {examples['held_out']} held-out images (chance {1 / len(CLASSES):.1f})"
     plots.save(plots.dot_plot(accuracies, {}, xlabel), args.results / "labels.png")
 
 

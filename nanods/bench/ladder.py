@@ -11,9 +11,10 @@ byte or twice the seeds' spread, whichever is larger.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanods.bench.runs import describe_machine, update_expected, write_json
-from nanods.bench.stored_runs import Job, train_all
+from nanods.bench.runs import update_expected, write_json
+from nanods.bench.stored_runs import Job, machine_of, train_all
 from nanods.data.text import load_text
+from nanods.errors import run
 from nanods.flags import parse_args
 
 RUNS = (
@@ -50,18 +51,18 @@ def main() -> None:
         for seed in range(seeds):
             words = (preset, "--data", data, "--seed", str(seed))
             jobs[preset, data, seed] = Job(f"{preset}-{data}-{seed}", words)
-    results = train_all("ladder", list(jobs.values()), last_metrics, args.results, args.runs)
+    all_jobs = list(jobs.values())
+    results = train_all("ladder", all_jobs, last_metrics, args.results, args.runs)
 
-    ladder, expected = {"machine": describe_machine()}, {}
-    for run in RUNS:
+    ladder, expected = {"machine": machine_of("ladder", all_jobs, args.results)}, {}
+    for preset_and_data in RUNS:
         rows = []
         for (*job_run, seed), job in jobs.items():
-            if tuple(job_run) == run:
-                command = " ".join(("train.py", *job.words))
-                rows.append({"seed": seed, "command": command, **results[job.name]})
+            if tuple(job_run) == preset_and_data:
+                rows.append({"seed": seed} | results[job.name])
         values = [row["val_bpb"] for row in rows]
         mean, spread = sum(values) / len(values), max(values) - min(values)
-        name, data = "/".join(run), run[1]
+        name, data = "/".join(preset_and_data), preset_and_data[1]
         ladder[name] = {"mean_val_bpb": mean, "spread": spread, "runs": rows}
         tolerance = max(0.02, 2 * spread)
         expected[name] = {
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,15 +8,18 @@ tokens, 2 sequences per step. The dense run takes --steps steps. Each sparse var
 8 selected and the current one) runs twice: for the same number of steps as dense, and for as many
 steps as fit into the time of the dense run. Each run has its complete learning rate schedule. Time
 is CPU time on one thread, without the evaluations. One seed, so differences of a few thousandths of
-a bit mean nothing. Finished runs are reused; delete the folder of the runs to repeat them.
+a bit mean nothing. Finished runs are stored and not repeated (stored_runs.py), unless the machine
+is another one.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanods import plots
-from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
+from nanods.bench.runs import flags_from_dict, write_json
+from nanods.bench.stored_runs import Job, machine_of, train_all
 from nanods.data.text import load_text
+from nanods.errors import run
 from nanods.flags import parse_args
 
 SIZE = {"context-length": 4096, "batch-size": 2, "device": "cpu", "dtype": "auto", "seed": 0}
@@ -31,23 +34,26 @@ class Args:
     """Selection methods of the sparse runs."""
     results: Path = Path("results")
     """Where to write the table and the plot."""
-    runs: Path = Path("runs/long_text")
-    """Where to write the runs."""
+    runs: Path = Path("runs")
+    """Where to write the runs; an unfinished one is resumed."""
 
 
-def train(args: Args, preset: str, flags: dict, steps: int) -> dict:
-    """Run train.py in a new process and return its command, times and validation curve.
+def length_job(preset: str, flags: dict, steps: int) -> Job:
+    """Return the run of a preset with some flags for so many steps."""
+    name = "-".join(map(str, (preset, *flags.values(), steps)))
+    schedule = {"steps": steps, "eval-every": -(-steps // 4), "save-every": 10}
+    return Job(name, (preset, *flags_from_dict(SIZE | flags | schedule)))
+
+
+def run_figures(job: Job, out: Path, rows: list[dict]) -> dict:
+    """Return the times and the validation curve of a run.
 
     The curve has one entry [step, seconds, bits per byte] per validation.
     """
-    out = args.runs / "-".join(map(str, (preset, *flags.values(), steps)))
-    schedule = {"steps": steps, "eval-every": -(-steps // 4), "save-every": steps, "out-dir": out}
-    command, rows = run_training(out, [preset, *flags_from_dict(SIZE | flags | schedule)])
     curve = [[row["step"], row["seconds"], row["val_bpb"]] for row in rows if "val_bpb" in row]
-    _, seconds, val_bpb = curve[-1]
-    print(f"{out.name}: {seconds:.0f} s, {val_bpb:.4f} bits per byte", flush=True)
+    steps, seconds, val_bpb = curve[-1]
+    print(f"{job.name}: {seconds:.0f} s, {val_bpb:.4f} bits per byte", flush=True)
     return {
-        "command": command,
         "steps": steps,
         "seconds": seconds,
         "cpu_seconds": rows[-1]["cpu_seconds"],
@@ -69,33 +75,45 @@ def compare(dense: dict, equal_steps: dict, equal_time: dict) -> dict[str, float
 def main() -> None:
     args = parse_args(Args, __doc__)
     sha256 = load_text("pydocs").sha256  # prepared before the first run
-    dense = train(args, "v0-tiny", {}, args.steps)
+
+    def train(jobs: list[Job]) -> dict[str, dict]:
+        where = {"results": args.results, "runs": args.runs, "workers": 1, "same_machine": True}
+        return train_all("long_text", jobs, run_figures, **where)
+
+    flags = {method: SPARSE | {"attention.method": method} for method in args.methods}
+    dense_job = length_job("v0-tiny", {}, args.steps)
+    jobs = {method: length_job("v1-tiny", flags[method], args.steps) for method in args.methods}
+    results = train([dense_job, *jobs.values()])
+    dense = results[dense_job.name]
+    equal_steps = {method: results[job.name] for method, job in jobs.items()}
+    longer_jobs = {}
+    for method, result in equal_steps.items():
+        steps = round(args.steps * dense["cpu_seconds"] / result["cpu_seconds"])
+        longer_jobs[method] = length_job("v1-tiny", flags[method], steps)
+    results = train(list(longer_jobs.values()))
     runs, differences = {"dense": dense}, {}
-    for method in args.methods:
-        flags = SPARSE | {"attention.method": method}
-        equal_steps = train(args, "v1-tiny", flags, args.steps)
-        steps = round(args.steps * dense["cpu_seconds"] / equal_steps["cpu_seconds"])
-        equal_time = train(args, "v1-tiny", flags, steps)
-        runs[f"{method}, equal steps"] = equal_steps
-        runs[f"{method}, equal time"] = equal_time
-        differences[method] = compare(dense, equal_steps, equal_time)
+    for method, job in longer_jobs.items():
+        runs[f"{method}, equal steps"] = equal_steps[method]
+        runs[f"{method}, equal time"] = results[job.name]
+        differences[method] = compare(dense, equal_steps[method], results[job.name])
         words = (f"{name} {value:+.4f}" for name, value in differences[method].items())
         print(f"{method}: {', '.join(words)}", flush=True)
-        table = {
-            "machine": describe_machine(),
-            "data": {"name": "pydocs", "sha256": sha256},
-            "seeds": 1,
-            "differences": differences,
-            "runs": runs,
-        }
-        write_json(args.results / "long_text.json", table)
+    all_jobs = [dense_job, *jobs.values(), *longer_jobs.values()]
+    table = {
+        "machine": machine_of("long_text", all_jobs, args.results),
+        "data": {"name": "pydocs", "sha256": sha256},
+        "seeds": 1,
+        "differences": differences,
+        "runs": runs,
+    }
+    write_json(args.results / "long_text.json", table)
     lines = {}
-    for name, run in runs.items():
-        _, seconds, bpb = zip(*run["step_seconds_val_bpb"], strict=True)
+    for name, result in runs.items():
+        _, seconds, bpb = zip(*result["step_seconds_val_bpb"], strict=True)
         lines[name] = (seconds, bpb)
     figure = plots.curves(lines, "seconds of training, one thread", "bits per byte", {})
     plots.save(figure, args.results / "long_text.png")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

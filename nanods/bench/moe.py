@@ -41,8 +41,10 @@ from nanods.bench.runs import (
     describe_machine,
     median_seconds,
     peak_memory_increase,
+    read_json,
     write_json,
 )
+from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.moe import (
     MLP,
@@ -510,7 +512,7 @@ def main() -> None:
         return measure_peer(sys.argv[2], int(sys.argv[3]))
     args = parse_args(Args, __doc__)
     path = args.results / "moe.json"
-    table = json.loads(path.read_text()) if path.exists() else {}
+    table = read_json(path)
     for part in PARTS if args.only == "all" else (args.only,):
         print(f"---- {part}", flush=True)
         torch.manual_seed(0)
@@ -530,4 +532,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,7 +8,7 @@ Also writes what train.py expects of v3-tiny into results/expected.json.
 The first is `make bench-v3`.
 
 Each run is v3-tiny on scenes in a process of its own, on one thread, evaluated on 512 meanings that
-no training example has. Finished runs are not repeated; delete a run's directory to repeat it.
+no training example has. Finished runs are stored and not repeated (stored_runs.py).
 
     as it is      the preset: one trunk, all pairs of modalities
     emergent      image and audio are never compared, only text with either
@@ -24,7 +24,6 @@ captions in which one fact has another value (six shapes, eight colours, two siz
 `pipeline` compares the scenes that one core renders per second with those that training consumes.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -36,16 +35,16 @@ from torch import Tensor
 
 from nanods import plots
 from nanods.bench.runs import (
-    describe_machine,
     flags_from_dict,
     median_seconds,
-    run_training,
     update_expected,
     write_json,
 )
+from nanods.bench.stored_runs import Job, machine_of, train_all
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.data.random_bits import random_bits
+from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.training import checkpoint
 from nanods.training.contrastive_data import encode_captions
@@ -79,8 +78,8 @@ class Args:
     """Runs at a time, one thread each."""
     results: Path = Path("results")
     """Directory of the table and the picture."""
-    runs: Path = Path("runs/multimodal")
-    """Directory of the runs."""
+    runs: Path = Path("runs")
+    """Directory of the runs; an unfinished one is resumed."""
     only: tuple[str, ...] = tuple(VARIANTS)
     """Variants to run."""
 
@@ -102,18 +101,18 @@ def flags(settings: dict) -> list[str]:
     return words + flags_from_dict(single_values)
 
 
-def run(args: Args, name: str, seed: int) -> dict:
-    """Train one variant in a process of its own -> its command and its metrics."""
-    out = args.runs / f"{name.replace(' ', '-')}-{seed}"
-    settings = VARIANTS[name] | {"seed": seed, "out-dir": out}
-    command, rows = run_training(out, ["v3-tiny", *flags(settings)])
+def variant_job(name: str, seed: int) -> Job:
+    """Return the run of a variant."""
+    return Job(f"{name}-{seed}", ("v3-tiny", *flags(VARIANTS[name] | {"seed": seed})))
+
+
+def run_figures(job: Job, out: Path, rows: list[dict]) -> dict:
+    """Return the figures of a run, and how many scenes this machine renders per second."""
     first, last = rows[0], rows[-1]
     print(
-        f"{out.name}: {last['cpu_seconds']:.0f} s, recall@1 {last['val_recall1']:.4f}", flush=True
+        f"{job.name}: {last['cpu_seconds']:.0f} s, recall@1 {last['val_recall1']:.4f}", flush=True
     )
     metrics = {
-        "seed": seed,
-        "command": command,
         "cpu_seconds": last["cpu_seconds"],
         "loss_at_step_1": first["ce_loss"],
     }
@@ -132,6 +131,7 @@ def run(args: Args, name: str, seed: int) -> dict:
         "steps": [row["step"] for row in evaluations],
         "recall1": [row["val_recall1"] for row in evaluations],
     }
+    metrics["scenes_per_second"] = scenes_per_second()
     return metrics
 
 
@@ -271,23 +271,24 @@ def draw_recall(runs: dict[str, list[dict]], path: Path) -> None:
 def main() -> None:
     """Run all variants and seeds, then write the table, the picture and the expected recall."""
     args = parse_args(Args, __doc__)
-    torch.set_num_threads(1)
-    jobs = []
+    jobs = {}
     for seed in range(args.seeds):
         for name in args.only:
             if seed < MAX_SEEDS.get(name, args.seeds):
-                jobs.append((name, seed))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda job: run(args, *job), jobs))
+                jobs[name, seed] = variant_job(name, seed)
+    all_jobs = list(jobs.values())
+    results = train_all(
+        "multimodal", all_jobs, run_figures, args.results, args.runs, workers=args.jobs
+    )
+    rendered = median(result.pop("scenes_per_second") for result in results.values())
+    consumed = median(result["examples_per_second"] for result in results.values())
     runs = {name: [] for name in args.only}
-    for (name, _), result in zip(jobs, results, strict=True):
-        runs[name].append(result)
+    for (name, seed), job in jobs.items():
+        runs[name].append({"seed": seed} | results[job.name])
 
-    rendered = scenes_per_second()
-    consumed = median(result["examples_per_second"] for result in results)
     sha256 = scenes.SceneData().sha256
     table = {
-        "machine": describe_machine(),
+        "machine": machine_of("multimodal", all_jobs, args.results),
         "data": {"name": "scenes", "sha256": sha256},
         "steps": PRESETS["v3-tiny"].steps,
         "pipeline": {
@@ -308,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

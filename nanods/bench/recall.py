@@ -20,7 +20,7 @@ only which values occur: LOG.md.)
 The results. Every step draws new sequences. The results are the accuracy on held-out sequences, and
 per layer the fraction of questions whose pair is in a block that some head attends to. All sparse
 variants attend to the same number of keys, 3 past blocks and the current one. All variants have the
-same steps, batches and learning rates. Finished runs are kept in the JSON file and not repeated,
+same steps, batches and learning rates. Finished runs are stored and not repeated (stored_runs.py),
 unless --fresh.
 
 The variant "tree" opens 4 nodes of 2 blocks each. With the default beam of 16 nodes, 16 blocks need
@@ -28,10 +28,13 @@ no tree, and the method would equal flat.
 """
 
 import contextlib
-import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +46,8 @@ from torch import Tensor, nn
 from nanods import plots
 from nanods.attention import AttentionConfig, expand_to_queries
 from nanods.bench.runs import write_json
-from nanods.errors import UserError, run
+from nanods.bench.stored_runs import PROBE_STEPS, FunctionJob, train_all
+from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.gpt import GPT, GPTConfig
 from nanods.training.muon import Muon, fast_bf16
@@ -106,7 +110,7 @@ class Args:
     held_out: int = 1024
     """Held-out sequences that the accuracy is measured on."""
     fresh: bool = False
-    """Repeat finished runs."""
+    """Repeat finished runs. If this is interrupted, continue without it."""
     results: Path = Path("results")
     """Where to write the table and the plot."""
 
@@ -180,7 +184,8 @@ def predict_answers(
     logits, stats = model(batch.tokens, inspect=True)
     at = batch.question_positions[..., None].expand(-1, -1, logits.size(-1))
     answers = batch.tokens.gather(1, batch.question_positions + 1)
-    return logits.gather(1, at).float(), answers, stats
+    logits = logits.gather(1, at)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), answers, stats
 
 
 def reaches_pair(blocks: Tensor, batch: Batch, size: int) -> Tensor:
@@ -222,10 +227,15 @@ def evaluate(model: GPT, autocast, sequences: int, task: Task) -> dict:
     return metrics
 
 
-def train(variant: str, seed: int, args: Args) -> dict:
-    """Train one model from scratch and return its metrics."""
+def new_model(variant: str, seed: int) -> GPT:
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**SIZE, attention=VARIANTS[variant]))
+    return GPT(GPTConfig(**SIZE, attention=VARIANTS[variant]))
+
+
+def training_steps(
+    model: GPT, seed: int, args: Args, autocast: AbstractContextManager
+) -> Iterator[tuple[float, float]]:
+    """Train a model from scratch: after each step its loss and accuracy on the batch."""
     muon = Muon(model.blocks.parameters(), lr=args.lr, momentum=0.9)
     adamw = torch.optim.AdamW(
         [*model.embedding.parameters(), *model.head.parameters()],
@@ -235,10 +245,7 @@ def train(variant: str, seed: int, args: Args) -> dict:
         fused=True,
     )
     peak_lrs = {muon: args.lr, adamw: args.embedding_lr}
-    bf16 = fast_bf16(torch.device("cpu"))  # as train.py's --dtype auto
-    autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
     steps = args.near_steps + args.grow_steps + args.far_steps
-    curve, start, cpu_start = [], time.perf_counter(), time.process_time()
     for step in range(steps):
         warmup, cooldown = (step + 1) / (0.02 * steps), (steps - step) / (0.6 * steps)
         for optimizer, peak in peak_lrs.items():
@@ -253,13 +260,34 @@ def train(variant: str, seed: int, args: Args) -> dict:
         for optimizer in peak_lrs:
             optimizer.step()
             optimizer.zero_grad()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            accuracy = (logits.argmax(dim=-1) == answers).double().mean().item()
-            curve.append([step + 1, accuracy])
+        yield loss.item(), (logits.argmax(dim=-1) == answers).double().mean().item()
+
+
+def probe(variant: str, seed: int, args: Args) -> list[float]:
+    """Return the losses of the first steps in fp64."""
+    model = new_model(variant, seed).double()
+    steps = training_steps(model, seed, args, contextlib.nullcontext())
+    return [loss for loss, _ in islice(steps, PROBE_STEPS)]
+
+
+def train(variant: str, seed: int, args: Args) -> dict:
+    """Train one model from scratch and return its metrics."""
+    model = new_model(variant, seed)
+    bf16 = fast_bf16(torch.device("cpu"))  # as train.py's --dtype auto
+    autocast = torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext()
+    steps = args.near_steps + args.grow_steps + args.far_steps
+    curve, start, cpu_start = [], time.perf_counter(), time.process_time()
+    for step, (_, accuracy) in enumerate(training_steps(model, seed, args, autocast), 1):
+        if step % 50 == 0 or step == steps:
+            curve.append([step, accuracy])
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     near = evaluate(model, autocast, args.held_out, NEAR)
     far = evaluate(model, autocast, args.held_out, FAR)
+    print(
+        f"{variant}/{seed}: {far['accuracy']:.1%} right, {cpu_seconds:.0f} CPU-seconds", flush=True
+    )
     return {
+        "torch": torch.__version__,
         **far,
         "accuracy_near": near["accuracy"],
         "seconds": seconds,
@@ -293,13 +321,8 @@ def summarise(runs: dict[str, dict]) -> dict[str, dict]:
     return table
 
 
-def write_results(path: Path, settings: dict, runs: dict[str, dict]) -> None:
-    table = {"settings": settings, "summary": summarise(runs), "why": EXPLANATIONS, "runs": runs}
-    write_json(path, table)
-
-
 def run_settings(args: Args) -> dict:
-    """Return every setting that the result of a run depends on."""
+    """Return every setting of the runs."""
     flags = asdict(args)
     for name in ("seeds", "fresh", "results"):
         del flags[name]
@@ -312,29 +335,31 @@ def run_settings(args: Args) -> dict:
     }
 
 
+def run_job(variant: str, seed: int, args: Args) -> FunctionJob:
+    """Return the run of a variant with a seed."""
+    flags = run_settings(args)
+    flags["variant"] = flags.pop("variants")[variant]
+    arguments = variant, seed, args
+    return FunctionJob(
+        f"{variant}/{seed}", flags, partial(train, *arguments), partial(probe, *arguments)
+    )
+
+
 def main() -> None:
     args = parse_args(Args, __doc__)
-    torch.set_num_threads(1)
-    path = args.results / "recall.json"
-    settings, runs = run_settings(args), {}
-    if path.exists() and not args.fresh:
-        saved = json.loads(path.read_text())
-        if saved["settings"] != settings:
-            raise UserError(
-                f"{path} holds runs with other settings: repeat them with --fresh, or choose "
-                "another --results"
-            )
-        runs = saved["runs"]
-    for seed in range(args.seeds):
-        for variant in VARIANTS:
-            name = f"{variant}/{seed}"
-            if name in runs:
-                continue
-            runs[name] = {"torch": torch.__version__} | train(variant, seed, args)
-            accuracy, cpu_seconds = runs[name]["accuracy"], runs[name]["cpu_seconds"]
-            print(f"{name}: {accuracy:.1%} right, {cpu_seconds:.0f} CPU-seconds", flush=True)
-            write_results(path, settings, runs)
-    write_results(path, settings, runs)
+    if args.fresh:
+        (args.results / "runs/recall.json").unlink(missing_ok=True)
+    jobs = [run_job(variant, seed, args) for seed in range(args.seeds) for variant in VARIANTS]
+    runs = train_all("recall", jobs, results=args.results, workers=1)
+    for result in runs.values():
+        del result["command"]
+    table = {
+        "settings": run_settings(args),
+        "summary": summarise(runs),
+        "why": EXPLANATIONS,
+        "runs": runs,
+    }
+    write_json(args.results / "recall.json", table)
     rows = {variant: accuracies(runs, variant) for variant in VARIANTS}
     bars = {variant: bar for variant, (_, bar) in BARS.items()}
     figure = plots.dot_plot(rows, bars, "accuracy on held-out sequences")

@@ -19,34 +19,67 @@ import torch
 from nanods import plots
 from nanods.data.download import write_atomic
 from nanods.errors import UserError
+from nanods.training import checkpoint
+from nanods.training.metrics import read_metrics
 from nanods.training.muon import fast_bf16
 
 # ---- runs of train.py ----------------------------------------------------------------------------
 
 
-def run_training(
-    out: Path, flags: Sequence[str], fresh: bool = False, launch: Sequence[str] = ()
-) -> tuple[str, list[dict]]:
-    """Run `train.py FLAGS` on one thread -> the command, and the rows of its metrics.jsonl.
+def start_training(out: Path, flags: Sequence[str], launch: Sequence[str] = ()) -> subprocess.Popen:
+    """Start `train.py FLAGS` on one thread, in a process of its own that prints into OUT.log.
 
-    The flags must make `out` the run directory; the run prints into OUT.log. A finished run is not
-    repeated unless `fresh`. `launch` are Python's arguments before train.py, such as
-    ["-m", "torch.distributed.run"]. Raises UserError if the run was stopped before its last step.
+    The flags must make `out` the run directory. `launch` are Python's arguments before train.py,
+    such as ["-m", "torch.distributed.run"].
     """
-    command = [sys.executable, *launch, "train.py", *flags]
-    last_picture = out / "loss.png"  # drawn after the last step
-    if fresh or not last_picture.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with Path(f"{out}.log").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-        if not last_picture.exists():  # train.py exits with 0 when a signal stops it
-            raise UserError(
-                f"{out} was stopped before its last step; "
-                "start the bench again: finished runs are kept"
-            )
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return " ".join(command[1:]), [json.loads(line) for line in lines]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with Path(f"{out}.log").open("a" if "--resume" in flags else "w") as log:
+        return subprocess.Popen(
+            [sys.executable, *launch, "train.py", *flags],
+            stdout=log,
+            stderr=log,
+            env=os.environ | one_thread,
+        )
+
+
+def read_training(out: Path, process: subprocess.Popen) -> list[dict]:
+    """Return the rows of metrics.jsonl of a run whose process has ended.
+
+    Raises UserError if the run failed, or was stopped before its last step.
+    """
+    if process.returncode:
+        lines = Path(f"{out}.log").read_text(errors="replace").strip().splitlines()
+        raise UserError(
+            f"train.py ended with exit code {process.returncode} in {out}, see {out}.log: "
+            f"{lines[-1] if lines else 'it printed nothing'}"
+        )
+    if not is_finished(out):  # train.py exits with 0 when a signal stops it
+        raise UserError(
+            f"{out} was stopped before its last step; start the bench again: finished runs are kept"
+        )
+    return read_metrics(out / "metrics.jsonl")
+
+
+def is_finished(out: Path) -> bool:
+    """Return whether the newest checkpoint of a run is of its last step, and its metrics too."""
+    rows = read_metrics(out / "metrics.jsonl")
+    if not rows or not checkpoint.list_checkpoints(out):
+        return False
+    state = checkpoint.load(out).state
+    return state["step"] == state["config"]["steps"] == rows[-1]["step"]
+
+
+def run_training(out: Path, flags: Sequence[str], launch: Sequence[str] = ()) -> list[dict]:
+    """Run `train.py FLAGS` as `start_training` does -> the rows of its metrics.jsonl."""
+    process = start_training(out, flags, launch)
+    process.wait()
+    return read_training(out, process)
+
+
+def training_command(flags: Sequence[str], launch: Sequence[str] = ()) -> str:
+    """Return the command of a run, as the tables have it."""
+    return " ".join([*launch, "train.py", *flags])
 
 
 def flags_from_dict(flags: dict[str, object]) -> list[str]:
@@ -57,6 +90,30 @@ def flags_from_dict(flags: dict[str, object]) -> list[str]:
 # ---- results -------------------------------------------------------------------------------------
 
 
+def read_json(path: Path) -> dict:
+    """Return the table in a JSON file; an empty one if there is no file.
+
+    Raises UserError if the file is damaged.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if not isinstance(table, dict):
+        raise damaged(path, "it holds no table")
+    return table
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """Return the error for a file of results that cannot be read."""
+    return UserError(
+        f"{path} is damaged ({reason}): restore it (git checkout {path}), or delete it to measure "
+        "again"
+    )
+
+
 def write_json(path: Path, table: dict) -> None:
     """Write a table to a JSON file, atomically."""
     text = json.dumps(table, indent=1) + "\n"
@@ -65,8 +122,7 @@ def write_json(path: Path, table: dict) -> None:
 
 def update_expected(path: Path, entries: dict[str, dict]) -> None:
     """Set entries of expected.json, which train.py compares runs with; other entries stay."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, known | entries)
+    write_json(path, read_json(path) | entries)
 
 
 def add_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
@@ -93,10 +149,20 @@ def describe_machine(dtype: str = "auto") -> dict[str, object]:
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "threads": 1,
         "dtype": dtype,
     }
+
+
+def cpu_name() -> str:
+    """Return the name of the CPU; on Linux platform.processor() has the architecture alone."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 # ---- time and memory -----------------------------------------------------------------------------

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from nanods.bench.runs import describe_machine, flags_from_dict, run_training, write_json
+from nanods.bench.runs import (
+    describe_machine,
+    flags_from_dict,
+    run_training,
+    training_command,
+    write_json,
+)
+from nanods.errors import run
 from nanods.flags import parse_args
 
 STEPS = 60
@@ -30,7 +37,7 @@ class Args:
     """Directory of the runs, which are always repeated."""
 
 
-def run(args: Args, name: str, mesh: str | None) -> dict:
+def measure(args: Args, name: str, mesh: str | None) -> dict:
     """Train for STEPS steps -> the command, and medians over the steps after the warm-up."""
     out = args.runs / name.replace(" ", "-")
     flags = {"steps": STEPS, "eval-every": 1000, "micro-batch": 4, "out-dir": out}
@@ -38,10 +45,8 @@ def run(args: Args, name: str, mesh: str | None) -> dict:
     if mesh:
         flags["mesh"] = mesh
         launch = LAUNCH
-    command, rows = run_training(
-        out, ["v2-tiny", *flags_from_dict(flags)], fresh=True, launch=launch
-    )
-    rows = rows[WARMUP:]
+    words = ["v2-tiny", *flags_from_dict(flags)]
+    rows = run_training(out, words, launch)[WARMUP:]
     tokens_per_second = median(row["tokens_per_second"] for row in rows)
     tokens_per_step = rows[0]["tokens"] / rows[0]["step"]
     metrics = {"tokens_per_second": tokens_per_second}
@@ -51,13 +56,13 @@ def run(args: Args, name: str, mesh: str | None) -> dict:
     # The rest of 1 is an upper bound on what overlapping communication could gain.
     metrics["busy"] = rows[-1]["cpu_seconds"] / rows[-1]["seconds"]
     print(f"{name}: {metrics}", flush=True)
-    return {"command": command} | metrics
+    return {"command": training_command(words, launch)} | metrics
 
 
 def main() -> None:
     """Run all meshes, then write the table with their speed relative to one process."""
     args = parse_args(Args, __doc__)
-    runs = {name: run(args, name, mesh) for name, mesh in MESHES.items()}
+    runs = {name: measure(args, name, mesh) for name, mesh in MESHES.items()}
     base = runs["one process"]["tokens_per_second"]
     times = {name: metrics["tokens_per_second"] / base for name, metrics in runs.items()}
     table = {"machine": describe_machine(), "steps": STEPS, "times": times, "runs": runs}
@@ -65,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,44 +4,104 @@
 
 A bench that is killed or interrupted goes on where it was: finished runs are read from the store,
 and an unfinished one is resumed from its last checkpoint. The store is small and committed, so that
-a fresh clone need not repeat hours of training.
+a fresh clone need not repeat hours of training. To repeat them, delete the store and the runs.
 
-Each result is stored with its *identity*: the flags that differ from the preset's, the hash of the
-data, and a probe, which is the losses of the first few steps in fp64. If changed code computes the
-same losses, the probe is unchanged and the result stays valid. A change of what is computed changes
-the probe: the stored result is then stale, which is said, and the run is repeated.
+Each result is stored with its *identity*: the settings, the hash of the data, and a probe, which is
+the losses of the first few steps in fp64. If changed code computes the same losses, the probe is
+unchanged and the result stays valid. A change of what is computed changes the probe: the stored
+result is then stale, which is said, and the run is repeated. The probe is computed only where the
+code is not the code that the result was stored with.
 """
 
 import contextlib
+import hashlib
 import io
 import json
-import threading
+import shlex
+import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
+from subprocess import Popen
 
 import torch
 
 from nanods import config as ladder
-from nanods.bench.runs import describe_machine, run_training, write_json
+from nanods.bench.runs import (
+    damaged,
+    describe_machine,
+    is_finished,
+    read_json,
+    read_training,
+    start_training,
+    training_command,
+    write_json,
+)
 from nanods.build import build_model
 from nanods.config import Config
+from nanods.data.lock import LockHeldError, lock
+from nanods.errors import UserError
+from nanods.training.checkpoint import list_checkpoints
+from nanods.training.commands import python
+from nanods.training.metrics import read_metrics
 from nanods.training.optimizers import make_optimizers, set_learning_rate
-from nanods.training.task import accumulate_gradients, make_task
+from nanods.training.setup import lock_run_directory
+from nanods.training.task import Task, accumulate_gradients, make_task
 
-PROBE_STEPS = 4
-PROBE_BATCH = 4  # examples of a probe's step, or the run's batch if that is smaller
+PROBE_STEPS = 3
+PROBE_TOKENS = 512  # of a probe's step, at least one sequence
 TOLERANCE = 1e-7  # relative: how far two machines may round apart in fp64
+SECONDS_BETWEEN_REPORTS = 60
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run of train.py. `words` are its command line, without --out-dir."""
+    """A run of train.py, in a process of its own on one thread."""
 
     name: str
     words: tuple[str, ...]
+    """Its command line, without --out-dir."""
+    needs: "Job | None" = None
+    """The job from whose trained weights this one starts; its folder is a value in `words`."""
+    out: Path | None = None
+    """The run directory, if it is not RUNS/BENCH/NAME."""
+
+    @cached_property
+    def config(self) -> Config:
+        return ladder.from_command_line("", list(self.words))
+
+    def settings(self) -> dict:
+        """Return the preset, the flags and the hash of the data, which stands for its name."""
+        config, flags = self.config, {}
+        for name, value in ladder.flatten(config).items():
+            names_a_folder = name == "data" or (self.needs and value == str(self.needs.out))
+            if name not in ladder.RUNTIME_ONLY_FIELDS and not names_a_folder:
+                flags[name] = value
+        data = quiet_task(config).data.sha256
+        return as_json({"preset": config.preset, "flags": flags, "data": data})
+
+    def probe(self) -> list[float]:
+        return probe(self.config)
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionJob:
+    """A training by functions of the bench, in this process."""
+
+    name: str
+    flags: dict
+    """All settings that the result depends on."""
+    train: Callable[[], dict]
+    """Trains and returns the result."""
+    probe: Callable[[], list[float]]
+    """Returns the losses of the first few steps in fp64."""
+    needs: None = None
+
+    def settings(self) -> dict:
+        return as_json({"preset": None, "flags": self.flags, "data": None})
 
 
 Summarise = Callable[[Job, Path, list[dict]], dict]
@@ -51,28 +111,26 @@ Summarise = Callable[[Job, Path, list[dict]], dict]
 # ---- what a result came from ---------------------------------------------------------------------
 
 
-def identify(job: Job) -> dict:
-    """Return the identity of a run, as JSON values: preset, changed flags, data and probe."""
-    config = ladder.from_command_line("", list(job.words))
-    defaults = ladder.flatten(ladder.PRESETS[config.preset])
-    changed = {}
-    for name, value in ladder.flatten(config).items():
-        if name not in ladder.RUNTIME_ONLY_FIELDS and value != defaults[name]:
-            changed[name] = value
-    sha256, losses = probe(config)
-    identity = {"preset": config.preset, "flags": changed, "data": sha256, "probe": losses}
-    return json.loads(json.dumps(identity, default=str))
+def as_json(table: dict) -> dict:
+    """Return a table as it is read back from a JSON file."""
+    return json.loads(json.dumps(table, default=str))
 
 
-def probe(config: Config) -> tuple[str, list[float]]:
-    """Return the hash of the data, and the losses of the first PROBE_STEPS steps in fp64.
+def quiet_task(config: Config) -> Task:
+    """Return the task of a run. What its data say is said by the run."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return make_task(config, torch.device("cpu"))
+
+
+def probe(config: Config) -> list[float]:
+    """Return the losses of the first PROBE_STEPS steps in fp64, with small batches.
 
     A warm start is left out: the weights it starts from have a result and a probe of their own.
     """
-    batch_size = min(PROBE_BATCH, config.batch_size)
+    examples = max(1, PROBE_TOKENS // config.model.context_length)
+    batch_size = min(examples, config.batch_size)
     config = replace(config, batch_size=batch_size, micro_batch=None, init_from=None, dtype="fp64")
-    with contextlib.redirect_stdout(io.StringIO()):  # what the data say is said by the run
-        task = make_task(config, torch.device("cpu"))
+    task = quiet_task(config)
     torch.manual_seed(config.seed)
     model = build_model(config).double()
     optimizers = make_optimizers(config, model)
@@ -84,7 +142,7 @@ def probe(config: Config) -> tuple[str, list[float]]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(metrics["train_loss"].item())
-    return task.data.sha256, losses
+    return losses
 
 
 def to_double(batch):
@@ -95,19 +153,132 @@ def to_double(batch):
     return batch._replace(inputs=inputs)
 
 
-def difference(stored: dict, current: dict) -> str | None:
-    """Return why a stored result is stale, in words; None if it is valid."""
-    if stored["preset"] != current["preset"] or stored["flags"] != current["flags"]:
-        names = stored["flags"].keys() | current["flags"].keys()
-        changed = [n for n in sorted(names) if stored["flags"].get(n) != current["flags"].get(n)]
-        return f"other settings ({', '.join(changed) or current['preset']})"
-    if stored["data"] != current["data"]:
-        return "the data have changed"
-    pairs = list(zip(stored["probe"], current["probe"], strict=False))
-    for step, (then, now) in enumerate(pairs, 1):
+@cache
+def code_version() -> str:
+    """Return a hash of nanods' source and PyTorch's version: equal ones compute equal losses."""
+    root = Path(ladder.__file__).parents[1]
+    sources = [root / "train.py", *sorted((root / "nanods").rglob("*.py"))]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sources:
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()[:16]
+
+
+def difference_of_settings(stored: dict, current: dict) -> str | None:
+    """Return how the settings of a stored result differ from the current ones; None if they do not.
+
+    A flag that did not exist then had the preset's value.
+    """
+    if stored["preset"] != current["preset"]:
+        return f"other settings ({current['preset']})"
+    defaults = {}
+    if current["preset"]:
+        defaults = as_json(ladder.flatten(ladder.PRESETS[current["preset"]]))
+    changed = [
+        name
+        for name, value in sorted(current["flags"].items())
+        if stored["flags"].get(name, defaults.get(name)) != value
+    ]
+    if changed:
+        return f"other settings ({', '.join(changed)})"
+    return None if stored["data"] == current["data"] else "the data have changed"
+
+
+def difference_of_losses(stored: list[float], current: list[float]) -> str | None:
+    """Return in which step two probes differ, in words; None if they are equal up to rounding."""
+    if len(stored) != len(current):
+        return f"its probe has {len(stored)} steps instead of {len(current)}"
+    for step, (then, now) in enumerate(zip(stored, current, strict=True), 1):
         if not abs(then - now) <= TOLERANCE * abs(now):
             return f"the loss of step {step} was {then:.8f} in fp64 and is {now:.8f}"
     return None
+
+
+# ---- the store -----------------------------------------------------------------------------------
+
+
+class Store:
+    """The results of a bench by the names of their jobs, and what each came from.
+
+    An entry has the `command`, the `identity` (settings, probe, and the identity of the job it
+    `needs`), the `code` version with which the identity was last found to hold, the `machine` and
+    the `result`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = read_json(path)
+        for name, entry in self.entries.items():
+            if not isinstance(entry, dict) or not {"identity", "result"} <= entry.keys():
+                raise damaged(path, f"{name} has no result")
+        self._settings: dict[str, dict] = {}
+        self._probes: dict[str, list[float]] = {}
+
+    def settings(self, job: Job | FunctionJob) -> dict:
+        if job.name not in self._settings:
+            self._settings[job.name] = job.settings()
+        return self._settings[job.name]
+
+    def probe(self, job: Job | FunctionJob) -> list[float]:
+        if job.name not in self._probes:
+            self._probes[job.name] = job.probe()
+        return self._probes[job.name]
+
+    def identity(self, job: Job | FunctionJob) -> dict:
+        """Return what the result of a job comes from, if it is trained now."""
+        identity = {**self.settings(job), "probe": self.probe(job)}
+        if job.needs:
+            identity["needs"] = self.entries[job.needs.name]["identity"]
+        return identity
+
+    def why_stale(self, entry: dict, job: Job | FunctionJob) -> str | None:
+        """Return why an entry, or what is in a run directory, is not the result of a job, in words;
+        None if it is."""
+        stored = entry["identity"]
+        reason = difference_of_settings(stored, self.settings(job))
+        if reason is None and entry.get("code") != code_version():
+            reason = difference_of_losses(stored["probe"], self.probe(job))
+        if reason is None and job.needs:
+            reason = self.why_needs_changed(stored, job.needs)
+        return reason
+
+    def why_needs_changed(self, stored: dict, needs: Job) -> str | None:
+        """Return how the weights that a stored result started from differ from those of now."""
+        then, now = stored.get("needs"), self.entries.get(needs.name, {}).get("identity")
+        if not (then and now):
+            return f"{needs.name}, from which it starts, is trained again"
+        reason = difference_of_settings(then, now)
+        reason = reason or difference_of_losses(then["probe"], now["probe"])
+        return f"{needs.name}, from which it starts: {reason}" if reason else None
+
+    def put(self, job: Job | FunctionJob, command: str, result: dict) -> None:
+        """Store the result of a job on disk."""
+        self.entries[job.name] = {
+            "command": command,
+            "identity": self.identity(job),
+            "code": code_version(),
+            "machine": describe_machine(),
+            "result": result,
+        }
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.entries)
+
+
+def machine_of(bench: str, jobs: Sequence[Job | FunctionJob], results: Path) -> dict:
+    """Return the machine on which stored results were measured, as describe_machine does.
+
+    A value in which several machines differ has the values of all.
+    """
+    entries = read_json(results / "runs" / f"{bench}.json")
+    machines = [entries[job.name]["machine"] for job in jobs]
+    joined = {}
+    for name in machines[0]:
+        values = list(dict.fromkeys(machine.get(name) for machine in machines))
+        joined[name] = values[0] if len(values) == 1 else ", ".join(map(str, values))
+    return joined
 
 
 # ---- training what is missing --------------------------------------------------------------------
@@ -115,75 +286,273 @@ def difference(stored: dict, current: dict) -> str | None:
 
 def train_all(
     bench: str,
-    jobs: Sequence[Job],
-    summarise: Summarise,
+    jobs: Sequence[Job | FunctionJob],
+    summarise: Summarise | None = None,
     results: Path = Path("results"),
     runs: Path = Path("runs"),
     workers: int = 2,
+    same_machine: bool = False,
 ) -> dict[str, dict]:
-    """Return the result of each job by its name, in their order; train those not yet stored.
+    """Return the result of each job by its name, in their order, with the "command" of the run.
 
-    `workers` runs are trained at a time, on one thread each. Prints which results are kept, which
-    are stale and why, and after each run how many are left and about how long they will take.
+    Trains those not yet stored: `workers` runs of train.py at a time. A FunctionJob trains in this
+    process, and needs no `summarise`. Prints which results are kept, which are stale and why, how
+    far the runs are and about how long the rest will take.
+
+    `same_machine`: the results' times are compared, so those of another machine are stale.
+
+    After Ctrl-C, SIGTERM or an error the unfinished runs save and stop, and the same command
+    continues. If this process is killed, the runs it had started go on; the next start waits for
+    them.
     """
-    path = results / "runs" / f"{bench}.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    identities, missing = {}, []
+    torch.set_num_threads(1)  # beside the runs, which have one each
+    with lock_store(results / "runs" / f".{bench}.lock"), catch_signals():
+        store = Store(results / "runs" / f"{bench}.json")
+        try:
+            missing = find_missing(bench, jobs, store, runs / bench, same_machine)
+            for job in missing:
+                if isinstance(job, Job):  # one of a bench that was killed goes on without it
+                    with lock_run_directory(run_dir(job, runs / bench), wait=True):
+                        pass
+            Trainings(bench, missing, summarise, store, runs / bench).run(workers)
+        except KeyboardInterrupt:
+            n_stored = sum(job.name in store.entries for job in jobs)
+            print(
+                f"interrupted {bench}: {n_stored} of {len(jobs)} runs are stored. Continue with: "
+                f"{this_command()}",
+                flush=True,
+            )
+            raise
+    stored = {job.name: store.entries[job.name] for job in jobs}
+    return {name: {"command": e["command"]} | e["result"] for name, e in stored.items()}
+
+
+@contextlib.contextmanager
+def lock_store(path: Path) -> Iterator[None]:
+    """Keep a second process from the same bench."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(path, wait=False))
+        except LockHeldError as holder:
+            raise UserError(
+                f"this bench runs already ({holder}): wait until it ends, or stop it"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM too, and on a SIGINT that the shell has set to ignored."""
+
+    def interrupt(number: int, frame) -> None:
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def this_command() -> str:
+    """Return the command line of this program."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["-m", spec.name] if spec else [sys.argv[0]]
+    return shlex.join([python(), *program, *sys.argv[1:]])
+
+
+def run_dir(job: Job, folder: Path) -> Path:
+    return job.out or folder / job.name.replace(",", "").replace(" ", "-")
+
+
+def find_missing(
+    bench: str,
+    jobs: Sequence[Job | FunctionJob],
+    store: Store,
+    folder: Path,
+    same_machine: bool,
+) -> list[Job | FunctionJob]:
+    """Return the jobs to train, in their order: those not stored, the stale ones, and those whose
+    weights another one needs and are gone."""
+    missing, n_elsewhere, machine = [], 0, describe_machine()
+    is_newer = False  # the code, than what a kept result was stored with
     for job in jobs:
-        identities[job.name] = identify(job)
-        entry = stored.get(job.name)
-        reason = difference(entry["identity"], identities[job.name]) if entry else None
+        entry = store.entries.get(job.name)
+        reason = store.why_stale(entry, job) if entry else None
+        if entry and job.needs in missing:
+            reason = reason or f"{job.needs.name}, from which it starts, is trained again"
+        is_elsewhere = bool(entry) and entry["machine"] != machine
+        if is_elsewhere and same_machine:
+            reason = reason or "it was measured on another machine or version of PyTorch"
         if reason:
             print(f"stale      {bench}, {job.name}: {reason}; trained again", flush=True)
         if entry is None or reason:
             missing.append(job)
-    print(f"runs       {bench}: {len(jobs) - len(missing)} kept, {len(missing)} to train")
-    lock, start, done = threading.Lock(), time.monotonic(), 0
-
-    def train(job: Job) -> None:
-        nonlocal done
-        out = runs / bench / job.name.replace(",", "").replace(" ", "-")
-        command, rows = run_or_resume(out, job, identities[job.name])
-        result = summarise(job, out, rows)
-        with lock:
-            done += 1
-            stored[job.name] = {
-                "command": command,
-                "identity": identities[job.name],
-                "machine": describe_machine(),
-                "result": result,
-            }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, stored)
-            left = (time.monotonic() - start) / done * (len(missing) - done)
-            print(
-                f"stored     {bench}, {job.name}: {done} of {len(missing)}, about "
-                f"{left / 60:.0f} min left",
-                flush=True,
-            )
-
-    with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(train, job) for job in missing]:
-            future.result()
-    return {job.name: stored[job.name]["result"] for job in jobs}
+        else:
+            n_elsewhere += is_elsewhere
+            is_newer |= entry.get("code") != code_version()
+            entry["code"] = code_version()
+    for needed in dict.fromkeys(job.needs for job in missing):
+        if needed is None or needed in missing:
+            continue
+        if needed.name not in store.entries or not has_weights(needed, store, folder):
+            print(f"missing    {run_dir(needed, folder)}, from which others start: trained again")
+            missing.insert(0, needed)
+    n_kept = len(jobs) - sum(job in missing for job in jobs)
+    elsewhere = f" ({n_elsewhere} of another machine)" if n_elsewhere else ""
+    print(f"runs       {bench}: {n_kept} kept{elsewhere}, {len(missing)} to train", flush=True)
+    if is_newer:
+        store.write()
+    return missing
 
 
-def run_or_resume(out: Path, job: Job, identity: dict) -> tuple[str, list[dict]]:
-    """Run train.py for a job, or continue what an earlier call began -> command and metrics.
+# ---- the folders of the runs ---------------------------------------------------------------------
 
-    What is in `out` counts only if it has the same identity; otherwise it is started anew.
-    """
-    identity_file = Path(f"{out}.identity.json")
-    same = False
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        same = difference(json.loads(identity_file.read_text(encoding="utf-8")), identity) is None
-    flags = [*job.words, "--out-dir", str(out)]
-    if same:
-        begun = any(out.glob("step_*")) and not (out / "loss.png").exists()
-        if begun:
+
+def read_run_identity(out: Path) -> dict | None:
+    """Return the identity of what is in a run directory and the code version, if they are noted."""
+    with contextlib.suppress(UserError):
+        noted = read_json(Path(f"{out}.identity.json"))
+        return noted if {"identity", "code"} <= noted.keys() else None
+
+
+def is_current(job: Job, store: Store, out: Path) -> bool:
+    """Return whether what is in a run directory was begun by the job as it is now."""
+    noted = read_run_identity(out)
+    return noted is not None and store.why_stale(noted, job) is None
+
+
+def has_weights(job: Job, store: Store, folder: Path) -> bool:
+    """Return whether the trained weights of a job are in its run directory."""
+    out = run_dir(job, folder)
+    return is_finished(out) and is_current(job, store, out)
+
+
+class Trainings:
+    """The runs that a call of train_all trains."""
+
+    def __init__(
+        self,
+        bench: str,
+        jobs: Sequence[Job | FunctionJob],
+        summarise: Summarise | None,
+        store: Store,
+        folder: Path,
+    ) -> None:
+        self.bench, self.summarise, self.store, self.folder = bench, summarise, store, folder
+        self.waiting = list(jobs)
+        self.running: dict[Job, Popen] = {}
+        self.count, self.done = len(jobs), 0
+        self.start = self.last_report = time.monotonic()
+        self.begun_at: dict[str, float] = {}  # the fraction of a run that an earlier call did
+        self.trained = 0.0  # runs that this call trained, those in part included; but the running
+
+    def run(self, workers: int) -> None:
+        """Train all. In the end, whatever it is, no process is left."""
+        try:
+            while self.waiting or self.running:
+                while len(self.running) < workers and (job := self.next_job()):
+                    self.waiting.remove(job)
+                    self.begin(job)
+                time.sleep(0.1)
+                for job, process in list(self.running.items()):
+                    if process.poll() is not None:
+                        del self.running[job]
+                        self.finish(job, process)
+                if time.monotonic() - self.last_report > SECONDS_BETWEEN_REPORTS:
+                    self.report()
+        finally:
+            stop(list(self.running.values()))
+
+    def next_job(self) -> Job | FunctionJob | None:
+        """Return a job whose needs are met, if there is one."""
+        unfinished = [*self.waiting, *self.running]
+        return next((job for job in self.waiting if job.needs not in unfinished), None)
+
+    def begin(self, job: Job | FunctionJob) -> None:
+        """Start a job, or continue what an earlier call began."""
+        number = self.count - len(self.waiting)
+        print(f"begun      {self.bench}, {job.name}: run {number} of {self.count}", flush=True)
+        self.begun_at[job.name] = 0.0
+        if isinstance(job, FunctionJob):
+            self.put(job, this_command(), job.train())
+            return
+        out = run_dir(job, self.folder)
+        flags = [*job.words, "--out-dir", str(out)]
+        if is_current(job, self.store, out) and list_checkpoints(out):
+            self.begun_at[job.name] = fraction_done(job, out)
+            if is_finished(out):
+                print(f"found      {out}, finished", flush=True)
+                self.put(job, training_command(flags), self.read(job, None))
+                return
             print(f"resumed    {out}", flush=True)
-            return run_training(out, [*flags, "--resume"], fresh=True)
-        return run_training(out, flags)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(identity_file, identity)
-    return run_training(out, flags, fresh=True)
+            flags.append("--resume")
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            noted = {"identity": self.store.identity(job), "code": code_version()}
+            write_json(Path(f"{out}.identity.json"), noted)
+        self.running[job] = start_training(out, flags)
+
+    def finish(self, job: Job, process: Popen) -> None:
+        """Store the result of a run whose process has ended."""
+        flags = [*job.words, "--out-dir", str(run_dir(job, self.folder))]
+        self.put(job, training_command(flags), self.read(job, process))
+
+    def read(self, job: Job, process: Popen | None) -> dict:
+        """Return the result of a finished run."""
+        out = run_dir(job, self.folder)
+        rows = read_training(out, process) if process else read_metrics(out / "metrics.jsonl")
+        return self.summarise(job, out, rows)
+
+    def put(self, job: Job | FunctionJob, command: str, result: dict) -> None:
+        self.store.put(job, command, result)
+        self.done += 1
+        self.trained += 1 - self.begun_at[job.name]
+        print(f"stored     {self.bench}, {job.name}: {self.progress()}", flush=True)
+
+    def report(self) -> None:
+        """Print how far the running ones are."""
+        self.last_report = time.monotonic()
+        fractions = (f"{job.name} {self.fraction(job):.0%}" for job in self.running)
+        print(f"running    {self.bench}, {', '.join(fractions)}: {self.progress()}", flush=True)
+
+    def fraction(self, job: Job) -> float:
+        return fraction_done(job, run_dir(job, self.folder))
+
+    def progress(self) -> str:
+        """Return how many runs are stored and about how long the others take, at the rate so far.
+
+        Counts a run by the fraction of its steps, as if all runs took equally long.
+        """
+        trained, left = self.trained, float(len(self.waiting))
+        for job in self.running:
+            fraction = self.fraction(job)
+            trained += max(0.0, fraction - self.begun_at[job.name])
+            left += 1 - fraction
+        words = f"{self.done} of {self.count} stored"
+        if left and trained:
+            seconds = (time.monotonic() - self.start) / trained * left
+            words += f", about {seconds / 60:.0f} min left"
+        return words
+
+
+def fraction_done(job: Job, out: Path) -> float:
+    """Return the fraction of a run's steps that its metrics have."""
+    rows = read_metrics(out / "metrics.jsonl")
+    return rows[-1]["step"] / job.config.steps if rows else 0.0
+
+
+def stop(processes: Sequence[Popen]) -> None:
+    """Let runs save and stop, so that the next start resumes them. A second Ctrl-C ends them at
+    once; they then resume from their last checkpoints."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise

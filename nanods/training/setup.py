@@ -91,11 +91,12 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 
 
 @contextlib.contextmanager
-def lock_run_directory(run_dir: Path) -> Iterator[None]:
+def lock_run_directory(run_dir: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes from training in the same run directory.
 
-    Raises UserError if one does, naming it. Reading (sample.py) needs no lock. The lock file is
-    beside the directory, which may be renamed: RUNS/.NAME.lock. On NFS see nanods/data/lock.py.
+    If one does, raises UserError, naming it, or waits until it ends. Reading (sample.py) needs no
+    lock. The lock file is beside the directory, which may be renamed: RUNS/.NAME.lock. On NFS see
+    nanods/data/lock.py.
     """
     path = run_dir.absolute()
     with contextlib.ExitStack() as stack:
@@ -105,7 +106,7 @@ def lock_run_directory(run_dir: Path) -> Iterator[None]:
                 stack.callback(remove_if_empty, path.parent)  # where the run is refused
             can_be_renamed = os.access(path.parent, os.W_OK)
             lock_file = path.parent.resolve() / f".{path.name}.lock"
-            stack.enter_context(lock(lock_file if can_be_renamed else path / ".lock", wait=False))
+            stack.enter_context(lock(lock_file if can_be_renamed else path / ".lock", wait))
         except LockHeldError as holder:
             raise UserError(
                 f"--out-dir {run_dir}: another training writes there ({holder}); wait until it "

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,12 +161,17 @@ def test_the_summary_compares_v2_with_both_v1s():
 
 
 def test_the_table_and_the_plot_are_written(tmp_path, monkeypatch, capsys):
-    def train(args, data, variant, seed):
-        assert data.read_text().count("\n") == 300
-        score = {"+": 0.5, "*": 0.25 + 0.1 * seed, "both": 0.375 + 0.05 * seed}
-        return {"variant": variant, "seed": seed, "score": score, "cpu_seconds": 60.0}
+    def train_all(bench, jobs, summarise, results, runs, workers):
+        stored = {}
+        for job in jobs:
+            assert Path(job.config.data).read_text().count("\n") == 300
+            seed = job.config.seed
+            score = {"+": 0.5, "*": 0.25 + 0.1 * seed, "both": 0.375 + 0.05 * seed}
+            stored[job.name] = {"score": score, "cpu_seconds": 60.0}
+        return stored
 
-    monkeypatch.setattr(arithmetic, "train", train)
+    monkeypatch.setattr(arithmetic, "train_all", train_all)
+    monkeypatch.setattr(arithmetic, "machine_of", lambda *_: {})
     monkeypatch.setenv("NANODS_DATA", str(tmp_path))
     flags = ["--lines", "300", "--seeds", "2"]
     flags += ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]

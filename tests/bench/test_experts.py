@@ -1,5 +1,7 @@
 """The experts' bench: spikes, explained fractions, equal time and the figures of a run."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -64,5 +66,5 @@ def test_figures_of_a_run_with_experts_and_a_warm_start():
 def test_each_variant_is_a_preset_with_flags_that_exist():
     from nanods.config import PRESETS, flatten
 
-    for name, (preset, flags) in variants(1).items():
+    for name, (preset, flags) in variants(Path()).items():
         assert flags.keys() <= flatten(PRESETS[preset]).keys(), name

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from nanods.bench import labels
-from nanods.config import from_command_line
 from nanods.errors import UserError
 
 
@@ -28,8 +27,7 @@ def test_shapes_differ_by_class_and_are_drawn_once(tmp_path):
 
 
 def test_the_command_line_of_a_run_is_accepted(tmp_path):
-    flags = labels.flags_from_dict(labels.flags(labels.Args(runs=tmp_path), 1))
-    config = from_command_line("", ["v3-tiny", *flags])
+    config = labels.seed_job(labels.Args(runs=tmp_path), 1).config
     assert (config.seed, config.multimodal.image_size, config.dtype) == (1, 64, "fp32")
 
 

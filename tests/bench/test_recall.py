@@ -1,5 +1,7 @@
 """The recall bench: the generator keeps the rules that its results depend on."""
 
+import json
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -99,7 +101,7 @@ def test_reaches_pair_says_whether_a_head_selects_the_block_of_the_pair():
     )
 
 
-def test_finished_runs_are_reused_and_other_settings_are_refused(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_kept_unless_other_settings_or_fresh(tmp_path, monkeypatch, capsys):
     calls = []
 
     def train(variant, seed, args):
@@ -107,6 +109,7 @@ def test_finished_runs_are_reused_and_other_settings_are_refused(tmp_path, monke
         return {"accuracy": 0.5, "accuracy_near": 0.5, "cpu_seconds": 1.0}
 
     monkeypatch.setattr(recall, "train", train)
+    monkeypatch.setattr(recall, "probe", lambda variant, seed, args: [5.0])
 
     def count_training_runs(*args):
         monkeypatch.setattr("sys.argv", ["recall", "--results", str(tmp_path), *args])
@@ -118,6 +121,19 @@ def test_finished_runs_are_reused_and_other_settings_are_refused(tmp_path, monke
     assert count_training_runs("--seeds", "1") == N
     assert count_training_runs("--seeds", "2") == N
     assert count_training_runs("--seeds", "2") == 0
+    table = json.loads((tmp_path / "recall.json").read_text())
+    assert table["runs"]["window/1"] == {"accuracy": 0.5, "accuracy_near": 0.5, "cpu_seconds": 1.0}
+    assert list(table) == ["settings", "summary", "why", "runs"]
     assert count_training_runs("--seeds", "1", "--fresh") == N
-    with pytest.raises(recall.UserError, match="other settings"):
-        count_training_runs("--lr", "1")
+    assert count_training_runs("--seeds", "1", "--lr", "1") == N
+    assert "stale      recall, window/0: other settings (lr)" in capsys.readouterr().out
+
+
+def test_the_probe_has_the_losses_of_training_in_fp64():
+    args = recall.Args(near_steps=2, grow_steps=2, far_steps=2, batch_size=2)
+    for variant in ("dense", "tree"):
+        losses = recall.probe(variant, 0, args)
+        assert len(losses) == 3 and losses == recall.probe(variant, 0, args)
+        model = recall.new_model(variant, 0)
+        steps = recall.training_steps(model, 0, args, nullcontext())
+        assert [loss for loss, _ in steps][:3] == pytest.approx(losses, rel=1e-3)

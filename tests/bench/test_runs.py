@@ -17,24 +17,34 @@ print(peak_memory_increase(lambda: torch.ones(1 << 25)))
 """
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_a_stopped_run_is_refused(tmp_path, monkeypatch, fresh):
-    out = tmp_path / "run"
+class Ended:
+    """A process of train.py that has ended."""
 
-    def stopped_run(command, **_):  # as train.py on SIGTERM: metrics, no picture, exit code 0
-        out.mkdir(exist_ok=True)
-        (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    def __init__(self, returncode):
+        self.returncode = returncode
 
-    monkeypatch.setattr(runs.subprocess, "run", stopped_run)
+
+def test_a_stopped_run_is_refused(tmp_path):
+    out = tmp_path / "run"  # as train.py leaves it on SIGTERM: metrics, exit code 0
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(runs.UserError, match="stopped before its last step"):
-        runs.run_training(out, ["v0-tiny"], fresh)
+        runs.read_training(out, Ended(0))
 
 
-def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
-    (tmp_path / "loss.png").touch()
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: pytest.fail("it was repeated"))
-    assert runs.run_training(tmp_path, ["v0-tiny"])[1] == [{"step": 1}, {"step": 2}]
+def test_a_failed_run_is_refused_with_its_last_line(tmp_path):
+    (tmp_path / "run.log").write_text("device\nerror: no such data\n\n")
+    with pytest.raises(runs.UserError, match=r"exit code 2 .* error: no such data$"):
+        runs.read_training(tmp_path / "run", Ended(2))
+
+
+def test_a_run_has_one_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'])"
+    (tmp_path / "train.py").write_text(code)
+    assert runs.start_training(tmp_path / "runs/a", ["v0-tiny"]).wait() == 0
+    assert (tmp_path / "runs/a.log").read_text() == "1 1\n"
 
 
 def test_peak_memory_does_not_include_the_parent_process():

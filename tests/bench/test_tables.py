@@ -1,0 +1,96 @@
+"""From stored runs to tables: every bench that trains, with figures that are made up."""
+
+import importlib
+import json
+
+import pytest
+
+from nanods.bench import stored_runs
+
+FIGURES = {  # of a run; each bench reads some of them
+    "command": "train.py",
+    "step": 4,
+    "steps": 4,
+    "seconds": 2.0,
+    "cpu_seconds": 2.0,
+    "val_loss": 1.5,
+    "val_bpb": 2.5,
+    "val_recall1": 0.5,
+    "recall1_text_image": 0.5,
+    "parameters": 10,
+    "facts": {"shape": {"image": 0.5}},
+    "curve": {"steps": [1, 2], "recall1": [0.1, 0.2]},
+    "examples_per_second": 100,
+    "scenes_per_second": 200,
+    "accuracy": 0.5,
+    "linear": {"accuracy": 0.5},
+    "pixels": {"accuracy": 0.5, "fit_cpu_seconds": 1.0},
+    "examples": {"train": 40, "held_out": 20},
+    "sample.py --labels": 0.5,
+    "load_history": [[[1.0]]],
+    "domains": {"the byte": [0.5]},
+    "step_seconds_val_bpb": [[1, 1.0, 3.0], [2, 2.0, 2.5]],
+    "step_cpu_seconds_val_loss": [[1, 1.0, 3.0], [2, 2.0, 2.5]],
+}
+BENCHES = {  # name -> (runs with one seed, some of the keys of its table)
+    "ladder": (4, {"machine", "v2-tiny/pydocs"}),
+    "experts": (14, {"machine", "data", "gaps", "summary", "domains", "runs"}),
+    "multimodal": (7, {"machine", "pipeline", "shared against separate", "summary", "runs"}),
+    "long_text": (3, {"machine", "data", "seeds", "differences", "runs"}),
+    "labels": (1, {"machine", "data", "summary", "logistic regression on pixels", "runs"}),
+    "time_to_loss": (2, {"machine", "runs"}),
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_bench_makes_its_table_from_stored_runs(tmp_path, monkeypatch, name):
+    bench = importlib.import_module(f"nanods.bench.{name}")
+    jobs = []
+
+    def train_all(bench, some_jobs, summarise, results, runs, workers=2, same_machine=False):
+        jobs.extend(some_jobs)
+        results = {}
+        for job in some_jobs:  # V1 is faster, so it makes more steps in the same time
+            results[job.name] = FIGURES | {"cpu_seconds": 1.0 if job.words[0] == "v1-tiny" else 3.0}
+        return results
+
+    class Text:
+        sha256 = "hash"
+
+    monkeypatch.setattr(bench, "train_all", train_all)
+    monkeypatch.setattr(bench, "machine_of", lambda name, jobs, results: {"threads": 1})
+    if hasattr(bench, "load_text"):
+        monkeypatch.setattr(bench, "load_text", lambda name: Text)
+    flags = ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    if name == "labels":
+        monkeypatch.setattr(bench, "new_classifier", lambda: None)
+        flags += ["--per-class", "4"]
+    if name not in ("long_text", "time_to_loss"):
+        flags += ["--seeds", "1"]
+    monkeypatch.setattr("sys.argv", [name, *flags])
+    bench.main()
+
+    count, keys = BENCHES[name]
+    table = json.loads((tmp_path / f"{name}.json").read_text())
+    assert keys <= table.keys() and table["machine"]["threads"] == 1
+    assert len(jobs) == len({job.name for job in jobs}) == count
+    folders = {stored_runs.run_dir(job, tmp_path) for job in jobs}
+    assert len(folders) == count, "each run has a folder of its own"
+    for job in jobs:
+        assert job.config.preset in job.words  # the command line is accepted
+        assert job.needs is None or str(job.needs.out) in job.words
+
+
+def test_the_variants_of_the_v3_bench_can_be_chosen(tmp_path, monkeypatch):
+    from nanods.bench import multimodal
+
+    def train_all(bench, jobs, *_, workers):
+        assert [job.name for job in jobs] == ["emergent-0", "emergent-1"] and workers == 1
+        return {job.name: dict(FIGURES) for job in jobs}
+
+    monkeypatch.setattr(multimodal, "train_all", train_all)
+    monkeypatch.setattr(multimodal, "machine_of", lambda *_: {})
+    words = ["--only", "emergent", "--seeds", "2", "--jobs", "1", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["multimodal", *words])
+    multimodal.main()
+    assert list(json.loads((tmp_path / "multimodal.json").read_text())["runs"]) == ["emergent"]
