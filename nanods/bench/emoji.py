@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import mean
 
 from nanods import plots
-from nanods.bench.runs import describe_machine, update_expected, write_json
-from nanods.bench.stored_runs import Job, train_all
+from nanods.bench.runs import update_expected, write_json
+from nanods.bench.stored_runs import Job, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.emoji import HELD_OUT_NAMES, EmojiData
 from nanods.errors import run
@@ -59,11 +59,11 @@ def main() -> None:
     sha256 = EmojiData(sizes.image_size, sizes.frames).sha256
     jobs = [Job(f"seed {i}", ("v3-emoji", "--seed", str(i))) for i in range(args.seeds)]
     stored = train_all("emoji", jobs, last_recalls, args.results, args.runs)
-    runs = [{"command": " ".join(("train.py", *job.words)), **stored[job.name]} for job in jobs]
+    runs = list(stored.values())
     figures = [f"{part}_{a}_{b}" for part in ("known", "unseen") for a, b in DIRECTIONS]
     summary = {name: mean(run[name] for run in runs) for name in figures}
     table = {
-        "machine": describe_machine(),
+        "machine": machine_of("emoji", jobs, args.results),
         "gallery": {"known": MAX_GALLERY, "unseen": HELD_OUT_NAMES},
         "chance": {"known": 1 / MAX_GALLERY, "unseen": CHANCE},
         "summary": summary,

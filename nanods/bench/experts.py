@@ -63,7 +63,7 @@ class Args:
 def variants(start: Path) -> dict[str, tuple[str, dict]]:
     """Return the preset and the flags of each variant that is trained, by name.
 
-    `start`: the run directory of the trained V1 that some of them start from.
+    Some of them start from the run directory `start`, of a trained V1.
     """
     # V1's learning rate after three quarters of its schedule.
     low_lr = {"lr": 0.005, "expert-lr": 0.005}
@@ -225,16 +225,16 @@ def gap(runs: dict[str, list[dict]], a: str, b: str) -> dict:
     return {"mean": mean(each), "each": each}
 
 
-def preset_job(args: Args, name: str, preset: str, seed: int) -> Job:
+def preset_job(name: str, preset: str, seed: int) -> Job:
     """Return the run of an unchanged preset, in the folder that `make results` uses."""
     words = (preset, "--data", "pydocs", "--seed", str(seed))
-    return Job(f"{name}-{seed}", words, out=args.runs / "ladder" / f"{preset}-pydocs-{seed}")
+    return Job(f"{name}-{seed}", words, f"ladder/{preset}-pydocs-{seed}")
 
 
 def variant_job(args: Args, name: str, seed: int, label: str = "", **changes) -> Job:
     """Return the run of a variant, under the name `label` if some of its flags are changed."""
-    start = preset_job(args, "v1 as it is", "v1-tiny", seed)
-    preset, flags = variants(start.out)[name]
+    start = preset_job("v1 as it is", "v1-tiny", seed)
+    preset, flags = variants(start.folder_in(args.runs, "experts"))[name]
     words = (preset, *flags_from_dict(flags | changes | {"seed": seed}))
     return Job(f"{label or name}-{seed}", words, needs=start if "init-from" in flags else None)
 
@@ -243,7 +243,7 @@ def list_jobs(args: Args) -> dict[str, list[Job]]:
     """Return the runs of each variant, one a seed, except those at equal time."""
     jobs = {}
     for name, preset in (("v1 as it is", "v1-tiny"), ("loss", "v2-tiny")):
-        jobs[name] = [preset_job(args, name, preset, seed) for seed in range(args.seeds)]
+        jobs[name] = [preset_job(name, preset, seed) for seed in range(args.seeds)]
     for name in variants(Path()):
         seeds = min(args.seeds, MAX_SEEDS.get(name, args.seeds))
         jobs[name] = [variant_job(args, name, seed) for seed in range(seeds)]

@@ -46,13 +46,16 @@ from nanods.data.lock import LockHeldError, lock
 from nanods.errors import UserError
 from nanods.training.checkpoint import list_checkpoints
 from nanods.training.commands import python
+from nanods.training.distill import Teacher
 from nanods.training.metrics import read_metrics
 from nanods.training.optimizers import make_optimizers, set_learning_rate
 from nanods.training.setup import lock_run_directory
 from nanods.training.task import Task, accumulate_gradients, make_task
+from nanods.training.teacher import fit_projection
 
-PROBE_STEPS = 3
-PROBE_TOKENS = 512  # of a probe's step, at least one sequence
+PROBE_STEPS = 4
+PROBE_BATCH = 4  # examples of a probe's step, if the run's batch is not smaller
+PROBE_TOKENS = 4096  # of a probe's step, or one example's if that has more
 TOLERANCE = 1e-7  # relative: how far two machines may round apart in fp64
 SECONDS_BETWEEN_REPORTS = 60
 
@@ -64,27 +67,37 @@ class Job:
     name: str
     words: tuple[str, ...]
     """Its command line, without --out-dir."""
+    folder: str = ""
+    """Its directory below that of all runs, where two benches train the same. Default: BENCH/NAME,
+    with hyphens for blanks."""
     needs: "Job | None" = None
-    """The job from whose trained weights this one starts; its folder is a value in `words`."""
-    out: Path | None = None
-    """The run directory, if it is not RUNS/BENCH/NAME."""
+    """The job whose weights this one starts from (--init-from) or learns from (--teacher). It is
+    trained before; also if it is stored, but its run directory is gone."""
 
     @cached_property
     def config(self) -> Config:
         return ladder.from_command_line("", list(self.words))
 
+    def folder_in(self, runs: Path, bench: str) -> Path:
+        """Return the run directory."""
+        return runs / (self.folder or f"{bench}/{self.name.replace(',', '').replace(' ', '-')}")
+
     def settings(self) -> dict:
-        """Return the preset, the flags and the hash of the data, which stands for its name."""
-        config, flags = self.config, {}
-        for name, value in ladder.flatten(config).items():
-            names_a_folder = name == "data" or (self.needs and value == str(self.needs.out))
-            if name not in ladder.RUNTIME_ONLY_FIELDS and not names_a_folder:
-                flags[name] = value
+        """Return the preset, the flags and the hash of the data.
+
+        Flags that name a folder are left out: the hash stands for the data, and the identity of the
+        job it `needs` for that run.
+        """
+        hidden = {"data", *ladder.RUNTIME_ONLY_FIELDS}
+        if self.needs:
+            hidden |= {"init-from", "teacher"}
+        config = self.config
+        flags = {name: x for name, x in ladder.flatten(config).items() if name not in hidden}
         data = quiet_task(config).data.sha256
         return as_json({"preset": config.preset, "flags": flags, "data": data})
 
     def probe(self) -> list[float]:
-        return probe(self.config)
+        return probe(self.config, self.needs.config if self.needs else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,17 +135,22 @@ def quiet_task(config: Config) -> Task:
         return make_task(config, torch.device("cpu"))
 
 
-def probe(config: Config) -> list[float]:
+def probe(config: Config, needed: Config | None = None) -> list[float]:
     """Return the losses of the first PROBE_STEPS steps in fp64, with small batches.
 
-    A warm start is left out: the weights it starts from have a result and a probe of their own.
+    A warm start is left out, and an untrained model stands in for the teacher, of the configuration
+    `needed`: the weights of both have a result and a probe of their own.
     """
-    examples = max(1, PROBE_TOKENS // config.model.context_length)
+    examples = max(1, min(PROBE_BATCH, PROBE_TOKENS // config.model.context_length))
     batch_size = min(examples, config.batch_size)
     config = replace(config, batch_size=batch_size, micro_batch=None, init_from=None, dtype="fp64")
     task = quiet_task(config)
     torch.manual_seed(config.seed)
     model = build_model(config).double()
+    if config.teacher and needed:
+        untrained = build_model(needed).double().eval().requires_grad_(False)
+        task.teacher = Teacher(untrained, needed, Path(config.teacher), {}, "")
+        fit_projection(model, task)
     optimizers = make_optimizers(config, model)
     losses = []
     for step in range(PROBE_STEPS):
@@ -309,12 +327,12 @@ def train_all(
     with lock_store(results / "runs" / f".{bench}.lock"), catch_signals():
         store = Store(results / "runs" / f"{bench}.json")
         try:
-            missing = find_missing(bench, jobs, store, runs / bench, same_machine)
+            missing = find_missing(bench, jobs, store, runs, same_machine)
             for job in missing:
                 if isinstance(job, Job):  # one of a bench that was killed goes on without it
-                    with lock_run_directory(run_dir(job, runs / bench), wait=True):
+                    with lock_run_directory(job.folder_in(runs, bench), wait=True):
                         pass
-            Trainings(bench, missing, summarise, store, runs / bench).run(workers)
+            Trainings(bench, missing, summarise, store, runs).run(workers)
         except KeyboardInterrupt:
             n_stored = sum(job.name in store.entries for job in jobs)
             print(
@@ -363,15 +381,11 @@ def this_command() -> str:
     return shlex.join([python(), *program, *sys.argv[1:]])
 
 
-def run_dir(job: Job, folder: Path) -> Path:
-    return job.out or folder / job.name.replace(",", "").replace(" ", "-")
-
-
 def find_missing(
     bench: str,
     jobs: Sequence[Job | FunctionJob],
     store: Store,
-    folder: Path,
+    runs: Path,
     same_machine: bool,
 ) -> list[Job | FunctionJob]:
     """Return the jobs to train, in their order: those not stored, the stale ones, and those whose
@@ -397,8 +411,9 @@ def find_missing(
     for needed in dict.fromkeys(job.needs for job in missing):
         if needed is None or needed in missing:
             continue
-        if needed.name not in store.entries or not has_weights(needed, store, folder):
-            print(f"missing    {run_dir(needed, folder)}, from which others start: trained again")
+        out = needed.folder_in(runs, bench)
+        if needed.name not in store.entries or not has_weights(needed, store, out):
+            print(f"missing    {out}, which other runs need: trained again", flush=True)
             missing.insert(0, needed)
     n_kept = len(jobs) - sum(job in missing for job in jobs)
     elsewhere = f" ({n_elsewhere} of another machine)" if n_elsewhere else ""
@@ -424,9 +439,8 @@ def is_current(job: Job, store: Store, out: Path) -> bool:
     return noted is not None and store.why_stale(noted, job) is None
 
 
-def has_weights(job: Job, store: Store, folder: Path) -> bool:
+def has_weights(job: Job, store: Store, out: Path) -> bool:
     """Return whether the trained weights of a job are in its run directory."""
-    out = run_dir(job, folder)
     return is_finished(out) and is_current(job, store, out)
 
 
@@ -439,9 +453,9 @@ class Trainings:
         jobs: Sequence[Job | FunctionJob],
         summarise: Summarise | None,
         store: Store,
-        folder: Path,
+        runs: Path,
     ) -> None:
-        self.bench, self.summarise, self.store, self.folder = bench, summarise, store, folder
+        self.bench, self.summarise, self.store, self.runs = bench, summarise, store, runs
         self.waiting = list(jobs)
         self.running: dict[Job, Popen] = {}
         self.count, self.done = len(jobs), 0
@@ -466,6 +480,9 @@ class Trainings:
         finally:
             stop(list(self.running.values()))
 
+    def folder(self, job: Job) -> Path:
+        return job.folder_in(self.runs, self.bench)
+
     def next_job(self) -> Job | FunctionJob | None:
         """Return a job whose needs are met, if there is one."""
         unfinished = [*self.waiting, *self.running]
@@ -479,7 +496,7 @@ class Trainings:
         if isinstance(job, FunctionJob):
             self.put(job, this_command(), job.train())
             return
-        out = run_dir(job, self.folder)
+        out = self.folder(job)
         flags = [*job.words, "--out-dir", str(out)]
         if is_current(job, self.store, out) and list_checkpoints(out):
             self.begun_at[job.name] = fraction_done(job, out)
@@ -497,12 +514,12 @@ class Trainings:
 
     def finish(self, job: Job, process: Popen) -> None:
         """Store the result of a run whose process has ended."""
-        flags = [*job.words, "--out-dir", str(run_dir(job, self.folder))]
+        flags = [*job.words, "--out-dir", str(self.folder(job))]
         self.put(job, training_command(flags), self.read(job, process))
 
     def read(self, job: Job, process: Popen | None) -> dict:
         """Return the result of a finished run."""
-        out = run_dir(job, self.folder)
+        out = self.folder(job)
         rows = read_training(out, process) if process else read_metrics(out / "metrics.jsonl")
         return self.summarise(job, out, rows)
 
@@ -519,7 +536,7 @@ class Trainings:
         print(f"running    {self.bench}, {', '.join(fractions)}: {self.progress()}", flush=True)
 
     def fraction(self, job: Job) -> float:
-        return fraction_done(job, run_dir(job, self.folder))
+        return fraction_done(job, self.folder(job))
 
     def progress(self) -> str:
         """Return how many runs are stored and about how long the others take, at the rate so far.

@@ -25,6 +25,7 @@ def test_the_table_holds_the_means_and_train_py_is_told_what_to_expect(tmp_path,
         return {job.name: summarise(job, tmp_path, fake_rows(i)) for i, job in enumerate(jobs)}
 
     monkeypatch.setattr(bench, "train_all", train_all)
+    monkeypatch.setattr(bench, "machine_of", lambda *_: {})
     monkeypatch.setattr(bench, "EmojiData", lambda *sizes: SimpleNamespace(sha256="abc"))
     monkeypatch.setattr(sys, "argv", ["emoji", "--results", str(tmp_path)])
     (tmp_path / "expected.json").write_text('{"v3-tiny/scenes": {}}')

@@ -5,8 +5,6 @@ import json
 
 import pytest
 
-from nanods.bench import stored_runs
-
 FIGURES = {  # of a run; each bench reads some of them
     "command": "train.py",
     "step": 4,
@@ -74,11 +72,11 @@ def test_a_bench_makes_its_table_from_stored_runs(tmp_path, monkeypatch, name):
     table = json.loads((tmp_path / f"{name}.json").read_text())
     assert keys <= table.keys() and table["machine"]["threads"] == 1
     assert len(jobs) == len({job.name for job in jobs}) == count
-    folders = {stored_runs.run_dir(job, tmp_path) for job in jobs}
+    folders = {job.folder_in(tmp_path / "runs", name) for job in jobs}
     assert len(folders) == count, "each run has a folder of its own"
     for job in jobs:
         assert job.config.preset in job.words  # the command line is accepted
-        assert job.needs is None or str(job.needs.out) in job.words
+        assert job.needs is None or str(job.needs.folder_in(tmp_path / "runs", name)) in job.words
 
 
 def test_the_variants_of_the_v3_bench_can_be_chosen(tmp_path, monkeypatch):
