@@ -43,7 +43,7 @@ help:
 	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 04   seconds'
 	@echo '  make lessons           execute every lesson and compare what it prints            4 min'
 	@echo
-	@echo 'Measure (writes results/)'
+	@echo 'Measure (writes results/; a bench that trains and is stopped continues where it was)'
 	@echo '  make bench             loss over time; generation with and without a cache       10 min'
 	@echo '  make bench-v1          sparse against dense attention: time, memory, recall      12 min'
 	@echo '  make bench-v2          the MoE layer against one MLP and other packages          15 min'

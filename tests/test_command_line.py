@@ -56,6 +56,11 @@ def test_characters_that_stdout_cannot_take_are_replaced():
     assert (shown.returncode, shown.stdout.split()) == (0, [b"caf?", b"?"])
 
 
+def test_ctrl_c_ends_without_a_traceback():
+    shown = run_python("def main():\n    raise KeyboardInterrupt\n\nrun(main)")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (130, b"", b"")
+
+
 def test_a_word_that_is_not_utf8_gets_a_message():
     shown = run_python("run(lambda: print('done'))", b"--prompt=caf\xe9", PYTHONUTF8="1")
     assert shown.returncode == 2 and not shown.stdout

@@ -343,6 +343,9 @@ def results_page() -> str:
         "A CPU without bf16 units trains more slowly (LOG.md). Nothing was measured on a GPU.",
         "Numbers in parentheses are single seeds. Conclusions, and experiments that failed, are in",
         "[LOG.md](../LOG.md).\n",
+        "A command that trains stores each run in `results/runs/` as soon as it is finished. If it",
+        "was stopped, it continues when it is started again. Runs that have no entry there were",
+        "measured before this was so: the command trains them again.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

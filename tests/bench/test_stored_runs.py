@@ -193,6 +193,18 @@ def test_a_new_flag_with_its_default_leaves_a_result_valid(tmp_path, trainings):
     assert len(trainings) == 1
 
 
+def test_a_store_of_changed_flags_alone_is_still_read(tmp_path, trainings):
+    train(tmp_path, JOBS)
+
+    def as_written_at_first(b):
+        del b["code"]
+        b["identity"]["flags"] = {"lr": 0.01}
+
+    edit_store(tmp_path, as_written_at_first, "b")
+    train(tmp_path, JOBS)
+    assert len(trainings) == 2
+
+
 def test_the_probe_is_computed_only_where_the_code_has_changed(tmp_path, trainings, monkeypatch):
     train(tmp_path, JOBS)
     edit_store(tmp_path, lambda a: a.update(code="older"))
@@ -371,7 +383,7 @@ def test_a_bench_killed_and_interrupted_goes_on_where_it_was(workspace):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    steps = 200
+    steps = 100
     metrics = [workspace / f"runs/demo/seed-{i}/metrics.jsonl" for i in range(3)]
     bench = start(steps)
     wait_for(*metrics[:2])
@@ -384,7 +396,6 @@ def test_a_bench_killed_and_interrupted_goes_on_where_it_was(workspace):
     printed, _ = bench.communicate(timeout=300)
     assert bench.returncode == 130 and "Traceback" not in printed
     assert printed.count("Continue with: ") == 1 and "2 of 3 runs are stored" in printed
-    assert "3 stored" not in printed.splitlines()[-1]
     stored = json.loads((workspace / STORE).read_text())
     assert stored.keys() == {"seed 0", "seed 1"}
 
