@@ -10,7 +10,8 @@ PY     := .venv/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .PHONY: help setup
-.PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 sample-v0 sample-v1 sample-v2 sample-v3
+.PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 finetune-v0 finetune-v1 finetune-v2
+.PHONY: sample-v0 sample-v1 sample-v2 sample-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
 .PHONY: bench-arithmetic bench-experts bench-labels bench-emoji results docs
@@ -32,6 +33,8 @@ help:
 	@echo '  make train-v3 DATA=photos   the same on your folder of captioned images or sounds'
 	@echo '  make train-v3 DATA=emoji    drawings, their names, and their names spoken         8 min'
 	@echo '  make upcycle-v2        start V2 from a trained V1 (after train-v1)                2 min'
+	@echo '  make finetune-v1       learn to answer, from a base run on pydocs-train (trained first);'
+	@echo '                         DATA=my_answers.jsonl: your own; also v0 and v2             8 min'
 	@echo '  make sample-v2         generate text (ARGS="--prompt def"); also v0 and v1      seconds'
 	@echo '  make sample-v3         search by text, image or sound (ARGS="--query ...")      seconds'
 	@echo '  make quantize-v2       store a trained run as INT8 (ARGS="--to fp8"); also others  1 min'
@@ -126,6 +129,12 @@ upcycle-v2: .venv/base
 	@test -f runs/v1-$(SCALE)/loss.png || $(PY) train.py v1-$(SCALE) $(DATA_FLAG)
 	$(PY) train.py v2-$(SCALE) --init-from runs/v1-$(SCALE) $(DATA_FLAG) --steps 400 \
 	  --lr 0.005 --expert-lr 0.005 --out-dir runs/v2-$(SCALE)-upcycled $(ARGS)
+
+# Train a base run without the modules whose answers are held out, if there is none; then fine-tune.
+BASE = runs/$(PRESET)-base
+finetune-v0 finetune-v1 finetune-v2: finetune-%: .venv/base
+	@test -f $(BASE)/loss.png || $(PY) train.py $(PRESET) --data pydocs-train --out-dir $(BASE)
+	$(TRAIN) $(PRESET) --stage finetune --init-from $(BASE) $(DATA_FLAG) $(ARGS)
 
 sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
 	$(PY) sample.py $(PRESET) $(ARGS)

@@ -2,6 +2,7 @@
 
 V0 to V2 generate text:    python sample.py v1-tiny
                            python sample.py runs/my-run --prompt "def " --temperature 0.5
+A fine-tuned run answers:  python sample.py runs/v1-tiny-finetuned --chat
 V3 retrieves:              python sample.py v3-tiny --query "a red circle left of a blue square"
                            python sample.py v3-tiny --image FILE      (or --audio FILE)
 V3 classifies:             python sample.py v3-tiny --image FILE --labels "cat, dog, boat"
@@ -10,6 +11,7 @@ V3 classifies:             python sample.py v3-tiny --image FILE --labels "cat, 
 import codecs
 import difflib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +26,7 @@ from nanods import plots, plots_multimodal
 from nanods.config import Config, typed_flags
 from nanods.data.caption_dataset import read_image, read_sound
 from nanods.data.examples import caption_key
+from nanods.data.instructions import END, mark_ids, prompt_tokens
 from nanods.data.scenes import normalized_log_mel, vocabulary
 from nanods.data.sound import RATE, samples_of, wav_seconds, write_wav
 from nanods.errors import UserError, run
@@ -58,6 +61,9 @@ class Args:
     """Sample among the k likeliest tokens only."""
     top_p: float | None = None
     """Sample among the fewest likeliest tokens that reach this probability together."""
+    chat: bool = False
+    """Answer --prompt, or without one each line that is typed: for a run on instructions. The
+    conversation so far is read again, as much of it as fits."""
     stop: str | None = None
     """End a continuation where this text appears."""
     seed: int = 0
@@ -82,7 +88,9 @@ class Args:
     """V3: what the model reads for each label, such as "a photo of a {}"."""
 
 
-GENERATING = ("prompt", "num-samples", "max-new-tokens", "temperature", "top-k", "top-p", "stop")
+GENERATING = (
+    "prompt", "num-samples", "max-new-tokens", "temperature", "top-k", "top-p", "stop", "chat",
+)  # fmt: skip
 RETRIEVING = (
     "query", "image", "audio", "gallery", "top", "labels", "labels-file", "prompt-template",
 )  # fmt: skip
@@ -100,7 +108,9 @@ def main() -> None:
         if is_v3:
             does, other = "retrieves and classifies, and generates no text", "a run of V0 to V2"
         raise UserError(f"{finished.folder} {does}: drop {' and '.join(useless)}, or name {other}")
-    if not is_v3:
+    if args.chat:
+        chat(args, finished, "prompt" in typed)
+    elif not is_v3:
         generate(args, finished.model, finished.tokenizer)
     elif args.labels is not None or args.labels_file:
         classify(args, finished)
@@ -143,22 +153,77 @@ def generate(args: Args, model: GPT, tokenizer) -> None:
         print(text.lstrip("\n"), end="")
         # A character may take several tokens: the decoder returns it when it is whole.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        tokens = model.generate(
-            prompt,
-            args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed + number,
-        )
         generated = ""
-        for token in tokens:
-            piece = decoder.decode(tokenizer.decode_bytes([int(token[0])]))
+        for token in new_tokens(args, model, prompt, args.seed + number):
+            piece = decoder.decode(tokenizer.decode_bytes([token]))
             generated += piece
             print(piece, end="", flush=True)
             if args.stop and args.stop in generated:
                 break
         print(decoder.decode(b"", final=True))
+
+
+def new_tokens(args: Args, model: GPT, prompt: Tensor, seed: int, stop=()) -> Iterator[int]:
+    """Yield the tokens that the model adds to a prompt (1, T), up to one of `stop`."""
+    tokens = model.generate(
+        prompt,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=stop,
+        seed=seed,
+    )
+    for token in tokens:
+        yield int(token[0])
+
+
+def chat(args: Args, finished: FinishedRun, is_asked: bool) -> None:
+    """Answer the prompt of the command line if it `is_asked`, else each line of stdin.
+
+    An answer ends where the model ends it (END), at --stop, or after --max-new-tokens. Raises
+    UserError for a run that has not learnt to answer.
+    """
+    if not finished.state.get("answers"):
+        raise UserError(
+            f"{finished.folder} has not learnt to answer: train one on instructions (make "
+            "finetune-v1), or leave --chat out"
+        )
+    if args.num_samples > 1:
+        raise UserError("--num-samples: --chat gives one answer; leave one of them out")
+    model, tokenizer = finished.model, finished.tokenizer
+    end, messages = mark_ids(tokenizer)[END], []
+    if not is_asked and sys.stdin.isatty():
+        print("ask a question; an empty line ends the conversation")
+    for text in [read_prompt(args.prompt)] if is_asked else questions():
+        messages.append(("user", text))
+        tokens = prompt_tokens(messages, tokenizer)
+        context = finished.config.model.context_length
+        if len(tokens) > context:
+            print(f"notice     only the last {context} tokens are read")
+        prompt = torch.tensor([tokens], device=args.device)
+        decoder, answer = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+        for token in new_tokens(args, model, prompt, args.seed + len(messages) // 2, stop=[end]):
+            if token == end:
+                break
+            piece = decoder.decode(tokenizer.decode_bytes([token]))
+            answer += piece
+            print(piece, end="", flush=True)
+            if args.stop and args.stop in answer:
+                break
+        print(decoder.decode(b"", final=True))
+        messages.append(("assistant", answer))
+
+
+def questions() -> Iterator[str]:
+    """Yield the lines that are typed, up to an empty one or the end of stdin."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline().rstrip("\n")
+        if not line:
+            return
+        yield line
 
 
 def read_prompt(prompt: str) -> str:

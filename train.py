@@ -31,6 +31,7 @@ from nanods.planner import cli as planner
 from nanods.planner.search import choose_mesh
 from nanods.run import (
     Run,
+    add_penalty,
     keep_best,
     load_whole_model,
     lock_run,
@@ -99,6 +100,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
             accumulate_metrics(metrics, micro_metrics, len(micro_batches))
         processes.average_gradients(model)
         metrics = processes.average_metrics(metrics)
+        add_penalty(run, metrics)
         train_loss = metrics["train_loss"].item()
         backward_done = time.perf_counter()
 

@@ -87,6 +87,24 @@ class Config:
     experts (upcycling)."""
     init_noise: float = 0.0
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
+    stage: Literal["pretrain", "finetune"] = "pretrain"
+    """finetune: go on from --init-from with other defaults: a quarter of the preset's steps and
+    learning rates, --data instructions, and --out-dir runs/PRESET-finetuned."""
+    mix: str | None = None
+    """Instructions: how often each task is drawn for a row of a batch, as TASK=WEIGHT between
+    commas, such as doctest=0.99,plain=0.01. Default: all tasks alike."""
+    ewc: str | None = None
+    """Elastic Weight Consolidation: a run whose task the model must not forget. Its weights are
+    held near their values where that task needs them (nanods/ewc.py), and are what the run starts
+    from unless you give --init-from."""
+    ewc_lambda: float = 1000.0
+    """Strength of --ewc: the loss gains half of it times the sum of F (w - w_old)^2."""
+    ewc_fisher: Literal["sampled", "data", "batch", "none"] = "sampled"
+    """F of --ewc. sampled: the Fisher information, with labels sampled from the model. data: with
+    the labels of the data. batch: the squared gradients of batches, a common mistake. none: 1, an
+    L2 penalty towards the old weights."""
+    ewc_sequences: int = 512
+    """Sequences of the other run's data from which F is computed."""
     quantize: Literal["off", "int8", "int4", "int2"] = "off"
     """Quantisation-aware training: round the weights to 8, 4 or 2 bits and the activations to 8, so
     that the model learns to do well when it is rounded (nanods/quantize.py)."""
@@ -105,9 +123,9 @@ class Config:
     """V3: weight of 1 - cosine of each embedding and the teacher's, beside the relations of the
     batch, whose weight is 1."""
     data: str = "pydocs"
-    """pydocs, pydocs-train, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or the
-    path of a UTF-8 text, of a .jsonl, .csv or .parquet file, or of a folder of these. V3: scenes,
-    emoji, or a folder of captioned images or sounds (docs/DATA.md)."""
+    """pydocs, pydocs-train, instructions, shakespeare, wikitext-2, wikitext-103, fineweb-edu, or
+    the path of a UTF-8 text, of a .jsonl, .csv or .parquet file, or of a folder of these. V3:
+    scenes, emoji, or a folder of captioned images or sounds (docs/DATA.md)."""
     val_data: str | None = None
     """A file or a folder of texts, for V3 a folder of captioned images or sounds, for validation;
     all of --data is then trained on. Default: the validation split of the data set, else a part of
@@ -264,11 +282,36 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
         config = tyro.extras.overridable_config_cli(presets, description=description, args=args)
     except ValueError as error:
         raise UserError(str(error)) from None
-    lr_is_typed = "lr" in typed_flags(sys.argv[1:] if args is None else args)
-    if config.optimizer == "adamw" and not lr_is_typed and not config.resume:
+    typed = typed_flags(sys.argv[1:] if args is None else args)
+    if config.resume:
+        return config
+    if config.optimizer == "adamw" and "lr" not in typed:
         print(f"lr         {ADAMW_LR} (AdamW's default here; the preset's {config.lr} is Muon's)")
         config = replace(config, lr=ADAMW_LR)
-    return config
+    if config.ewc and not config.init_from:
+        config = replace(config, init_from=config.ewc)
+    return finetune(config, typed) if config.stage == "finetune" else config
+
+
+def finetune(config: Config, typed: Collection[str]) -> Config:
+    """Return a configuration with the defaults of --stage finetune for the flags that are not
+    typed, and print them. Raises UserError if there is no run to start from."""
+    if config.init_from is None:
+        raise UserError(
+            "--stage finetune goes on from a trained run: name it with --init-from RUN, such as "
+            f"runs/{config.preset}"
+        )
+    defaults = {
+        "data": "instructions",
+        "steps": max(1, config.steps // 4),
+        "lr": config.lr / 4,
+        "expert_lr": config.expert_lr / 4,
+        "out_dir": Path("runs") / f"{config.preset}-finetuned",
+    }
+    new = {name: v for name, v in defaults.items() if name.replace("_", "-") not in typed}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in new.items()]
+    print(f"stage      finetune: {' '.join(words) or 'nothing but what you have set'}")
+    return replace(config, **new)
 
 
 def typed_flags(words: list[str]) -> set[str]:

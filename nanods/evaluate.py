@@ -24,6 +24,8 @@ from nanods.config import Config
 from nanods.data.caption_dataset import CaptionDataset
 from nanods.data.captions import read_captions
 from nanods.data.download import write_atomic
+from nanods.data.instructions import NAME as INSTRUCTIONS
+from nanods.data.instructions import is_instructions
 from nanods.data.sources import validation_text
 from nanods.data.text import (
     NAMES,
@@ -39,6 +41,7 @@ from nanods.training.contrastive_checks import describe_standard_error
 from nanods.training.contrastive_data import GENERATED_DATA, load_dataset, missing_modalities
 from nanods.training.contrastive_task import MAX_GALLERY, ContrastiveTask
 from nanods.training.finished_run import FinishedRun, load_run
+from nanods.training.instruction_task import InstructionTask
 from nanods.training.language_task import LanguageTask
 from nanods.training.setup import choose_device, choose_precision
 
@@ -89,6 +92,11 @@ def evaluate(args: Args) -> dict:
     if saved.multimodal.modalities:
         task = contrastive_task(finished, device, other, args.examples)
         read, number = describe_examples(task), len(task.gallery.ids)
+    elif is_instructions(other or saved.data):
+        task = InstructionTask(replace(saved, **instruction_data(saved, other)), device)
+        if task.tokenizer.to_json() != finished.tokenizer.to_json():
+            raise UserError(f"--data {task.data.name}: the run's BPE reads text only; give a text")
+        read, number = task.describe_data(), sum(map(len, task.data.val_rows.values()))
     else:
         task = language_task(finished, device, other)
         read, number = describe_text(task), len(task.data.val)
@@ -146,6 +154,15 @@ def language_task(finished: FinishedRun, device: torch.device, other: str | None
         val = encode_cached(text, tokenizer)
         data = replace(data, train=val, val=val, tokenizer=tokenizer)
     return LanguageTask(config, device, data)
+
+
+def instruction_data(saved: Config, other: str | None) -> dict:
+    """Return the fields that name the instructions to evaluate on: the run's own, the built-in
+    ones, or a file, all of which is then for validation."""
+    if other is None:
+        return {}
+    file = None if other == INSTRUCTIONS else other
+    return {"data": other, "val_data": file, "mix": None}
 
 
 def describe_text(task: LanguageTask) -> str:

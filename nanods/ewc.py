@@ -70,6 +70,7 @@ def fisher_diagonal(
     labels: Labels = "sampled",
     batch_size: int = 8,
     seed: int = 0,
+    mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the diagonal of the Fisher information, by the names of the parameters.
 
@@ -78,10 +79,16 @@ def fisher_diagonal(
     Fisher information. The labels of a sequence depend on (seed, its number) alone, so `batch_size`
     changes nothing but time, memory and rounding. The model is used in eval mode.
 
-    sequences (S, T + 1) int64. Raises ValueError if there is none, or for other labels.
+    sequences (S, T + 1) int64. `mask` (S, T) bool: the positions that count (default: all), such as
+    those that predict a token of an answer. Raises ValueError if there is no sequence, for other
+    labels, and for a mask with "all".
     """
     if labels not in ("sampled", "all", "data"):
         raise ValueError(f"labels {labels!r}: choose sampled, all or data")
+    if labels == "all" and mask is not None:
+        raise ValueError(
+            "the expectation over all labels is taken at all positions: leave out mask"
+        )
     if len(sequences) == 0 or sequences.size(1) < 2:
         raise ValueError("the Fisher information needs at least one sequence of two tokens")
     was_training = model.training
@@ -98,7 +105,10 @@ def fisher_diagonal(
                 next_tokens = batch[rows, 1:]
                 if labels == "sampled":
                     next_tokens = sample(log_probs, seed, start + (rows.start or 0))
-                return log_probs.gather(-1, next_tokens[..., None]).sum()
+                chosen = log_probs.gather(-1, next_tokens[..., None])[..., 0]  # (rows, T)
+                if mask is not None:
+                    chosen = chosen * mask[start : start + batch_size][rows]
+                return chosen.sum()
 
             for name, squares in squared_gradients(model, batch[:, :-1], log_prob):
                 fisher[name] += squares / len(sequences)

@@ -36,6 +36,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "expert-lr": RATE,
     "expert-every": (1, 10**6),
     "init-noise": (0, 1000),
+    "ewc-lambda": (0, 1e12),
+    "ewc-sequences": (1, 10**6),
     "quantize-from": (0, 10**9),
     "distill-weight": (0, 1),
     "distill-temperature": (0.01, 1e4),

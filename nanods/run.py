@@ -24,13 +24,15 @@ from nanods.distributed.data_parallel import orthogonalise_distributed
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
 from nanods.errors import UserError
+from nanods.ewc import Consolidation
 from nanods.planner.memory import model_cost
 from nanods.planner.search import largest_micro_batch, run_memory
 from nanods.quantize import fake_quantize_model
-from nanods.training import checkpoint
+from nanods.training import checkpoint, consolidation
 from nanods.training.activation_checkpointing import checkpoint_blocks
 from nanods.training.commands import sample_command
 from nanods.training.distill import projection_of
+from nanods.training.instruction_task import InstructionTask
 from nanods.training.metrics import read_metrics
 from nanods.training.muon import STACKED, Muon, orthogonalise
 from nanods.training.optimizers import make_optimizers
@@ -74,6 +76,8 @@ class Run:
     """The metrics of each step done, as in metrics.jsonl."""
     is_rounding: bool = False
     """Whether the model rounds its weights (quantisation-aware training)."""
+    consolidation: Consolidation | None = None
+    """What holds the weights near those of another run (--ewc)."""
 
 
 # ---- set up --------------------------------------------------------------------------------------
@@ -132,6 +136,8 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
             f"--quantize {config.quantize}, --mesh {processes.mesh}: a weight that is spread over "
             "processes has no scale of its own; use dp, or one process"
         )
+    if config.ewc:
+        consolidation.check(config, processes.mesh if processes.is_sharded else None)
     if teacher:
         give_teacher(task, teacher, device, precision.weights)
     if saved:
@@ -142,6 +148,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     run = Run(config, device, precision, task, model, optimizers, micro_batch)
     if saved:
         restore_run(run, saved, processes)
+        run.consolidation = load_consolidation(run)
         print(f"resume     {saved.path}, after step {run.step}")
         return run
     if config.init_from:
@@ -150,11 +157,34 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
         print(f"           validation loss {run.rows[0]['val_loss']:.6f} before the first step")
 
     def prepare() -> None:
+        held = consolidation.make(config, task, device) if config.ewc else None  # may be moved now
         prepare_run_directory(config.run_dir)
         task.save_examples(config.run_dir)
+        if held:
+            consolidation.save(held, config.run_dir)
 
     processes.on_main_process(prepare)
+    run.consolidation = load_consolidation(run)
     return run
+
+
+def load_consolidation(run: Run) -> Consolidation | None:
+    """Return what --ewc holds the weights by, from the run's directory; None without --ewc."""
+    if not run.config.ewc:
+        return None
+    return consolidation.load(run.config.run_dir, run.device, run.precision.weights)
+
+
+def add_penalty(run: Run, metrics: dict[str, Tensor]) -> None:
+    """Add the penalty of --ewc to the gradients and to the loss, if there is one.
+
+    Once an optimizer step, after the gradients are averaged: not once a micro-batch or a process.
+    """
+    if run.consolidation:
+        penalty = run.consolidation.penalty(run.model, run.config.ewc_lambda)
+        run.precision.scaler.scale(penalty).backward()
+        metrics["ewc_penalty"] = penalty.detach()
+        metrics["train_loss"] = metrics["train_loss"] + penalty.detach()
 
 
 def start_rounding(run: Run) -> None:
@@ -357,6 +387,7 @@ def write_checkpoint(run: Run, folder: Path, keep: int, processes: ProcessGroups
         "scaler": run.precision.scaler.state_dict(),
         "config": ladder.to_dict(run.config),
         "tokenizer": run.task.tokenizer.to_json(),
+        "answers": isinstance(run.task, InstructionTask),
     }
     weights = checkpoint.model_tensors(run.model)  # first: FSDP then frees what evaluation gathered
     tensors = checkpoint.optimizer_tensors(run.model, run.optimizers)

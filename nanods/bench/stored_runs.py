@@ -167,6 +167,8 @@ def to_double(batch):
     """Return a batch whose floating-point tensors are fp64: images and sounds come as fp32."""
     if isinstance(batch, torch.Tensor):
         return batch.double() if batch.is_floating_point() else batch
+    if not hasattr(batch, "inputs"):  # tokens alone
+        return batch
     inputs = {name: to_double(x) for name, x in batch.inputs.items()}
     return batch._replace(inputs=inputs)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from nanods.config import Config
 from nanods.data.shards import Tokens, window_starts
 from nanods.data.text import TextData, load_text
-from nanods.gpt import GPT
+from nanods.gpt import GPT, MoEConfig
 from nanods.training.commands import first_words, flag, sample_command
 from nanods.training.distill import Teacher, logit_loss, mix
 from nanods.training.metrics import load_metrics, stack_loads
@@ -99,17 +99,8 @@ class LanguageTask:
             distance = logit_loss(logits, taught, self.config.distill_temperature)
             loss = mix(loss, distance, self.config.distill_weight)
             metrics["distill_loss"] = distance.detach()
-        load = stack_loads(layers)
-        if load is not None:
-            moe = self.config.model.moe
-            means = {
-                name: torch.stack([stats[name] for stats in layers]).mean()
-                for name in ("balance_loss", "z_loss", "dropped")
-            }
-            loss = loss + moe.balance_coefficient * means["balance_loss"]
-            loss = loss + moe.z_coefficient * means["z_loss"]
-            metrics |= {name: value.detach() for name, value in means.items()} | {"load": load}
-        return loss / micro_batch.count, {"train_loss": loss.detach()} | metrics
+        loss, of_experts = add_expert_losses(loss, layers, self.config.model.moe)
+        return loss / micro_batch.count, {"train_loss": loss.detach()} | metrics | of_experts
 
     # ---- evaluation ------------------------------------------------------------------------------
 
@@ -230,6 +221,23 @@ def eval_batch_size(config: Config) -> int:
     EVAL_LOGIT_BYTES, if one window's do."""
     window_bytes = 4 * config.model.context_length * config.model.vocab_size
     return min(EVAL_BATCH, max(1, EVAL_LOGIT_BYTES // window_bytes))
+
+
+def add_expert_losses(
+    loss: Tensor, layers: list[dict[str, Tensor]], moe: MoEConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss with the experts' weighted losses, and their metrics; without experts the
+    loss as it is."""
+    load = stack_loads(layers)
+    if load is None:
+        return loss, {}
+    means = {
+        name: torch.stack([stats[name] for stats in layers]).mean()
+        for name in ("balance_loss", "z_loss", "dropped")
+    }
+    loss = loss + moe.balance_coefficient * means["balance_loss"]
+    loss = loss + moe.z_coefficient * means["z_loss"]
+    return loss, {name: value.detach() for name, value in means.items()} | {"load": load}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What train.py asks of a task: batches, the loss of a micro-batch, and an evaluation.
 
-There are two: `LanguageTask` predicts the next token of a text (V0 to V2), `ContrastiveTask` learns
-which caption, image and sound belong together (V3). train.py's loop is the same for both:
+There are three: `LanguageTask` predicts the next token of a text (V0 to V2), `InstructionTask` the
+answers to prompts (V0 to V2), and `ContrastiveTask` learns which caption, image and sound belong
+together (V3). train.py's loop is the same for all:
 
     batch = task.batch(step, rows)                      # this process's part of the batch
     for micro_batch in task.micro_batches(model, batch, size):
@@ -10,7 +11,8 @@ which caption, image and sound belong together (V3). train.py's loop is the same
 
 The shares add up: after the last micro-batch, `.grad` is the gradient of the mean loss of this
 process's batch. The mean over the processes, each with equally many examples, is then the gradient
-of the whole batch's loss.
+of the whole batch's loss. (InstructionTask takes the mean over the answer tokens of the whole
+batch, so the mean of a process alone means nothing.)
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from nanods.config import Config
+from nanods.data.instructions import is_instructions
+from nanods.errors import UserError
 from nanods.training.contrastive_task import ContrastiveTask
 from nanods.training.distill import Teacher
+from nanods.training.instruction_task import InstructionTask
 from nanods.training.language_task import LanguageTask
 from nanods.training.metrics import accumulate_metrics
 
@@ -106,9 +111,13 @@ class Task(Protocol):
 
 def make_task(config: Config, device: torch.device) -> Task:
     """Return the task of a configuration: contrastive learning where it names modalities, else
-    language modelling."""
+    answering where the data are instructions, else language modelling."""
     if config.multimodal.modalities:
         return ContrastiveTask(config, device)
+    if is_instructions(config.data):
+        return InstructionTask(config, device)
+    if config.mix:
+        raise UserError(f"--mix {config.mix}: --data {config.data} are no instructions with tasks")
     return LanguageTask(config, device)
 
 

@@ -35,7 +35,7 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
     saved = checkpoint.load(path)
     checkpoint.require_floats(saved)
     source = from_dict(saved.state["config"])
-    check_sizes(config, source, path)
+    check_sizes(config, source, f"--init-from {path}")
     if saved.state["tokenizer"] != tokenizer:
         raise UserError(
             f"--init-from {path}: that run has another tokenizer; start from one that was "
@@ -63,8 +63,8 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
     return done
 
 
-def check_sizes(config: Config, source: Config, path: Path) -> None:
-    """Raise UserError if the run at `path`, of configuration `source`, has other sizes than
+def check_sizes(config: Config, source: Config, named_by: str) -> None:
+    """Raise UserError if the run that a flag names, of configuration `source`, has other sizes than
     `config`."""
     has, wants = flatten(source), flatten(config)
     must_match = list(TRUNK_FIELDS)
@@ -77,6 +77,6 @@ def check_sizes(config: Config, source: Config, path: Path) -> None:
             different.append(f"--{name} {has[name]} (asked for: {wants[name]})")
     if different:
         raise UserError(
-            f"--init-from {path}: that run has {', '.join(different)}. Its weights fit only a "
+            f"{named_by}: that run has {', '.join(different)}. Its weights fit only a "
             "model of the same sizes: ask for those, or train another run first"
         )
