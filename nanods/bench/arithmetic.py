@@ -31,8 +31,9 @@ import torch
 from matplotlib.figure import Figure
 
 from nanods import plots
+from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
-from nanods.bench.stored_runs import Job, Summarise, machine_of, train_all
+from nanods.bench.stored_runs import Summarise, machine_of, train_all
 from nanods.data.download import write_atomic
 from nanods.data.text import load_text
 from nanods.errors import run

@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import mean
 
 from nanods import plots
+from nanods.bench.jobs import Job
 from nanods.bench.runs import update_expected, write_json
-from nanods.bench.stored_runs import Job, machine_of, train_all
+from nanods.bench.stored_runs import machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.emoji import HELD_OUT_NAMES, EmojiData
 from nanods.errors import run

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 
 from nanods import plots
+from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
-from nanods.bench.stored_runs import Job, machine_of, train_all
+from nanods.bench.stored_runs import machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.text import load_text
 from nanods.errors import run

@@ -28,8 +28,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from nanods import plots
+from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
-from nanods.bench.stored_runs import Job, machine_of, train_all
+from nanods.bench.stored_runs import machine_of, train_all
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.training.contrastive_task import ContrastiveTask

@@ -11,8 +11,9 @@ byte or twice the seeds' spread, whichever is larger.
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanods.bench.jobs import Job
 from nanods.bench.runs import update_expected, write_json
-from nanods.bench.stored_runs import Job, machine_of, train_all
+from nanods.bench.stored_runs import machine_of, train_all
 from nanods.data.text import load_text
 from nanods.errors import run
 from nanods.flags import parse_args

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanods import plots
+from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
-from nanods.bench.stored_runs import Job, machine_of, train_all
+from nanods.bench.stored_runs import machine_of, train_all
 from nanods.data.text import load_text
 from nanods.errors import run
 from nanods.flags import parse_args

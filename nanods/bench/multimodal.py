@@ -34,13 +34,14 @@ import torch
 from torch import Tensor
 
 from nanods import plots
+from nanods.bench.jobs import Job
 from nanods.bench.runs import (
     flags_from_dict,
     median_seconds,
     update_expected,
     write_json,
 )
-from nanods.bench.stored_runs import Job, machine_of, train_all
+from nanods.bench.stored_runs import machine_of, train_all
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.data.random_bits import random_bits

@@ -45,8 +45,9 @@ from torch import Tensor, nn
 
 from nanods import plots
 from nanods.attention import AttentionConfig, expand_to_queries
+from nanods.bench.jobs import PROBE_STEPS, FunctionJob
 from nanods.bench.runs import write_json
-from nanods.bench.stored_runs import PROBE_STEPS, FunctionJob, train_all
+from nanods.bench.stored_runs import train_all
 from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.gpt import GPT, GPTConfig

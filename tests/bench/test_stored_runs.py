@@ -12,16 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanods.bench import stored_runs
-from nanods.bench.stored_runs import (
-    FunctionJob,
-    Job,
-    difference_of_losses,
-    difference_of_settings,
-    machine_of,
-    probe,
-    train_all,
-)
+from nanods.bench import jobs, stored_runs
+from nanods.bench.jobs import FunctionJob, Job, difference_of_losses, difference_of_settings, probe
+from nanods.bench.stored_runs import machine_of, train_all
 from nanods.errors import UserError
 from nanods.training import checkpoint
 from tests.conftest import TINY as TINY_FLAGS
@@ -90,8 +83,8 @@ def trainings(monkeypatch):
 
     task = SimpleNamespace(data=SimpleNamespace(sha256="hash"))
     monkeypatch.setattr(stored_runs, "start_training", start_training)
-    monkeypatch.setattr(stored_runs, "quiet_task", lambda config: task)
-    monkeypatch.setattr(stored_runs, "probe", lambda config, needed: [5.0, 4.5])
+    monkeypatch.setattr(jobs, "quiet_task", lambda config: task)
+    monkeypatch.setattr(jobs, "probe", lambda config, needed: [5.0, 4.5])
     return calls
 
 
@@ -99,9 +92,9 @@ def last_bpb(job, out, rows):
     return {"val_bpb": rows[-1]["val_bpb"]}
 
 
-def train(tmp_path, jobs, summarise=last_bpb, **options):
+def train(tmp_path, some_jobs, summarise=last_bpb, **options):
     where = tmp_path / "results", tmp_path / "runs"
-    return train_all("demo", jobs, summarise, *where, **{"workers": 1} | options)
+    return train_all("demo", some_jobs, summarise, *where, **{"workers": 1} | options)
 
 
 JOBS = [Job("a", ("v0-tiny",)), Job("b", ("v0-tiny", "--lr", "0.01"))]
@@ -346,7 +339,8 @@ def test_a_second_start_of_a_bench_is_refused(tmp_path, trainings):
 BENCH = """
 import sys
 from pathlib import Path
-from nanods.bench.stored_runs import Job, train_all
+from nanods.bench.jobs import Job
+from nanods.bench.stored_runs import train_all
 from nanods.errors import run
 
 def summarise(job, out, rows):
@@ -414,7 +408,7 @@ def test_a_bench_killed_and_interrupted_goes_on_where_it_was(workspace):
 def test_the_probe_sees_a_change_of_the_arithmetic_and_of_nothing_else(text, monkeypatch):
     job = Job("a", (*TINY, "--data", str(text)))
     before = job.settings() | {"probe": job.probe()}
-    assert before["flags"]["n-layer"] == 1 and len(before["probe"]) == stored_runs.PROBE_STEPS
+    assert before["flags"]["n-layer"] == 1 and len(before["probe"]) == jobs.PROBE_STEPS
     copy = text.with_name("copy.txt")
     copy.write_text(text.read_text())
     moved = Job("a", (*TINY, "--data", str(copy), "--out-dir", "elsewhere", "--save-every", "7"))
