@@ -19,6 +19,7 @@ import torch
 from nanods import config as ladder
 from nanods.build import build_model
 from nanods.config import Config
+from nanods.quantize import fake_quantize_model
 from nanods.training.distill import Teacher
 from nanods.training.optimizers import make_optimizers, set_learning_rate
 from nanods.training.task import Task, accumulate_gradients, make_task
@@ -41,8 +42,8 @@ class Job:
     """Its directory below that of all runs, where two benches train the same. Default: BENCH/NAME,
     with hyphens for blanks."""
     needs: "Job | None" = None
-    """The job whose weights this one starts from (--init-from) or learns from (--teacher). It is
-    trained before; also if it is stored, but its run directory is gone."""
+    """The job whose weights this one starts from (--init-from, --ewc) or learns from (--teacher).
+    It is trained before; also if it is stored, but its run directory is gone."""
 
     @cached_property
     def config(self) -> Config:
@@ -60,7 +61,7 @@ class Job:
         """
         hidden = {"data", *ladder.RUNTIME_ONLY_FIELDS}
         if self.needs:
-            hidden |= {"init-from", "teacher"}
+            hidden |= {"init-from", "teacher", "ewc"}
         config = self.config
         flags = {name: x for name, x in ladder.flatten(config).items() if name not in hidden}
         data = quiet_task(config).data.sha256
@@ -105,7 +106,8 @@ def probe(config: Config, needed: Config | None = None) -> list[float]:
     """Return the losses of the first PROBE_STEPS steps in fp64, with small batches.
 
     A warm start is left out, and an untrained model stands in for the teacher, of the configuration
-    `needed`: the weights of both have a result and a probe of their own.
+    `needed`: the weights of both have a result and a probe of their own. If the run ever rounds its
+    weights (--quantize), the second half of the steps does. Not seen is the penalty of --ewc.
     """
     examples = max(1, min(PROBE_BATCH, PROBE_TOKENS // config.model.context_length))
     batch_size = min(examples, config.batch_size)
@@ -119,7 +121,10 @@ def probe(config: Config, needed: Config | None = None) -> list[float]:
         fit_projection(model, task)
     optimizers = make_optimizers(config, model)
     losses = []
+    bits = config.weight_bits(config.steps - 1)
     for step in range(PROBE_STEPS):
+        if bits and step == PROBE_STEPS // 2:
+            fake_quantize_model(model, bits)
         set_learning_rate(optimizers, step, config)
         metrics = accumulate_gradients(task, model, to_double(task.batch(step)), batch_size)
         for optimizer in optimizers:

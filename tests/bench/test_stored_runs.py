@@ -441,6 +441,12 @@ def test_the_probe_sees_the_loss_of_a_teacher(text, preset):
     assert difference_of_losses(half.probe(), all.probe())
 
 
+def test_the_probe_sees_rounded_weights(text):
+    words = (*TINY, "--data", str(text))
+    exact, rounded = Job("a", words), Job("b", (*words, "--quantize", "int2"))
+    assert "the loss of step 3" in difference_of_losses(exact.probe(), rounded.probe())
+
+
 def test_v3_has_a_probe():
     words = ("v3-tiny", "--n-layer", "1", "--n-embd", "16", "--n-head", "2")
     losses = probe(Job("a", words).config)
