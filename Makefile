@@ -12,6 +12,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: help setup
 .PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 finetune-v0 finetune-v1 finetune-v2
 .PHONY: sample-v0 sample-v1 sample-v2 sample-v3
+.PHONY: distill-v1 distill-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
 .PHONY: bench-arithmetic bench-experts bench-labels bench-emoji results docs
@@ -37,6 +38,8 @@ help:
 	@echo '                         DATA=my_answers.jsonl: your own; also v0 and v2             8 min'
 	@echo '  make sample-v2         generate text (ARGS="--prompt def"); also v0 and v1      seconds'
 	@echo '  make sample-v3         search by text, image or sound (ARGS="--query ...")      seconds'
+	@echo '  make distill-v1        V1 with V2 as its teacher (trained first if missing)       8 min'
+	@echo '  make distill-v3        a small V3 taught by one with 16 experts (likewise)        5 min'
 	@echo '  make quantize-v2       store a trained run as INT8 (ARGS="--to fp8"); also others  1 min'
 	@echo '  make plan-v2           memory and time that a run needs; also v0 to v3          seconds'
 	@echo '                         (SCALE=full ARGS="--gpus 512 --gpu a100-80gb")'
@@ -78,8 +81,8 @@ TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH)) train.py
 PRESET = $*-$(SCALE)
 DATA_FLAG = $(if $(DATA),--data '$(subst ','\'',$(DATA))')
 ifeq ($(DATA),emoji)
-train-v3 plan-v3 sample-v3 quantize-v3: PRESET = v3-emoji
-train-v3 sample-v3: .venv/emoji
+train-v3 plan-v3 sample-v3 quantize-v3 distill-v3: PRESET = v3-emoji
+train-v3 sample-v3 distill-v3: .venv/emoji
 endif
 
 # .venv/base and .venv/dev are empty files that record when the environment was set up. A newer
@@ -135,6 +138,22 @@ BASE = runs/$(PRESET)-base
 finetune-v0 finetune-v1 finetune-v2: finetune-%: .venv/base
 	@test -f $(BASE)/loss.png || $(PY) train.py $(PRESET) --data pydocs-train --out-dir $(BASE)
 	$(TRAIN) $(PRESET) --stage finetune --init-from $(BASE) $(DATA_FLAG) $(ARGS)
+
+# Train V1 with V2 as its teacher, and a small dense V3 whose teacher has 16 experts. The teacher is
+# trained first if there is none. At tiny size V3's student has 178 thousand parameters (--plan), its
+# teacher 6.7 million.
+STUDENT = --moe.n-expert 1 $(if $(filter tiny,$(SCALE)),--n-layer 2 --n-embd 64)
+
+distill-v1: .venv/base
+	@test -f runs/v2-$(SCALE)/loss.png || $(PY) train.py v2-$(SCALE) $(DATA_FLAG)
+	$(PY) train.py v1-$(SCALE) --teacher runs/v2-$(SCALE) $(DATA_FLAG) \
+	  --out-dir runs/v1-$(SCALE)-distilled $(ARGS)
+
+distill-v3: distill-%: .venv/base
+	@test -f runs/$(PRESET)-teacher/loss.png || $(PY) train.py $(PRESET) --moe.n-expert 16 \
+	  $(DATA_FLAG) --out-dir runs/$(PRESET)-teacher
+	$(PY) train.py $(PRESET) $(STUDENT) --teacher runs/$(PRESET)-teacher $(DATA_FLAG) \
+	  --out-dir runs/$(PRESET)-distilled $(ARGS)
 
 sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
 	$(PY) sample.py $(PRESET) $(ARGS)

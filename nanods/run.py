@@ -25,7 +25,7 @@ from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
 from nanods.errors import UserError
 from nanods.ewc import Consolidation
-from nanods.planner.memory import model_cost
+from nanods.planner.memory import model_cost, step_config, teacher_bytes
 from nanods.planner.search import largest_micro_batch, run_memory
 from nanods.quantize import fake_quantize_model
 from nanods.training import checkpoint, consolidation
@@ -144,7 +144,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
         require_same_teacher(saved, task)
     model = set_up_model(config, task, device, precision, processes, is_new=not saved)
     optimizers = make_run_optimizers(config, model, processes)
-    micro_batch = choose_micro_batch(config, device, saved, processes)
+    micro_batch = choose_micro_batch(config, task, device, saved, processes)
     run = Run(config, device, precision, task, model, optimizers, micro_batch)
     if saved:
         restore_run(run, saved, processes)
@@ -247,6 +247,7 @@ def print_warm_start(config: Config, model: nn.Module, task: Task) -> None:
 
 def choose_micro_batch(
     config: Config,
+    task: Task,
     device: torch.device,
     saved: checkpoint.Checkpoint | None,
     processes: ProcessGroups,
@@ -259,7 +260,8 @@ def choose_micro_batch(
     elif saved:
         micro_batch = saved.state["micro_batch"]
     else:
-        largest = largest_micro_batch(config, processes.mesh, device)
+        teacher = task.teacher.config if task.teacher else None
+        largest = largest_micro_batch(config, processes.mesh, device, teacher)
         micro_batch = processes.min_over_processes(largest)
     micro_batch = min(micro_batch, local_batch_size)
     if local_batch_size % micro_batch:
@@ -281,6 +283,8 @@ def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> N
     total, active = whole.count_parameters()
     cost = model_cost(whole)
     memory = run_memory(config, processes.mesh, run.device.type, run.micro_batch, cost)
+    of_teacher, teacher_line = teacher_cost(run) if task.teacher else (0, "")
+    memory += of_teacher
     seconds = time_batch(run, compiled, processes) + muon_seconds(run.optimizers)
     steps = range(run.step + 1, config.steps + 1)
     evaluations = sum(step % config.eval_every == 0 or step == config.steps for step in steps)
@@ -294,6 +298,21 @@ def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> N
         f"{format_duration(seconds * len(steps) + evaluating)} for {config.steps} steps of "
         f"{task.describe_step()} (micro-batches of {run.micro_batch}); "
         f"evaluations ({evaluations}, {each:.2g} s each) take {format_duration(evaluating)} of it"
+        f"{teacher_line}"
+    )
+
+
+def teacher_cost(run: Run) -> tuple[float, str]:
+    """Return the bytes that the teacher adds, and the line of the forecast about it."""
+    config, task, teacher = run.config, run.task, run.task.teacher
+    step = step_config(config, run.device.type, run.micro_batch)
+    memory = teacher_bytes(config, teacher.config, step)
+    flops, unit = teacher.model.flops_per_example() / 3, task.unit.removesuffix("s")
+    if unit == "token":
+        flops /= teacher.config.model.context_length
+    return memory, (
+        f"\n           of it the teacher, which reads each batch too: {memory / 2**30:.2f} GiB and "
+        f"{flops / 1e6:.4g} MFLOP per {unit}, forward only; the time includes it"
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from nanods import config as ladder
+from nanods.build import build_meta_model
 from nanods.config import Config
 from nanods.distributed.mesh import Mesh
 from nanods.errors import UserError
@@ -26,7 +27,12 @@ from nanods.flags import refuse_out_of_range
 from nanods.planner import hardware
 from nanods.planner.capacity import capacity_table
 from nanods.planner.cost import COLLECTIVES, LINK_EFFICIENCY, MESH_KINDS, expert_flops_fraction
-from nanods.planner.memory import MEMORY_KINDS, activation_bytes, sequence_lengths
+from nanods.planner.memory import (
+    MEMORY_KINDS,
+    activation_bytes,
+    sequence_lengths,
+    teacher_bytes,
+)
 from nanods.planner.search import (
     Candidate,
     Job,
@@ -39,6 +45,7 @@ from nanods.planner.search import (
     training_hours,
 )
 from nanods.training.metrics import read_metrics
+from nanods.training.teacher import check_sizes, find_teacher
 
 MEASURED_LOAD = Path(__file__).parents[2] / "results" / "experts.json"
 INDENT = " " * 11  # under the first column of the report
@@ -180,6 +187,8 @@ def format_plan(p: Plan, load_source: str = "") -> str:
             f"idle       {job.gpus - config.batch_size:,} GPUs have no sequence of their own: "
             "raise --batch-size"
         )
+    if config.teacher:
+        lines.append(describe_teacher(p))
     lines += format_load(p, load_source)
     lines += ["", "memory     of each device, in GB, by kind", memory_table(p)]
     if job.gpus > 1:
@@ -190,6 +199,23 @@ def format_plan(p: Plan, load_source: str = "") -> str:
         ]
     lines += ["", *format_choice(p)]
     return "\n".join(lines)
+
+
+def describe_teacher(p: Plan) -> str:
+    """Return the line about the teacher of a run (--teacher), which reads each batch too. Raises
+    UserError if there is none."""
+    config = p.job.config
+    saved, teacher = find_teacher(config)
+    check_sizes(config, teacher)
+    candidate = p.chosen or min(p.candidates.values(), key=preference)
+    more = teacher_bytes(config, teacher, candidate.step)
+    model = build_meta_model(teacher)
+    forward = model.flops_per_example() / sum(sequence_lengths(teacher).values()) / 3
+    return (
+        f"teacher    {saved.path}: {format_number(model.count_parameters()[0])} parameters. Not "
+        f"counted below: {more / 1e9:.3g} GB on each device, and {format_number(forward)} FLOP a "
+        f"token, {forward / p.job.flops_per_token:.0%} more computing"
+    )
 
 
 def format_load(p: Plan, load_source: str) -> list[str]:

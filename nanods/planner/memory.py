@@ -25,11 +25,12 @@ Shapes: C width, T tokens of a sequence, V vocabulary.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from nanods.build import build_meta_model
 from nanods.config import Config
 from nanods.gpt import GPT, Block
 from nanods.multimodal import Multimodal, tokens_per_example
@@ -249,6 +250,12 @@ def evaluation_bytes(config: Config, cost: ModelCost, step: StepConfig) -> float
     beside the residual stream.
     """
     examples = EMBED_CHUNK if config.multimodal.modalities else eval_batch_size(config)
+    return forward_bytes(config, cost, step, examples)
+
+
+def forward_bytes(config: Config, cost: ModelCost, step: StepConfig, examples: int) -> float:
+    """Return the bytes of a forward pass over some examples without a graph, as in
+    `evaluation_bytes`."""
     C, V, cast = config.model.n_embd, config.model.vocab_size, step.itemsize % 4
     layer = {"itemsize": step.itemsize, "tp": step.tp, "imbalance": step.imbalance}
     fullest = 0.0
@@ -261,6 +268,23 @@ def evaluation_bytes(config: Config, cost: ModelCost, step: StepConfig) -> float
             logits = [4 * C, 4 * V, 4 * V, cast * V]
             fullest = max(fullest, allocated_bytes(logits, step, tokens))
     return fullest
+
+
+def teacher_bytes(config: Config, teacher: Config, step: StepConfig) -> float:
+    """Return the bytes that a teacher adds to a step (--teacher): its weights, and its forward pass
+    over a micro-batch of the student's inputs.
+
+    A language model's distance to it also makes six tensors of the logits' size: the teacher's
+    logits, both divided by the temperature, both log-softmaxes, and their product.
+    """
+    T, V = config.model.context_length, config.model.vocab_size
+    step = replace(step, tp=1, imbalance=1.0)  # each device holds all of the teacher
+    teacher = replace(teacher, model=replace(teacher.model, context_length=T))
+    cost = model_cost(build_meta_model(teacher))
+    total = 4 * cost.total + forward_bytes(teacher, cost, step, step.micro_batch)
+    if not config.multimodal.modalities:
+        total += allocated_bytes([4 * V] * 6, step, step.micro_batch * T)
+    return total
 
 
 # ---- optimizers ----------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from nanods.planner.memory import (
     model_cost,
     sequence_lengths,
     step_config,
+    teacher_bytes,
     tokens_per_batch,
 )
 
@@ -357,14 +358,20 @@ def choose_mesh(config: Config, world_size: int) -> tuple[str | None, str]:
     )
 
 
-def largest_micro_batch(config: Config, mesh: Mesh, device: torch.device) -> int:
-    """Return the largest micro-batch whose step should take at most 80% of the free memory.
+def largest_micro_batch(
+    config: Config, mesh: Mesh, device: torch.device, teacher: Config | None = None
+) -> int:
+    """Return the largest micro-batch whose step should take at most 80% of the free memory, that of
+    the teacher included.
 
     It divides the examples of a process. If none fits, it is 1.
     """
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else main_memory()
     cost = model_cost(build_meta_model(config))
     for micro_batch in divisors(config.batch_size // mesh.batch_shards):
-        if step_memory(config, mesh, device.type, micro_batch, cost) <= 0.8 * free:
+        needed = step_memory(config, mesh, device.type, micro_batch, cost)
+        if teacher:
+            needed += teacher_bytes(config, teacher, step_config(config, device.type, micro_batch))
+        if needed <= 0.8 * free:
             return micro_batch
     return 1

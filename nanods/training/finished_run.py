@@ -22,9 +22,9 @@ class FinishedRun:
     """In eval mode."""
 
 
-def load_run(name: str, device: str) -> FinishedRun:
-    """Return the run in a directory, or of a preset (then runs/PRESET). Raises UserError if there
-    is none."""
+def find_run(name: str) -> Path:
+    """Return the folder of a run, or of a preset's (runs/PRESET). Raises UserError if there is
+    none."""
     folder = Path("runs") / name if name in PRESETS else Path(name)
     if not folder.is_dir():
         version, _, scale = name.partition("-")
@@ -34,6 +34,12 @@ def load_run(name: str, device: str) -> FinishedRun:
             f"{folder}: no such run. Train it first: make {target}{size}. "
             f"Presets: {', '.join(PRESETS)}"
         )
+    return folder
+
+
+def load_run(name: str, device: str) -> FinishedRun:
+    """Return the run in a directory, or of a preset. Raises UserError if there is none."""
+    folder = find_run(name)
     saved = checkpoint.load(folder)
     config = from_dict(saved.state["config"])
     tokenizer = tokenizer_from_json(saved.state["tokenizer"])

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanods.config import Config, flatten
+from nanods.config import Config, flatten, from_dict
 from nanods.data.download import file_sha256
 from nanods.errors import UserError
 from nanods.training import checkpoint
 from nanods.training.distill import Teacher, add_projection
-from nanods.training.finished_run import load_run
+from nanods.training.finished_run import find_run
 from nanods.training.task import Task
 
 INPUT_SIZES = {"image": ("multimodal.image-size",), "audio": ("multimodal.frames",)}
@@ -28,21 +28,9 @@ def load_teacher(config: Config) -> Teacher:
 
     Raises UserError if there is none, if it is broken, or if it cannot read what the student reads.
     """
-    name = config.teacher
-    try:
-        finished = load_run(name, "cpu")
-        saved = checkpoint.load(finished.folder)
-    except UserError as error:
-        raise UserError(f"--teacher {name}: {error}") from None
-    teacher = Teacher(
-        finished.model.requires_grad_(False),
-        finished.config,
-        saved.path,
-        saved.state,
-        file_sha256(saved.path / checkpoint.FILES[0]),
-    )
+    name, saved, teacher_config = config.teacher, *find_teacher(config)
     out = config.run_dir.resolve()
-    if finished.folder.resolve() in (out, out / checkpoint.BEST):
+    if saved.path.parent.resolve() in (out, out / checkpoint.BEST):
         raise UserError(
             f"--teacher {name}: this run would be written where its teacher is; choose another "
             "--out-dir"
@@ -52,19 +40,32 @@ def load_teacher(config: Config) -> Teacher:
             f"--teacher {name} is quantised ({saved.state['format']}): name the run that it was "
             "made from"
         )
-    for parameter_name, p in finished.model.named_parameters():
+    check_sizes(config, teacher_config)
+    model = checkpoint.load_model(saved).requires_grad_(False)
+    for parameter_name, p in model.named_parameters():
         if not p.isfinite().all():
             raise UserError(
                 f"--teacher {name}: its {parameter_name} has values that are not finite; choose "
                 "another run, or an earlier checkpoint of it"
             )
-    check_sizes(config, teacher)
-    return teacher
+    sha256 = file_sha256(saved.path / checkpoint.FILES[0])
+    return Teacher(model, teacher_config, saved.path, saved.state, sha256)
 
 
-def check_sizes(config: Config, teacher: Teacher) -> None:
-    """Raise UserError if the teacher is a model of another kind, or reads inputs of other sizes."""
-    name, wanted, read = config.teacher, config.multimodal.modalities, teacher.config
+def find_teacher(config: Config) -> tuple[checkpoint.Checkpoint, Config]:
+    """Return the teacher's last checkpoint and its configuration. Raises UserError if there is
+    none."""
+    try:
+        saved = checkpoint.load(find_run(config.teacher))
+        return saved, from_dict(saved.state["config"])
+    except UserError as error:
+        raise UserError(f"--teacher {config.teacher}: {error}") from None
+
+
+def check_sizes(config: Config, read: Config) -> None:
+    """Raise UserError if the teacher, of configuration `read`, is a model of another kind, or reads
+    inputs of other sizes."""
+    name, wanted = config.teacher, config.multimodal.modalities
     if bool(wanted) != bool(read.multimodal.modalities):
         kinds = ("a language model (V0 to V2)", "a contrastive model (V3)")
         raise UserError(

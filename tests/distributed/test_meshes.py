@@ -60,7 +60,18 @@ MESHES = {
 CHECKPOINTED = ("v2-tiny-tp=2", "v2-tiny-fsdp=2,ep=2")  # runs with activation checkpointing
 # Runs that stop after step 3 on fsdp=2,ep=2 and resume on this mesh; "cut-alone" by one process.
 CUT = {"cut": "ep=2", "cut-shards": "fsdp=2", "cut-heads": "tp=2"}
-REFUSED = ("bad", "broken", "full")  # runs that must end with exit code 2
+REFUSED = ("bad", "broken", "full", "taught-bad")  # runs that must end with exit code 2
+# Students: the preset, and the flags. V3's projects its embeddings to the teacher's wider space.
+TAUGHT = {
+    "taught-v1": ("v1-tiny", "--teacher", "v2-tiny-1", "--distill-weight", "0.7"),
+    "taught-v3": ("v3-tiny", "--teacher", "v3-tiny-1", "--multimodal.width", "8"),
+}
+TAUGHT_MESHES = [
+    ("taught-v1", "dp=2"),
+    ("taught-v1", "fsdp=2"),
+    ("taught-v1", "tp=2"),
+    ("taught-v3", "dp=2"),
+]
 
 
 def arguments(preset, out, *more):
@@ -108,7 +119,13 @@ def jobs_of_one():
         arguments("v2-tiny", "narrow", "--dtype", "bf16"),
         arguments("v2-tiny", "warm", "--init-from", "v1-tiny-1"),
         arguments("v2-tiny", "begun", "--save-every", "3"),
+        *(student(name, name) for name in TAUGHT),
     ]
+
+
+def student(name, out, *more):
+    preset, *flags = TAUGHT[name]
+    return arguments(preset, out, *flags, *more)
 
 
 def jobs_of_four():
@@ -130,6 +147,8 @@ def jobs_of_two():
         arguments("v2-tiny", "broken", *mesh, "--resume"),
         ["disk-full:1", *arguments("v2-tiny", "full", *mesh, "--resume")],
         arguments("v0-tiny", "bad", "--mesh", "dp=2", *wrong_batch),
+        *(student(name, f"{name}-{on}", "--mesh", on) for name, on in TAUGHT_MESHES),
+        student("taught-v3", "taught-bad", *mesh),
     ]
 
 
@@ -196,6 +215,19 @@ def test_experts_that_start_as_the_mlps_of_a_dense_run_reach_the_ranks_that_hold
     assert read_rows(folder / "warm")[0]["val_loss"] == pytest.approx(
         read_rows(folder / "v1-tiny-1")[-1]["val_loss"], rel=1e-12
     )
+
+
+@pytest.mark.parametrize(("name", "mesh"), TAUGHT_MESHES)
+def test_several_processes_learn_from_a_teacher_as_one_does(folder, name, mesh):
+    assert_same_run(folder / f"{name}-{mesh}", folder / name)
+    tensors = checkpoint.load(folder / name).optimizer
+    assert ("weight/projection.weight" in tensors) == (name == "taught-v3")
+
+
+def test_a_projection_is_not_sharded_and_that_is_said(runs):
+    for err in runs[1]["taught-bad"]:
+        assert "--mesh fsdp=2: the teacher's embeddings have another width" in err
+        assert "use dp, or --distill-cosine 0" in err
 
 
 def test_weights_gathered_in_bf16_give_the_losses_of_one_process(folder):

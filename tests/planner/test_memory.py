@@ -18,7 +18,13 @@ from nanods.config import PRESETS, from_command_line
 from nanods.distributed.mesh import Mesh
 from nanods.moe import MLP, MoE, MoEConfig
 from nanods.planner.hardware import GPUS
-from nanods.planner.memory import model_cost, optimizer_bytes, sequence_lengths
+from nanods.planner.memory import (
+    model_cost,
+    optimizer_bytes,
+    sequence_lengths,
+    step_config,
+    teacher_bytes,
+)
 from nanods.planner.search import make_job, run_memory, step_memory
 from nanods.training.language_task import EVAL_LOGIT_BYTES, eval_batch_size
 from nanods.training.task import accumulate_gradients
@@ -174,6 +180,21 @@ def test_a_process_takes_within_25_percent_of_the_planned_memory(flags):
     planned = step_memory(config, Mesh.of(dp=1), "cpu", micro_batch)
     print(f"{' '.join(flags)}: {measured / 2**20:.0f} MiB, planned {planned / measured:.2f} of it")
     assert planned == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("v1-tiny", "v2-tiny"), ("v3-tiny", "v3-tiny")])
+def test_a_teacher_takes_its_weights_and_what_it_makes_of_a_micro_batch(student, teacher):
+    config, read = PRESETS[student], PRESETS[teacher]
+    weights = 4 * model_cost(build_meta_model(read)).total
+    few, many, all_of_them = (
+        teacher_bytes(config, read, step_config(config, "cuda", size)) - weights
+        for size in (1, 2, 8)
+    )
+    assert 0 < few < many and all_of_them == pytest.approx(8 * few)
+    if student == "v1-tiny":  # a longer context of the teacher is not used
+        longer = replace(read, model=replace(read.model, context_length=1024))
+        step = step_config(config, "cuda", 2)
+        assert teacher_bytes(config, longer, step) == teacher_bytes(config, read, step)
 
 
 def test_the_full_presets_have_the_sizes_that_config_states():
