@@ -45,8 +45,8 @@ from nanods.training.setup import (
 )
 from nanods.training.task import Task, accumulate_gradients, make_task
 from nanods.training.teacher import (
-    fit_projection,
-    give_teacher,
+    attach_projection,
+    attach_teacher,
     load_teacher,
     require_same_teacher,
 )
@@ -139,7 +139,7 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     if config.ewc:
         consolidation.check(config, processes.mesh if processes.is_sharded else None)
     if teacher:
-        give_teacher(task, teacher, device, precision.weights)
+        attach_teacher(task, teacher, device, precision.weights)
     if saved:
         require_same_teacher(saved, task)
     model = set_up_model(config, task, device, precision, processes, is_new=not saved)
@@ -218,7 +218,7 @@ def set_up_model(
             start()
     if config.activation_checkpointing:
         checkpoint_blocks(model)
-    fit_projection(model, task)
+    attach_projection(model, task)
     if projection_of(model) is not None and processes.is_sharded:
         raise UserError(
             f"--teacher {config.teacher}, --mesh {processes.mesh}: the teacher's embeddings have "

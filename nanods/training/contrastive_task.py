@@ -100,7 +100,7 @@ class MicroBatch:
     """Where the batch has several micro-batches: the gradient of its loss at this one's embeddings.
     """
     present: dict[str, Tensor] | None = None  # by modality: (b,) bool
-    taught: dict[str, Tensor] | None = None  # by modality: the teacher's embeddings, (b, D)
+    targets: dict[str, Tensor] | None = None  # by modality: the teacher's embeddings, (b, D)
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,11 @@ class ContrastiveTask:
     def micro_batches(self, model: nn.Module, batch: Batch, size: int) -> list[MicroBatch]:
         """Split a batch into micro-batches of `size`; where there are several, cache the gradients
         at the embeddings."""
-        taught = None
+        targets = None
         if self.teacher is not None:
-            taught = self.teacher.embeddings(batch.inputs, size)
+            targets = self.teacher.embeddings(batch.inputs, size)
         if len(batch.ids) <= size:
-            return [MicroBatch(batch.inputs, batch.ids, 1, present=batch.present, taught=taught)]
+            return [MicroBatch(batch.inputs, batch.ids, 1, present=batch.present, targets=targets)]
         parts, ids = split_batch(batch.inputs, size), batch.ids.split(size)
         with torch.no_grad():
             embedded = [model(part)[0] for part in parts]
@@ -240,7 +240,7 @@ class ContrastiveTask:
         def loss_of_batch(leaves: dict[str, Tensor], scale: Tensor) -> Tensor:
             by_modality = {name: leaves[name] for name in embeddings}
             loss, loss_metrics = self.batch_loss(
-                by_modality, scale, batch.ids, batch.present, taught, leaves.get(PROJECTION)
+                by_modality, scale, batch.ids, batch.present, targets, leaves.get(PROJECTION)
             )
             metrics.update(loss_metrics)
             return loss
@@ -271,7 +271,7 @@ class ContrastiveTask:
                 scale,
                 micro_batch.ids,
                 micro_batch.present,
-                micro_batch.taught,
+                micro_batch.targets,
                 projection,
             )
         else:
@@ -293,14 +293,14 @@ class ContrastiveTask:
         scale: Tensor,
         ids: Tensor,
         present: dict[str, Tensor] | None = None,
-        taught: dict[str, Tensor] | None = None,
+        targets: dict[str, Tensor] | None = None,
         projection: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of this process's examples against those of all processes, and its
         metrics.
 
-        embeddings: (B, M) by modality; ids (B, N); present: (B,) by modality; taught: the teacher's
-        embeddings, (B, D); projection (D, M), where M and D differ.
+        embeddings: (B, M) by modality; ids (B, N); present: (B,) by modality; targets: embeddings
+        of the teacher, (B, D) by modality; projection (D, M), where M and D differ.
         """
         gathered = {name: gather_with_gradient(e) for name, e in embeddings.items()}
         all_ids, rows = gather_with_gradient(ids), local_rows(len(ids))
@@ -312,10 +312,10 @@ class ContrastiveTask:
         metrics = {"ce_loss": loss.detach(), "temperature": 1 / scale.detach()}
         for pair, pair_loss in by_pair.items():
             metrics[f"loss_{pair.replace('-', '_')}"] = pair_loss
-        if taught is not None:
-            taught = {name: gather_with_gradient(e) for name, e in taught.items()}
+        if targets is not None:
+            targets = {name: gather_with_gradient(e) for name, e in targets.items()}
             distance, distances = embedding_loss(
-                gathered, taught, self.pair_weights, self.config, projection, rows, present
+                gathered, targets, self.pair_weights, self.config, projection, rows, present
             )
             loss = mix(loss, distance, self.config.distill_weight)
             metrics |= distances

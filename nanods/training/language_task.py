@@ -95,8 +95,8 @@ class LanguageTask:
         loss = cross_entropy(logits, windows[:, 1:])
         metrics = {"ce_loss": loss.detach()}
         if self.teacher is not None:
-            taught = self.teacher.logits(windows[:, :-1])
-            distance = logit_loss(logits, taught, self.config.distill_temperature)
+            teacher_logits = self.teacher.logits(windows[:, :-1])
+            distance = logit_loss(logits, teacher_logits, self.config.distill_temperature)
             loss = mix(loss, distance, self.config.distill_weight)
             metrics["distill_loss"] = distance.detach()
         loss, of_experts = add_expert_losses(loss, layers, self.config.model.moe)

@@ -94,7 +94,7 @@ def check_sizes(config: Config, read: Config) -> None:
         )
 
 
-def give_teacher(task: Task, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> None:
+def attach_teacher(task: Task, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> None:
     """Let a task compare its model with the teacher, and print which one it is.
 
     Raises UserError if the teacher lacks a modality of the data or has another tokenizer.
@@ -158,7 +158,7 @@ def require_same_teacher(saved: checkpoint.Checkpoint, task: Task) -> None:
         )
 
 
-def fit_projection(model: nn.Module, task: Task) -> None:
+def attach_projection(model: nn.Module, task: Task) -> None:
     """Give the model a map to the teacher's space where one is needed: where widths differ and the
     cosines count."""
     if task.teacher is None or not task.config.distill_cosine:
