@@ -23,7 +23,7 @@ from nanods.quantize import fake_quantize_model
 from nanods.training.distill import Teacher
 from nanods.training.optimizers import make_optimizers, set_learning_rate
 from nanods.training.task import Task, accumulate_gradients, make_task
-from nanods.training.teacher import fit_projection
+from nanods.training.teacher import attach_projection
 
 PROBE_STEPS = 4
 PROBE_BATCH = 4  # examples of a probe's step, if the run's batch is not smaller
@@ -118,7 +118,7 @@ def probe(config: Config, needed: Config | None = None) -> list[float]:
     if config.teacher and needed:
         untrained = build_model(needed).double().eval().requires_grad_(False)
         task.teacher = Teacher(untrained, needed, Path(config.teacher), {}, "")
-        fit_projection(model, task)
+        attach_projection(model, task)
     optimizers = make_optimizers(config, model)
     losses = []
     bits = config.weight_bits(config.steps - 1)
