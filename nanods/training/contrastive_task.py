@@ -121,6 +121,7 @@ class ContrastiveTask:
     unit = "examples"
     headline_metric = "val_recall1"
     higher_is_better = True
+    teacher: Teacher | None = None  # what run.py sets for --teacher
 
     def __init__(
         self,
@@ -142,7 +143,6 @@ class ContrastiveTask:
                 "examples; choose a smaller batch"
             )
         self.tokenizer = tokenizer or tokenizer_for(self.data.text(), config.model.vocab_size)
-        self.teacher: Teacher | None = None  # what run.py sets for --teacher
         self.pair_weights, self.pair_share = self.choose_pairs()
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))

@@ -43,6 +43,7 @@ class LanguageTask:
     unit = "tokens"
     headline_metric = "val_bpb"
     higher_is_better = False
+    teacher: Teacher | None = None  # what run.py sets for --teacher
 
     def __init__(self, config: Config, device: torch.device, data: TextData | None = None) -> None:
         """`data` replaces the data set that the configuration names. Raises UserError if the text
@@ -53,7 +54,6 @@ class LanguageTask:
         )
         self.data.require(self.T)
         self.tokenizer = self.data.tokenizer
-        self.teacher: Teacher | None = None  # what run.py sets for --teacher
         self.units_per_step = config.batch_size * self.T
 
     # ---- batches and loss ------------------------------------------------------------------------
