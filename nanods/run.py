@@ -45,8 +45,8 @@ from nanods.training.setup import (
 )
 from nanods.training.task import Task, accumulate_gradients, make_task
 from nanods.training.teacher import (
+    attach_projection,
     attach_teacher,
-    fit_projection,
     load_teacher,
     require_same_teacher,
 )
@@ -218,7 +218,7 @@ def set_up_model(
             start()
     if config.activation_checkpointing:
         checkpoint_blocks(model)
-    fit_projection(model, task)
+    attach_projection(model, task)
     if projection_of(model) is not None and processes.is_sharded:
         raise UserError(
             f"--teacher {config.teacher}, --mesh {processes.mesh}: the teacher's embeddings have "

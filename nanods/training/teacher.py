@@ -158,7 +158,7 @@ def require_same_teacher(saved: checkpoint.Checkpoint, task: Task) -> None:
         )
 
 
-def fit_projection(model: nn.Module, task: Task) -> None:
+def attach_projection(model: nn.Module, task: Task) -> None:
     """Give the model a map to the teacher's space where one is needed: where widths differ and the
     cosines count."""
     if task.teacher is None or not task.config.distill_cosine:
