@@ -15,8 +15,8 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: distill-v1 distill-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
-.PHONY: bench-arithmetic bench-experts bench-labels bench-emoji results docs
-.PHONY: lessons notebook check-01 check-02 check-03 check-04
+.PHONY: bench-arithmetic bench-experts bench-labels bench-emoji bench-compress results docs
+.PHONY: lessons notebook check-01 check-02 check-03 check-04 check-06
 .PHONY: test test-slow lint format clean
 
 help:
@@ -46,7 +46,7 @@ help:
 	@echo
 	@echo 'Learn'
 	@echo '  make notebook          open the lessons in Jupyter'
-	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 04   seconds'
+	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 06   seconds'
 	@echo '  make lessons           execute every lesson and compare what it prints            4 min'
 	@echo
 	@echo 'Measure (writes results/; a bench that trains and is stopped continues where it was)'
@@ -61,6 +61,7 @@ help:
 	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
 	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
 	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         25 min'
+	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed")   5 hours'
 	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             50 min'
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
 	@echo
@@ -196,6 +197,10 @@ bench-labels: .venv/base
 bench-emoji: .venv/emoji
 	$(PY) -m nanods.bench.emoji $(ARGS)
 
+# torchao, which it compares with, is in the extra peers: make setup EXTRAS=peers
+bench-compress: .venv/base
+	$(PY) -m nanods.bench.compress $(ARGS)
+
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)
 
@@ -213,7 +218,7 @@ notebook: .venv/dev
 
 # ARGS=my_answers.py grades that file instead of the exercise file. The grader exits with 1 where
 # steps are open or wrong: it says which, and make adds no error of its own.
-check-01 check-02 check-03 check-04: check-%: .venv/base
+check-01 check-02 check-03 check-04 check-06: check-%: .venv/base
 	@$(PY) lessons/exercises/check_$*.py $(ARGS) || test $$? = 1
 
 test: .venv/dev

@@ -1,0 +1,200 @@
+"""Draw figures about quantised and distilled models from arrays. Nothing here knows models.
+
+Shapes: n numbers of a histogram.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE
+
+Line = tuple[Sequence[float], Sequence[float]]  # x and y
+FORMAT_COLOURS = {"fp32": GREY, "bf16": ORANGE, "INT8": BLUE}
+
+
+def speed_against_width(panels: dict[str, dict[str, Line]], labels: dict[str, str]) -> Figure:
+    """Draw how many times as fast as fp32 each format is, against the width: a panel each batch.
+
+    panels: lines (widths, times as fast) by format, by the panel's title. `labels` by format.
+    """
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    axes_list = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, lines) in zip(axes_list, panels.items(), strict=True):
+        for name, (widths, ratios) in lines.items():
+            colour = FORMAT_COLOURS.get(name)
+            axes.plot(widths, ratios, "o-", color=colour, label=labels.get(name, name))
+        axes.axhline(1, color=GREY, linestyle="--", linewidth=1, label="fp32")
+        axes.set(xlabel="width C of a layer C \u2192 4 C", title=title, xscale="log")
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.minorticks_off()
+    axes_list[0].set_ylabel("times as fast as fp32")
+    axes_list[0].set_ylim(bottom=0)
+    figure.legend(
+        *axes_list[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(lines) + 1,
+        frameon=False,
+    )
+    return figure
+
+
+def error_against_bits(
+    lines: dict[str, Line], ylabel: str, title: str, bound: float | None = None
+) -> Figure:
+    """Draw what rounding costs, on a logarithmic axis, against the bits of the weights.
+
+    Values of 0 or less are drawn at the bottom of the axis. `bound`: a height to mark.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    smallest = min((y for _, ys in lines.values() for y in ys if y > 0), default=1e-3) / 2
+    every_bits = set()
+    for (name, (bits, losses)), colour in zip(lines.items(), COLOURS, strict=False):
+        shown = [max(smallest, loss) for loss in losses]
+        axes.plot(bits, shown, "o-", color=colour, label=name)
+        every_bits |= set(bits)
+    if bound is not None:
+        axes.axhline(bound, color=GREY, linestyle="--", linewidth=1, label=f"{bound:g}")
+    axes.set(xlabel="bits of the weights", ylabel=ylabel, yscale="log", title=title)
+    axes.set_xticks(sorted(every_bits))
+    axes.invert_xaxis()
+    axes.legend(frameon=False)
+    return figure
+
+
+def size_against_quality(
+    points: dict[str, dict[str, tuple[float, float]]], ylabel: str, title: str
+) -> Figure:
+    """Draw (MiB, quality) of each format of each model, a model's formats joined by a line."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for (model, formats), colour in zip(points.items(), COLOURS, strict=False):
+        sizes, qualities = zip(*formats.values(), strict=True)
+        axes.plot(sizes, qualities, "-", color=colour, linewidth=1, label=model)
+        for (name, (size, quality)), marker in zip(formats.items(), "osD^v", strict=False):
+            axes.plot([size], [quality], marker, color=colour, markersize=6)
+            axes.annotate(
+                name, (size, quality), xytext=(0, 7), textcoords="offset points", fontsize=8,
+                ha="center", color=colour,
+            )  # fmt: skip
+    axes.set(xlabel="size of the weights (MiB)", ylabel=ylabel, xscale="log", title=title)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False)
+    return figure
+
+
+def rounding_histograms(
+    values: dict[str, np.ndarray], rounded: dict[str, dict[str, np.ndarray]]
+) -> Figure:
+    """Draw the distribution of numbers, and of the integers that they become: a row for each kind.
+
+    values (n,) by kind, such as "weights"; integers (n,) by the panel's title, by kind.
+    """
+    rows, columns = len(values), 1 + max(len(panels) for panels in rounded.values())
+    figure = Figure(figsize=(3.4 * columns, 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row, (kind, before) in zip(grid, values.items(), strict=True):
+        share = np.full(len(before), 1 / len(before))
+        row[0].hist(before, bins=101, color=GREY, weights=share)
+        row[0].set(title=f"{kind}, in floats", ylabel="share of all, each bar")
+        for axes, (title, integers) in zip(row[1:], rounded[kind].items(), strict=False):
+            levels, counts = np.unique(integers, return_counts=True)
+            axes.bar(levels, counts / len(integers), width=1, color=BLUE)
+            zeros = (integers == 0).mean()
+            axes.set_title(f"{title}\n{len(levels)} integers, {zeros:.0%} of all are 0")
+        for axes in row:
+            axes.set_yscale("log")
+            axes.title.set_fontsize(9)
+        for axes in row[1 + len(rounded[kind]) :]:
+            axes.set_visible(False)
+    return figure
+
+
+# ---- lesson 06 -----------------------------------------------------------------------------------
+
+
+def number_lines(
+    grids: dict[str, np.ndarray], numbers: np.ndarray | None = None, limit: float | None = None
+) -> Figure:
+    """Draw the numbers that each format has, as ticks on a line, between -limit and limit.
+
+    `numbers` (n,) are drawn as dots on each line, joined to the tick that is nearest.
+    """
+    figure = Figure(figsize=(9, 0.8 * len(grids) + 0.7), layout="constrained")
+    axes = figure.subplots()
+    limit = limit or max(float(np.abs(grid).max()) for grid in grids.values())
+    for y, (_name, grid) in enumerate(grids.items()):
+        shown = grid[np.abs(grid) <= limit]
+        axes.plot([-limit, limit], [y, y], color=GREY, linewidth=0.7)
+        axes.plot(shown, np.full(len(shown), y), "|", color=BLUE, markersize=14)
+        if numbers is not None:
+            nearest = grid[np.abs(grid[None] - numbers[:, None]).argmin(axis=1)]
+            for number, tick in zip(numbers, nearest, strict=True):
+                axes.plot([number, tick], [y - 0.35, y], "-", color=ORANGE, linewidth=0.8)
+            axes.plot(numbers, np.full(len(numbers), y - 0.35), "o", color=ORANGE, markersize=4)
+    axes.set(yticks=range(len(grids)), yticklabels=list(grids), ylim=(len(grids) - 0.5, -0.7))
+    axes.grid(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def int8_diagram() -> Figure:
+    """Draw an INT8 linear layer: what is rounded and multiplied, and the shapes."""
+    figure = Figure(figsize=(10, 2.9))
+    axes = figure.subplots()
+    boxes = {
+        "x": (0.6, 1, "x\n(N, C) fp32", False),
+        "rows": (2.6, 1, "round each row\nq = round(x / s)", True),
+        "product": (5.2, 1, "product of integers\nq r$^T$, sums in int32", True),
+        "scale": (7.8, 1, "multiply by\ns[n] t[f]", True),
+        "y": (9.6, 1, "y\n(N, F) fp32", False),
+        "weight": (5.2, -0.4, "r (F, C) int8, t (F,)\nrounded once, before", False),
+    }
+    for x, y, text, is_step in boxes.values():
+        draw_box(axes, x, y, text, is_step)
+    for start, end, label in (
+        ("x", "rows", ""),
+        ("rows", "product", "q (N, C)\nint8"),
+        ("product", "scale", "(N, F)\nint32"),
+        ("scale", "y", ""),
+    ):
+        (a, y, *_), (b, *_) = boxes[start], boxes[end]
+        left, right = a + box_width(boxes[start][2]) / 2, b - box_width(boxes[end][2]) / 2
+        arrow(axes, (left, y), (right, y))
+        axes.text((left + right) / 2, y + 0.12, label, ha="center", va="bottom", fontsize=8)
+    arrow(axes, (5.2, -0.05), (5.2, 0.62))
+    axes.plot([2.6, 2.6, 7.8], [1.38, 1.85, 1.85], color="#7d8590", linewidth=1)
+    arrow(axes, (7.8, 1.85), (7.8, 1.38))
+    axes.text(5.2, 1.88, "s (N,): one scale per row", ha="center", va="bottom", fontsize=8)
+    axes.set(xlim=(-0.3, 10.5), ylim=(-0.9, 2.2))
+    axes.axis("off")
+    return figure
+
+
+def box_width(text: str) -> float:
+    return 0.35 + 0.085 * max(map(len, text.replace("$^T$", "").split("\n")))
+
+
+def draw_box(axes: Axes, x: float, y: float, text: str, is_step: bool) -> None:
+    """Draw a box centred at (x, y), orange if it is a step of the computation."""
+    width = box_width(text)
+    box = FancyBboxPatch(
+        (x - width / 2, y - 0.35),
+        width,
+        0.7,
+        boxstyle="round,pad=0,rounding_size=0.1",
+        facecolor="#ffd9a8" if is_step else "#e8ebef",
+        edgecolor="#7d8590",
+    )
+    axes.add_patch(box)
+    axes.text(x, y, text, ha="center", va="center", fontsize=8.5)
+
+
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    style = {"arrowstyle": "-|>", "color": "#7d8590", "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=style)
