@@ -16,21 +16,24 @@ Line = tuple[Sequence[float], Sequence[float]]  # x and y
 FORMAT_COLOURS = {"fp32": GREY, "bf16": ORANGE, "INT8": BLUE}
 
 
-def speed_against_width(panels: dict[str, dict[str, Line]], labels: dict[str, str]) -> Figure:
+def speed_against_width(
+    panels: dict[str, dict[str, Line]], labels: dict[str, str], title: str
+) -> Figure:
     """Draw how many times as fast as fp32 each format is, against the width: a panel each batch.
 
     panels: lines (widths, times as fast) by format, by the panel's title. `labels` by format.
     """
     figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
     axes_list = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, lines) in zip(axes_list, panels.items(), strict=True):
+    for axes, (panel, lines) in zip(axes_list, panels.items(), strict=True):
         for name, (widths, ratios) in lines.items():
             colour = FORMAT_COLOURS.get(name)
             axes.plot(widths, ratios, "o-", color=colour, label=labels.get(name, name))
         axes.axhline(1, color=GREY, linestyle="--", linewidth=1, label="fp32")
-        axes.set(xlabel="width C of a layer C \u2192 4 C", title=title, xscale="log")
+        axes.set(xlabel="width C of a layer C \u2192 4 C", title=panel, xscale="log")
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.minorticks_off()
+    figure.suptitle(title)
     axes_list[0].set_ylabel("times as fast as fp32")
     axes_list[0].set_ylim(bottom=0)
     figure.legend(

@@ -168,11 +168,12 @@ FP32_EXACT = 2**24 // 127**2  # products of INT8 numbers that an fp32 sum always
 def integer_product(
     a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = None, packed: object = None
 ) -> Tensor:
-    """Return the exact product of integers: a (N, C) int8, b (F, C) int8 -> (N, F) int32.
+    """Return the exact product of integers: a (N, C), b (F, C) int8 -> (N, F) int32.
 
-    `kernel` is "int8"; or "fbgemm", whose sums are rounded to 24 bits; or "fp32" to multiply the
-    integers as floats, in pieces whose sums fp32 holds exactly. A caller may compute once what
-    depends on b alone: `b_sums`, (F,) int32, the sums of b's rows, and `packed`, pack(b).
+    a holds integers of 8 bits, as int8 or as floats. `kernel` is "int8"; or "fbgemm", which returns
+    the sums as fp32, rounded to 24 bits; or "fp32" to multiply the integers as floats, in pieces
+    whose sums fp32 holds exactly. A caller may compute once what depends on b alone: `b_sums`, (F,)
+    int32, the sums of b's rows, and `packed`, pack(b).
     """
     if kernel == "fp32":
         product = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
@@ -184,17 +185,17 @@ def integer_product(
         # It rounds floats itself, with one scale for all of them. They are integers already, so
         # scale 1 and zero point 128 leave them as they are.
         multiply_packed = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        return multiply_packed(a.float(), 1.0, 128, pack(b) if packed is None else packed).int()
+        return multiply_packed(a.float(), 1.0, 128, pack(b) if packed is None else packed)
     if a.device.type == "cpu":
         # A CPU's instruction (VNNI) multiplies unsigned by signed bytes: add 128 to a, and
         # subtract 128 times the sums from the product.
         if b_sums is None:
             b_sums = b.sum(dim=1, dtype=torch.int32)
-        unsigned = (a.to(torch.int16) + 128).to(torch.uint8)
+        unsigned = ((a.to(torch.int16) if a.dtype == torch.int8 else a) + 128).to(torch.uint8)
         return torch._int_mm(unsigned, b.T) - 128 * b_sums  # b.T is a view: a copy would be slow
     # CUDA wants more than 16 rows, and multiples of 8. Not measured: no GPU has run this yet.
     rows, columns = len(a), len(b)
-    a = F.pad(a, (0, -a.size(1) % 8, 0, max(32 - rows, -rows % 8)))
+    a = F.pad(a.to(torch.int8), (0, -a.size(1) % 8, 0, max(32 - rows, -rows % 8)))
     b = F.pad(b, (0, -b.size(1) % 8, 0, -columns % 8))
     return torch._int_mm(a, b.T)[:rows, :columns]
 
@@ -244,8 +245,8 @@ def choose_kernel(device_type: str) -> Kernel:
         if not bits:
             reasons.append(f"this processor's {name} product is not exact")
             continue
-        in_int8 = median_seconds(partial(integer_product, a, b, name, packed=packed))
-        in_fp32 = median_seconds(partial(integer_product, a, b, "fp32"))
+        in_int8 = fastest_seconds(partial(integer_product, a, b, name, packed=packed))
+        in_fp32 = fastest_seconds(partial(integer_product, a, b, "fp32"))
         if in_int8 > 2 * in_fp32:
             ratio = in_int8 / in_fp32
             reasons.append(f"{name} takes {ratio:.0f} times as long as fp32 on this processor")
@@ -259,20 +260,20 @@ def exact_bits(a: Tensor, b: Tensor, kernel: str) -> int | None:
     """Return with how many bits of b, 8 or 7, a kernel's product is exact; None if with neither."""
     for bits in (8, 7):
         weight = b.clamp(-grid_limit(bits), grid_limit(bits))
-        if torch.equal(integer_product(a, weight, kernel), integer_product(a, weight, "fp32")):
+        product = integer_product(a, weight, kernel).to(torch.int32)
+        if torch.equal(product, integer_product(a, weight, "fp32")):
             return bits
     return None
 
 
-def median_seconds(call: Callable[[], object]) -> float:
-    """Return the median time of five calls, after one to warm up."""
-    call()
+def fastest_seconds(call: Callable[[], object]) -> float:
+    """Return the least time of five calls, which other programs on the processor delay least."""
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[2]
+    return min(seconds)
 
 
 def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -330,9 +331,11 @@ class Int8Linear(nn.Module):
         if self.kernel is None:
             self.kernel = usable_kernel(self.weight)
             self.packed = pack(self.weight) if self.kernel == "fbgemm" else None
-        rows, row_scale = quantize_rows(x.reshape(-1, x.size(-1)))
-        product = integer_product(rows, self.weight, self.kernel, self.sums, self.packed)
-        y = product.to(x.dtype) * row_scale[:, None] * self.scale.to(x.dtype)
+        rows = x.reshape(-1, x.size(-1))
+        row_scale = grid_scale(rows, 8)  # (N, 1)
+        integers = round_to_grid(rows, row_scale, 8)
+        product = integer_product(integers, self.weight, self.kernel, self.sums, self.packed)
+        y = product.to(x.dtype).mul_(row_scale).mul_(self.scale.to(x.dtype))
         y = y.view(*x.shape[:-1], len(self.weight))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

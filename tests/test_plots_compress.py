@@ -12,11 +12,12 @@ def test_speed_has_a_panel_for_each_batch_and_a_line_for_each_format():
         "1 row": {"bf16": ([128, 256], [0.5, 0.6]), "INT8": ([128, 256], [1.0, 3.0])},
         "16 rows": {"bf16": ([128, 256], [0.1, 0.2]), "INT8": ([128, 256], [2.0, 4.0])},
     }
-    figure = pc.speed_against_width(panels, {"INT8": "INT8 (a kernel)"})
+    figure = pc.speed_against_width(panels, {"INT8": "INT8 (a kernel)"}, "a title")
     assert [axes.get_title() for axes in figure.axes] == list(panels)
     lines = {line.get_label(): line for line in figure.axes[1].lines}
     assert list(lines["INT8 (a kernel)"].get_ydata()) == [2.0, 4.0]
     assert list(lines["fp32"].get_ydata()) == [1, 1]
+    assert "a title" in words(figure)
     assert "times as fast as fp32" in words(figure) and not overlaps(figure)
 
 

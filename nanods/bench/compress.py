@@ -288,8 +288,9 @@ def draw_speed(speed: dict):
             ratios = [speed["linear"][str(C)][rows]["times_faster"][name] for C in widths]
             lines[name] = (widths, ratios)
         panels[f"{rows} row{'s' if rows != '1' else ''} at a time"] = lines
-    kernel = speed["processor"]["kernel"]
-    return plots_compress.speed_against_width(panels, {"INT8": f"INT8 ({kernel})"})
+    kernel, processor = (speed["processor"][name] for name in ("kernel", "processor"))
+    title = f"One linear layer, one thread of an {processor}"
+    return plots_compress.speed_against_width(panels, {"INT8": f"INT8 ({kernel})"}, title)
 
 
 def draw_bits(qat: dict):
