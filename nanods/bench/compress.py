@@ -9,8 +9,8 @@
     sizes     trained v0-, v1-, v2- and v3-tiny, stored as INT8 and FP8: loss or recall, and bytes
     qat       v1-tiny with weights of 4 and 2 bits, 3 seeds: rounded after training, and trained
               with rounding (quantisation-aware training)
-    distill   V3 with 16 experts into a dense V3 of at most a quarter of its parameters, and V2 into
-              V1, with and without a teacher, 3 seeds
+    distill   V3 with 16 experts teaches a dense V3 with 3% of its parameters, and V2 teaches V1:
+              with and without the teacher, after equal steps and in equal time, 3 seeds
 
 The parts sizes, qat and distill train models with train.py, each on one thread, and store each
 result as soon as it is there (stored_runs.py). A bench that is stopped goes on where it was. The
@@ -21,12 +21,15 @@ with the same batches and learning rates: one in fp32, the others with rounded w
 then rounded ("after training"), so both have seen equally many batches. The gap is its loss after
 rounding minus its loss before; QAT closes the share of the gap by which its own loss is lower.
 
+How distill compares. One teacher, of seed 0, teaches three students. Each student is also trained
+alone: for as many steps, and for as many more as take the CPU time that the teacher cost.
+
 Losses are evaluated on EVAL_TOKENS tokens, the same for all formats of a run.
 """
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -54,6 +57,9 @@ CONTINUED_STEPS = 400
 CONTINUED = ("--steps", str(CONTINUED_STEPS), "--lr", "0.005")
 QAT_BITS = (4, 2)
 HISTOGRAM_NUMBERS = 20_000
+V3_TEACHER = ("v3-tiny", "--moe.n-expert", "16", "--multimodal.entropy-coefficient", "0.02")
+# As `make distill-v3`, for half of the steps: with all, the student needs no teacher.
+V3_STUDENT = ("v3-tiny", "--n-layer", "2", "--n-embd", "64", "--steps", "400")
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ def measure_formats(job: Job, out: Path, rows: list[dict]) -> dict:
     result = {"metric": task.headline_metric, "steps": finished.state["step"]}
     result["quality"] = {name: headline(task, model) for name, model in formats.items()}
     result["bytes"] = {name: size_of(model) for name, model in formats.items()}
+    result["parameters"] = finished.model.count_parameters()[0]
+    result["cpu_seconds"] = rows[-1]["cpu_seconds"]
     if job.name.startswith("v1-tiny"):
         result["by_bits"] = quality_by_bits(task, finished.model, ALL_BITS)
     return result
@@ -130,20 +138,25 @@ def quality_by_bits(task: Task, model: nn.Module, all_bits: Sequence[int]) -> di
 
 
 def measure_continued(job: Job, out: Path, rows: list[dict]) -> dict:
-    """Return the quality of a continued run as it is, and of one in fp32 after rounding."""
+    """Return the quality of a continued or taught run, and of an fp32 one when it is rounded."""
     finished = load_run(str(out), "cpu")
     task = evaluation_task(finished)
     result = {
         "quality": headline(task, finished.model),  # QAT's rounds its weights
+        "parameters": finished.model.count_parameters()[0],
         "cpu_seconds": rows[-1]["cpu_seconds"],
     }
-    if finished.config.quantize == "off":
+    if finished.config.init_from and finished.config.quantize == "off":
         result["by_bits"] = quality_by_bits(task, finished.model, QAT_BITS)
     return result
 
 
-def train(args: Args, jobs: Sequence[Job], summarise: Callable) -> dict[str, dict]:
+def train(args: Args, jobs: Sequence[Job]) -> dict[str, dict]:
     """Return the results of jobs by their names; those not yet stored are trained."""
+
+    def summarise(job: Job, out: Path, rows: list[dict]) -> dict:
+        return (measure_continued if job.needs else measure_formats)(job, out, rows)
+
     return train_all(BENCH, jobs, summarise, args.results, args.runs, args.jobs)
 
 
@@ -153,7 +166,7 @@ def train(args: Args, jobs: Sequence[Job], summarise: Callable) -> dict[str, dic
 def part_sizes(args: Args) -> dict:
     """Store trained models as INT8 and FP8: what is lost, and how small they become."""
     jobs = [trained(preset, 0) for preset in ("v0-tiny", "v1-tiny", "v2-tiny", "v3-tiny")]
-    results = train(args, jobs, measure_formats)
+    results = train(args, jobs)
     table = {}
     for job in jobs:
         result, preset = results[job.name], job.words[0]
@@ -191,19 +204,18 @@ def part_qat(args: Args) -> dict:
     later = []
     for seed in range(args.seeds):
         later += [continued(seed, args.runs, bits) for bits in (None, *QAT_BITS)]
-    before = train(args, base, measure_formats)
-    after = train(args, later, measure_continued)
+    runs = train(args, [*base, *later])
     table = {
         "steps": CONTINUED_STEPS,
         "seeds": args.seeds,
-        "trained": [before[job.name]["quality"]["fp32"] for job in base],
-        "by_bits": [before[job.name]["by_bits"] for job in base],
+        "trained": [runs[job.name]["quality"]["fp32"] for job in base],
+        "by_bits": [runs[job.name]["by_bits"] for job in base],
     }
-    fp32 = [after[f"continued {seed}"] for seed in range(args.seeds)]
+    fp32 = [runs[f"continued {seed}"] for seed in range(args.seeds)]
     table["fp32"] = [run["quality"] for run in fp32]
     table["fp32_cpu_seconds"] = [run["cpu_seconds"] for run in fp32]
     for bits in QAT_BITS:
-        qat = [after[f"qat {bits} bits {seed}"] for seed in range(args.seeds)]
+        qat = [runs[f"qat {bits} bits {seed}"] for seed in range(args.seeds)]
         table[f"{bits} bits"] = compare_rounding(
             [run["quality"] for run in fp32],
             [run["by_bits"][str(bits)] for run in fp32],
@@ -223,6 +235,66 @@ def compare_rounding(fp32: list[float], after: list[float], qat: list[float]) ->
     """Return which share of the gap QAT closes, seed by seed: all in bits per byte."""
     closed = [(a - q) / (a - f) for f, a, q in zip(fp32, after, qat, strict=True)]
     return {"after_training": after, "qat": qat, "closed": closed, "mean_closed": mean(closed)}
+
+
+# ---- distillation --------------------------------------------------------------------------------
+
+
+def part_distill(args: Args) -> dict:
+    """Compare students with and without a teacher, after equal steps and in equal time."""
+    teachers = {
+        "V3, 16 experts to dense": (Job("v3 teacher", V3_TEACHER), V3_STUDENT),
+        "V2 to V1": (trained("v2-tiny", 0), ("v1-tiny",)),
+    }
+    table = {}
+    for name, (teacher, words) in teachers.items():
+        table[name] = compare_students(args, teacher, words)
+        print(f"{name}: {describe_students(table[name])}", flush=True)
+    return table
+
+
+def compare_students(args: Args, teacher: Job, words: tuple[str, ...]) -> dict:
+    """Train students `words` alone, taught, and alone for as long as the taught ones took."""
+    preset = words[0]
+    folder = str(teacher.folder_in(args.runs, BENCH))
+    alone, taught = [], []
+    for seed in range(args.seeds):
+        with_seed = (*words, "--seed", str(seed))
+        is_preset = words == (preset,)
+        job = Job(f"{preset} student alone {seed}", with_seed)
+        alone.append(trained(preset, seed) if is_preset else job)
+        with_teacher = (*with_seed, "--teacher", folder)
+        taught.append(Job(f"{preset} student taught {seed}", with_teacher, needs=teacher))
+    runs = train(args, [teacher, *alone, *taught])
+
+    def each(jobs: list[Job], figure: str) -> list[float]:
+        values = [runs[job.name][figure] for job in jobs]
+        return [value["fp32"] if isinstance(value, dict) else value for value in values]
+
+    steps = alone[0].config.steps
+    slower = mean(each(taught, "cpu_seconds")) / mean(each(alone, "cpu_seconds"))
+    longer = [
+        Job(f"{job.name}, equal time", (*job.words, "--steps", str(round(slower * steps))))
+        for job in alone
+    ]
+    runs |= train(args, longer)
+    return {
+        "metric": runs[teacher.name]["metric"],
+        "parameters": {"teacher": runs[teacher.name]["parameters"]}
+        | {"student": runs[alone[0].name]["parameters"]},
+        "steps": {"equal": steps, "equal time": longer[0].config.steps},
+        "teacher": each([teacher], "quality")[0],
+        "alone": each(alone, "quality"),
+        "taught": each(taught, "quality"),
+        "alone, equal time": each(longer, "quality"),
+    }
+
+
+def describe_students(row: dict) -> str:
+    """Return a comparison in words."""
+    means = {name: mean(row[name]) for name in ("alone", "taught", "alone, equal time")}
+    words = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+    return f"{row['metric']}: teacher {row['teacher']:.4f}, {words}"
 
 
 # ---- histograms ----------------------------------------------------------------------------------
@@ -274,6 +346,12 @@ def draw(table: dict, args: Args) -> None:
         plots.save(draw_bits(table["qat"]), args.results / "compress_bits.png")
     if "sizes" in table:
         plots.save(draw_sizes(table["sizes"]), args.results / "compress_sizes.png")
+    if "distill" in table:
+        row = table["distill"]["V3, 16 experts to dense"]
+        names = ("alone", "alone, equal time", "taught")
+        dots = {"teacher": [row["teacher"]]} | {name: row[name] for name in names}
+        figure = plots.dot_plot(dots, {}, "V3's recall@1, mean of six directions")
+        plots.save(figure, args.results / "compress_distill.png")
     run_dir = trained("v1-tiny", 0).folder_in(args.runs, BENCH)
     if (run_dir / "loss.png").exists():
         draw_histograms(run_dir, args.results / "compress_histograms.png")
@@ -337,6 +415,7 @@ def main() -> None:
         "leak": part_leak,
         "sizes": lambda: part_sizes(args),
         "qat": lambda: part_qat(args),
+        "distill": lambda: part_distill(args),
     }
     for part in parts if args.only == "all" else (args.only,):
         print(f"---- {part}", flush=True)

@@ -332,6 +332,92 @@ def scaling_results() -> list[Result]:
     ]
 
 
+def compression_results() -> list[Result]:
+    table = load("compress")
+    speed, leak = table["speed"], table["leak"]
+    layer = speed["linear"]["1024"]
+    processor = speed["processor"]
+    where = (
+        f"one thread of an {processor['processor']} with {processor['instructions']}, without INT8 "
+        f"instructions ({processor['kernel']}, weights of {processor['weight_bits']} bits)"
+    )
+
+    def faster(row: dict, name: str = "INT8") -> str:
+        return f"{row['times_faster'][name]:.2f}"
+
+    wide = speed["models"]["width 1024"]
+    with_one_scale = leak["models"]["v0-tiny"]["one scale per tensor"]
+    results = [
+        Result(
+            "make bench-compress",
+            f"linear layer 1024 to 4096, 1, 16 and 256 rows, against fp32, on {where}",
+            f"INT8 {', '.join(faster(row) for row in layer.values())} times as fast; bf16 "
+            f"{', '.join(faster(row, 'bf16') for row in layer.values())}",
+            "compress",
+        ),
+        Result(
+            "make bench-compress",
+            "GPT of width 1024, 4 layers, INT8 against fp32, the same machine: reading 256 tokens, "
+            "one decoding step",
+            f"{faster(wide['prefill'])}, {faster(wide['step'])} times as fast",
+            "compress",
+        ),
+        Result(
+            "make bench-compress",
+            "16 INT8 experts of width 1024 on 2,048 tokens; an image-text pair through a V3 of "
+            "width 1024; through v3-tiny",
+            f"{faster(speed['experts'])}; {faster(speed['pair']['width 1024'])}; "
+            f"{faster(speed['pair']['v3-tiny'])} times as fast as fp32",
+            "compress",
+        ),
+        Result(
+            "make bench-compress",
+            "mean change of v0-tiny's logits (random weights) when the future of the text changes: "
+            "one activation scale per row; one per tensor (its error of rounding)",
+            f"{leak['models']['v0-tiny']['INT8']['from_the_future']:.3f}; "
+            f"{with_one_scale['from_the_future']:.3f} ({with_one_scale['from_quantising']:.3f})",
+            "compress",
+        ),
+    ]
+    if "sizes" in table:
+        for preset, row in table["sizes"].items():
+            smaller, lost = row["times_smaller"], row["lost"]
+            unit = "bits per byte" if row["metric"] == "val_bpb" else "recall@1"
+            results.append(
+                Result(
+                    "make bench-compress",
+                    f"{preset} stored as INT8; as FP8: {unit} lost, and times smaller than fp32",
+                    f"{lost['int8']:.4f}, {smaller['int8']['fp32']:.2f}; "
+                    f"{lost['fp8']:.4f}, {smaller['fp8']['fp32']:.2f}",
+                    "compress",
+                )
+            )
+    if "qat" in table:
+        for bits in ("4 bits", "2 bits"):
+            row = table["qat"][bits]
+            results.append(
+                Result(
+                    "make bench-compress",
+                    f"v1-tiny with weights of {bits}: share of the loss gap that training with "
+                    f"rounding closes, {table['qat']['steps']} more steps",
+                    f"{row['mean_closed']:.0%} ({each([100 * x for x in row['closed']], 0)})",
+                    "compress",
+                )
+            )
+    for name, row in table.get("distill", {}).items():
+        figures = "; ".join(each(row[key], 4) for key in ("taught", "alone", "alone, equal time"))
+        results.append(
+            Result(
+                "make bench-compress",
+                f"distillation, {name} ({row['metric']}; the teacher {row['teacher']:.4f}): with "
+                "the teacher; without, equal steps; without, equal time",
+                figures,
+                "compress",
+            )
+        )
+    return results
+
+
 SECTIONS = {
     "Training": training_results,
     "Time to a loss, generation": speed_results,
@@ -339,6 +425,7 @@ SECTIONS = {
     "V2: Mixture of Experts": expert_results,
     "V3: one space for text, image and audio": multimodal_results,
     "Several processes": scaling_results,
+    "Compression": compression_results,
 }
 
 

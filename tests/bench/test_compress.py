@@ -10,6 +10,7 @@ from nanods import config as ladder
 from nanods.bench import compress, compress_speed
 from nanods.bench.compress import compare_formats, compare_rounding, continued, trained
 from nanods.bench.compress_speed import measure_leak, per_tensor
+from nanods.build import build_meta_model
 from nanods.gpt import GPT, GPTConfig
 from nanods.quantize import quantize
 
@@ -85,3 +86,54 @@ def test_a_part_is_written_beside_the_others(tmp_path, monkeypatch):
     table = json.loads(path.read_text())
     assert table["sizes"] == {"v0-tiny": {}} and table["leak"] == {"layers": {}}
     assert "kernel" in table["machine"]
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Replace train_all: note the jobs, and return a result for each."""
+    jobs = []
+
+    def train_all(bench, more, summarise, results, runs, workers):
+        jobs.extend(more)
+        table = {}
+        for job in more:
+            taught = "--teacher" in job.words
+            quality = 0.9 if taught else 0.8
+            table[job.name] = {
+                "metric": "val_recall1",
+                "parameters": 100,
+                "quality": quality if job.needs else {"fp32": quality},
+                "cpu_seconds": 30.0 if taught else 20.0,
+                "by_bits": {str(bits): 0.8 + 1 / bits for bits in compress.ALL_BITS},
+            }
+        return table
+
+    monkeypatch.setattr(compress, "train_all", train_all)
+    return jobs
+
+
+def test_students_are_compared_after_equal_steps_and_in_equal_time(trainings):
+    table = compress.part_distill(compress.Args(seeds=2))
+    row = table["V3, 16 experts to dense"]
+    assert row["alone"] == [0.8, 0.8] and row["taught"] == [0.9, 0.9]
+    assert row["steps"] == {"equal": 400, "equal time": 600}
+    jobs = {job.name: job for job in trainings}
+    taught = jobs["v3-tiny student taught 1"]
+    assert taught.needs.name == "v3 teacher" and "runs/compress/v3-teacher" in taught.words
+    assert jobs["v1-tiny 1, equal time"].config.steps == 3000
+    for job in trainings:
+        job.config  # noqa: B018 - each command line is understood
+
+
+def test_a_dense_student_has_at_most_a_quarter_of_its_teachers_parameters():
+    counts = {}
+    for name, words in {"teacher": compress.V3_TEACHER, "student": compress.V3_STUDENT}.items():
+        config = ladder.from_command_line("", list(words))
+        counts[name] = build_meta_model(config).count_parameters()[0]
+    assert counts["student"] <= counts["teacher"] / 4
+
+
+def test_qat_is_compared_with_the_fp32_run_of_as_many_steps(trainings):
+    row = compress.part_qat(compress.Args(seeds=2))["2 bits"]
+    assert row["after_training"] == [1.3, 1.3]
+    assert {job.needs.name for job in trainings if job.needs} == {"v1-tiny 0", "v1-tiny 1"}

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from nanods.build import build_model
+from nanods.config import PRESETS
+from nanods.quantize import quantize
+from nanods.training.quantize import size_of
+
 ROOT = Path(__file__).parents[2]
 ARTICLE = (ROOT / "lessons" / "ARTICLE.md").read_text(encoding="utf-8")
 
@@ -122,8 +127,39 @@ def multimodal_figures():
     }
 
 
+def compression_figures():
+    bench = load("compress")
+    speed, leak = bench["speed"], bench["leak"]["models"]["v0-tiny"]
+    layer, wide = speed["linear"]["1024"], speed["models"]["width 1024"]
+
+    def faster(row):
+        return f"{row['times_faster']['INT8']:.2f}"
+
+    def smaller(preset):
+        model = build_model(PRESETS[preset])
+        return f"{size_of(model) / size_of(quantize(model, 'fp8')):.2f}"
+
+    return {
+        "V3.5": [
+            f"is {faster(layer['1'])}, {faster(layer['16'])} and {faster(layer['256'])} times",
+            f"is {faster(wide['prefill'])} times as fast in reading 256 tokens and "
+            f"{faster(wide['step'])} in decoding",
+            f"by {leak['one scale per tensor']['from_the_future']:.3f}, with one per row by "
+            f"{leak['INT8']['from_the_future']:.3f}",
+        ],
+        "V3.6": [
+            f"{faster(speed['pair']['width 1024'])} times as fast as fp32 at width 1024, and "
+            f"{faster(speed['pair']['v3-tiny'])} times in `v3-tiny`"
+        ],
+        "D.3": [
+            f"`v2-tiny` becomes {smaller('v2-tiny')} times smaller, `v1-tiny` "
+            f"{smaller('v1-tiny')} and `v3-tiny` {smaller('v3-tiny')}"
+        ],
+    }
+
+
 FIGURES = [attention_figures, long_text_figures, expert_figures]
-FIGURES += [arithmetic_figures, multimodal_figures]
+FIGURES += [arithmetic_figures, multimodal_figures, compression_figures]
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda function: function.__name__)

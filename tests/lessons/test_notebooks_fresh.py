@@ -14,6 +14,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "lessons").glob("*.ipynb"))
 SHOW_CODE = {"00_gpt", "01_sparse_attention", "02_mixture_of_experts", "03_multimodal"}
+SHOW_CODE |= {"06_compression"}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
