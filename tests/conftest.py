@@ -34,6 +34,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
+class Killed(BaseException):
+    """Raised where a test has a program die: no program catches it."""
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import torch
 
 from nanods.data.lock import lock
 from nanods.training import checkpoint
+from tests.conftest import Killed
 
 TIMINGS = (
     "seconds",
@@ -107,11 +108,11 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
     def interrupted(optimizers, step, config):  # at step 29, one step after a checkpoint
         if step == 29:
-            raise KeyboardInterrupt
+            raise Killed
         return real(optimizers, step, config)
 
     monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "cut")
     monkeypatch.setattr(train, "set_learning_rate", real)
     assert metrics(workspace / "cut")[-1]["step"] == 29
@@ -169,7 +170,7 @@ def test_the_best_checkpoint_is_kept_named_and_remembered(
     def count(optimizers, step, config):
         steps.append(step + 1)
         if steps == [1, 2, 3, 4, 5, 6, 7]:
-            raise KeyboardInterrupt
+            raise Killed
         return real_step(optimizers, step, config)
 
     def evaluate(self, model):
@@ -180,7 +181,7 @@ def test_the_best_checkpoint_is_kept_named_and_remembered(
     monkeypatch.setattr(LanguageTask, "draw", lambda *args: [])
     flags = ("--steps", 8, "--save-every", 3, "--eval-every", 2, "--out-dir", "a run")
     best = workspace / "a run" / "best"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train_tiny("v0-tiny", *flags)
     assert [path.name for path in best.iterdir()] == ["step_000004"]
     code, out, err = train_tiny("v0-tiny", *flags, "--resume")

@@ -10,7 +10,7 @@ import torch
 
 import train
 from nanods.training import checkpoint, consolidation
-from tests.conftest import TINY
+from tests.conftest import TINY, Killed
 from tests.test_train import metrics, weights
 
 V1 = ["v1-tiny", *TINY, "--attention.block-size", "8"]
@@ -102,7 +102,7 @@ def interrupt_at(monkeypatch, step):
 
     def interrupted(optimizers, now, config):
         if now == step:
-            raise KeyboardInterrupt
+            raise Killed
         return real(optimizers, now, config)
 
     monkeypatch.setattr(train, "set_learning_rate", interrupted)
@@ -119,7 +119,7 @@ def test_a_run_with_ewc_resumes_bitwise(program, base, monkeypatch, optimizer):
     assert "ewc        base/step_000006: Fisher information sampled, of 12 sequences of text" in out
     assert "start      from base/step_000006" in out
     go_on = interrupt_at(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         program("train", *flags, "--out-dir", "cut")
     go_on()
     (base / "base").rename(base / "elsewhere")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from nanods.data.sound import write_wav
 from nanods.training import checkpoint, contrastive_task
+from tests.conftest import Killed
 
 WORDS = ["red", "green", "blue", "white"]
 COLOURS = [(220, 30, 30), (30, 200, 30), (30, 30, 220), (250, 250, 250)]
@@ -59,11 +60,11 @@ def test_a_run_counts_the_pairs_that_exist_and_resumes_bitwise(
 
     def interrupted(optimizers, step, config):
         if step == 6:
-            raise KeyboardInterrupt
+            raise Killed
         return real(optimizers, step, config)
 
     monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train_tiny("v3-tiny", *flags, "--out-dir", "cut")
     monkeypatch.setattr(train, "set_learning_rate", real)
     monkeypatch.setattr(contrastive_task, "draw_multimodal_run", lambda *args: [])

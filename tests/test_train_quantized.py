@@ -10,6 +10,7 @@ from nanods.quantize import FakeQuantLinear, choose_kernel
 from nanods.training import checkpoint
 from nanods.training.finished_run import load_run
 from nanods.training.quantize import quantize_run
+from tests.conftest import Killed
 from tests.test_train import metrics, weights
 
 
@@ -40,11 +41,11 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
     def interrupted(optimizers, step, config):
         if step == stop:
-            raise KeyboardInterrupt
+            raise Killed
         return real(optimizers, step, config)
 
     monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train_tiny(*flags, "--out-dir", "parts")
     monkeypatch.setattr(train, "set_learning_rate", real)
     assert train_tiny(preset, "--resume", "--out-dir", "parts")[0] == 0

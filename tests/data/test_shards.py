@@ -23,6 +23,7 @@ from nanods.data.tokenizer import BPETokenizer
 from nanods.errors import UserError
 from nanods.training import checkpoint
 from nanods.training.language_task import LanguageTask
+from tests.conftest import Killed
 
 LINES = [f"Line {i}: the quick brown fox číslo {i * i} jumps.\n" for i in range(300)]
 DOCUMENTS = [f"Document {i}\nhas {i % 7} žlutých lines" + "\n" * (i % 2) for i in range(100)]
@@ -361,11 +362,11 @@ def test_training_on_a_folder_resumes_bitwise(workspace, program, corpus, monkey
 
     def interrupted(optimizers, step, config):
         if step == 5:
-            raise KeyboardInterrupt
+            raise Killed
         return set_learning_rate(optimizers, step, config)
 
     monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         program("train", "v0-tiny", *flags, "--out-dir", "resumed")
     monkeypatch.setattr(train, "set_learning_rate", set_learning_rate)
     code, out, err = program("train", "v0-tiny", "--resume", "--out-dir", "resumed")

@@ -210,7 +210,7 @@ class TestMistakes:
             ("shakespear", "did you mean shakespeare"),
             ("wikitext", "did you mean wikitext-2"),
             ("smaple.txt", r"did you mean sample\.txt"),
-            ("qqqqqqqq", r"no such data set or file; Data sets: pydocs, shakespeare"),
+            ("qqqqqqqq", r"no such data set or file; Data sets: pydocs, pydocs-train, shakespeare"),
             ("nowhere/text.txt", "no such data set or file"),
             ("sample.txt/inside", "no such data set or file"),
             ("a" * 5000, "cannot be read"),
@@ -331,4 +331,4 @@ def test_a_missing_library_error_names_the_extra(monkeypatch):
 
 
 def test_names_are_unique():
-    assert len(set(NAMES)) == len(NAMES) == 5
+    assert len(set(NAMES)) == len(NAMES) == 6
