@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -83,6 +84,29 @@ def program(workspace, monkeypatch, capsys):
         return code, printed.out, printed.err
 
     return call
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """`with killed_at(step): program("train", ...)`: train.py dies as that step begins, counted
+    from 0."""
+    import train
+
+    @contextlib.contextmanager
+    def kill(step):
+        real = train.set_learning_rate
+
+        def set_learning_rate(optimizers, now, config):
+            if now == step:
+                raise Killed
+            return real(optimizers, now, config)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "set_learning_rate", set_learning_rate)
+            with pytest.raises(Killed):
+                yield
+
+    return kill
 
 
 @pytest.fixture

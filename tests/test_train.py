@@ -96,25 +96,14 @@ def test_each_dtype_trains(train_tiny, workspace, dtype):
     ],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    train_tiny, workspace, monkeypatch, preset, flags
+    train_tiny, workspace, killed_at, preset, flags
 ):
     """Also with Muon updating the experts in turns, the load, its alarms and the selection bias."""
-    import train
-
     assert (
         train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "whole")[0] == 0
     )
-    real = train.set_learning_rate
-
-    def interrupted(optimizers, step, config):  # at step 29, one step after a checkpoint
-        if step == 29:
-            raise Killed
-        return real(optimizers, step, config)
-
-    monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(Killed):
+    with killed_at(29):  # one step after a checkpoint
         train_tiny(preset, *flags, "--steps", 32, "--save-every", 14, "--out-dir", "cut")
-    monkeypatch.setattr(train, "set_learning_rate", real)
     assert metrics(workspace / "cut")[-1]["step"] == 29
     code, out, err = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
     assert code == 0, err

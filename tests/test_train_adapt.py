@@ -8,9 +8,8 @@ import sys
 import pytest
 import torch
 
-import train
 from nanods.training import checkpoint, consolidation
-from tests.conftest import TINY, Killed
+from tests.conftest import TINY
 from tests.test_train import metrics, weights
 
 V1 = ["v1-tiny", *TINY, "--attention.block-size", "8"]
@@ -85,7 +84,7 @@ def test_a_run_is_fine_tuned_evaluated_and_asked(program, base, monkeypatch):
     assert code == 2 and "--num-samples" in err
 
 
-def test_an_answer_ends_where_the_model_ends_it(program, base, monkeypatch):
+def test_an_answer_ends_where_the_model_ends_it(program, base):
     """A model that has learnt one answer by heart says it, and nothing after it."""
     for name in ("one.jsonl", "val.jsonl"):
         (base / name).write_text('{"prompt": "a", "answer": "bcd"}\n')
@@ -97,20 +96,8 @@ def test_an_answer_ends_where_the_model_ends_it(program, base, monkeypatch):
     assert code == 0 and out == "bcd\n"
 
 
-def interrupt_at(monkeypatch, step):
-    real = train.set_learning_rate
-
-    def interrupted(optimizers, now, config):
-        if now == step:
-            raise Killed
-        return real(optimizers, now, config)
-
-    monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    return lambda: monkeypatch.setattr(train, "set_learning_rate", real)
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_with_ewc_resumes_bitwise(program, base, monkeypatch, optimizer):
+def test_a_run_with_ewc_resumes_bitwise(program, base, killed_at, optimizer):
     """It needs neither the other run nor its data any more."""
     flags = [*V1, "--data", TASKS, "--ewc", "base", "--ewc-sequences", 12, "--ewc-lambda", 30]
     flags += ["--optimizer", optimizer, "--steps", 6, "--save-every", 2]
@@ -118,10 +105,8 @@ def test_a_run_with_ewc_resumes_bitwise(program, base, monkeypatch, optimizer):
     assert code == 0, err
     assert "ewc        base/step_000006: Fisher information sampled, of 12 sequences of text" in out
     assert "start      from base/step_000006" in out
-    go_on = interrupt_at(monkeypatch, 5)
-    with pytest.raises(Killed):
+    with killed_at(5):
         program("train", *flags, "--out-dir", "cut")
-    go_on()
     (base / "base").rename(base / "elsewhere")
     (base / "text.txt").unlink()
     code, out, err = program("train", *V1, "--data", TASKS, "--resume", "--out-dir", "cut")

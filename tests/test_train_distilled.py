@@ -69,33 +69,22 @@ def test_a_teacher_of_weight_0_changes_no_bit(train_tiny, workspace, preset, tea
 
 
 @pytest.mark.parametrize(
-    ("preset", "teacher", "flags", "size"),
-    [("v1-tiny", "v2-tiny", (), 2), ("v3-tiny", "v3-tiny", OTHER_WIDTH, 2)],
+    ("preset", "teacher", "flags"),
+    [("v1-tiny", "v2-tiny", ()), ("v3-tiny", "v3-tiny", OTHER_WIDTH)],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    train_tiny, program, workspace, monkeypatch, preset, teacher, flags, size
+    train_tiny, program, workspace, killed_at, preset, teacher, flags
 ):
     """With gradient accumulation, for V3 with gradient caching and a projection. The teacher may
     have been moved. The saved student is a model as any other."""
-    import train
-
     save_teacher(workspace / "teacher", teacher, *flags)
     before = read_files(workspace / "teacher")
-    steps = (preset, "--moe.n-expert", 1, "--steps", 5, "--save-every", 2, "--micro-batch", size)
+    steps = (preset, "--moe.n-expert", 1, "--steps", 5, "--save-every", 2, "--micro-batch", 2)
     code, out, err = train_tiny(*steps, "--teacher", "teacher", "--out-dir", "whole")
     assert code == 0, err
     assert "of it the teacher, which reads each batch too" in out
-    real = train.set_learning_rate
-
-    def interrupted(optimizers, step, config):
-        if step == 3:
-            raise MemoryError  # any that ends the program at once
-        return real(optimizers, step, config)
-
-    monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(MemoryError):
+    with killed_at(3):
         train_tiny(*steps, "--teacher", "teacher", "--out-dir", "cut")
-    monkeypatch.setattr(train, "set_learning_rate", real)
 
     # Another teacher, and none, are refused, and nothing is lost.
     saved = read_files(workspace / "cut")
@@ -219,7 +208,7 @@ def test_mistakes_are_refused_with_a_fix_and_nothing_is_written(train_tiny, teac
     assert all(after[path] == x for path, x in before.items() if "cache" not in path.parts)
 
 
-def test_a_teacher_that_may_have_seen_the_validation_data_is_said(train_tiny, program, workspace):
+def test_a_teacher_that_may_have_seen_the_validation_data_is_said(train_tiny, workspace):
     (workspace / "val.txt").write_text("8 times 8 makes 64.\n" * 30)
     same = ("--steps", 1, "--eval-every", 1, "--teacher", "teacher")
     for changes, message in (

@@ -3,12 +3,10 @@
 import json
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from nanods.data.sound import write_wav
 from nanods.training import checkpoint, contrastive_task
-from tests.conftest import Killed
 
 WORDS = ["red", "green", "blue", "white"]
 COLOURS = [(220, 30, 30), (30, 200, 30), (30, 30, 220), (250, 250, 250)]
@@ -38,10 +36,8 @@ def write_table(folder, per_word=16):
 
 
 def test_a_run_counts_the_pairs_that_exist_and_resumes_bitwise(
-    train_tiny, program, workspace, monkeypatch
+    train_tiny, program, workspace, killed_at, monkeypatch
 ):
-    import train
-
     write_table(workspace / "table")
     flags = ("--data", "table", *SMALL)
     code, out, err = train_tiny("v3-tiny", *flags, "--out-dir", "whole")
@@ -56,17 +52,8 @@ def test_a_run_counts_the_pairs_that_exist_and_resumes_bitwise(
     assert all(np.isfinite(row["loss_text_audio"]) for row in rows)
     assert rows[-1]["recall1_image_text"] > 0.3
 
-    real = train.set_learning_rate
-
-    def interrupted(optimizers, step, config):
-        if step == 6:
-            raise Killed
-        return real(optimizers, step, config)
-
-    monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(Killed):
+    with killed_at(6):
         train_tiny("v3-tiny", *flags, "--out-dir", "cut")
-    monkeypatch.setattr(train, "set_learning_rate", real)
     monkeypatch.setattr(contrastive_task, "draw_multimodal_run", lambda *args: [])
     code, out, err = train_tiny("v3-tiny", *flags, "--resume", "--out-dir", "cut")
     assert code == 0 and "after step 4" in out, err

@@ -10,7 +10,6 @@ from nanods.quantize import FakeQuantLinear, choose_kernel
 from nanods.training import checkpoint
 from nanods.training.finished_run import load_run
 from nanods.training.quantize import quantize_run
-from tests.conftest import Killed
 from tests.test_train import metrics, weights
 
 
@@ -30,24 +29,13 @@ def test_rounding_begins_at_its_step_and_changes_nothing_before(train_tiny, work
 
 @pytest.mark.parametrize(("preset", "stop"), [("v1-tiny", 3), ("v2-tiny", 5)])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    train_tiny, workspace, monkeypatch, preset, stop
+    train_tiny, workspace, killed_at, preset, stop
 ):
     """Stopped before rounding begins, and after."""
-    import train
-
     flags = (preset, "--steps", 6, "--save-every", 2, "--quantize", "int4", "--quantize-from", 3)
     assert train_tiny(*flags, "--out-dir", "whole")[0] == 0
-    real = train.set_learning_rate
-
-    def interrupted(optimizers, step, config):
-        if step == stop:
-            raise Killed
-        return real(optimizers, step, config)
-
-    monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(Killed):
+    with killed_at(stop):
         train_tiny(*flags, "--out-dir", "parts")
-    monkeypatch.setattr(train, "set_learning_rate", real)
     assert train_tiny(preset, "--resume", "--out-dir", "parts")[0] == 0
     assert weights(workspace / "parts") == weights(workspace / "whole")
     assert metrics(workspace / "parts") == metrics(workspace / "whole")

@@ -23,7 +23,6 @@ from nanods.data.tokenizer import BPETokenizer
 from nanods.errors import UserError
 from nanods.training import checkpoint
 from nanods.training.language_task import LanguageTask
-from tests.conftest import Killed
 
 LINES = [f"Line {i}: the quick brown fox číslo {i * i} jumps.\n" for i in range(300)]
 DOCUMENTS = [f"Document {i}\nhas {i % 7} žlutých lines" + "\n" * (i % 2) for i in range(100)]
@@ -351,24 +350,13 @@ def test_the_task_reads_shards_in_this_order_and_other_texts_at_random_positions
         assert task.batch(7).tolist() == rows
 
 
-def test_training_on_a_folder_resumes_bitwise(workspace, program, corpus, monkeypatch):
-    import train
-
+def test_training_on_a_folder_resumes_bitwise(workspace, program, corpus, killed_at):
     flags = "--n-layer 1 --n-head 1 --n-embd 8 --context-length 32 --batch-size 4 --device cpu"
     flags = [*flags.split(), "--data", corpus[0]]
     flags += ["--steps", 8, "--save-every", 3, "--eval-every", 4]
     assert program("train", "v0-tiny", *flags, "--out-dir", "uninterrupted")[0] == 0
-    set_learning_rate = train.set_learning_rate
-
-    def interrupted(optimizers, step, config):
-        if step == 5:
-            raise Killed
-        return set_learning_rate(optimizers, step, config)
-
-    monkeypatch.setattr(train, "set_learning_rate", interrupted)
-    with pytest.raises(Killed):
+    with killed_at(5):
         program("train", "v0-tiny", *flags, "--out-dir", "resumed")
-    monkeypatch.setattr(train, "set_learning_rate", set_learning_rate)
     code, out, err = program("train", "v0-tiny", "--resume", "--out-dir", "resumed")
     assert code == 0 and "after step 3" in out, err
     saved = [checkpoint.load(Path(name)).path for name in ("uninterrupted", "resumed")]
