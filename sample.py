@@ -11,8 +11,9 @@ V3 classifies:             python sample.py v3-tiny --image FILE --labels "cat, 
 import codecs
 import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -151,16 +152,22 @@ def generate(args: Args, model: GPT, tokenizer) -> None:
         if args.num_samples > 1:
             print(f"---- sample {number + 1}")
         print(text.lstrip("\n"), end="")
-        # A character may take several tokens: the decoder returns it when it is whole.
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        generated = ""
-        for token in new_tokens(args, model, prompt, args.seed + number):
-            piece = decoder.decode(tokenizer.decode_bytes([token]))
-            generated += piece
-            print(piece, end="", flush=True)
-            if args.stop and args.stop in generated:
-                break
-        print(decoder.decode(b"", final=True))
+        print_tokens(args, tokenizer, new_tokens(args, model, prompt, args.seed + number))
+
+
+def print_tokens(args: Args, tokenizer, tokens: Iterable[int]) -> str:
+    """Print tokens as text while they come, up to --stop. Returns the text."""
+    # A character may take several tokens: the decoder returns it when it is whole.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = ""
+    for token in tokens:
+        piece = decoder.decode(tokenizer.decode_bytes([token]))
+        text += piece
+        print(piece, end="", flush=True)
+        if args.stop and args.stop in text:
+            break
+    print(decoder.decode(b"", final=True))
+    return text
 
 
 def new_tokens(args: Args, model: GPT, prompt: Tensor, seed: int, stop=()) -> Iterator[int]:
@@ -202,16 +209,8 @@ def chat(args: Args, finished: FinishedRun, is_asked: bool) -> None:
         if len(tokens) > context:
             print(f"notice     only the last {context} tokens are read")
         prompt = torch.tensor([tokens], device=args.device)
-        decoder, answer = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
-        for token in new_tokens(args, model, prompt, args.seed + len(messages) // 2, stop=[end]):
-            if token == end:
-                break
-            piece = decoder.decode(tokenizer.decode_bytes([token]))
-            answer += piece
-            print(piece, end="", flush=True)
-            if args.stop and args.stop in answer:
-                break
-        print(decoder.decode(b"", final=True))
+        tokens = new_tokens(args, model, prompt, args.seed + len(messages) // 2, stop=[end])
+        answer = print_tokens(args, tokenizer, takewhile(lambda token: token != end, tokens))
         messages.append(("assistant", answer))
 
 
