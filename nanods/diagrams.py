@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch
 
 from nanods import plots
 from nanods.config import Config, from_dict
@@ -27,31 +27,16 @@ from nanods.training.pictures import draw_neighbours
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNS = Path("runs")
-PLAIN, NEW = "#e8ebef", "#ffd9a8"  # what a version takes over, and what it adds
 LAYER = 3  # the layer of V2 whose experts colour the text
 
 
 # ---- architecture ----------------------------------------------------------------------------
 
 
-def draw_box(axes: Axes, x: float, y: float, text: str, is_new: bool, height: float = 0.8) -> None:
-    """Draw a box of width 2.6 centred at (x, y)."""
-    box = FancyBboxPatch(
-        (x - 1.3, y - height / 2),
-        2.6,
-        height,
-        boxstyle="round,pad=0.02,rounding_size=0.12",
-        facecolor=NEW if is_new else PLAIN,
-        edgecolor="#7d8590",
-    )
-    axes.add_patch(box)
-    axes.text(x, y, text, ha="center", va="center", fontsize=9)
-
-
 def draw_version(axes: Axes, x: float, title: str, boxes: list[tuple[str, bool]]) -> None:
     """Draw one version as a stack of boxes, bottom to top: (text, whether the version adds it)."""
     for row, (text, is_new) in enumerate(boxes):
-        draw_box(axes, x, row * 1.25, text, is_new)
+        plots.draw_box(axes, x, row * 1.25, text, is_new, width=2.6, height=0.8)
         if row:
             arrow = FancyArrowPatch(
                 (x, row * 1.25 - 0.83),

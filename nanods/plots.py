@@ -218,6 +218,29 @@ def dot_plot(rows: dict[str, Sequence[float]], targets: dict[str, float], xlabel
     return figure
 
 
+def draw_box(
+    axes: Axes,
+    x: float,
+    y: float,
+    text: str,
+    is_highlighted: bool,
+    width: float,
+    height: float,
+    fontsize: float = 9,
+) -> None:
+    """Draw a box of a diagram, centred at (x, y), orange if it is highlighted, else grey."""
+    box = matplotlib.patches.FancyBboxPatch(
+        (x - width / 2, y - height / 2),
+        width,
+        height,
+        boxstyle="round,pad=0.02,rounding_size=0.12",
+        facecolor="#ffd9a8" if is_highlighted else "#e8ebef",
+        edgecolor="#7d8590",
+    )
+    axes.add_patch(box)
+    axes.text(x, y, text, ha="center", va="center", fontsize=fontsize)
+
+
 def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Fit the slope of log y against log x by least squares: 1 is linear, 2 is quadratic."""
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_box
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y
 FORMAT_COLOURS = {"fp32": GREY, "bf16": ORANGE, "INT8": BLUE}
@@ -159,7 +158,7 @@ def int8_diagram() -> Figure:
         "weight": (5.2, -0.4, "r (F, C) int8, t (F,)\nrounded once, before", False),
     }
     for x, y, text, is_step in boxes.values():
-        draw_box(axes, x, y, text, is_step)
+        draw_box(axes, x, y, text, is_step, box_width(text), height=0.7, fontsize=8.5)
     for start, end, label in (
         ("x", "rows", ""),
         ("rows", "product", "q (N, C)\nint8"),
@@ -181,21 +180,6 @@ def int8_diagram() -> Figure:
 
 def box_width(text: str) -> float:
     return 0.35 + 0.085 * max(map(len, text.replace("$^T$", "").split("\n")))
-
-
-def draw_box(axes: Axes, x: float, y: float, text: str, is_step: bool) -> None:
-    """Draw a box centred at (x, y), orange if it is a step of the computation."""
-    width = box_width(text)
-    box = FancyBboxPatch(
-        (x - width / 2, y - 0.35),
-        width,
-        0.7,
-        boxstyle="round,pad=0,rounding_size=0.1",
-        facecolor="#ffd9a8" if is_step else "#e8ebef",
-        edgecolor="#7d8590",
-    )
-    axes.add_patch(box)
-    axes.text(x, y, text, ha="center", va="center", fontsize=8.5)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
