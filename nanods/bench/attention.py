@@ -39,10 +39,9 @@ from nanods.attention import (
 from nanods.bench.runs import (
     add_exponents,
     describe_machine,
+    measure_parts,
     median_seconds,
     peak_memory_increase,
-    read_json,
-    write_json,
 )
 from nanods.errors import run
 from nanods.flags import parse_args
@@ -393,7 +392,6 @@ def main() -> None:
         return measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     args = parse_args(Args, __doc__)
     path = args.results / "attention.json"
-    table = read_json(path)
     shapes = {
         "B": 1,
         "heads": HEADS,
@@ -401,12 +399,8 @@ def main() -> None:
         "block_size": BLOCK_SIZE,
         "top_blocks": TOP_BLOCKS,
     }
-    for part in PARTS if args.only == "all" else (args.only,):
-        print(f"---- {part}", flush=True)
-        torch.manual_seed(0)
-        table[part] = PARTS[part]()
-        table = {"machine": {**describe_machine("fp32"), "shapes": shapes}, **table}
-        write_json(path, table)  # a bench that is stopped continues with --only
+    machine = {**describe_machine("fp32"), "shapes": shapes}
+    table = measure_parts(path, PARTS, args.only, lambda: machine)
     if {"time", "memory"} <= table.keys():
         plots.save(plots.cost_against_tokens(table), args.results / "attention.png")
 

@@ -28,7 +28,6 @@ Losses are evaluated on EVAL_TOKENS tokens, the same for all formats of a run.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +41,9 @@ from torch import Tensor, nn
 from nanods import plots, plots_compress
 from nanods.bench.compress_speed import describe_processor, part_leak, part_speed
 from nanods.bench.jobs import Job
-from nanods.bench.runs import write_json
+from nanods.bench.runs import measure_parts
 from nanods.bench.stored_runs import train_all
+from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.quantize import fake_quantize_model, grid_scale, quantize, round_to_grid
 from nanods.training.finished_run import FinishedRun, load_run
@@ -408,8 +408,6 @@ def draw_sizes(sizes: dict):
 def main() -> None:
     args = parse_args(Args, __doc__)
     torch.set_num_threads(1)
-    path = args.results / "compress.json"
-    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     parts = {
         "speed": part_speed,
         "leak": part_leak,
@@ -417,14 +415,9 @@ def main() -> None:
         "qat": lambda: part_qat(args),
         "distill": lambda: part_distill(args),
     }
-    for part in parts if args.only == "all" else (args.only,):
-        print(f"---- {part}", flush=True)
-        torch.manual_seed(0)
-        table[part] = parts[part]()
-        table = {"machine": describe_processor(), **table}
-        write_json(path, table)
-    draw(table, args)
+    path = args.results / "compress.json"
+    draw(measure_parts(path, parts, args.only, describe_processor), args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nanods.bench.runs import describe_machine
+from nanods.bench.runs import cpu_info, cpu_name, describe_machine
 from nanods.build import build_model
 from nanods.config import PRESETS
 from nanods.gpt import GPT, GPTConfig, MoEConfig
@@ -36,19 +35,11 @@ Calls = dict[str, Callable[[], object]]
 
 def describe_processor() -> dict[str, object]:
     """Return what INT8's speed depends on: the processor, its instructions, the chosen kernel."""
-    name, flags = "", set()
-    path = Path("/proc/cpuinfo")  # Linux only
-    if path.exists():
-        for line in path.read_text().splitlines():
-            field, _, value = line.partition(":")
-            if field.strip() == "model name":
-                name = value.strip()
-            elif field.strip() == "flags":
-                flags = set(value.split())
+    flags = set(cpu_info().get("flags", "").split())
     kernel = choose_kernel("cpu")
     return {
         **describe_machine("fp32"),
-        "processor": name or "unknown",
+        "processor": cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "int8_instructions": sorted(flags & {"avx512_vnni", "avx_vnni", "amx_int8"}),
         "kernel": kernel.name,
@@ -91,9 +82,9 @@ def measure(calls: Calls) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def times_faster(seconds: dict[str, float], than: str = "fp32") -> dict[str, float]:
-    """Return how many times as fast as `than` each call is."""
-    return {name: seconds[than] / value for name, value in seconds.items() if name != than}
+def times_faster(seconds: dict[str, float]) -> dict[str, float]:
+    """Return how many times as fast as fp32 each call is."""
+    return {name: seconds["fp32"] / value for name, value in seconds.items() if name != "fp32"}
 
 
 def compare(title: str, calls: Calls) -> dict[str, dict[str, float]]:

@@ -19,7 +19,7 @@ from statistics import mean
 
 from nanods import plots
 from nanods.bench.jobs import Job
-from nanods.bench.runs import update_expected, write_json
+from nanods.bench.runs import expected_entry, update_expected, write_json
 from nanods.bench.stored_runs import machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.emoji import HELD_OUT_NAMES, EmojiData
@@ -72,10 +72,7 @@ def main() -> None:
     }
     write_json(args.results / "emoji.json", table)
 
-    recalls = [run["val_recall1"] for run in runs]
-    tolerance = max(0.02, 2 * (max(recalls) - min(recalls)))
-    entry = {"sha256": sha256, "val_recall1": round(mean(recalls), 4)}
-    entry["tolerance"] = round(tolerance, 4)
+    entry = expected_entry(sha256, "val_recall1", [run["val_recall1"] for run in runs])
     update_expected(args.results / "expected.json", {"v3-emoji/emoji": entry})
 
     print(f"{'':17} known, recall@1   unseen, recall@{UNSEEN_K} (times chance)")

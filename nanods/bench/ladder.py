@@ -4,15 +4,14 @@
     python -m nanods.bench.ladder --seeds 1
 
 Two runs at a time, one thread each; each is stored when it is finished (stored_runs.py). train.py
-compares its runs with `expected.json`: the mean over the seeds, with a tolerance of 0.02 bits per
-byte or twice the seeds' spread, whichever is larger.
+compares its runs with `expected.json`: the mean over the seeds, with a tolerance.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanods.bench.jobs import Job
-from nanods.bench.runs import update_expected, write_json
+from nanods.bench.runs import expected_entry, update_expected, write_json
 from nanods.bench.stored_runs import machine_of, train_all
 from nanods.data.text import load_text
 from nanods.errors import run
@@ -65,12 +64,7 @@ def main() -> None:
         mean, spread = sum(values) / len(values), max(values) - min(values)
         name, data = "/".join(preset_and_data), preset_and_data[1]
         ladder[name] = {"mean_val_bpb": mean, "spread": spread, "runs": rows}
-        tolerance = max(0.02, 2 * spread)
-        expected[name] = {
-            "sha256": hashes[data],
-            "val_bpb": round(mean, 4),
-            "tolerance": round(tolerance, 4),
-        }
+        expected[name] = expected_entry(hashes[data], "val_bpb", values)
     write_json(args.results / "ladder.json", ladder)
     update_expected(args.results / "expected.json", expected)
 

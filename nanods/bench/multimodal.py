@@ -36,6 +36,7 @@ from torch import Tensor
 from nanods import plots
 from nanods.bench.jobs import Job
 from nanods.bench.runs import (
+    expected_entry,
     flags_from_dict,
     median_seconds,
     update_expected,
@@ -247,17 +248,6 @@ def compare_trunks(shared_runs: list[dict], separate_runs: list[dict]) -> dict:
     }
 
 
-def expected_recall(runs: list[dict], sha256: str) -> dict:
-    """Return the entry of expected.json: the mean recall and a tolerance from the seeds' spread."""
-    recalls = [run["val_recall1"] for run in runs]
-    tolerance = max(0.02, 2 * (max(recalls) - min(recalls)))
-    return {
-        "sha256": sha256,
-        "val_recall1": round(mean(recalls), 4),
-        "tolerance": round(tolerance, 4),
-    }
-
-
 def draw_recall(runs: dict[str, list[dict]], path: Path) -> None:
     """Draw recall against the step for each variant, the mean over its seeds."""
     curves = {}
@@ -304,8 +294,9 @@ def main() -> None:
     table["runs"] = runs
     write_json(args.results / "multimodal.json", table)
     if "as it is" in runs:
-        entry = {"v3-tiny/scenes": expected_recall(runs["as it is"], sha256)}
-        update_expected(args.results / "expected.json", entry)
+        recalls = [run["val_recall1"] for run in runs["as it is"]]
+        entry = expected_entry(sha256, "val_recall1", recalls)
+        update_expected(args.results / "expected.json", {"v3-tiny/scenes": entry})
     draw_recall(runs, args.results / "multimodal.png")
 
 

@@ -356,9 +356,11 @@ def compression_results() -> list[Result]:
     speed, leak = table["speed"], table["leak"]
     layer = speed["linear"]["1024"]
     processor = speed["processor"]
+    instructions = " and ".join(processor["int8_instructions"])
     where = (
-        f"one thread of an {processor['processor']} with {processor['instructions']}, without INT8 "
-        f"instructions ({processor['kernel']}, weights of {processor['weight_bits']} bits)"
+        f"one thread of an {processor['processor']} with {processor['instructions']}, "
+        f"{f'with {instructions}' if instructions else 'without INT8 instructions'} "
+        f"({processor['kernel']}, weights of {processor['weight_bits']} bits)"
     )
 
     def faster(row: dict, name: str = "INT8") -> str:

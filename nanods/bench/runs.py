@@ -90,6 +90,24 @@ def flags_from_dict(flags: dict[str, object]) -> list[str]:
 # ---- results -------------------------------------------------------------------------------------
 
 
+def measure_parts(
+    path: Path, parts: dict[str, Callable[[], dict]], only: str, describe: Callable[[], dict]
+) -> dict:
+    """Measure the parts of a table, "all" or `only` one, and return the table.
+
+    It is written after each part, so a bench that is stopped continues with --only. The other parts
+    stay as they are. `describe` returns the machine.
+    """
+    table = read_json(path)
+    for part in parts if only == "all" else (only,):
+        print(f"---- {part}", flush=True)
+        torch.manual_seed(0)
+        table[part] = parts[part]()
+        table = {"machine": describe(), **table}
+        write_json(path, table)
+    return table
+
+
 def read_json(path: Path) -> dict:
     """Return the table in a JSON file; an empty one if there is no file.
 
@@ -125,6 +143,14 @@ def update_expected(path: Path, entries: dict[str, dict]) -> None:
     write_json(path, read_json(path) | entries)
 
 
+def expected_entry(sha256: str, metric: str, values: Sequence[float]) -> dict:
+    """Return an entry of expected.json: the mean over the seeds, with a tolerance of 0.02 or twice
+    the seeds' spread, whichever is larger."""
+    tolerance = max(0.02, 2 * (max(values) - min(values)))
+    mean = sum(values) / len(values)
+    return {"sha256": sha256, metric: round(mean, 4), "tolerance": round(tolerance, 4)}
+
+
 def add_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
     """Fit the exponent of each curve {name: {T: value}}, over lengths T of at least `beyond`.
 
@@ -157,12 +183,15 @@ def describe_machine(dtype: str = "auto") -> dict[str, object]:
 
 def cpu_name() -> str:
     """Return the name of the CPU; on Linux platform.processor() has the architecture alone."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_info() -> dict[str, str]:
+    """Return what Linux says of a processor, by field; nothing on other systems."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in fields}
 
 
 # ---- time and memory -----------------------------------------------------------------------------
