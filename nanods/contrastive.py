@@ -161,24 +161,36 @@ def loss_of_present(
 ) -> Tensor:
     """Compute the contrastive loss of the examples that are present, (B,) bool: the mean over them.
 
-    The arguments are those of `contrastive_loss`. Of R `rows` with r present examples among P, it
-    is the mean over the r, times r / P * B / R: so the mean over equal parts of the rows, such as
-    those of several processes, is the mean over the P. It is 0, with a gradient of 0, if r = 0 or
-    P < 2.
+    The arguments are those of `contrastive_loss`. The mean over equal parts of the rows, such as
+    those of several processes, is the mean over all present examples. It is 0, with a gradient of
+    0, if `rows` has no present example, or there are fewer than two.
     """
-    start, stop, _ = rows.indices(len(a))
-    before, r, P = (int(present[part].sum()) for part in (slice(start), rows, slice(None)))
-    if P < 2 or r == 0:
+    present_rows, factor = rows_of_present(present, rows)
+    if factor == 0:
         return 0 * (a.sum() + b.sum() + scale)
     loss = contrastive_loss(
         a[present],
         b[present],
         scale,
         None if ids is None else ids[present],
-        slice(before, before + r),
+        present_rows,
         negative_weight,
     )
-    return loss * (r / P * len(a) / (stop - start))
+    return loss * factor
+
+
+def rows_of_present(present: Tensor, rows: slice) -> tuple[slice, float]:
+    """Return which of the present examples, (B,) bool, are in `rows`, and the factor of their mean.
+
+    Of R `rows` with r present examples among P, the mean over the r is multiplied by r / P * B / R:
+    then the mean over equal parts of the rows is the mean over the P. The factor is 0 if r = 0, or
+    if P < 2 and there is nothing to compare.
+    """
+    start, stop, _ = rows.indices(len(present))
+    before, r, P = (int(present[part].sum()) for part in (slice(start), rows, slice(None)))
+    if P < 2 or r == 0:
+        return slice(0), 0.0
+    return slice(before, before + r), r / P * len(present) / (stop - start)
 
 
 def promote_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,8 +136,9 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
             f"--quantize {config.quantize}, --mesh {processes.mesh}: a weight that is spread over "
             "processes has no scale of its own; use dp, or one process"
         )
+    ewc_run = None
     if config.ewc:
-        consolidation.check(config, processes.mesh if processes.is_sharded else None)
+        ewc_run = consolidation.check(config, processes.mesh if processes.is_sharded else None)
     if teacher:
         attach_teacher(task, teacher, device, precision.weights)
     if saved:
@@ -157,7 +158,9 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
         print(f"           validation loss {run.rows[0]['val_loss']:.6f} before the first step")
 
     def prepare() -> None:
-        held = consolidation.make(config, task, device) if config.ewc else None  # may be moved now
+        held = None
+        if ewc_run:  # before a run that is in the way is renamed: it may be this one
+            held = consolidation.make(config, task, *ewc_run, device, precision.weights)
         prepare_run_directory(config.run_dir)
         task.save_examples(config.run_dir)
         if held:

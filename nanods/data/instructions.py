@@ -53,6 +53,7 @@ from nanods.data.pydocs import (
     read_topics,
     sources,
 )
+from nanods.data.text import sha256
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, lines
 from nanods.errors import UserError
 
@@ -131,10 +132,6 @@ def load_instructions(
             "validation; give more examples, or those for validation as --val-data FILE"
         )
     return data
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- from Python's own sources -------------------------------------------------------------------
@@ -387,6 +384,15 @@ def mark_ids(tokenizer: ByteTokenizer | BPETokenizer) -> dict[bytes, int]:
     return ids
 
 
+def message_tokens(
+    role: str, text: str, tokenizer: ByteTokenizer | BPETokenizer, ids: dict[bytes, int]
+) -> list[int]:
+    """Return a message as tokens: the mark of its role, its text, and END after an answer. `ids`
+    are those of `mark_ids`."""
+    end = [ids[END]] if role == "assistant" else []
+    return [ids[ROLES[role]], *tokenizer.encode(text).tolist(), *end]
+
+
 def prompt_tokens(
     messages: Iterable[tuple[str, str]], tokenizer: ByteTokenizer | BPETokenizer
 ) -> list[int]:
@@ -394,9 +400,7 @@ def prompt_tokens(
     ids = mark_ids(tokenizer)
     tokens = []
     for role, text in messages:
-        tokens += [ids[ROLES[role]], *tokenizer.encode(text).tolist()]
-        if role == "assistant":
-            tokens.append(ids[END])
+        tokens += message_tokens(role, text, tokenizer, ids)
     return [*tokens, ids[ROLES["assistant"]]]
 
 
@@ -417,11 +421,10 @@ class Encoder:
             return [self.row(piece, np.arange(len(piece)) > 0) for piece in pieces]
         tokens, is_target = [], []
         for role, text in example.messages:
-            encoded = self.tokenizer.encode(text).tolist()
-            is_answer = role == "assistant"
+            message = message_tokens(role, text, self.tokenizer, self.ids)
             begin = len(tokens) + 1  # of the last message's text, at the end
-            tokens += [self.ids[ROLES[role]], *encoded, *([self.ids[END]] if is_answer else [])]
-            is_target += [False] + [is_answer] * (len(tokens) - len(is_target) - 1)
+            tokens += message
+            is_target += [False] + [role == "assistant"] * (len(message) - 1)
         return [self.row(*self.cut(np.array(tokens), np.array(is_target), begin))]
 
     def cut(

@@ -222,14 +222,19 @@ def newest_step(run_dir: Path) -> int:
 def find_corruption(path: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None."""
     try:
-        lines = (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-        sums = dict(line.split("  ")[::-1] for line in lines)
+        sums = read_sums(path)
         for name in FILES:
             if sums.get(name) != file_sha256(path / name):
                 return f"{name} is not what was written"
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Return the sha256 of each file of a checkpoint, as its SHA256SUMS says."""
+    lines = (path / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("  ")[::-1] for line in lines)
 
 
 def load_model(checkpoint: Checkpoint) -> GPT | Multimodal:

@@ -32,9 +32,9 @@ FILE = "consolidation.safetensors"
 BATCH = 8  # sequences whose gradients are computed at a time
 
 
-def check(config: Config, mesh: object | None) -> None:
+def check(config: Config, mesh: object | None) -> tuple[checkpoint.Checkpoint, Config] | None:
     """Raise UserError where --ewc cannot be used: V3, a sharded model (its mesh), or a run of other
-    sizes."""
+    sizes. Returns what `read_run` does; None for a run that is resumed, which needs it no more."""
     if config.multimodal.modalities:
         raise UserError(f"--ewc {config.ewc}: for V0 to V2, not for {config.preset}")
     if mesh is not None:
@@ -42,8 +42,7 @@ def check(config: Config, mesh: object | None) -> None:
             f"--ewc {config.ewc}, --mesh {mesh}: each process must hold whole weights; use dp, or "
             "one process"
         )
-    if not config.resume:
-        read_run(config)
+    return None if config.resume else read_run(config)
 
 
 def read_run(config: Config) -> tuple[checkpoint.Checkpoint, Config]:
@@ -68,15 +67,20 @@ def read_run(config: Config) -> tuple[checkpoint.Checkpoint, Config]:
     return saved, source
 
 
-def make(config: Config, task: Task, device: torch.device) -> Consolidation:
-    """Return what --ewc holds, and print it."""
-    saved, source = read_run(config)
+def make(
+    config: Config,
+    task: Task,
+    saved: checkpoint.Checkpoint,
+    source: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Consolidation:
+    """Return what --ewc holds, from the other run's checkpoint and configuration, and print it."""
     if saved.state["tokenizer"] != task.tokenizer.to_json():
         raise UserError(f"--ewc {config.ewc}: that run has another tokenizer")
     with torch.random.fork_rng(devices=[]):  # the run's own random stream stays as it is
         model = build_model(source)
     checkpoint.restore_model(model, saved.model, saved.path)
-    dtype = torch.float64 if config.dtype == "fp64" else torch.float32
     model = model.to(device, dtype)
     weights = {name: p.detach().clone() for name, p in trainable(model).items()}
     if config.ewc_fisher == "none":

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanods.config import Config
-from nanods.contrastive import promote_dtype, split_batch
+from nanods.contrastive import promote_dtype, rows_of_present, split_batch
 
 PROJECTION = "projection"  # the name in the student of its map to the teacher's space
 
@@ -119,14 +119,11 @@ def relation_loss(
     than two are left, and scaled so that the mean over equal parts of the rows is the whole mean.
     """
     if present is not None:
-        B = len(present)
-        start, stop, _ = rows.indices(B)
-        before, R, P = (int(present[part].sum()) for part in (slice(start), rows, slice(None)))
-        if P < 2 or R == 0:
+        present_rows, factor = rows_of_present(present, rows)
+        if factor == 0:
             return 0 * sum(e.sum() for e in student)
         student, teacher = (tuple(e[present] for e in pair) for pair in (student, teacher))
-        loss = relation_loss(student, teacher, temperature, slice(before, before + R))
-        return loss * (R / P * B / (stop - start))
+        return factor * relation_loss(student, teacher, temperature, present_rows)
     student, teacher = promote_dtype(*student), promote_dtype(*teacher)
     total = 0
     with torch.autocast(student[0].device.type, enabled=False):

@@ -17,7 +17,6 @@ Shapes: B rows of a batch, T tokens of the longest row less one, V vocabulary, L
 """
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +24,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanods.config import Config
 from nanods.data.instructions import (
     END,
+    NAME,
     Encoder,
     Example,
     Instructions,
     Row,
     load_instructions,
-    mark_ids,
     prompt_tokens,
 )
 from nanods.data.text import tokenizer_for
@@ -45,7 +43,12 @@ from nanods.errors import UserError
 from nanods.gpt import GPT
 from nanods.training import checkpoint
 from nanods.training.commands import flag, sample_command
-from nanods.training.language_task import add_expert_losses, eval_batch_size
+from nanods.training.language_task import (
+    add_expert_losses,
+    cross_entropy,
+    eval_batch_size,
+    forward_seconds,
+)
 from nanods.training.metrics import load_metrics, stack_loads
 from nanods.training.pictures import draw_language_run
 
@@ -111,7 +114,7 @@ class InstructionTask:
                 f"--data {loaded.name}: no task that is trained on ({', '.join(self.weights)}) has "
                 "an example for validation; give them as --val-data FILE, or another --mix"
             )
-        self.end = mark_ids(self.tokenizer)[END]
+        self.end = encoder.ids[END]
         shown = np.concatenate([row.tokens for rows in val_rows.values() for row in rows[:99]])
         self.data = Encoded(loaded.name, loaded.sha256, train_rows, val_rows, shown, self.tokenizer)
         self.units_per_step = config.batch_size
@@ -175,10 +178,7 @@ class InstructionTask:
         # Experts must leave padding out; attention never reads it, as it stands at the end.
         lengths = rows.lengths if self.config.model.moe.n_expert > 1 else None
         logits, layers = model(rows.tokens, lengths=lengths)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        nats = F.cross_entropy(
-            logits.flatten(0, 1), rows.targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
+        nats = cross_entropy(logits, rows.targets, reduction="none")
         return nats.view_as(rows.targets), layers
 
     # ---- evaluation ------------------------------------------------------------------------------
@@ -233,18 +233,13 @@ class InstructionTask:
         for start in range(0, count, size):
             yield chosen[start : start + size]
 
-    @torch.no_grad()
     def evaluation_seconds(self, model: nn.Module) -> float:
         """Return the time of an evaluation, from the second of two passes over one batch."""
         batches = [batch for task in self.data.val_rows for batch in self.validation_batches(task)]
         batch = batches[len(batches) // 2]
-        was_training = model.training
-        model.eval()
-        for _ in range(2):
-            start = time.perf_counter()
-            self.nats(model, self.collate(batch, 1.0))[0].sum().item()  # waits for the GPU
-            elapsed = time.perf_counter() - start
-        model.train(was_training)
+        elapsed = forward_seconds(
+            model, lambda: self.nats(model, self.collate(batch, 1.0))[0].sum()
+        )
         tokens = sum(len(row.tokens) for rows in batches for row in rows)
         return elapsed * tokens / sum(len(row.tokens) for row in batch)
 
@@ -267,7 +262,7 @@ class InstructionTask:
                 f"\ncut        of {self.examples:,} examples {self.cuts.prompts:,} prompts at the "
                 f"left and {self.cuts.answers:,} answers at the end, to --context-length {self.T}"
             )
-        if data.name == "instructions" and self.started_on in ("pydocs", None):
+        if data.name == NAME and self.started_on in ("pydocs", None):
             described += f"\nnotice     {self.notice()}"
         return described
 

@@ -9,6 +9,7 @@ Shapes: B windows of a batch, T tokens of context, V vocabulary, L layers, E exp
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,19 +156,15 @@ class LanguageTask:
         tokens = torch.from_numpy(text.astype(np.int64)).to(self.device)
         return tokens[:, :-1], tokens[:, 1:]
 
-    @torch.no_grad()
     def evaluation_seconds(self, model: nn.Module) -> float:
         """Return the time of an evaluation, from the second of two passes over its first batch."""
         batches = self.validation_batches()
-        was_training = model.training
-        model.eval()
-        for _ in range(2):
-            start = time.perf_counter()
+
+        def forward() -> Tensor:
             inputs, targets = self.validation_windows(batches[0])
-            cross_entropy(model(inputs)[0], targets).item()  # waits for the GPU
-            elapsed = time.perf_counter() - start
-        model.train(was_training)
-        return elapsed * sum(map(len, batches)) / len(batches[0])
+            return cross_entropy(model(inputs)[0], targets)
+
+        return forward_seconds(model, forward) * sum(map(len, batches)) / len(batches[0])
 
     # ---- words and pictures ----------------------------------------------------------------------
 
@@ -240,7 +237,24 @@ def add_expert_losses(
     return loss, {name: value.detach() for name, value in means.items()} | {"load": load}
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over all positions, in fp32 or fp64: logits (B, T, V), targets (B, T)."""
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the mean over all positions, in fp32 or fp64: logits (B, T, V), targets (B, T).
+
+    `reduction` is that of F.cross_entropy: "none" returns the value of each position, (B T,).
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def forward_seconds(model: nn.Module, forward: Callable[[], Tensor]) -> float:
+    """Return the time of a forward pass in eval mode, the second of two; `forward` returns a
+    scalar."""
+    was_training = model.training
+    model.eval()
+    for _ in range(2):
+        start = time.perf_counter()
+        forward().item()  # waits for the GPU
+        elapsed = time.perf_counter() - start
+    model.train(was_training)
+    return elapsed

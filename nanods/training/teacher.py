@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from nanods.config import Config, flatten, from_dict
-from nanods.data.download import file_sha256
 from nanods.errors import UserError
 from nanods.training import checkpoint
 from nanods.training.distill import Teacher, add_projection
@@ -48,7 +47,7 @@ def load_teacher(config: Config) -> Teacher:
                 f"--teacher {name}: its {parameter_name} has values that are not finite; choose "
                 "another run, or an earlier checkpoint of it"
             )
-    sha256 = file_sha256(saved.path / checkpoint.FILES[0])
+    sha256 = checkpoint.read_sums(saved.path)[checkpoint.FILES[0]]  # which loading has verified
     return Teacher(model, teacher_config, saved.path, saved.state, sha256)
 
 
