@@ -313,6 +313,10 @@ def read_example(row: object) -> Example:
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise ValueError('"messages" is not a list of objects')
         messages = [(message.get("role"), message.get("content")) for message in messages]
+        for role, _ in messages:
+            if role not in ROLES:
+                known = ", ".join(ROLES)
+                raise ValueError(f"the role {role!r} is not known; the roles are {known}")
     elif "text" in row and "prompt" not in row:
         task, messages = PLAIN, [("text", row["text"])]
     else:
@@ -324,8 +328,6 @@ def read_example(row: object) -> Example:
 def check_messages(messages: list[tuple[object, object]]) -> None:
     """Raise ValueError unless these are messages from which something can be learnt."""
     for role, said in messages:
-        if role != "text" and role not in ROLES:
-            raise ValueError(f"the role {role!r} is not known; the roles are {', '.join(ROLES)}")
         what = {"assistant": "answer", "user": "prompt"}.get(role, role)
         if not isinstance(said, str):
             raise ValueError(f"the {what} is {json.dumps(said)}, and must be a string")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nanods.build import build_model
 from nanods.config import Config, from_dict
-from nanods.data.download import write_atomic
+from nanods.data.download import write_and_rename
 from nanods.errors import UserError
 from nanods.ewc import Consolidation, consolidate, fisher_diagonal, trainable
 from nanods.training import checkpoint
@@ -157,7 +157,7 @@ def save(held: Consolidation, run_dir: Path) -> None:
     for part in ("weights", "fisher"):
         for name, x in getattr(held, part).items():
             tensors[f"{part}/{name}"] = x.detach().cpu().contiguous()
-    write_atomic(run_dir / FILE, lambda file: file.write(to_bytes(tensors)))
+    write_and_rename(run_dir / FILE, lambda file: file.write(to_bytes(tensors)))
 
 
 def load(run_dir: Path, device: torch.device, dtype: torch.dtype) -> Consolidation:

@@ -208,6 +208,7 @@ def test_other_files_are_no_instructions(tmp_path):
         ({"messages": "a"}, 'line 3: "messages" is not a list'),
         ({"messages": []}, "line 3: the last message is not the assistant's"),
         ({"messages": [{"role": "bot", "content": "a"}]}, "line 3: the role 'bot' is not known"),
+        ({"messages": [{"role": "text", "content": "a"}]}, "line 3: the role 'text' is not known"),
         ({"messages": [{"role": "user", "content": "a"}]}, "line 3: the last message is not"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "line 3: the answer is empty"),
         ({"text": ""}, "line 3: the text is empty"),
