@@ -98,3 +98,17 @@ def test_the_emoji_have_a_preset_and_bring_their_packages(clone):
     assert log.count("emoji]") == 1 and log.endswith("sample.py v3-emoji\n")
     assert "v3-tiny --data 'emoji copy'" in make(clone, "-n", "train-v3", "DATA=emoji copy").stdout
     assert "v1-tiny --data 'emoji'" in make(clone, "-n", "train-v1", "DATA=emoji").stdout
+
+
+def test_a_teacher_is_trained_where_there_is_none(clone):
+    student = "train.py v1-tiny --teacher runs/v2-tiny --out-dir runs/v1-tiny-distilled --seed 1\n"
+    made = make(clone, "distill-v1", "ARGS=--seed 1")
+    assert made.returncode == 0, made.stderr
+    assert (clone / "log").read_text().endswith(f"train.py v2-tiny\n{student}")
+    (clone / "runs/v3-tiny-teacher").mkdir(parents=True)
+    (clone / "runs/v3-tiny-teacher/loss.png").touch()
+    (clone / "log").unlink()
+    assert make(clone, "distill-v3").returncode == 0
+    (line,) = [line for line in (clone / "log").read_text().splitlines() if "train.py" in line]
+    assert "--n-layer 2 --n-embd 64 --teacher runs/v3-tiny-teacher" in line
+    assert line.endswith("--out-dir runs/v3-tiny-distilled")

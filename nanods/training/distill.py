@@ -28,8 +28,9 @@ over. Its weights are stored beside the optimizers' state, which a resumed run r
 does not (nanods/training/checkpoint.py).
 
 Left out on purpose: hidden layers and attention maps as targets, which tie the student to the
-teacher's depth; teachers that are trained at the same time. nanods/training/teacher.py loads a
-teacher and checks that it fits.
+teacher's depth; teachers that are trained at the same time; storing the teacher's answers for the
+whole data set, as MobileCLIP does, which would save its forward pass at every step.
+nanods/training/teacher.py loads a teacher and checks that it fits.
 
 Pinned by tests/training/test_distill.py: each loss equals its definition, written out in loops;
 gradients with micro-batches and by two processes are those of the whole batch.
