@@ -74,15 +74,15 @@ def size_against_quality(
     """Draw (MiB, quality) of each format of each model, a model's formats joined by a line."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    markers = {}
     for (model, formats), colour in zip(points.items(), COLOURS, strict=False):
         sizes, qualities = zip(*formats.values(), strict=True)
         axes.plot(sizes, qualities, "-", color=colour, linewidth=1, label=model)
         for (name, (size, quality)), marker in zip(formats.items(), "osD^v", strict=False):
             axes.plot([size], [quality], marker, color=colour, markersize=6)
-            axes.annotate(
-                name, (size, quality), xytext=(0, 7), textcoords="offset points", fontsize=8,
-                ha="center", color=colour,
-            )  # fmt: skip
+            markers[name] = marker
+    for name, marker in markers.items():
+        axes.plot([], [], marker, color=GREY, label=name)
     axes.set(xlabel="size of the weights (MiB)", ylabel=ylabel, xscale="log", title=title)
     axes.margins(y=0.15)
     axes.legend(frameon=False)

@@ -388,7 +388,7 @@ def draw_bits(qat: dict):
             [above(qat[f"{bits} bits"]["qat"], qat["fp32"]) for bits in QAT_BITS],
         ),
     }
-    seeds = f"v1-tiny, mean of {qat['seeds']} seeds"
+    seeds = f"v1-tiny, mean over seeds: {qat['seeds']}"
     title = f"Few bits need training with rounding ({seeds})"
     return plots_compress.error_against_bits(lines, "bits per byte above fp32", title)
 
