@@ -27,7 +27,7 @@ from nanods.training.teacher import attach_projection
 
 PROBE_STEPS = 4
 PROBE_BATCH = 4  # examples of a probe's step, if the run's batch is not smaller
-PROBE_TOKENS = 4096  # of a probe's step, or one example's if that has more
+PROBE_CONTEXT = 1024  # tokens of an example, if the run's context is not shorter
 TOLERANCE = 1e-7  # relative: how far two machines may round apart in fp64
 
 
@@ -103,14 +103,15 @@ def quiet_task(config: Config) -> Task:
 
 
 def probe(config: Config, needed: Config | None = None) -> list[float]:
-    """Return the losses of the first PROBE_STEPS steps in fp64, with small batches.
+    """Return the losses of the first PROBE_STEPS steps in fp64, with small batches of short texts.
 
     A warm start is left out, and an untrained model stands in for the teacher, of the configuration
     `needed`: the weights of both have a result and a probe of their own. If the run ever rounds its
     weights (--quantize), the second half of the steps does. Not seen is the penalty of --ewc.
     """
-    examples = max(1, min(PROBE_BATCH, PROBE_TOKENS // config.model.context_length))
-    batch_size = min(examples, config.batch_size)
+    batch_size = min(PROBE_BATCH, config.batch_size)
+    context = min(PROBE_CONTEXT, config.model.context_length)
+    config = replace(config, model=replace(config.model, context_length=context))
     config = replace(config, batch_size=batch_size, micro_batch=None, init_from=None, dtype="fp64")
     task = quiet_task(config)
     torch.manual_seed(config.seed)
