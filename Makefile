@@ -46,10 +46,10 @@ help:
 	@echo
 	@echo 'Learn'
 	@echo '  make notebook          open the lessons in Jupyter'
-	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 06   seconds'
+	@echo '  make check-01          grade your answers in lessons/exercises; also 02-04, 06  seconds'
 	@echo '  make lessons           execute every lesson and compare what it prints            4 min'
 	@echo
-	@echo 'Measure (writes results/; a bench that trains and is stopped continues where it was)'
+	@echo 'Measure (writes results/; of a bench that is stopped, finished runs are kept: start it again)'
 	@echo '  make bench             loss over time; generation with and without a cache       10 min'
 	@echo '  make bench-v1          sparse against dense attention: time, memory, recall      12 min'
 	@echo '  make bench-v2          the MoE layer against one MLP and other packages          15 min'
@@ -60,7 +60,7 @@ help:
 	@echo '  make bench-arithmetic  V2 against V1 on sums and products                        12 min'
 	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
 	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
-	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         25 min'
+	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         60 min'
 	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed")   5 hours'
 	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             50 min'
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'

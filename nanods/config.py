@@ -115,7 +115,7 @@ class Config:
     (nanods/training/distill.py)."""
     distill_weight: float = 0.5
     """Share of the distance to the teacher in the loss; the task's own loss has the rest. 0: the
-    teacher is not read."""
+    teacher is not used."""
     distill_temperature: float = 2.0
     """What divides the logits of teacher and student before they are compared; of V3, the cosines
     of the embeddings of two examples."""

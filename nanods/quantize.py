@@ -168,10 +168,10 @@ FP32_EXACT = 2**24 // 127**2  # products of INT8 numbers that an fp32 sum always
 def integer_product(
     a: Tensor, b: Tensor, kernel: str, b_sums: Tensor | None = None, packed: object = None
 ) -> Tensor:
-    """Return the exact product of integers: a (N, C), b (F, C) int8 -> (N, F) int32.
+    """Return the product of integers: a (N, C), b (F, C) int8 -> (N, F) int32.
 
-    a holds integers of 8 bits, as int8 or as floats. `kernel` is "int8"; or "fbgemm", which returns
-    the sums as fp32, rounded to 24 bits; or "fp32" to multiply the integers as floats, in pieces
+    a holds integers of 8 bits, as int8 or as floats. `kernel` is "int8"; or "fbgemm", whose sums
+    are returned as fp32, exact up to 2^24; or "fp32" to multiply the integers as floats, in pieces
     whose sums fp32 holds exactly. A caller may compute once what depends on b alone: `b_sums`, (F,)
     int32, the sums of b's rows, and `packed`, pack(b).
     """

@@ -22,7 +22,7 @@ then rounded ("after training"), so both have seen equally many batches. The gap
 rounding minus its loss before; QAT closes the share of the gap by which its own loss is lower.
 
 How distill compares. One teacher, of seed 0, teaches three students. Each student is also trained
-alone: for as many steps, and for as many more as take the CPU time that the teacher cost.
+alone: for as many steps, and for so many that it takes as much CPU time as with the teacher.
 
 Losses are evaluated on EVAL_TOKENS tokens, the same for all formats of a run.
 """

@@ -307,7 +307,7 @@ def emoji_result() -> Result:
     figures = {name: f"{value:.2f}" for name, value in table["summary"].items()}
     return Result(
         "make train-v3 DATA=emoji",
-        "real drawings, their names, and the names spoken by voices never heard "
+        "real drawings, their names, and the names spoken by held-out voices "
         f"({SECOND_MACHINE}), "
         f"{len(table['runs'])} seeds: recall@1 among {known} names, text to image, audio to text, "
         f"image to audio; recall@5 among {unseen} unseen names of known words, text to audio, text "
@@ -471,8 +471,8 @@ def results_page() -> str:
         "A CPU without bf16 units trains more slowly (LOG.md). Nothing was measured on a GPU.",
         "Numbers in parentheses are single seeds. Conclusions, and experiments that failed, are in",
         "[LOG.md](../LOG.md).\n",
-        "A command that trains stores each run in `results/runs/` as soon as it is finished. If it",
-        "was stopped, it continues when it is started again. Runs that have no entry there were",
+        "A bench that trains models stores each run in `results/runs/` as soon as it is finished.",
+        "If it was stopped, it continues when it is started again. Runs that have no entry were",
         "measured before this was so: the command trains them again.\n",
     ]
     for title, make_results in SECTIONS.items():

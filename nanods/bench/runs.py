@@ -96,14 +96,15 @@ def measure_parts(
     """Measure the parts of a table, "all" or `only` one, and return the table.
 
     It is written after each part, so a bench that is stopped continues with --only. The other parts
-    stay as they are. `describe` returns the machine.
+    stay as they are, so `machines` names that of each part, which `describe` returns.
     """
     table = read_json(path)
     for part in parts if only == "all" else (only,):
         print(f"---- {part}", flush=True)
         torch.manual_seed(0)
         table[part] = parts[part]()
-        table = {"machine": describe(), **table}
+        machines = table.pop("machines", {}) | {part: describe()}
+        table = {"machines": machines, **table}
         write_json(path, table)
     return table
 

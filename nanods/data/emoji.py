@@ -8,10 +8,10 @@ About 1,880 names have a drawing of their own; drawings that two names share are
 nothing could tell them apart, and so are variants of skin tone. The drawings and the sounds are
 made once, in a few minutes, and kept in the cache (340 MB), which is checked by hash.
 
-Two things are held out. Two voices (HELD_OUT_VOICES) do not occur in training. And 200 names are
-never trained on: each of their words occurs in a training name, so a model can find them only if it
-has learnt what words mean. `gallery` shows names of the training set, drawn anew and spoken by the
-held-out voices. `more_galleries` shows the held-out names.
+Two voices (HELD_OUT_VOICES) do not occur in training. And 200 names are never trained on: each of
+their words occurs in a training name, so a model can find them only if it has learnt what single
+words, or letters, look and sound like. `gallery` shows names of the training set, drawn anew and
+spoken by the held-out voices. `more_galleries` shows the held-out names.
 
 A training example depends on (seed, step, size) alone. Its drawing is shifted and scaled, its
 colours vary, the background is of any light colour; its sound is faster or slower and with it

@@ -5,7 +5,8 @@ kept in this run's directory, so that a resumed run needs neither:
 
     RUN/consolidation.safetensors    "weights/NAME" and "fisher/NAME" of each parameter
 
-If the other run was trained with --ewc itself, what it held is held on: the tasks add up.
+If the other run was trained with --ewc itself, the weights that it held stay held: the penalties of
+all tasks add up.
 """
 
 from dataclasses import replace

@@ -108,13 +108,14 @@ def relation_loss(
     rows: slice = slice(None),
     present: Tensor | None = None,
 ) -> Tensor:
-    """Return KL(teacher || student) of whom each example resembles, in nats, the mean over `rows`.
+    """Return KL(teacher || student) of which examples each one resembles, in nats, the mean over
+    `rows`.
 
     student: embeddings of two modalities, each (B, M); teacher: each (B, D). Row i of a modality
     gives a distribution over the B examples of the other one: the softmax of its cosines, divided
     by the temperature, which is the same for both models. It is fixed: a student that could learn
-    it would match the teacher by it. Both directions count alike. There is no factor T^2, since the
-    contrastive loss, with which this is mixed, has a temperature of about that size.
+    it would match the teacher by changing it alone. Both directions count alike. There is no factor
+    T^2, since the contrastive loss, with which this is mixed, has a temperature of about that size.
 
     `present` (B,) bool leaves the other examples out, as in nanods/contrastive.py: 0 where fewer
     than two are left, and scaled so that the mean over equal parts of the rows is the whole mean.

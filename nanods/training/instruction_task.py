@@ -62,8 +62,8 @@ class Batch(NamedTuple):
     targets: Tensor  # (B, T): the token after each, or IGNORED
     lengths: Tensor  # (B,): tokens of each row that are no padding
     weight: float
-    """Of one answer token in the gradient of this process: its number of processes, over which
-    gradients are averaged, divided by the answer tokens of the whole batch."""
+    """The weight of one answer token in this process: the number of processes, since gradients are
+    averaged over them, divided by the answer tokens of the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ class InstructionTask:
         """Return the metrics of the held-out answers, in eval mode.
 
         Of each task `val_loss_TASK`, the mean nats of an answer token, END included, and
-        `val_bpb_TASK`, the bits per byte of the answers without END, which a model that has never
-        seen END can be compared by. Tasks that are not trained on are evaluated too. `val_loss` and
-        `val_bpb` are means over the tasks that are, with their weights. With experts also
+        `val_bpb_TASK`, the bits per byte of the answers without END, so that a model that was never
+        trained on END can be compared. Tasks that are not trained on are evaluated too. `val_loss`
+        and `val_bpb` are means over the tasks that are, with their weights. With experts also
         `val_load` (L, E) and its metrics.
         """
         was_training = model.training

@@ -123,7 +123,7 @@ def attach_teacher(task: Task, teacher: Teacher, device: torch.device, dtype: to
     if warning := describe_leak(task, teacher):
         print(f"warning    {warning}")
     if config.distill_weight == 0:
-        print("           it is not read, since its weight is 0")
+        print("           it is not used, since its weight is 0")
         return
     task.teacher = dataclasses.replace(teacher, model=teacher.model.to(device, dtype))
 
