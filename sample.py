@@ -9,7 +9,6 @@ V3 classifies:             python sample.py v3-tiny --image FILE --labels "cat, 
 """
 
 import codecs
-import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,16 +27,16 @@ from nanods.config import Config, typed_flags
 from nanods.data.caption_dataset import read_image, read_sound
 from nanods.data.examples import caption_key
 from nanods.data.instructions import END, mark_ids, prompt_tokens
-from nanods.data.scenes import normalized_log_mel, vocabulary
+from nanods.data.scenes import check_scene_words, normalized_log_mel
 from nanods.data.sound import RATE, samples_of, wav_seconds, write_wav
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
-from nanods.training.contrastive_data import encode_captions, load_dataset, model_inputs
-from nanods.training.contrastive_task import MAX_GALLERY, embed, logit_scale
+from nanods.training.contrastive_data import encode_captions, held_out_examples, model_inputs
+from nanods.training.contrastive_task import embed, logit_scale
 from nanods.training.finished_run import FinishedRun, load_run
-from nanods.training.saved_gallery import SavedGallery, load_gallery, words_of
+from nanods.training.saved_gallery import words_of
 from nanods.training.zero_shot import (
     describe_cut_prompts,
     fill_template,
@@ -406,37 +405,6 @@ def report_cut_sounds(files: list[Path], frames: int) -> None:
     if cut:
         first = f"{cut[0]}" if len(files) == 1 else f"{len(cut)} of {len(files)} sounds"
         print(f"cut        {first} after {limit / RATE:.3g} s, as in training")
-
-
-def check_scene_words(text: str) -> str:
-    """Return a query in lower case, without punctuation. Raises UserError for a word that no
-    scene's caption contains."""
-    words = [word.strip(",.;:!?") for word in text.lower().split()]
-    known = vocabulary()
-    for word in words:
-        if word not in known:
-            near = difflib.get_close_matches(word, known, cutoff=0.7) or sorted(known)
-            raise UserError(
-                f"--query: the model has never read {word!r}; it knows {', '.join(near)}"
-            )
-    return " ".join(words)
-
-
-def held_out_examples(config: Config, run_dir: Path) -> SavedGallery:
-    """Return the run's held-out examples and the words of its training captions: from the run's
-    directory, or generated again. Raises UserError if they are nowhere."""
-    for folder in (run_dir, run_dir.parent):  # RUN/best is a part of RUN
-        if saved := load_gallery(folder):
-            return saved
-    try:
-        data = load_dataset(config)
-    except UserError as error:
-        raise UserError(
-            f"{error}. {run_dir} does not hold its held-out examples, so search other ones: give "
-            "--gallery FOLDER and a query"
-        ) from None
-    examples = data.gallery(min(MAX_GALLERY, len(data.held_out)))
-    return SavedGallery(examples, frozenset(words_of(data.text())))
 
 
 def held_out_galleries(config: Config, tokenizer, run_dir: Path) -> dict[str, Gallery]:

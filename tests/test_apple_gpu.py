@@ -11,12 +11,11 @@ from tests.apple_gpu import imitate_apple_gpu
 
 @pytest.fixture
 def apple_gpu(monkeypatch):
-    import sample
-    from nanods.training import contrastive_task
+    from nanods.training import contrastive_data, contrastive_task
 
     imitate_apple_gpu(monkeypatch)
     monkeypatch.setattr(contrastive_task, "MAX_GALLERY", 16)
-    monkeypatch.setattr(sample, "MAX_GALLERY", 16)
+    monkeypatch.setattr(contrastive_data, "MAX_GALLERY", 16)
     generate = GPT.generate  # three tokens show as much as 300
     monkeypatch.setattr(
         GPT, "generate", lambda self, prompt, n, **kwargs: generate(self, prompt, 3, **kwargs)

@@ -32,9 +32,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, combinations
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps  # matplotlib depends on Pillow, so it is installed
+from PIL import (
+    Image,
+    ImageOps,
+    UnidentifiedImageError,
+)  # matplotlib depends on Pillow, so it is installed
 
 from nanods.data.caption_forms import Item
 from nanods.data.captions import CaptionFolder, hold_out_folder, keep_modalities, read_captions
@@ -44,7 +49,9 @@ from nanods.data.random_bits import random_bits
 from nanods.data.sound import (
     MELS,
     crop_or_pad,
+    name_of,
     normalized_log_mel,
+    opened,
     read_wav,
     samples_of,
     wav_seconds,
@@ -54,7 +61,7 @@ from nanods.errors import UserError
 # ---- decoding one file ---------------------------------------------------------------------------
 
 
-def read_image(path: str | Path, size: int) -> np.ndarray:
+def read_image(file: str | Path | BinaryIO, size: int) -> np.ndarray:
     """Return the middle square of a JPEG or PNG as (3, size, size) float32 in 0 .. 1.
 
     It reads images of any mode and size. Transparent pixels are blended with black.
@@ -62,32 +69,36 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
     Raises UserError if the file is missing, truncated, of another kind, or a decompression bomb
     (more pixels than Pillow's limit).
     """
+    name = name_of(file, "the image")
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
             image = decode_image(image, size)
     except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
         if isinstance(error, OSError) and error.strerror:
             raise UserError(
-                f"{path}: cannot be read ({error.strerror}); give a JPEG or PNG image"
+                f"{name}: cannot be read ({error.strerror}); give a JPEG or PNG image"
             ) from error
-        head = read_head(path)
-        kind = wrong_type(str(path), head, (".jpg", ".jpeg", ".png"))
+        head = read_head(file)
+        kind = wrong_type(name, head, (".jpg", ".jpeg", ".png"))
         if kind and not kind.startswith(("a JPEG", "a PNG")):
             raise UserError(
-                f"{path}: {kind}; only JPEG and PNG images are read: fetch it again, or convert it"
+                f"{name}: {kind}; only JPEG and PNG images are read: fetch it again, or convert it"
             ) from error
         reason = error if head else "the file is empty"
+        if head and isinstance(error, UnidentifiedImageError):
+            reason = "of an unknown kind"
         raise UserError(
-            f"{path}: not a complete JPEG or PNG image ({reason}); fetch it again, or convert it"
+            f"{name}: not a complete JPEG or PNG image ({reason}); fetch it again, or convert it"
         ) from error
     return np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1)) / np.float32(255)
 
 
-def read_head(path: str | Path) -> bytes:
+def read_head(file: str | Path | BinaryIO) -> bytes:
     """Return the first 32 bytes of a file; b"" if it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
-            return file.read(32)
+        with opened(file) as source:
+            source.seek(0)
+            return source.read(32)
     except OSError:
         return b""
 
@@ -115,7 +126,7 @@ def decode_image(image: Image.Image, size: int) -> Image.Image:
     return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=square)
 
 
-def read_sound(path: str | Path, frames: int) -> np.ndarray:
+def read_sound(file: str | Path | BinaryIO, frames: int) -> np.ndarray:
     """Return a WAV file as (S,) float32 in -1 .. 1, 8,000 Hz.
 
     It is cropped, or padded with silence, to the S samples that `frames` frames need. Of a long
@@ -124,7 +135,7 @@ def read_sound(path: str | Path, frames: int) -> np.ndarray:
     Raises UserError if the file is missing, damaged or of another kind.
     """
     length = samples_of(frames)
-    return crop_or_pad(read_wav(path, length), length)
+    return crop_or_pad(read_wav(file, length), length)
 
 
 # ---- the data set --------------------------------------------------------------------------------

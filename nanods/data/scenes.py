@@ -35,6 +35,7 @@ Shapes: B examples, S samples, M mel bands, T frames. Images are [channel, y, x]
 unit of length is a pixel.
 """
 
+import difflib
 import hashlib
 from functools import cache, lru_cache
 
@@ -43,6 +44,7 @@ import numpy as np
 from nanods.data.examples import Examples
 from nanods.data.random_bits import interpolate, noise, random_bits, uniform
 from nanods.data.sound import RATE, normalized_log_mel, samples_of
+from nanods.errors import UserError
 
 # ---- scene ids and facts -------------------------------------------------------------------------
 
@@ -252,6 +254,18 @@ def vocabulary() -> frozenset[str]:
         for phrase in phrases:
             words.update(word for word in phrase.split() if "{" not in word)
     return frozenset(words)
+
+
+def check_scene_words(text: str) -> str:
+    """Return a query in lower case, without punctuation. Raises UserError for a word that no
+    scene's caption contains."""
+    words = [word.strip(",.;:!?") for word in text.lower().split()]
+    known = vocabulary()
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, cutoff=0.7) or sorted(known)
+            raise UserError(f"the model has never read {word[:40]!r}; it knows {', '.join(near)}")
+    return " ".join(words)
 
 
 # ---- sounds --------------------------------------------------------------------------------------

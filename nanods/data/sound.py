@@ -230,8 +230,9 @@ def opened(file: str | Path | BinaryIO):
     return Path(file).open("rb") if isinstance(file, str | Path) else nullcontext(file)
 
 
-def name_of(file: str | Path | BinaryIO) -> str:
-    return str(file if isinstance(file, str | Path) else getattr(file, "name", "the sound"))
+def name_of(file: str | Path | BinaryIO, otherwise: str = "the sound") -> str:
+    """Return the name of a file, for messages; `otherwise` for bytes in memory."""
+    return str(file if isinstance(file, str | Path) else getattr(file, "name", otherwise))
 
 
 def unreadable(file: str | Path | BinaryIO, error: OSError) -> UserError:

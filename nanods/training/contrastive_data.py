@@ -1,4 +1,4 @@
-"""V3's data: the data set of a configuration, and what a model reads of its examples.
+"""V3's data: the data set of a configuration, held-out examples, what a model reads of them.
 
 Shapes: B examples, T tokens of a caption.
 """
@@ -18,6 +18,7 @@ from nanods.data.examples import ExampleDataset
 from nanods.data.scenes import SceneData
 from nanods.errors import UserError
 from nanods.multimodal import MODALITIES, MultimodalConfig
+from nanods.training.saved_gallery import SavedGallery, load_gallery, words_of
 
 
 def load_dataset(config: Config) -> ExampleDataset:
@@ -88,6 +89,26 @@ GENERATED_DATA: dict[str, Callable[[MultimodalConfig], ExampleDataset]] = {
     "emoji": emoji,
 }
 """Data sets that need no files: from --data to a function that makes them."""
+
+
+MAX_GALLERY = 512  # held-out examples among which each is to be found
+
+
+def held_out_examples(config: Config, run_dir: Path) -> SavedGallery:
+    """Return the run's held-out examples and the words of its training captions: from the run's
+    directory, or generated again. Raises UserError if they are nowhere."""
+    for folder in (run_dir, run_dir.parent):  # RUN/best is a part of RUN
+        if saved := load_gallery(folder):
+            return saved
+    try:
+        data = load_dataset(config)
+    except UserError as error:
+        raise UserError(
+            f"{error}. {run_dir} does not hold its held-out examples, so search other ones: give "
+            "--gallery FOLDER and a query"
+        ) from None
+    examples = data.gallery(min(MAX_GALLERY, len(data.held_out)))
+    return SavedGallery(examples, frozenset(words_of(data.text())))
 
 
 # ---- what the model reads ------------------------------------------------------------------------

@@ -63,6 +63,7 @@ from nanods.training.contrastive_checks import (
 )
 from nanods.training.contrastive_data import (
     GENERATED_DATA,
+    MAX_GALLERY,
     encode_captions,
     fit_modalities,
     load_dataset,
@@ -77,7 +78,6 @@ from nanods.training.pictures import draw_multimodal_run
 from nanods.training.saved_gallery import save_gallery
 from nanods.training.shared_experts import combine_loads, moe_losses
 
-MAX_GALLERY = 512  # held-out examples among which each is to be found
 EMBED_CHUNK = 64  # examples embedded at a time where no gradient is needed
 
 
