@@ -1,11 +1,14 @@
 """The key-value cache: decoding a token costs one step instead of a pass over the whole context.
 
 Tested by tests/test_gpt.py: decoding with the cache equals the full forward pass at every length,
-also with rows of different lengths and with one selection per tile. Left out on purpose: paging,
-shared prefixes, quantised keys.
+also with rows of different lengths and with one selection per tile. Rows that come and go
+(`first_rows`, `copy_row`) are for nanods/serving/engine.py. Left out on purpose: paging, shared
+prefixes, quantised keys.
 
 Shapes: B rows, H heads, T new tokens, D width of a head, N blocks, K = `top_blocks`.
 """
+
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -45,6 +48,7 @@ class Cache:
 
         self.keys = per_layer(N * self.size, D)
         self.values = per_layer(N * self.size, D)
+        self.summaries, self.tile_selections = [], []
         if self.attention.kind == "block":
             top_blocks = self.attention.top_blocks
             self.summaries = per_layer(N, D if self.attention.pool == "mean" else 2 * D)
@@ -85,3 +89,29 @@ class Cache:
         rows = torch.arange(blocks.size(0), device=blocks.device)[:, None]
         selections = self.tile_selections[layer][rows, :, positions // self.size]  # (B, T, H, K)
         return selections.transpose(1, 2)  # (B, H, T, K)
+
+    # ---- rows that come and go -------------------------------------------------------------------
+
+    def first_rows(self, lengths: list[int]) -> "Cache":
+        """Return the first rows, which hold `lengths` tokens, as a cache with the same memory.
+
+        A forward pass with the result computes these rows alone. The caller counts the tokens of
+        each row: a forward pass changes the `lengths` of the result, not of this cache.
+        """
+        rows = copy(self)
+        for name in ("keys", "values", "summaries", "tile_selections"):
+            setattr(rows, name, [tensor[: len(lengths)] for tensor in getattr(self, name)])
+        rows.lengths = torch.tensor(lengths, device=self.lengths.device)
+        rows.max_length = max(lengths)
+        return rows
+
+    def copy_row(self, row: int, source: "Cache", source_row: int, length: int) -> None:
+        """Overwrite a row by the first `length` tokens of a row of another cache, or of this one.
+
+        What the row holds beyond them stays, and is never read.
+        """
+        blocks = -(-length // self.size)
+        sizes = {"keys": length, "values": length, "summaries": blocks, "tile_selections": blocks}
+        for name, n in sizes.items():
+            for ours, theirs in zip(getattr(self, name), getattr(source, name), strict=True):
+                ours[row, :, :n] = theirs[source_row, :, :n]

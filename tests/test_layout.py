@@ -44,6 +44,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
     ("nanods.serving",),
     ("train", "sample"),
     ("nanods.bench", "nanods.diagrams", "nanods.evaluate", "nanods.data.check"),
+    ("nanods.serving",),
     ("nanods.run",),
     ("nanods.planner", "nanods.distributed"),
     ("nanods.training",),
@@ -76,6 +77,13 @@ def test_imports_go_down_only():
     for name, path in modules.items():
         for imported in imports(path) & modules.keys():
             assert layer(imported) >= layer(name), f"{name} imports {imported}"
+
+
+def test_only_its_bench_imports_serving():
+    for path in FILES:
+        name = module(path)
+        if not name.startswith(("nanods.serving", "nanods.bench.serve")):
+            assert not any(n.startswith("nanods.serving") for n in imports(path)), name
 
 
 def test_no_file_refers_to_a_path_outside_the_repository():
