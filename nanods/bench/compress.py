@@ -3,26 +3,27 @@
     python -m nanods.bench.compress                  all parts; `make bench-compress`
     python -m nanods.bench.compress --only speed     one part
 
-    speed     INT8 against fp32 and bf16: a layer by width and rows, whole models, experts, an
-              image-text pair; other INT8 products beside it           about 5 minutes on one thread
-    leak      the change of a row's output when other rows change      1 minute
-    sizes     trained v0-, v1-, v2- and v3-tiny, stored as INT8 and FP8: loss or recall, and bytes
-    qat       v1-tiny with weights of 4 and 2 bits, 3 seeds: rounded after training, and trained
-              with rounding (quantisation-aware training)
-    distill   V3 with 16 experts teaches a dense V3 with 3% of its parameters, and V2 teaches V1:
-              with and without the teacher, after equal steps and in equal time, 3 seeds
+    speed        INT8 against fp32 and bf16: a layer by width and rows, whole models, experts, an
+                 image-text pair; other INT8 products beside it        about 5 minutes on one thread
+    leak         the change of a row's output when other rows change   1 minute
+    sizes        trained v0-, v1-, v2- and v3-tiny, stored as INT8 and FP8: loss or recall, bytes
+    qat          v1-tiny with weights of 4 and 2 bits, 3 seeds: rounded after training, and trained
+                 with rounding (quantisation-aware training)
+    distill-v3   V3 with 16 experts teaches a dense V3 with 3% of its parameters: with and without
+                 the teacher, after equal steps and in equal time, 3 seeds
+    distill-v1   V2 teaches V1, likewise
 
-The parts sizes, qat and distill train models with train.py, each on one thread, and store each
-result as soon as it is there (stored_runs.py). A bench that is stopped goes on where it was. The
-fp32 runs of v0-tiny to v2-tiny are those of `make results`.
+All parts but the first two train models with train.py, each on one thread, and store each result as
+soon as it is there (stored_runs.py). A bench that is stopped goes on where it was. The fp32 runs of
+v0-tiny to v2-tiny are those of `make results`.
 
 How qat compares. All runs start from the same trained fp32 run and take CONTINUED_STEPS more steps
 with the same batches and learning rates: one in fp32, the others with rounded weights. The first is
 then rounded ("after training"), so both have seen equally many batches. The gap is its loss after
 rounding minus its loss before; QAT closes the share of the gap by which its own loss is lower.
 
-How distill compares. One teacher, of seed 0, teaches three students. Each student is also trained
-alone: for as many steps, and for so many that it takes as much CPU time as with the teacher.
+How a distillation compares. One teacher, of seed 0, teaches three students. Each student is also
+trained alone: for as many steps, and for as much CPU time as training with the teacher takes.
 
 Losses are evaluated on EVAL_TOKENS tokens, the same for all formats of a run.
 """
@@ -57,17 +58,22 @@ CONTINUED_STEPS = 400
 CONTINUED = ("--steps", str(CONTINUED_STEPS), "--lr", "0.005")
 QAT_BITS = (4, 2)
 HISTOGRAM_NUMBERS = 20_000
+DISTILLED = {
+    "distill-v3": "a dense V3's recall@1, mean of six directions",
+    "distill-v1": "V1's bits per byte (validation)",
+}
 V3_TEACHER = ("v3-tiny", "--moe.n-expert", "16", "--multimodal.entropy-coefficient", "0.02")
-# As `make distill-v3`, for half of the steps: with all, the student needs no teacher.
+# As `make distill-v3`, for fewer steps: with all, the student needs no teacher.
 V3_STUDENT = ("v3-tiny", "--n-layer", "2", "--n-embd", "64", "--steps", "400")
+V1_STUDENT = ("v1-tiny", "--steps", "1000")
 
 
 @dataclass(frozen=True)
 class Args:
-    only: Literal["all", "speed", "leak", "sizes", "qat", "distill"] = "all"
+    only: Literal["all", "speed", "leak", "sizes", "qat", "distill-v3", "distill-v1"] = "all"
     """One part; the results of the other parts stay as they are."""
     seeds: int = 3
-    """Seeds of qat and distill."""
+    """Seeds of qat and the distillations."""
     jobs: int = 2
     """Runs at a time, one thread each."""
     results: Path = Path("results")
@@ -240,17 +246,12 @@ def compare_rounding(fp32: list[float], after: list[float], qat: list[float]) ->
 # ---- distillation --------------------------------------------------------------------------------
 
 
-def part_distill(args: Args) -> dict:
-    """Compare students with and without a teacher, after equal steps and in equal time."""
-    teachers = {
-        "V3, 16 experts to dense": (Job("v3 teacher", V3_TEACHER), V3_STUDENT),
-        "V2 to V1": (trained("v2-tiny", 0), ("v1-tiny",)),
-    }
-    table = {}
-    for name, (teacher, words) in teachers.items():
-        table[name] = compare_students(args, teacher, words)
-        print(f"{name}: {describe_students(table[name])}", flush=True)
-    return table
+def part_distill_v3(args: Args) -> dict:
+    return compare_students(args, Job("v3 teacher", V3_TEACHER), V3_STUDENT)
+
+
+def part_distill_v1(args: Args) -> dict:
+    return compare_students(args, trained("v2-tiny", 0), V1_STUDENT)
 
 
 def compare_students(args: Args, teacher: Job, words: tuple[str, ...]) -> dict:
@@ -260,9 +261,7 @@ def compare_students(args: Args, teacher: Job, words: tuple[str, ...]) -> dict:
     alone, taught = [], []
     for seed in range(args.seeds):
         with_seed = (*words, "--seed", str(seed))
-        is_preset = words == (preset,)
-        job = Job(f"{preset} student alone {seed}", with_seed)
-        alone.append(trained(preset, seed) if is_preset else job)
+        alone.append(Job(f"{preset} student alone {seed}", with_seed))
         with_teacher = (*with_seed, "--teacher", folder)
         taught.append(Job(f"{preset} student taught {seed}", with_teacher, needs=teacher))
     runs = train(args, [teacher, *alone, *taught])
@@ -278,7 +277,7 @@ def compare_students(args: Args, teacher: Job, words: tuple[str, ...]) -> dict:
         for job in alone
     ]
     runs |= train(args, longer)
-    return {
+    row = {
         "metric": runs[teacher.name]["metric"],
         "parameters": {"teacher": runs[teacher.name]["parameters"]}
         | {"student": runs[alone[0].name]["parameters"]},
@@ -288,13 +287,9 @@ def compare_students(args: Args, teacher: Job, words: tuple[str, ...]) -> dict:
         "taught": each(taught, "quality"),
         "alone, equal time": each(longer, "quality"),
     }
-
-
-def describe_students(row: dict) -> str:
-    """Return a comparison in words."""
-    means = {name: mean(row[name]) for name in ("alone", "taught", "alone, equal time")}
-    words = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-    return f"{row['metric']}: teacher {row['teacher']:.4f}, {words}"
+    means = [f"{name} {mean(row[name]):.4f}" for name in ("alone", "taught", "alone, equal time")]
+    print(f"{row['metric']}: teacher {row['teacher']:.4f}, {', '.join(means)}", flush=True)
+    return row
 
 
 # ---- histograms ----------------------------------------------------------------------------------
@@ -346,12 +341,12 @@ def draw(table: dict, args: Args) -> None:
         plots.save(draw_bits(table["qat"]), args.results / "compress_bits.png")
     if "sizes" in table:
         plots.save(draw_sizes(table["sizes"]), args.results / "compress_sizes.png")
-    if "distill" in table:
-        row = table["distill"]["V3, 16 experts to dense"]
-        names = ("alone", "alone, equal time", "taught")
-        dots = {"teacher": [row["teacher"]]} | {name: row[name] for name in names}
-        figure = plots.dot_plot(dots, {}, "V3's recall@1, mean of six directions")
-        plots.save(figure, args.results / "compress_distill.png")
+    for part, metric in DISTILLED.items():
+        if part in table:
+            names = ("alone", "alone, equal time", "taught")
+            dots = {"teacher": [table[part]["teacher"]]}
+            dots |= {name: table[part][name] for name in names}
+            plots.save(plots.dot_plot(dots, {}, metric), args.results / f"compress_{part}.png")
     run_dir = trained("v1-tiny", 0).folder_in(args.runs, BENCH)
     if (run_dir / "loss.png").exists():
         draw_histograms(run_dir, args.results / "compress_histograms.png")
@@ -413,7 +408,8 @@ def main() -> None:
         "leak": part_leak,
         "sizes": lambda: part_sizes(args),
         "qat": lambda: part_qat(args),
-        "distill": lambda: part_distill(args),
+        "distill-v3": lambda: part_distill_v3(args),
+        "distill-v1": lambda: part_distill_v1(args),
     }
     path = args.results / "compress.json"
     draw(measure_parts(path, parts, args.only, describe_processor), args)

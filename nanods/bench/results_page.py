@@ -425,12 +425,19 @@ def compression_results() -> list[Result]:
                     "compress",
                 )
             )
-    for name, row in table.get("distill", {}).items():
+    taught = {
+        "distill-v3": "a dense V3 taught by one with 16 experts: recall@1",
+        "distill-v1": "V1 taught by V2: bits per byte",
+    }
+    for part, name in taught.items():
+        if part not in table:
+            continue
+        row = table[part]
         figures = "; ".join(each(row[key], 4) for key in ("taught", "alone", "alone, equal time"))
         results.append(
             Result(
                 "make bench-compress",
-                f"distillation, {name} ({row['metric']}; the teacher {row['teacher']:.4f}): with "
+                f"{name} (the teacher's {row['teacher']:.4f}), {row['steps']['equal']} steps: with "
                 "the teacher; without, equal steps; without, equal time",
                 figures,
                 "compress",
