@@ -63,8 +63,9 @@ DISTILLED = {
     "distill-v1": "V1's bits per byte (validation)",
 }
 V3_TEACHER = ("v3-tiny", "--moe.n-expert", "16", "--multimodal.entropy-coefficient", "0.02")
-# As `make distill-v3`, for fewer steps: with all, the student needs no teacher.
-V3_STUDENT = ("v3-tiny", "--n-layer", "2", "--n-embd", "64", "--steps", "400")
+# As `make distill-v3`, for a quarter of the steps. With more the student needs no teacher: alone it
+# has recall@1 0.81 after 250 steps and 0.94 after 400 (seed 0).
+V3_STUDENT = ("v3-tiny", "--n-layer", "2", "--n-embd", "64", "--steps", "200")
 V1_STUDENT = ("v1-tiny", "--steps", "1000")
 
 
