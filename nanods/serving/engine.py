@@ -66,6 +66,8 @@ class Request:
     """Texts that end the answer. They are not part of it."""
     logprobs: int | None = None
     """Report the log-probability of each token, and of this many likeliest ones."""
+    trace: bool = False
+    """Report which experts computed each token, and which blocks it read."""
 
     def __post_init__(self) -> None:
         if not self.prompt or self.max_new_tokens < 1 or b"" in self.stop:
@@ -86,6 +88,9 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens with their log-probabilities, which are the model's: in nats, before
     temperature, top_k and top_p."""
+    trace: dict[str, list[list[int]]] | None = None
+    """Of the token before this one, from which this one was predicted, by layer: its "experts", the
+    one with most weight first, and the "blocks" of the context that any of its heads read."""
 
 
 @dataclass(eq=False)
@@ -246,7 +251,7 @@ class Engine:
     def read_chunk(self, task: Task, chunk: list[int]) -> None:
         """Add the next tokens of a prompt to the reader's cache."""
         rows = self.reader.first_rows([task.length])
-        logits = self.forward(torch.tensor([chunk], device=self.device), rows)[0]  # (T, V)
+        logits = self.forward(torch.tensor([chunk], device=self.device), rows)[0][0]  # (T, V)
         if not task.generated:
             following = task.tokens[task.length + 1 : task.length + 1 + len(chunk)]
             targets = torch.tensor(following, device=self.device)
@@ -271,7 +276,9 @@ class Engine:
         """Draw the next token of each row."""
         tokens = torch.tensor([[task.tokens[-1]] for task in self.batch], device=self.device)
         rows = self.cache.first_rows([task.length for task in self.batch])
-        logits = self.forward(tokens, rows)[:, -1]  # (B, V)
+        is_traced = any(task.request.trace for task in self.batch)
+        logits, stats = self.forward(tokens, rows, is_traced)
+        logits = logits[:, -1]  # (B, V)
         drawn = self.draw(logits)
         self.totals.new_tokens += len(drawn)
         # From the last row to the first: a row that leaves is replaced by one that is done.
@@ -280,7 +287,8 @@ class Engine:
             task.length += 1
             task.generated += 1
             task.tokens.append(token)
-            if self.hand_over(task, token, logits[row]):
+            trace = self.trace(stats, row, task) if task.request.trace else None
+            if self.hand_over(task, token, logits[row], trace):
                 self.totals.finished += 1
                 self.leave(row)
             elif task.length == self.context:
@@ -288,13 +296,27 @@ class Engine:
                 task.tokens, task.length = task.tokens[-max(1, self.context // 2) :], 0
                 self.reading.append(task)
 
-    def forward(self, tokens: Tensor, rows: Cache) -> Tensor:
-        """Run the model on the next tokens (B, T) of a cache's rows -> logits (B, T, V)."""
-        logits, stats = self.model(tokens, rows)
+    def forward(
+        self, tokens: Tensor, rows: Cache, inspect: bool = False
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Run the model on the next tokens (B, T) of a cache's rows -> logits (B, T, V), stats."""
+        logits, stats = self.model(tokens, rows, inspect=inspect)
         if "load" in stats[0]:
             load = torch.stack([layer["load"] for layer in stats])  # (L, E)
             self.totals.load = load if self.totals.load is None else self.totals.load + load
-        return logits
+        return logits, stats
+
+    def trace(self, stats: list[dict[str, Tensor]], row: int, task: Task) -> dict:
+        """Return what a row's last token used, as Token.trace has it. Called after it is counted:
+        its position is `length` - 1."""
+        trace = {}
+        if "experts" in stats[0]:
+            trace["experts"] = [layer["experts"][row, -1].tolist() for layer in stats]
+        if "blocks" in stats[0]:
+            own = (task.length - 1) // self.model.config.attention.block_size
+            read = [layer["blocks"][row, :, -1].flatten().tolist() for layer in stats]
+            trace["blocks"] = [sorted({own, *(b for b in layer if 0 <= b < own)}) for layer in read]
+        return trace
 
     def draw(self, logits: Tensor) -> list[int]:
         """Draw one token per row of the batch: (B, V). Rows with equal settings are drawn at once.
@@ -318,7 +340,7 @@ class Engine:
                 drawn[row] = token
         return drawn
 
-    def hand_over(self, task: Task, token: int, logits: Tensor) -> bool:
+    def hand_over(self, task: Task, token: int, logits: Tensor, trace: dict | None = None) -> bool:
         """Deliver a token, with the text that it makes certain. Return whether it was the last."""
         request, finish = task.request, None
         if token in request.stop_tokens:
@@ -339,7 +361,7 @@ class Engine:
             logprob = float(logprobs[token])
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         if not task.is_cancelled:
-            task.deliver(Token(token, text, finish, logprob, top))
+            task.deliver(Token(token, text, finish, logprob, top, trace))
         return finish is not None
 
     def fail(self) -> None:

@@ -293,6 +293,27 @@ def test_logprobs_are_the_models_and_the_prompt_is_scored():
     assert engine.totals.load.shape == (2, 4) and engine.totals.load.sum() == 2 * 2 * 22
 
 
+@pytest.mark.parametrize("name", ["flat-mean", "tile-bound", "sparse experts", "experts"])
+def test_a_trace_is_what_a_whole_forward_pass_used(name):
+    engine, tokens = engine_of(name), []
+    prompt = (1, 2, 3, 4, 5, 6, 7)
+    engine.submit(Request((9, 8), 12), lambda token: None)
+    engine.submit(Request(prompt, 12, trace=True), tokens.append)
+    finish(engine)
+    text = torch.tensor([[*prompt, *ids(tokens)]])
+    attention = engine.model.config.attention
+    for layer, stats in enumerate(engine.model(text, inspect=True)[1]):
+        for t, token in enumerate(tokens, len(prompt) - 1):  # the token that predicted it
+            assert token.trace.keys() == stats.keys() & {"experts", "blocks"}
+            if "experts" in stats:
+                assert token.trace["experts"][layer] == stats["experts"][0, t].tolist()
+            if "blocks" in stats:
+                own = t // attention.block_size
+                row = own if attention.method == "tile" else t
+                read = {b for b in stats["blocks"][0, :, row].flatten().tolist() if 0 <= b < own}
+                assert token.trace["blocks"][layer] == sorted(read | {own})
+
+
 def test_a_request_that_cannot_be_served_is_refused():
     for bad in ({"prompt": ()}, {"max_new_tokens": 0}, {"stop": (b"",)}):
         with pytest.raises(ValueError, match="needs a prompt"):
@@ -327,11 +348,11 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine(monkeypatch, cap
     engine, broken, later = engine_of(), [], []
     real, calls = engine.model.forward, []
 
-    def forward(*args):
+    def forward(*args, **options):
         calls.append(args)
         if len(calls) == 4:
             raise RuntimeError("out of memory")
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(engine.model, "forward", forward)
     engine.submit(Request((1,), 10), broken.append)
