@@ -140,7 +140,8 @@ def load_instructions(
 def built_in() -> Instructions:
     """Return the built-in instructions. Making them takes some seconds the first time."""
     train_text, val_text = pydocs_split()
-    saved = cached(NAME, "jsonl", collect)
+    made_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    saved = cached(f"{NAME}-{made_by}", "jsonl", collect)
     examples = {"train": [], "val": []}
     for line in lines(saved):
         row = json.loads(line)
