@@ -15,8 +15,8 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: distill-v1 distill-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
-.PHONY: bench-arithmetic bench-experts bench-labels bench-emoji bench-compress bench-serve
-.PHONY: results docs
+.PHONY: bench-arithmetic bench-experts bench-labels bench-emoji bench-compress bench-adapt
+.PHONY: bench-serve results docs
 .PHONY: lessons notebook check-01 check-02 check-03 check-04 check-06
 .PHONY: test test-slow lint format clean
 
@@ -63,6 +63,7 @@ help:
 	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
 	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         60 min'
 	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed")   5 hours'
+	@echo '  make bench-adapt       learn new tasks without forgetting: EWC, L2, replay     2 hours'
 	@echo '  make bench-serve       what batching gains in serving                             5 min'
 	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             50 min'
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
@@ -195,6 +196,9 @@ bench-experts: .venv/base
 # Needs the extra peers: make setup EXTRAS=peers
 bench-labels: .venv/base
 	$(PY) -m nanods.bench.labels $(ARGS)
+
+bench-adapt: .venv/base
+	$(PY) -m nanods.bench.adapt $(ARGS)
 
 bench-emoji: .venv/emoji
 	$(PY) -m nanods.bench.emoji $(ARGS)

@@ -12,7 +12,7 @@ from nanods.config import PRESETS, Config, flatten, from_command_line
 from nanods.errors import run
 from nanods.flags import RANGES, check_ranges
 
-BENCHES = ("arithmetic", "attention", "experts", "labels", "ladder", "long_text", "moe")
+BENCHES = ("adapt", "arithmetic", "attention", "experts", "labels", "ladder", "long_text", "moe")
 BENCHES += ("multimodal", "recall", "scale", "time_to_loss")
 PROGRAMS = {
     "sample": "Args",

@@ -47,7 +47,9 @@ class Job:
 
     @cached_property
     def config(self) -> Config:
-        return ladder.from_command_line("", list(self.words))
+        """Return the configuration. What its flags imply is said by the run."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            return ladder.from_command_line("", list(self.words))
 
     def folder_in(self, runs: Path, bench: str) -> Path:
         """Return the run directory."""
