@@ -11,7 +11,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .PHONY: help setup
 .PHONY: train-v0 train-v1 train-v2 train-v3 upcycle-v2 finetune-v0 finetune-v1 finetune-v2
-.PHONY: sample-v0 sample-v1 sample-v2 sample-v3
+.PHONY: sample-v0 sample-v1 sample-v2 sample-v3 serve-v0 serve-v1 serve-v2 serve-v3
 .PHONY: distill-v1 distill-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
@@ -39,6 +39,7 @@ help:
 	@echo '                         DATA=my_answers.jsonl: your own; also v0 and v2             8 min'
 	@echo '  make sample-v2         generate text (ARGS="--prompt def"); also v0 and v1      seconds'
 	@echo '  make sample-v3         search by text, image or sound (ARGS="--query ...")      seconds'
+	@echo '  make serve-v2          answer over HTTP and gRPC (ARGS="--port 9000"); also others'
 	@echo '  make distill-v1        V1 with V2 as its teacher (trained first if missing)       9 min'
 	@echo '  make distill-v3        a small V3 taught by one with 16 experts (likewise)        8 min'
 	@echo '  make quantize-v2       store a trained run as INT8 (ARGS="--to fp8"); also others  1 min'
@@ -85,7 +86,7 @@ TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH)) train.py
 PRESET = $*-$(SCALE)
 DATA_FLAG = $(if $(DATA),--data '$(subst ','\'',$(DATA))')
 ifeq ($(DATA),emoji)
-train-v3 plan-v3 sample-v3 quantize-v3 distill-v3: PRESET = v3-emoji
+train-v3 plan-v3 sample-v3 serve-v3 quantize-v3 distill-v3: PRESET = v3-emoji
 train-v3 sample-v3 distill-v3: .venv/emoji
 endif
 
@@ -119,6 +120,11 @@ rebuild:
 .venv/emoji: .venv/base
 	@echo 'adding the drawings and the voices of the emoji (once, about 1 minute) ...'
 	@$(PIP) -e '.[emoji]'
+	@touch $@
+
+.venv/serve: .venv/base
+	@echo 'adding the packages of the server (once, about 1 minute) ...'
+	@$(PIP) -e '.[serve]'
 	@touch $@
 
 setup: .venv/base
@@ -161,6 +167,9 @@ distill-v3: distill-%: .venv/base
 
 sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
 	$(PY) sample.py $(PRESET) $(ARGS)
+
+serve-v0 serve-v1 serve-v2 serve-v3: serve-%: .venv/serve
+	$(PY) -m nanods.serving $(PRESET) $(ARGS)
 
 quantize-v0 quantize-v1 quantize-v2 quantize-v3: quantize-%: .venv/base
 	$(PY) -m nanods.training.quantize $(PRESET) $(ARGS)

@@ -92,6 +92,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "max-restarts": (0, 10_000),
     "master-port": (1, 65_535),
     "monitor-interval": (0, 3600),
+    # nanods/serving
+    "port": (0, 65_535),
+    "grpc-port": (0, 65_535),
+    "slots": (1, 4096),
+    "max-waiting": (1, 10**6),
+    "max-body": (1, 1024),
+    "timeout": (0.001, 86_400),
+    "grace": (0, 86_400),
     # nanods/bench
     "seeds": (1, 1000),
     "jobs": (1, 1024),

@@ -19,6 +19,7 @@ PROGRAMS = {
     "nanods.training.quantize": "Args",
     "nanods.evaluate": "Args",
     "nanods.planner.cli": "PlanArgs",
+    "nanods.serving.__main__": "Args",
     **{f"nanods.bench.{name}": "Args" for name in BENCHES},
 }
 LAUNCHER = ("nproc-per-node", "nnodes", "node-rank", "max-restarts", "master-port")

@@ -100,6 +100,14 @@ def test_the_emoji_have_a_preset_and_bring_their_packages(clone):
     assert "v1-tiny --data 'emoji'" in make(clone, "-n", "train-v1", "DATA=emoji").stdout
 
 
+def test_serving_brings_its_packages(clone):
+    for _ in range(2):
+        assert make(clone, "serve-v2", "ARGS=--port 9000").returncode == 0
+    log = (clone / "log").read_text()
+    assert log.count("install -q -c constraints.txt -e .[serve]") == 1
+    assert log.endswith("-m nanods.serving v2-tiny --port 9000\n")
+
+
 def test_a_teacher_is_trained_where_there_is_none(clone):
     student = "train.py v1-tiny --teacher runs/v2-tiny --out-dir runs/v1-tiny-distilled --seed 1\n"
     made = make(clone, "distill-v1", "ARGS=--seed 1")

@@ -1,0 +1,349 @@
+"""The gRPC service (nanods/serving/serve.proto): what a request means, and what may be asked.
+
+Handlers run in one asyncio loop and compute nothing: they check a request, hand it to the thread of
+its model, and wait. Whenever a handler ends (answered, cancelled by the client, disconnected, or
+beyond its deadline), its request leaves the engine.
+
+    client -> handler -> Engine.submit ... Inbox.deliver (engine's thread) -> Inbox -> handler
+
+Every call has a deadline: the client's, or the server's if that is sooner.
+"""
+
+import asyncio
+import codecs
+import hmac
+import secrets
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from nanods.data.instructions import ROLES, prompt_tokens
+from nanods.errors import UserError
+from nanods.flags import check_ranges
+from nanods.serving import embedder, engine
+from nanods.serving.engine import Request, Token
+from nanods.serving.models import ServedModel
+from nanods.serving.search import read_input
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:  # where grpc finds the .proto, from which it makes the classes
+    sys.path.append(str(ROOT))
+messages, services = grpc.protos_and_services("nanods/serving/serve.proto")
+SERVICE = "nanods.Nanods"
+
+MAX_NEW_TOKENS = 4096  # of a request
+MAX_STOPS, MAX_LOGPROBS, MAX_ITEMS = 16, 20, 256  # of a request; items are inputs to embed
+MAX_TOP = 100  # results of a search
+BUSY = (engine.BusyError, embedder.BusyError)
+
+
+class Inbox:
+    """The tokens of one request, from the engine's thread to the loop of its handler.
+
+    Waking the loop costs more than a token, so it is woken for what can be sent: each token of a
+    stream, or the last token of an answer that is sent as a whole. A handler that was slow takes
+    all tokens that have come meanwhile.
+    """
+
+    def __init__(self, is_stream: bool) -> None:
+        self.is_stream, self.tokens = is_stream, []
+        self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Event()
+
+    def deliver(self, token: Token) -> None:
+        self.tokens.append(token)
+        if self.is_stream or token.finish:
+            self.loop.call_soon_threadsafe(self.arrived.set)
+
+    async def take(self) -> list[Token]:
+        """Wait for tokens and return them."""
+        await self.arrived.wait()
+        self.arrived.clear()
+        tokens, self.tokens = self.tokens, []
+        return tokens
+
+
+class Service(services.NanodsServicer):
+    def __init__(self, models: dict[str, ServedModel], timeout: float) -> None:
+        """`timeout`: the seconds that a call takes at most."""
+        self.models, self.timeout = models, timeout
+        self.is_stopping = False
+
+    # ---- the calls -------------------------------------------------------------------------------
+
+    async def Models(self, request, context):  # noqa: N802
+        return messages.ModelsReply(models=map(model_card, self.models.values()))
+
+    async def Generate(self, request, context):  # noqa: N802
+        async with self.answering(request, context) as model:
+            (reply,) = [reply async for reply in self.replies(model, request, is_stream=False)]
+            return reply
+
+    async def GenerateStream(self, request, context):  # noqa: N802
+        async with self.answering(request, context) as model:
+            async for reply in self.replies(model, request, is_stream=True):
+                yield reply
+
+    async def Embed(self, request, context):  # noqa: N802
+        async with self.answering(request, context) as model:
+            require(model, "embed")
+            if not 1 <= len(request.inputs) <= MAX_ITEMS:
+                raise UserError(f"{len(request.inputs)} inputs: send 1 to {MAX_ITEMS}")
+            inputs = await asyncio.to_thread(read_inputs, request.inputs, model)
+            rows = await model.worker.embed(inputs)
+            return messages.EmbedReply(
+                embeddings=[messages.Embedding(values=row) for row in rows.tolist()],
+                tokens=sum(embedder.check_input(model.worker.model, *item) for item in inputs),
+            )
+
+    async def Search(self, request, context):  # noqa: N802
+        async with self.answering(request, context) as model:
+            require(model, "search")
+            if request.top > MAX_TOP:
+                raise UserError(f"top {request.top}: ask for at most {MAX_TOP}")
+            inputs = await asyncio.to_thread(read_inputs, [request.query], model)
+            (embedding,) = await model.worker.embed(inputs)
+            hits = model.gallery.search(embedding, request.modality, request.top or 5)
+            captions = model.gallery.examples.captions
+            return messages.SearchReply(
+                hits=[
+                    messages.Hit(index=hit.index, score=hit.score, caption=captions[hit.index])
+                    for hit in hits
+                ]
+            )
+
+    # ---- errors and deadlines --------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def answering(self, request, context) -> AsyncIterator[ServedModel]:
+        """Find the model of a request. Limit the time, and turn errors into the call's status."""
+        status = grpc.StatusCode
+        if self.is_stopping:
+            await context.abort(status.UNAVAILABLE, "the server is stopping")
+        if request.model not in self.models:
+            known = ", ".join(self.models)
+            await context.abort(
+                status.NOT_FOUND, f"no model {request.model!r}; the models are {known}"
+            )
+        remaining = context.time_remaining()
+        limit = self.timeout if remaining is None else min(remaining, self.timeout)
+        try:
+            async with asyncio.timeout(limit):
+                yield self.models[request.model]
+        except WrongOperationError as error:
+            await context.abort(status.FAILED_PRECONDITION, str(error))
+        except UserError as error:
+            await context.abort(status.INVALID_ARGUMENT, str(error))
+        except BUSY as error:
+            await context.abort(status.RESOURCE_EXHAUSTED, f"{error}: try again later")
+        except TimeoutError:
+            await context.abort(status.DEADLINE_EXCEEDED, f"not answered within {limit:.3g} s")
+        except ComputeError:
+            await context.abort(
+                status.INTERNAL, "the computation failed; the server's log says why"
+            )
+
+    # ---- generation ------------------------------------------------------------------------------
+
+    async def replies(self, model: ServedModel, request, is_stream: bool) -> AsyncIterator:
+        """Yield a request's answer: as it is generated, or as a whole."""
+        wanted = engine_request(model, request)
+        inbox = Inbox(is_stream)
+        # A character may take several tokens: the decoder returns it when it is whole.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        task = model.worker.submit(wanted, inbox.deliver)
+        finish = None
+        try:
+            while not finish:
+                tokens = await inbox.take()
+                if not tokens:
+                    continue
+                finish = tokens[-1].finish
+                if finish == "error":
+                    raise ComputeError
+                text = decoder.decode(b"".join(t.text for t in tokens), final=bool(finish))
+                scored = []
+                if wanted.logprobs is not None:
+                    answer = [t for t in tokens if t.id not in wanted.stop_tokens]
+                    scored = [scored_token(t, model.finished.tokenizer) for t in answer]
+                yield messages.GenerateReply(
+                    text=text,
+                    tokens=scored,
+                    finish=finish or "",
+                    prompt_tokens=len(wanted.prompt),
+                    new_tokens=len(tokens),
+                )
+        finally:
+            model.worker.cancel(task)
+
+
+class WrongOperationError(UserError):
+    """This run cannot do what is asked of it."""
+
+
+class ComputeError(Exception):
+    """The engine failed while it worked on the request."""
+
+
+def require(model: ServedModel, operation: str) -> None:
+    """Raise WrongOperationError unless the model has the operation."""
+    if operation not in model.operations:
+        has = " and ".join(model.operations)
+        raise WrongOperationError(f"{model.name} does not {operation}: it can {has}")
+
+
+def engine_request(model: ServedModel, request) -> Request:
+    """Return what the engine is asked. Raises UserError for what it cannot do."""
+    finished = model.finished
+    if request.messages:
+        require(model, "chat")
+        for message in request.messages:
+            if message.role not in ROLES:
+                known = ", ".join(ROLES)
+                raise UserError(f"no role {message.role!r}: the roles are {known}")
+        if request.prompt:
+            raise UserError("a prompt and messages: send one of them")
+        said = [(message.role, message.text) for message in request.messages]
+        prompt = prompt_tokens(said, finished.tokenizer)
+    else:
+        require(model, "generate")
+        prompt = finished.tokenizer.encode(request.prompt).tolist()
+    context = finished.config.model.context_length
+    if not prompt:
+        raise UserError("the prompt is empty: the model continues a text, so send some of it")
+    if len(prompt) > context:
+        raise UserError(f"the prompt has {len(prompt)} tokens; the model reads at most {context}")
+    temperature = request.temperature if request.HasField("temperature") else 1.0
+    max_tokens, logprobs = request.max_tokens or 16, None
+    if max_tokens > MAX_NEW_TOKENS:
+        raise UserError(f"max_tokens {max_tokens}: must be at most {MAX_NEW_TOKENS}")
+    given = {"temperature": temperature, "top-k": request.top_k or 1, "top-p": request.top_p or 1.0}
+    try:
+        check_ranges(given)
+    except ValueError as error:
+        raise UserError(str(error).removeprefix("--").replace("-", "_", 1)) from None
+    if 0 < temperature < 1e-6:
+        raise UserError(f"temperature {temperature}: must be 0, or 1e-6 or more")
+    if len(request.stop) > MAX_STOPS or "" in request.stop:
+        raise UserError(f"stop: send at most {MAX_STOPS} texts, none of them empty")
+    if request.HasField("logprobs"):
+        logprobs = request.logprobs
+        if logprobs > MAX_LOGPROBS:
+            raise UserError(f"logprobs {logprobs}: must be at most {MAX_LOGPROBS}")
+    return Request(
+        tuple(prompt),
+        max_tokens,
+        temperature,
+        request.top_k or None,
+        request.top_p or None,
+        request.seed if request.HasField("seed") else secrets.randbits(32),
+        stop_tokens=model.end_tokens if request.messages else frozenset(),
+        stop=tuple(stop.encode() for stop in request.stop),
+        logprobs=logprobs,
+    )
+
+
+def scored_token(token: Token, tokenizer):
+    """Return a token with its log-probability and those of the likeliest ones."""
+    top = [
+        messages.ScoredToken(token=tokenizer.decode_bytes([i]), logprob=logprob)
+        for i, logprob in token.top
+    ]
+    text = tokenizer.decode_bytes([token.id])
+    return messages.ScoredToken(token=text, logprob=token.logprob, top=top)
+
+
+def read_inputs(inputs, model: ServedModel) -> list[embedder.Input]:
+    """Return what the model reads of texts and files. Raises UserError for those it cannot."""
+    finished, read = model.finished, []
+    for item in inputs:
+        name = item.WhichOneof("of")
+        if name not in finished.config.multimodal.modalities:
+            known = " and ".join(finished.config.multimodal.modalities)
+            raise UserError(f"{name or 'nothing'} to embed: {model.name} reads {known}")
+        x = read_input(name, getattr(item, name), finished.config, finished.tokenizer)
+        read.append((name, x))
+    return read
+
+
+def model_card(model: ServedModel):
+    """Return what a client may want to know about a model."""
+    config = model.finished.config
+    total, active = model.finished.model.count_parameters()
+    return messages.Model(
+        name=model.name,
+        preset=config.preset,
+        parameters=total,
+        active_parameters=active,
+        context_length=config.model.context_length,
+        operations=model.operations,
+        modalities=config.multimodal.modalities or ("text",),
+        created=model.created,
+    )
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+
+def has_token(authorization: str | None, token: str) -> bool:
+    """Return whether the header "Authorization: Bearer ..." holds the token."""
+    expected = f"Bearer {token}".encode()
+    return hmac.compare_digest((authorization or "").encode(errors="replace"), expected)
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Refuse calls without the token, except those about the server's health."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    async def intercept_service(self, continuation, call):
+        handler = await continuation(call)
+        headers = dict(call.invocation_metadata)
+        is_health = call.method.startswith("/grpc.health.")
+        if handler is None or is_health or has_token(headers.get("authorization"), self.token):
+            return handler
+
+        async def refuse(request, context):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "send the server's bearer token")
+
+        if handler.request_streaming:  # reflection
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(refuse, handler.request_deserializer)
+        return grpc.unary_unary_rpc_method_handler(refuse, handler.request_deserializer)
+
+
+def address(host: str, port: int) -> str:
+    """Return host:port; in the form for IPv6, [host]:port, where that is what it is."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def start_grpc(
+    service: Service, host: str, port: int, token: str | None, max_body: int
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
+    """Start the server. Returns it, its health, and its port. Raises UserError if that is taken."""
+    server = grpc.aio.server(
+        interceptors=[TokenInterceptor(token)] if token else [],
+        options=[
+            ("grpc.so_reuseport", 0),  # two servers on one port would share the calls
+            ("grpc.max_receive_message_length", max_body),
+        ],
+    )
+    services.add_NanodsServicer_to_server(service, server)
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    try:
+        bound = server.add_insecure_port(address(host, port))
+    except RuntimeError:
+        raise UserError(f"--grpc-port {port}: it is taken; choose another, or 0 for any") from None
+    await server.start()
+    for name in ("", SERVICE):
+        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return server, healthy, bound

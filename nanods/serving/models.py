@@ -1,0 +1,81 @@
+"""The runs that a server serves, each with the thread that computes for it.
+
+A language model (V0 to V2) has an engine (nanods/serving/engine.py), a model of several modalities
+(V3) an embedder (nanods/serving/embedder.py) and a gallery to search.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+
+from nanods.data.instructions import END, mark_ids
+from nanods.errors import UserError
+from nanods.serving.embedder import Embedder
+from nanods.serving.engine import Engine
+from nanods.serving.search import Gallery
+from nanods.training.contrastive_data import held_out_examples
+from nanods.training.finished_run import FinishedRun, load_run
+
+
+@dataclass
+class ServedModel:
+    name: str
+    finished: FinishedRun
+    operations: tuple[str, ...]
+    """Of "generate", "chat", "embed", "search"."""
+    worker: Engine | Embedder
+    end_tokens: frozenset[int] = frozenset()
+    """That end an answer, of a run that has learnt to answer."""
+    gallery: Gallery | None = None
+    thread: Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A daemon: an error that ends the program does not wait for it.
+        self.thread = Thread(target=self.worker.run, name=f"compute {self.name}", daemon=True)
+
+    @property
+    def created(self) -> float:
+        """When the run was last saved, in seconds since 1970; 0 if it was never saved."""
+        folder = Path(self.finished.folder)
+        return max((path.stat().st_mtime for path in folder.glob("*")), default=0.0)
+
+
+def language_model(name: str, finished: FinishedRun, slots: int, max_waiting: int) -> ServedModel:
+    """Return a run of V0 to V2, to generate with."""
+    worker = Engine(
+        finished.model, finished.tokenizer.decode_bytes, slots=slots, max_waiting=max_waiting
+    )
+    if not finished.state.get("answers"):
+        return ServedModel(name, finished, ("generate",), worker)
+    end = frozenset({mark_ids(finished.tokenizer)[END]})
+    return ServedModel(name, finished, ("generate", "chat"), worker, end_tokens=end)
+
+
+def embedding_model(name: str, finished: FinishedRun, max_waiting: int) -> ServedModel:
+    """Return a run of V3, to embed and search with; without held-out examples, to embed alone."""
+    worker = Embedder(finished.model, max_waiting=max_waiting)
+    try:
+        examples = held_out_examples(finished.config, finished.folder).examples
+    except UserError as error:
+        print(f"notice     {name} searches nothing: {error}")
+        return ServedModel(name, finished, ("embed",), worker)
+    gallery = Gallery(finished.model, examples, finished.config, finished.tokenizer)
+    return ServedModel(name, finished, ("embed", "search"), worker, gallery=gallery)
+
+
+def load_models(
+    runs: list[str], device: str, slots: int, max_waiting: int
+) -> dict[str, ServedModel]:
+    """Return the models of runs by name, which is that of a run's folder. Raises UserError for a
+    run that is missing, and for two of one name."""
+    models: dict[str, ServedModel] = {}
+    for run in runs:
+        finished = load_run(run, device)
+        name = finished.folder.resolve().name
+        if name in models:
+            raise UserError(f"{run}: another run is called {name} too; rename one of the folders")
+        if finished.config.multimodal.modalities:
+            models[name] = embedding_model(name, finished, max_waiting)
+        else:
+            models[name] = language_model(name, finished, slots, max_waiting)
+    return models

@@ -1,0 +1,111 @@
+"""Start the gRPC server and the REST routes in one process, and stop them without losing answers.
+
+After SIGTERM or Ctrl-C the server drains: it answers what it has accepted, refuses what is new,
+and ends within `grace` seconds.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from dataclasses import dataclass
+
+import grpc
+import uvicorn
+
+from nanods.errors import UserError
+from nanods.serving.grpc_server import Service, address, start_grpc
+from nanods.serving.models import ServedModel
+from nanods.serving.rest import make_app
+
+
+@dataclass(frozen=True)
+class Settings:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any that is free; likewise grpc_port."""
+    grpc_port: int = 50051
+    token: str | None = None
+    max_body: int = 16 << 20
+    """Bytes of a request."""
+    timeout: float = 300.0
+    """Seconds of a call, at most."""
+    grace: float = 30.0
+    """Seconds that the server takes to stop, at most."""
+
+
+class HTTPServer(uvicorn.Server):
+    """Signals are handled by `serve`, for both servers."""
+
+    def capture_signals(self):
+        return contextlib.nullcontext()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on the port. Raises UserError if it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # so that a server that was stopped can be started again at once
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror}; stop the program that has it, or "
+            "choose another port (0: any that is free)"
+        ) from None
+    return listener
+
+
+async def serve(
+    models: dict[str, ServedModel], settings: Settings, stop: asyncio.Event, on_ready
+) -> None:
+    """Serve until `stop` is set, then drain. `on_ready(port, grpc_port)` is called once both
+    servers answer. Raises UserError if a port is taken."""
+    listener = bind(settings.host, settings.port)
+    service = Service(models, settings.timeout)
+    grpc_server, healthy, grpc_port = await start_grpc(
+        service, settings.host, settings.grpc_port, settings.token, settings.max_body
+    )
+    for model in models.values():
+        model.thread.start()
+    options = [("grpc.max_send_message_length", settings.max_body)]
+    target = address(settings.host, grpc_port)
+    async with grpc.aio.insecure_channel(target, options) as channel:
+        app = make_app(channel, settings.token, settings.max_body, settings.timeout)
+        http = HTTPServer(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=settings.grace,
+            )
+        )
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        while not http.started and not serving.done():
+            await asyncio.sleep(0.01)
+        on_ready(listener.getsockname()[1], grpc_port)
+        await stop.wait()
+        service.is_stopping = True
+        await healthy.enter_graceful_shutdown()
+        http.should_exit = True
+        await serving
+    await grpc_server.stop(settings.grace)
+    for model in models.values():
+        model.worker.close()
+    for model in models.values():
+        await asyncio.to_thread(model.thread.join, settings.grace)
+
+
+async def serve_until_signalled(
+    models: dict[str, ServedModel], settings: Settings, on_ready
+) -> None:
+    """Serve until the process gets SIGTERM or SIGINT."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    await serve(models, settings, stop, on_ready)
