@@ -47,6 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanods.errors import UserError
 from nanods.multimodal import N_MELS, Multimodal
+from nanods.serving.engine import BusyError
 
 Input = tuple[str, Tensor]  # a modality, and one example of it without a batch dimension
 
@@ -162,10 +163,6 @@ class Queues:
 
 
 # ---- requests ------------------------------------------------------------------------------------
-
-
-class BusyError(Exception):
-    """Too many inputs wait, or the server stops: the client should come back later."""
 
 
 @dataclass

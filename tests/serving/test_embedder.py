@@ -13,7 +13,6 @@ import torch
 from nanods.errors import UserError
 from nanods.serving import embedder as module
 from nanods.serving.embedder import (
-    BusyError,
     Embedder,
     Item,
     Queues,
@@ -21,6 +20,7 @@ from nanods.serving.embedder import (
     embed_batch,
     embed_one_by_one,
 )
+from nanods.serving.engine import BusyError
 from tests.test_multimodal import CONFIG, MOE_TRUNK, TRUNK, make_model
 
 

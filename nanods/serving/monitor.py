@@ -1,0 +1,350 @@
+"""Watch a server: metrics for Prometheus, and three alarms that mean different things.
+
+    traffic   the requests differ from those of a normal day      traffic_prompt, traffic_image, ...
+              (nanods/serving/drift.py)
+    quality   the model answers worse than when the server        quality
+              started: a canary, asked again and again
+    service   too many answers are late, or are errors            latency, errors
+
+They are kept apart because they call for different people. A model may be fine while its readers
+have changed, and the other way round. No alarm compares two windows by a test of significance:
+with enough requests, such a test finds any two windows different.
+
+An alarm that begins or ends is written to alarms.jsonl and sent to a webhook, as JSON. Prometheus
+reads /metrics and has alarms of its own (alerts.yml beside this file, dashboard.json for Grafana).
+Labels have few values that are known in advance: each new value is a new series, so a label that a
+client could choose, such as a user's name, would fill Prometheus's memory.
+
+Pinned by tests/serving/test_monitor.py.
+
+Shapes: B texts, T tokens, Q examples of a gallery, M width of the common space.
+"""
+
+import json
+import math
+import queue
+import sys
+import threading
+import time
+import urllib.request
+from array import array
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanods.data.download import write_and_rename
+from nanods.errors import UserError
+from nanods.gpt import GPT
+from nanods.serving.drift import Cusum, Reference, calibrate
+
+OPERATIONS = ("completion", "chat", "embedding", "search")
+OUTCOMES = ("ok", "refused", "cancelled", "failed")
+TRAFFIC = ("prompt", "text", "image", "audio")
+ALARMS = (*(f"traffic_{kind}" for kind in TRAFFIC), "quality", "latency", "errors")
+
+REFERENCE_SECONDS = 24 * 3600.0  # a reference spans a day, and has at least so many scores:
+REFERENCE_SCORES = 1000
+WINDOW, FEWEST = 200, 20  # answers that the service's alarms look back on, at most and at least
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
+WEBHOOK_TIMEOUT = 5.0  # seconds
+
+
+def require_prometheus() -> None:
+    """Raise UserError if the library is not installed."""
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the server needs the library prometheus-client ({error}): `make setup EXTRAS=serve`, "
+            "or pip install 'nanods[serve]'"
+        ) from None
+
+
+# ---- canaries: what measures a model's quality ---------------------------------------------------
+
+
+@torch.no_grad()
+def canary_texts(model: GPT, B: int = 8, T: int = 128, seed: int = 0) -> Tensor:
+    """Draw the texts that `bits_per_token` is to measure again and again, from the model: (B, T).
+
+    A model's own texts are the likeliest to it on average: whatever changes the model makes them
+    less likely (the Kullback-Leibler divergence is not negative). And no data is needed.
+    """
+    T = min(T, model.config.context_length)
+    start = torch.zeros(B, 1, dtype=torch.long, device=model.embedding.weight.device)
+    tokens = [start.squeeze(1), *model.generate(start, T - 1, seed=seed)]
+    return torch.stack(tokens, dim=1)
+
+
+@torch.no_grad()
+def bits_per_token(model: GPT, texts: Tensor) -> float:
+    """Return the mean information of the tokens (B, T) after the first, in bits."""
+    logits, _ = model(texts[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten()).item() / math.log(2)
+
+
+def partner_distance(embeddings: dict[str, Tensor]) -> float:
+    """Return the mean cosine distance between the embeddings of one example in two modalities.
+
+    Embeddings (Q, M) by modality, such as those of a gallery's first examples, embedded anew.
+    """
+    first, *others = embeddings.values()
+    return float(np.mean([1 - (first * other).sum(dim=-1).mean().item() for other in others]))
+
+
+# ---- the monitor ---------------------------------------------------------------------------------
+
+
+class Monitor:
+    """Count what a server does, and raise alarms. Its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        webhook: str | None = None,
+        slow_seconds: float = 5.0,
+        max_share: float = 0.05,
+        tolerance: float = 0.001,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`folder`: where alarms.jsonl and the references of traffic are kept; None: nowhere, and a
+        server that restarts learns its traffic anew.
+
+        `webhook`: the URL to which alarms are posted. `slow_seconds`: an answer whose first part
+        takes longer is late. `max_share` of late answers, or of errors, raises an alarm. So does a
+        canary that is worse than the first by more than `tolerance`, as a share of the first: with
+        the same weights only rounding differs. (Of v2-tiny's experts, 86% are missed that much.)
+
+        Raises UserError for a webhook that is no http(s) URL, and without prometheus-client.
+        """
+        require_prometheus()
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        if webhook and not webhook.startswith(("http://", "https://")):
+            raise UserError(f"--webhook {webhook}: give a URL that begins with http:// or https://")
+        self.folder, self.slow_seconds, self.clock = folder, slow_seconds, clock
+        self.max_share, self.tolerance = max_share, tolerance
+        self.lock = threading.RLock()
+        self.firing: dict[str, bool] = dict.fromkeys(ALARMS, False)
+        self.late: deque[bool] = deque(maxlen=WINDOW)
+        self.failed: deque[bool] = deque(maxlen=WINDOW)
+        self.first_canary: float | None = None
+        self.closed = threading.Event()
+
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "nanods_requests", "Requests", ["operation", "outcome"], registry=registry
+        )
+        self.seconds = Histogram(
+            "nanods_request_seconds",
+            "From a request to the end of its answer",
+            ["operation"],
+            registry=registry,
+            buckets=BUCKETS,
+        )
+        self.first_seconds = Histogram(
+            "nanods_first_token_seconds",
+            "From a request to the first part of its answer",
+            registry=registry,
+            buckets=BUCKETS,
+        )
+        self.tokens = Counter(
+            "nanods_tokens", "Tokens read and generated", ["kind"], registry=registry
+        )
+        self.waiting = Gauge("nanods_waiting", "Requests that wait", ["queue"], registry=registry)
+        self.level = Gauge(
+            "nanods_drift_level",
+            "Drift of the traffic as a share of what raises the alarm",
+            ["traffic"],
+            registry=registry,
+        )
+        self.canary = Gauge(
+            "nanods_canary", "Of the model's canary; higher is worse", registry=registry
+        )
+        self.alarm = Gauge(
+            "nanods_alarm", "1 while an alarm fires, else 0", ["alarm"], registry=registry
+        )
+        for name in ALARMS:
+            self.alarm.labels(name).set(0)
+
+        self.traffic_of = {kind: Traffic(kind, folder) for kind in TRAFFIC}
+        self.outbox: queue.Queue[dict] | None = None  # for the webhook
+        if webhook:
+            self.outbox = queue.Queue(maxsize=100)
+            threading.Thread(target=self.send_alarms, args=(webhook,), daemon=True).start()
+
+    # ---- what a server reports -------------------------------------------------------------------
+
+    def request(
+        self,
+        operation: str,
+        outcome: str,
+        seconds: float,
+        first_seconds: float | None = None,
+        read_tokens: int = 0,
+        new_tokens: int = 0,
+    ) -> None:
+        """Count a request that has ended. `first_seconds`: of a stream, until its first token.
+
+        Refused are those that the client should change or repeat later; failed are the server's own
+        faults, deadlines included. Refused and cancelled requests raise no alarm.
+        """
+        operation, outcome = known(operation, OPERATIONS), known(outcome, OUTCOMES)
+        self.requests.labels(operation, outcome).inc()
+        self.tokens.labels("read").inc(read_tokens)
+        self.tokens.labels("new").inc(new_tokens)
+        if outcome not in ("ok", "failed"):
+            return
+        self.seconds.labels(operation).observe(seconds)
+        if first_seconds is not None:
+            self.first_seconds.observe(first_seconds)
+        wait = seconds if first_seconds is None else first_seconds
+        with self.lock:
+            self.late.append(wait > self.slow_seconds)
+            self.failed.append(outcome == "failed")
+            for name, window in (("latency", self.late), ("errors", self.failed)):
+                if len(window) >= FEWEST:
+                    share = sum(window) / len(window)
+                    limit = self.max_share / 2 if self.firing[name] else self.max_share
+                    self.set_alarm(name, share > limit, share, self.max_share)
+
+    def traffic(self, kind: str, score: float) -> None:
+        """Report a request's score: of a prompt its bits per byte, of an input of V3 its
+        `nearest_distance`. The first day's become the reference."""
+        if kind not in TRAFFIC:
+            return
+        with self.lock:
+            level = self.traffic_of[kind].update(score, self.clock())
+            if level is not None:
+                self.level.labels(kind).set(level)
+                is_firing = self.traffic_of[kind].cusum.is_firing
+                self.set_alarm(f"traffic_{kind}", is_firing, level, 1.0)
+
+    def check_canary(self, value: float) -> None:
+        """Compare a canary's value, where lower is better, with the first one."""
+        self.canary.set(value)
+        with self.lock:
+            if self.first_canary is None:
+                self.first_canary = value
+            limit = self.first_canary + self.tolerance * abs(self.first_canary)
+            self.set_alarm("quality", not value <= limit, value, limit)  # NaN is no good value
+
+    def run_canary(self, measure: Callable[[], float], seconds: float) -> None:
+        """Measure at once and then every so many seconds, until `close`. An error counts as the
+        worst value. For a thread of its own."""
+        while True:
+            try:
+                value = measure()
+            except Exception as error:
+                print(f"warning: the canary failed ({error})", file=sys.stderr)
+                value = math.nan
+            self.check_canary(value)
+            if self.closed.wait(seconds):
+                return
+
+    def metrics(self) -> bytes:
+        """Return all metrics as Prometheus reads them."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)
+
+    def close(self) -> None:
+        """End `run_canary`."""
+        self.closed.set()
+
+    # ---- alarms ----------------------------------------------------------------------------------
+
+    def set_alarm(self, name: str, is_firing: bool, value: float, limit: float) -> None:
+        """Note whether an alarm fires; tell of it when it begins and when it ends."""
+        if is_firing == self.firing[name]:
+            return
+        self.firing[name] = is_firing
+        self.alarm.labels(name).set(is_firing)
+        event = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock())),
+            "alarm": name,
+            "state": "firing" if is_firing else "resolved",
+            "value": value if math.isfinite(value) else None,
+            "limit": limit if math.isfinite(limit) else None,
+        }
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / "alarms.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(event) + "\n")
+            except OSError as error:  # a full disk must not stop the server
+                print(f"warning: {self.folder}: no alarm can be written ({error})", file=sys.stderr)
+        if self.outbox is not None:
+            with suppress(queue.Full):  # the webhook is a hundred alarms behind
+                self.outbox.put_nowait(event)
+
+    def send_alarms(self, webhook: str) -> None:
+        """Post each event to the webhook, one after another. For a thread of its own."""
+        while True:
+            data = json.dumps(self.outbox.get()).encode()
+            request = urllib.request.Request(
+                webhook, data, {"Content-Type": "application/json"}, method="POST"
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=WEBHOOK_TIMEOUT):
+                    pass
+            except Exception as error:  # whatever it is, the next alarm is tried again
+                print(f"warning: the webhook has not taken an alarm ({error})", file=sys.stderr)
+
+
+def known(value: str, values: tuple[str, ...]) -> str:
+    """Return the value of a label, or "other" for one that is not among those known."""
+    return value if value in values else "other"
+
+
+class Traffic:
+    """The scores of one kind of request: first a reference is recorded, then compared with."""
+
+    def __init__(self, kind: str, folder: Path | None) -> None:
+        """Read the reference from `folder`, if it is there. Raises UserError if it is damaged."""
+        self.path = folder / f"reference_{kind}.json" if folder else None
+        self.recorded: array | None = array("d")  # None when there is enough
+        self.start = 0.0  # of the recording
+        self.cusum: Cusum | None = None
+        if self.path and self.path.is_file():
+            try:
+                fields = json.loads(self.path.read_text(encoding="utf-8"))
+                self.cusum = Cusum(Reference(**{name: float(x) for name, x in fields.items()}))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{self.path}: damaged ({error}); delete it, and the traffic of the next day "
+                    "becomes the reference"
+                ) from None
+
+    def update(self, score: float, now: float) -> float | None:
+        """Add a score at the time `now`, in seconds. Return the level of drift, None while there is
+        no reference."""
+        if self.cusum:
+            self.cusum.update(score)
+            return self.cusum.level
+        if self.recorded is None or not math.isfinite(score):
+            return None
+        self.start = self.start if self.recorded else now
+        self.recorded.append(score)
+        if len(self.recorded) >= REFERENCE_SCORES and now - self.start >= REFERENCE_SECONDS:
+            scores, self.recorded = np.array(self.recorded), None
+            threading.Thread(target=self.finish, args=(scores,), daemon=True).start()
+        return None
+
+    def finish(self, scores: np.ndarray) -> None:
+        """Turn the recorded scores into the reference, which takes half a second."""
+        reference = calibrate(scores)
+        if self.path:
+            data = json.dumps(asdict(reference)).encode()
+            try:
+                write_and_rename(self.path, lambda file: file.write(data))
+            except OSError as error:
+                print(f"warning: {self.path}: cannot be written ({error})", file=sys.stderr)
+        self.cusum = Cusum(reference)
