@@ -9,11 +9,12 @@ import steps_02
 import steps_03
 import steps_04
 import steps_06
+import steps_07
 import torch
 
 from tests.lessons.wrong_answers import spoil_output
 
-CHECKS = {"02": steps_02, "03": steps_03, "04": steps_04, "06": steps_06}
+CHECKS = {"02": steps_02, "03": steps_03, "04": steps_04, "06": steps_06, "07": steps_07}
 SOLUTIONS = {
     number: grade.load_file(Path(check.__file__).with_name(f"{number}_solutions.py"))
     for number, check in CHECKS.items()
