@@ -75,6 +75,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """How the model computed a token from those before it. It read the last of them with these
+    `experts`, the one with most weight first, and looked back on these `blocks` of the context."""
+
+    position: int
+    """Of the token, counted from the prompt's first."""
+    start: int
+    """The position where block 0 begins: 0 until the context is full."""
+    experts: list[list[int]] = field(default_factory=list)
+    """By layer; empty without experts."""
+    blocks: list[list[int]] = field(default_factory=list)
+    """By layer, those that any of its heads read; empty with dense attention."""
+
+
+@dataclass(frozen=True)
 class Token:
     """A generated token, as a request's `deliver` gets it."""
 
@@ -88,9 +103,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens with their log-probabilities, which are the model's: in nats, before
     temperature, top_k and top_p."""
-    trace: dict[str, list[list[int]]] | None = None
-    """Of the token before this one, from which this one was predicted, by layer: its "experts", the
-    one with most weight first, and the "blocks" of the context that any of its heads read."""
+    trace: Trace | None = None
 
 
 @dataclass(eq=False)
@@ -306,16 +319,17 @@ class Engine:
             self.totals.load = load if self.totals.load is None else self.totals.load + load
         return logits, stats
 
-    def trace(self, stats: list[dict[str, Tensor]], row: int, task: Task) -> dict:
-        """Return what a row's last token used, as Token.trace has it. Called after it is counted:
-        its position is `length` - 1."""
-        trace = {}
-        if "experts" in stats[0]:
-            trace["experts"] = [layer["experts"][row, -1].tolist() for layer in stats]
-        if "blocks" in stats[0]:
-            own = (task.length - 1) // self.model.config.attention.block_size
-            read = [layer["blocks"][row, :, -1].flatten().tolist() for layer in stats]
-            trace["blocks"] = [sorted({own, *(b for b in layer if 0 <= b < own)}) for layer in read]
+    def trace(self, stats: list[dict[str, Tensor]], row: int, task: Task) -> Trace:
+        """Return how a row's new token was computed; `task` has counted it already."""
+        position = len(task.request.prompt) + task.generated - 1
+        trace = Trace(position, position + 1 - len(task.tokens))
+        for layer in stats:
+            if "experts" in layer:
+                trace.experts.append(layer["experts"][row, -1].tolist())
+            if "blocks" in layer:
+                own = (task.length - 1) // self.model.config.attention.block_size
+                read = layer["blocks"][row, :, -1].flatten().tolist()
+                trace.blocks.append(sorted({own, *(block for block in read if 0 <= block < own)}))
         return trace
 
     def draw(self, logits: Tensor) -> list[int]:
@@ -340,7 +354,7 @@ class Engine:
                 drawn[row] = token
         return drawn
 
-    def hand_over(self, task: Task, token: int, logits: Tensor, trace: dict | None = None) -> bool:
+    def hand_over(self, task: Task, token: int, logits: Tensor, trace: Trace | None = None) -> bool:
         """Deliver a token, with the text that it makes certain. Return whether it was the last."""
         request, finish = task.request, None
         if token in request.stop_tokens:

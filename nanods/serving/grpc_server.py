@@ -22,13 +22,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from nanods.contact_sheet import png_url, wav_url
 from nanods.data.instructions import ROLES, prompt_tokens
+from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.flags import check_ranges
 from nanods.serving import embedder, engine
 from nanods.serving.engine import Request, Token
 from nanods.serving.models import ServedModel
-from nanods.serving.search import read_input
+from nanods.serving.search import Gallery, Hit, read_input
 
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:  # where grpc finds the .proto, from which it makes the classes
@@ -108,13 +110,7 @@ class Service(services.NanodsServicer):
             inputs = await asyncio.to_thread(read_inputs, [request.query], model)
             (embedding,) = await model.worker.embed(inputs)
             hits = model.gallery.search(embedding, request.modality, request.top or 5)
-            captions = model.gallery.examples.captions
-            return messages.SearchReply(
-                hits=[
-                    messages.Hit(index=hit.index, score=hit.score, caption=captions[hit.index])
-                    for hit in hits
-                ]
-            )
+            return await asyncio.to_thread(search_reply, model.gallery, hits)
 
     # ---- errors and deadlines --------------------------------------------------------------------
 
@@ -165,14 +161,17 @@ class Service(services.NanodsServicer):
                 finish = tokens[-1].finish
                 if finish == "error":
                     raise ComputeError
-                text = decoder.decode(b"".join(t.text for t in tokens), final=bool(finish))
+                texts = [decoder.decode(t.text, final=bool(t.finish)) for t in tokens]
                 scored = []
                 if wanted.logprobs is not None:
                     answer = [t for t in tokens if t.id not in wanted.stop_tokens]
                     scored = [scored_token(t, model.finished.tokenizer) for t in answer]
                 yield messages.GenerateReply(
-                    text=text,
+                    text="".join(texts),
                     tokens=scored,
+                    traces=[trace_message(t, text) for t, text in zip(tokens, texts, strict=True)]
+                    if wanted.trace
+                    else [],
                     finish=finish or "",
                     prompt_tokens=len(wanted.prompt),
                     new_tokens=len(tokens),
@@ -244,6 +243,7 @@ def engine_request(model: ServedModel, request) -> Request:
         stop_tokens=model.end_tokens if request.messages else frozenset(),
         stop=tuple(stop.encode() for stop in request.stop),
         logprobs=logprobs,
+        trace=request.trace,
     )
 
 
@@ -255,6 +255,35 @@ def scored_token(token: Token, tokenizer):
     ]
     text = tokenizer.decode_bytes([token.id])
     return messages.ScoredToken(token=text, logprob=token.logprob, top=top)
+
+
+def trace_message(token: Token, text: str):
+    """Return how a token was computed, beside its text."""
+
+    def by_layer(rows: list[list[int]]) -> list:
+        return [messages.Numbers(values=row) for row in rows]
+
+    trace = token.trace
+    return messages.Trace(
+        text=text,
+        position=trace.position,
+        start=trace.start,
+        experts=by_layer(trace.experts),
+        blocks=by_layer(trace.blocks),
+    )
+
+
+def search_reply(gallery: Gallery, hits: list[Hit]):
+    """Return the examples found, as a reader can see and hear them."""
+    examples, made = gallery.examples, []
+    for i, score in hits:
+        hit = messages.Hit(index=i, score=score, caption=examples.captions[i])
+        if examples.images is not None and examples.has("image")[i]:
+            hit.image = png_url(examples.images[i])
+        if examples.waves is not None and examples.has("audio")[i]:
+            hit.audio = wav_url(examples.waves[i])
+        made.append(hit)
+    return messages.SearchReply(hits=made)
 
 
 def read_inputs(inputs, model: ServedModel) -> list[embedder.Input]:
@@ -274,6 +303,9 @@ def model_card(model: ServedModel):
     """Return what a client may want to know about a model."""
     config = model.finished.config
     total, active = model.finished.model.count_parameters()
+    trunk = config.model
+    n_expert = trunk.moe.n_expert if trunk.moe else 0
+    is_sparse = "generate" in model.operations and trunk.attention.kind == "block"
     return messages.Model(
         name=model.name,
         preset=config.preset,
@@ -283,6 +315,10 @@ def model_card(model: ServedModel):
         operations=model.operations,
         modalities=config.multimodal.modalities or ("text",),
         created=model.created,
+        n_layer=trunk.n_layer,
+        n_expert=n_expert if n_expert > 1 else 0,
+        block_size=trunk.attention.block_size if is_sparse else 0,
+        is_bytes=isinstance(model.finished.tokenizer, ByteTokenizer),
     )
 
 

@@ -2,6 +2,7 @@
 
     GET  /v1/models, /v1/models/{name}     POST /v1/completions        POST /v1/embeddings
     GET  /healthz, /openapi.json           POST /v1/chat/completions   POST /v1/search
+    GET  /  a page to try them (page.html)
 
 A route turns JSON into a message of nanods/serving/serve.proto, calls the gRPC server, and turns
 its reply into JSON. It decides nothing: limits, deadlines and errors are the service's. What HTTP
@@ -21,12 +22,13 @@ import time
 import uuid
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import grpc
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -45,6 +47,11 @@ HTTP_STATUS = {
     CODES.DEADLINE_EXCEEDED: 504,
 }
 RETRY_AFTER = "1"  # seconds
+PAGE = Path(__file__).with_name("page.html")
+CSP = (  # of the page: it loads nothing from elsewhere
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; media-src data:; frame-ancestors 'none'"
+)
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -85,6 +92,8 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     n: Literal[1] | None = 1
+    trace: bool | None = False
+    """nanods' own: how each token was computed. A choice then has "trace", a list."""
     presence_penalty: Unused = None
     frequency_penalty: Unused = None
 
@@ -96,6 +105,7 @@ class Sampling(Strict):
             top_k=self.top_k or 0,
             top_p=self.top_p or 0,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
+            trace=bool(self.trace),
         )
         if self.temperature is not None:
             request.temperature = self.temperature
@@ -233,6 +243,7 @@ def completion_choice(reply, index: int = 0, start: int = 0) -> dict:
         "text": reply.text,
         "logprobs": completion_logprobs(reply, start),
         "finish_reason": reply.finish or None,
+        **traces(reply),
     }
 
 
@@ -242,7 +253,23 @@ def chat_choice(reply, part: str = "message") -> dict:
         part: {"role": "assistant", "content": reply.text},
         "logprobs": chat_logprobs(reply),
         "finish_reason": reply.finish or None,
+        **traces(reply),
     }
+
+
+def traces(reply) -> dict:
+    """Return how the tokens of a reply were computed, where it was asked."""
+    made = [
+        {
+            "text": trace.text,
+            "position": trace.position,
+            "start": trace.start,
+            "experts": [list(layer.values) for layer in trace.experts],
+            "blocks": [list(layer.values) for layer in trace.blocks],
+        }
+        for trace in reply.traces
+    ]
+    return {"trace": made} if made else {}
 
 
 def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
@@ -277,6 +304,10 @@ def model_json(card) -> dict:
         "context_length": card.context_length,
         "operations": list(card.operations),
         "modalities": list(card.modalities),
+        "n_layer": card.n_layer,
+        "n_expert": card.n_expert,
+        "block_size": card.block_size,
+        "is_bytes": card.is_bytes,
     }
 
 
@@ -338,13 +369,14 @@ async def stream(
 
 
 class TokenGate:
-    """Refuse requests without the server's token, except those about its health."""
+    """Refuse requests without the server's token, except those about its health, and the page,
+    which asks for it."""
 
     def __init__(self, app, token: str) -> None:
         self.app, self.token = app, token
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/healthz":
+        if scope["type"] == "http" and scope["path"] not in ("/", "/healthz"):
             sent = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
             if not has_token(sent, self.token):
                 refusal = error_response(401, "send the server's token: Authorization: Bearer ...")
@@ -382,6 +414,12 @@ def make_app(channel: grpc.aio.Channel, token: str | None, max_body: int, timeou
     options = {"timeout": timeout}
     if token:
         options["metadata"] = (("authorization", f"Bearer {token}"),)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(
+            PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": CSP}
+        )
 
     @app.get("/healthz")
     async def healthz() -> dict:
@@ -471,7 +509,13 @@ def make_app(channel: grpc.aio.Channel, token: str | None, max_body: int, timeou
             "object": "list",
             "model": body.model,
             "data": [
-                {"index": hit.index, "score": hit.score, "caption": hit.caption}
+                {
+                    "index": hit.index,
+                    "score": hit.score,
+                    "caption": hit.caption,
+                    "image": hit.image or None,
+                    "audio": hit.audio or None,
+                }
                 for hit in reply.hits
             ],
         }

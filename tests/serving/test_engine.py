@@ -304,14 +304,27 @@ def test_a_trace_is_what_a_whole_forward_pass_used(name):
     attention = engine.model.config.attention
     for layer, stats in enumerate(engine.model(text, inspect=True)[1]):
         for t, token in enumerate(tokens, len(prompt) - 1):  # the token that predicted it
-            assert token.trace.keys() == stats.keys() & {"experts", "blocks"}
+            assert (token.trace.position, token.trace.start) == (t + 1, 0)
+            assert bool(token.trace.experts) == ("experts" in stats)
+            assert bool(token.trace.blocks) == ("blocks" in stats)
             if "experts" in stats:
-                assert token.trace["experts"][layer] == stats["experts"][0, t].tolist()
+                assert token.trace.experts[layer] == stats["experts"][0, t].tolist()
             if "blocks" in stats:
                 own = t // attention.block_size
                 row = own if attention.method == "tile" else t
                 read = {b for b in stats["blocks"][0, :, row].flatten().tolist() if 0 <= b < own}
-                assert token.trace["blocks"][layer] == sorted(read | {own})
+                assert token.trace.blocks[layer] == sorted(read | {own})
+
+
+def test_a_trace_counts_the_tokens_that_are_forgotten():
+    engine, tokens = engine_of("flat-mean"), []
+    engine.submit(Request((1, 2, 3), CONTEXT + 5, trace=True), tokens.append)
+    finish(engine)
+    assert [token.trace.position for token in tokens] == list(range(3, CONTEXT + 8))
+    # A full context of 24 tokens and the one after it: 12 of these 25 are read again.
+    starts = {token.trace.position: token.trace.start for token in tokens}
+    kept = CONTEXT + 1 - CONTEXT // 2
+    assert all(start == (kept if p > CONTEXT else 0) for p, start in starts.items())
 
 
 def test_a_request_that_cannot_be_served_is_refused():

@@ -32,6 +32,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from nanods.build import build_model
 from nanods.config import PRESETS
+from nanods.contact_sheet import png_url
 from nanods.data.examples import Examples
 from nanods.data.instructions import END, prompt_tokens
 from nanods.data.tokenizer import ByteTokenizer
@@ -225,6 +226,38 @@ def test_several_prompts_stops_and_logprobs(client, server):
     choice = made.json()["choices"][0]
     assert choice["text"] == free.decode(errors="replace").split(letter)[0]
     assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("name", "route"), [("base", "completions"), ("tuned", "chat/completions")]
+)
+def test_a_trace_says_how_each_token_was_computed(client, server, name, route):
+    body = {"model": name, "prompt": "def f", "max_tokens": 30, "seed": 4, "temperature": 0}
+    if route.startswith("chat"):
+        body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+    events = []
+    with client.stream("POST", f"/v1/{route}", json=body | {"stream": True, "trace": True}) as made:
+        for line in made.iter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line.removeprefix("data: "))["choices"][0])
+    traces = [trace for event in events for trace in event["trace"]]
+    text = "".join(e.get("text") or e.get("delta", {}).get("content") or "" for e in events)
+    assert "".join(trace["text"] for trace in traces) == text
+    whole = post(client, route, **body).json()["choices"][0]
+    assert "trace" not in whole and text == (whole.get("text") or whole["message"]["content"])
+    positions = [trace["position"] for trace in traces]
+    assert positions == list(range(positions[0], positions[0] + len(traces)))
+    card = client.get(f"/v1/models/{name}").json()
+    config = server.models[name].finished.config.model
+    assert (card["n_layer"], card["is_bytes"]) == (config.n_layer, True)
+    assert card["n_expert"] == (16 if name == "base" else 0)
+    for trace in traces:
+        assert len(trace["blocks"]) == config.n_layer
+        assert all(
+            (trace["position"] - 1) // card["block_size"] in layer for layer in trace["blocks"]
+        )
+        assert all(0 <= e < card["n_expert"] for layer in trace["experts"] for e in layer)
+        assert len(trace["experts"]) == (config.n_layer if card["n_expert"] else 0)
 
 
 def test_without_a_seed_answers_differ(client):
@@ -601,6 +634,7 @@ def test_embeddings_and_search(monkeypatch):
                 hits = client.post("/v1/search", json=body | {"modality": modality}).json()["data"]
                 assert (hits[0]["index"], hits[0]["caption"]) == (2, "a boat")
                 assert len(hits) == 3 and hits[0]["score"] == pytest.approx(1, abs=1e-4)
+                assert hits[0]["image"] == png_url(images[2]) and hits[0]["audio"] is None
             for route, body in (
                 ("embeddings", {"input": "data:image/png;base64,AAAA"}),
                 ("embeddings", {"input": "data:image/png;base64,%%"}),
