@@ -336,6 +336,15 @@ async def unless_disconnected(request: Request, call: Awaitable[Any]) -> Any:
         answer.cancel()
 
 
+async def all_replies(calls: list) -> list:
+    """Await several calls. If one fails, or this is cancelled, cancel the others."""
+    try:
+        return await asyncio.gather(*calls)
+    finally:
+        for call in calls:
+            call.cancel()
+
+
 async def stream(
     request: Request,
     call,
@@ -457,7 +466,7 @@ def make_app(channel: grpc.aio.Channel, token: str | None, max_body: int, timeou
                 request, call, around, lambda r, n: completion_choice(r, start=n), with_usage
             )
         calls = [stub.Generate(one, **options) for one in asked]
-        replies = await unless_disconnected(request, asyncio.gather(*calls))
+        replies = await unless_disconnected(request, all_replies(calls))
         return around | {
             "choices": [completion_choice(reply, i) for i, reply in enumerate(replies)],
             "usage": usage(

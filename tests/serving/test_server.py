@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import socket
 import threading
 import time
@@ -299,6 +300,7 @@ def test_grpc_answers_health_and_reflection(stub, server):
 # ---- what it refuses -----------------------------------------------------------------------------
 
 LONG = "a" * 65
+JSON = {"content-type": "application/json"}
 REFUSED = {
     "no model": ("completions", {"model": "v9", "prompt": "a"}, 404, "the models are base, tuned"),
     "no prompt": ("completions", {}, 400, "prompt"),
@@ -342,14 +344,10 @@ def test_what_cannot_be_served_is_refused_and_says_why(client, name):
 
 def test_bodies_that_are_not_json_are_refused(client):
     for body in (b"", b"{", b"[]", b'{"prompt": "\\ud800", "model": "base"}', b"\xff", b"[" * 9999):
-        answer = client.post(
-            "/v1/completions", content=body, headers={"content-type": "application/json"}
-        )
+        answer = client.post("/v1/completions", content=body, headers=JSON)
         assert answer.status_code == 400 and answer.json()["error"]["message"], body
     bad = {"prompt": "a", "model": "base", "temperature": math.nan}
-    answer = client.post(
-        "/v1/completions", content=json.dumps(bad), headers={"content-type": "application/json"}
-    )
+    answer = client.post("/v1/completions", content=json.dumps(bad), headers=JSON)
     assert answer.status_code == 400
     as_text = client.post(  # a page of another site may send this, so it must not be obeyed
         "/v1/completions", content=json.dumps(bad), headers={"content-type": "text/plain"}
@@ -388,6 +386,44 @@ def test_malformed_protobuf_is_refused(server, stub):
             with pytest.raises(grpc.RpcError):
                 channel.unary_unary("/nanods.Nanods/Generate")(data, timeout=20)
     assert stub.Models(messages.ModelsRequest(), timeout=20).models  # it still answers
+
+
+FIELDS = ("model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "seed", "n")
+FIELDS += (
+    "stop",
+    "stream",
+    "logprobs",
+    "top_logprobs",
+    "input",
+    "query",
+    "modality",
+    "top",
+    "user",
+)
+VALUES = (None, True, 0, -1, 1, 3, 2**31, 2**64, 10**400, 0.5, 1e308, "", "a", "base", "tuned")
+VALUES += ("text", "\0", "\u00e9" * 40, "data:image/png;base64,", "data:audio/wav;base64,UklGRg==")
+VALUES += ([], ["a", "b"], [1], {}, {"role": "user"}, [{"role": "user", "content": "a"}], [[[]]])
+
+
+def test_random_requests_are_answered_or_refused_and_never_crash(client):
+    """300 bodies of random fields, half of them near to what is right. Seed 0."""
+    draw, seen = random.Random(0), set()
+    right = {"model": "base", "prompt": "a", "max_tokens": 2, "input": "a", "query": "a"}
+    right |= {"messages": [{"role": "user", "content": "a"}], "modality": "text"}
+    for _ in range(300):
+        route = draw.choice(["completions", "chat/completions", "embeddings", "search"])
+        needs = {"completions": ["prompt", "max_tokens"], "chat/completions": ["messages"]}
+        needs |= {"embeddings": ["input"], "search": ["query", "modality"]}
+        body = {name: right[name] for name in ["model", *needs[route]]}
+        for name in draw.sample(FIELDS, draw.randrange(4)):
+            body[name] = draw.choice(VALUES)
+        answer = client.post(f"/v1/{route}", content=json.dumps(body), headers=JSON)
+        assert answer.status_code < 500, (route, body, answer.text)
+        assert "Traceback" not in answer.text
+        if answer.status_code >= 400:
+            assert answer.json()["error"]["message"]
+        seen.add(answer.status_code)
+    assert seen >= {200, 400, 404}
 
 
 # ---- load, deadlines, clients that leave ---------------------------------------------------------
@@ -458,6 +494,13 @@ def test_a_client_that_disconnects_costs_no_more_computing(slow_server, stream, 
     assert engine.totals.steps == steps
 
 
+def test_several_prompts_end_together_where_one_is_refused(slow_server):
+    body = {"model": "base", "prompt": ["a", "b", LONG], "max_tokens": 4000}
+    answer = httpx.post(f"{slow_server.url}/v1/completions", json=body, timeout=20)
+    assert answer.status_code == 400 and "65 tokens" in answer.json()["error"]["message"]
+    wait_until(lambda: is_idle(slow_server.engine), seconds=2.0)
+
+
 def test_too_many_requests_are_told_when_to_come_back(slow_server):
     url, engine, go = slow_server.url, slow_server.engine, threading.Event()
     model = slow_server.models["base"].finished.model
@@ -516,10 +559,9 @@ def test_the_servers_own_deadline_holds_where_a_client_sets_none():
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(slow_server):
     body = json.dumps({"model": "base", "prompt": "a" * 3000}).encode()
-    headers = {"content-type": "application/json"}
     url = f"{slow_server.url}/v1/completions"
-    assert httpx.post(url, content=body, headers=headers).status_code == 413
-    unknown_length = httpx.post(url, content=iter([body]), headers=headers)
+    assert httpx.post(url, content=body, headers=JSON).status_code == 413
+    unknown_length = httpx.post(url, content=iter([body]), headers=JSON)
     assert unknown_length.status_code == 413
 
 
@@ -609,9 +651,9 @@ def png(pixels):
 
 
 def test_embeddings_and_search(monkeypatch):
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (4, 3, 32, 32)).astype(np.float32) / 255
-    mels = random.random((4, 32, 32), np.float32)
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (4, 3, 32, 32)).astype(np.float32) / 255
+    mels = draw.random((4, 32, 32), np.float32)
     examples = Examples(np.arange(4), ["a cat", "a dog", "a boat", "a tree"], images, mels=mels)
     held_out = SavedGallery(examples, frozenset())
     monkeypatch.setattr("nanods.serving.models.held_out_examples", lambda *args: held_out)
