@@ -31,7 +31,10 @@ def frontier(
         ylabel="forgotten of plain text (bits per byte)",
         title=title,
     )
-    axes.margins(0.08)
+    gains = [gained for points in ways.values() for gained, _ in points.values()]
+    margin = 0.15 * (max(gains) - min(gains)) + 0.01
+    axes.set_xlim(min(gains) - margin, max(gains) + margin)
+    axes.margins(y=0.1)
     axes.legend(frameon=False)
     return figure
 
