@@ -97,8 +97,9 @@ class Config:
     """Elastic Weight Consolidation: a run whose task the model must not forget. Its weights are
     held near their values where that task needs them (nanods/ewc.py), and are what the run starts
     from unless you give --init-from."""
-    ewc_lambda: float = 1000.0
-    """Strength of --ewc: the loss gains half of it times the sum of F (w - w_old)^2."""
+    ewc_lambda: float = 0.3
+    """Strength of --ewc: the loss gains half of it times the sum of F (w - w_old)^2. F is summed
+    over the positions of a sequence; make bench-adapt compares strengths."""
     ewc_fisher: Literal["sampled", "data", "batch", "none"] = "sampled"
     """F of --ewc. sampled: the Fisher information, with labels sampled from the model. data: with
     the labels of the data. batch: the squared gradients of batches, a common mistake. none: 1, an

@@ -59,12 +59,14 @@ class Job:
         """Return the preset, the flags and the hash of the data.
 
         Flags that name a folder are left out: the hash stands for the data, and the identity of the
-        job it `needs` for that run.
+        job it `needs` for that run. So are those of --ewc where it is not used.
         """
         hidden = {"data", *ladder.RUNTIME_ONLY_FIELDS}
         if self.needs:
             hidden |= {"init-from", "teacher", "ewc"}
         config = self.config
+        if not config.ewc:
+            hidden |= {"ewc-lambda", "ewc-fisher", "ewc-sequences"}  # without effect
         flags = {name: x for name, x in ladder.flatten(config).items() if name not in hidden}
         data = quiet_task(config).data.sha256
         return as_json({"preset": config.preset, "flags": flags, "data": data})

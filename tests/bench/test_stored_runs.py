@@ -441,6 +441,13 @@ def test_the_probe_sees_the_loss_of_a_teacher(text, preset):
     assert difference_of_losses(half.probe(), all.probe())
 
 
+def test_settings_of_ewc_count_only_where_it_is_used(text):
+    words = (*TINY, "--data", str(text), "--ewc-lambda", "5")
+    assert not any(name.startswith("ewc-") for name in Job("a", words).settings()["flags"])
+    held = Job("b", (*words, "--ewc", "runs/nowhere"), needs=Job("a", words))
+    assert held.settings()["flags"]["ewc-lambda"] == 5
+
+
 def test_the_probe_sees_rounded_weights(text):
     words = (*TINY, "--data", str(text))
     exact, rounded = Job("a", words), Job("b", (*words, "--quantize", "int2"))
