@@ -76,12 +76,14 @@ def main() -> None:
     link, path = sys.argv[1:]
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(Path(profile))
-        browser.open(link)
-        browser.wait_for("return document.body.dataset.done")
-        time.sleep(2)  # the numbers of the server appear
-        picture = browser.http.get(f"{browser.session}/screenshot").json()["value"]
-        Path(path).write_bytes(base64.b64decode(picture))
-        browser.close()
+        try:
+            browser.open(link)
+            browser.wait_for("return document.body.dataset.done")
+            time.sleep(2)  # the numbers of the server appear
+            picture = browser.http.get(f"{browser.session}/screenshot").json()["value"]
+        finally:
+            browser.close()
+    Path(path).write_bytes(base64.b64decode(picture))
 
 
 if __name__ == "__main__":
