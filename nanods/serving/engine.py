@@ -315,7 +315,7 @@ class Engine:
         """Run the model on the next tokens (B, T) of a cache's rows -> logits (B, T, V), stats."""
         logits, stats = self.model(tokens, rows, inspect=inspect)
         if "load" in stats[0]:
-            load = torch.stack([layer["load"] for layer in stats])  # (L, E)
+            load = torch.stack([layer["load"].to(self.device) for layer in stats])  # (L, E)
             self.totals.load = load if self.totals.load is None else self.totals.load + load
         return logits, stats
 
