@@ -12,6 +12,7 @@ import asyncio
 import ipaddress
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -42,6 +43,11 @@ class Args:
     """Seconds until a request is given up."""
     grace: float = 30.0
     """Seconds to answer what is under way, after SIGTERM or Ctrl-C."""
+    monitor_dir: Path | None = None
+    """A folder for alarms.jsonl, and for the normal traffic with which later traffic is compared.
+    Default: alarms are shown by /metrics alone."""
+    webhook: str | None = None
+    """Post each alarm to this URL, as JSON."""
 
 
 def main() -> None:
@@ -67,7 +73,15 @@ def main() -> None:
         ) from None
     models = load_models(list(args.runs), args.device, args.slots, args.max_waiting)
     settings = Settings(
-        args.host, args.port, args.grpc_port, token, args.max_body << 20, args.timeout, args.grace
+        args.host,
+        args.port,
+        args.grpc_port,
+        token,
+        args.max_body << 20,
+        args.timeout,
+        args.grace,
+        args.monitor_dir,
+        args.webhook,
     )
 
     def on_ready(port: int, grpc_port: int) -> None:

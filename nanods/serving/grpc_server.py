@@ -12,15 +12,19 @@ Every call has a deadline: the client's, or the server's if that is sooner.
 import asyncio
 import codecs
 import hmac
+import math
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from torch import Tensor
 
 from nanods.contact_sheet import png_url, wav_url
 from nanods.data.instructions import ROLES, prompt_tokens
@@ -28,8 +32,10 @@ from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.flags import check_ranges
 from nanods.serving import embedder, engine
+from nanods.serving.drift import nearest_distance
 from nanods.serving.engine import Request, Token
 from nanods.serving.models import ServedModel
+from nanods.serving.monitor import Monitor
 from nanods.serving.search import Gallery, Hit, read_input
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +76,11 @@ class Inbox:
 
 
 class Service(services.NanodsServicer):
-    def __init__(self, models: dict[str, ServedModel], timeout: float) -> None:
-        """`timeout`: the seconds that a call takes at most."""
-        self.models, self.timeout = models, timeout
+    def __init__(
+        self, models: dict[str, ServedModel], timeout: float, monitor: Monitor | None = None
+    ) -> None:
+        """`timeout`: the seconds that a call takes at most. `monitor` gets each call's figures."""
+        self.models, self.timeout, self.monitor = models, timeout, monitor
         self.is_stopping = False
 
     # ---- the calls -------------------------------------------------------------------------------
@@ -81,72 +89,97 @@ class Service(services.NanodsServicer):
         return messages.ModelsReply(models=map(model_card, self.models.values()))
 
     async def Generate(self, request, context):  # noqa: N802
-        async with self.answering(request, context) as model:
-            (reply,) = [reply async for reply in self.replies(model, request, is_stream=False)]
+        async with self.answering(kind_of(request), request, context) as call:
+            (reply,) = [reply async for reply in self.replies(call, request, is_stream=False)]
             return reply
 
     async def GenerateStream(self, request, context):  # noqa: N802
-        async with self.answering(request, context) as model:
-            async for reply in self.replies(model, request, is_stream=True):
+        async with self.answering(kind_of(request), request, context) as call:
+            async for reply in self.replies(call, request, is_stream=True):
                 yield reply
 
     async def Embed(self, request, context):  # noqa: N802
-        async with self.answering(request, context) as model:
-            require(model, "embed")
+        async with self.answering("embedding", request, context) as call:
+            require(call.model, "embed")
             if not 1 <= len(request.inputs) <= MAX_ITEMS:
                 raise UserError(f"{len(request.inputs)} inputs: send 1 to {MAX_ITEMS}")
-            inputs = await asyncio.to_thread(read_inputs, request.inputs, model)
-            rows = await model.worker.embed(inputs)
+            rows = await self.embed(call, request.inputs)
             return messages.EmbedReply(
                 embeddings=[messages.Embedding(values=row) for row in rows.tolist()],
-                tokens=sum(embedder.check_input(model.worker.model, *item) for item in inputs),
+                tokens=call.read_tokens,
             )
 
     async def Search(self, request, context):  # noqa: N802
-        async with self.answering(request, context) as model:
-            require(model, "search")
+        async with self.answering("search", request, context) as call:
+            require(call.model, "search")
             if request.top > MAX_TOP:
                 raise UserError(f"top {request.top}: ask for at most {MAX_TOP}")
-            inputs = await asyncio.to_thread(read_inputs, [request.query], model)
-            (embedding,) = await model.worker.embed(inputs)
-            hits = model.gallery.search(embedding, request.modality, request.top or 5)
-            return await asyncio.to_thread(search_reply, model.gallery, hits)
+            (embedding,) = await self.embed(call, [request.query])
+            gallery = call.model.gallery
+            hits = gallery.search(embedding, request.modality, request.top or 5)
+            return await asyncio.to_thread(search_reply, gallery, hits)
+
+    async def embed(self, call: "Call", inputs) -> Tensor:
+        """Return the embeddings (N, M) of a call's inputs."""
+        worker = call.model.worker
+        read = await asyncio.to_thread(read_inputs, inputs, call.model)
+        call.read_tokens = sum(embedder.check_input(worker.model, name, x) for name, x in read)
+        rows = await worker.embed(read)
+        if self.monitor and call.model.gallery:
+            for (name, _), row in zip(read, rows, strict=True):
+                known = call.model.gallery.embeddings.get(name)
+                if known is not None:
+                    self.monitor.traffic(name, float(nearest_distance(row[None], known)))
+        return rows
 
     # ---- errors and deadlines --------------------------------------------------------------------
 
     @asynccontextmanager
-    async def answering(self, request, context) -> AsyncIterator[ServedModel]:
-        """Find the model of a request. Limit the time, and turn errors into the call's status."""
+    async def answering(self, operation: str, request, context) -> AsyncIterator["Call"]:
+        """Find the model of a call. Limit its time, turn errors into its status, and report it."""
         status = grpc.StatusCode
-        if self.is_stopping:
-            await context.abort(status.UNAVAILABLE, "the server is stopping")
-        if request.model not in self.models:
-            known = ", ".join(self.models)
-            await context.abort(
-                status.NOT_FOUND, f"no model {request.model!r}; the models are {known}"
-            )
+        call, outcome = Call(), "failed"
         remaining = context.time_remaining()
         limit = self.timeout if remaining is None else min(remaining, self.timeout)
         try:
+            if self.is_stopping:
+                raise StoppingError
+            if request.model not in self.models:
+                known = ", ".join(self.models)
+                raise NoModelError(f"no model {request.model!r}; the models are {known}")
+            call.model = self.models[request.model]
             async with asyncio.timeout(limit):
-                yield self.models[request.model]
-        except WrongOperationError as error:
-            await context.abort(status.FAILED_PRECONDITION, str(error))
-        except UserError as error:
-            await context.abort(status.INVALID_ARGUMENT, str(error))
-        except BUSY as error:
-            await context.abort(status.RESOURCE_EXHAUSTED, f"{error}: try again later")
+                yield call
+            outcome = "ok"
+        except (UserError, StoppingError, *BUSY) as error:
+            outcome = "refused"
+            codes = {
+                StoppingError: status.UNAVAILABLE,
+                NoModelError: status.NOT_FOUND,
+                WrongOperationError: status.FAILED_PRECONDITION,
+                UserError: status.INVALID_ARGUMENT,
+            }
+            matching = (code for kind, code in codes.items() if isinstance(error, kind))
+            code = next(matching, status.RESOURCE_EXHAUSTED)
+            await context.abort(code, str(error))
         except TimeoutError:
             await context.abort(status.DEADLINE_EXCEEDED, f"not answered within {limit:.3g} s")
         except ComputeError:
             await context.abort(
                 status.INTERNAL, "the computation failed; the server's log says why"
             )
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
+            raise
+        finally:
+            if self.monitor:
+                call.report(self.monitor, operation, outcome)
 
     # ---- generation ------------------------------------------------------------------------------
 
-    async def replies(self, model: ServedModel, request, is_stream: bool) -> AsyncIterator:
+    async def replies(self, call: "Call", request, is_stream: bool) -> AsyncIterator:
         """Yield a request's answer: as it is generated, or as a whole."""
+        model = call.model
         wanted = engine_request(model, request)
         inbox = Inbox(is_stream)
         # A character may take several tokens: the decoder returns it when it is whole.
@@ -158,6 +191,9 @@ class Service(services.NanodsServicer):
                 tokens = await inbox.take()
                 if not tokens:
                     continue
+                if is_stream and call.first_seconds is None:
+                    call.first_seconds = time.monotonic() - call.start
+                call.new_tokens += len(tokens)
                 finish = tokens[-1].finish
                 if finish == "error":
                     raise ComputeError
@@ -176,8 +212,45 @@ class Service(services.NanodsServicer):
                     prompt_tokens=len(wanted.prompt),
                     new_tokens=len(tokens),
                 )
+            call.read_tokens = len(wanted.prompt)
+            if self.monitor and len(wanted.prompt) > 1:
+                n_bytes = len(model.worker.decode_bytes(wanted.prompt))
+                self.monitor.traffic("prompt", task.prompt_nats / math.log(2) / n_bytes)
         finally:
             model.worker.cancel(task)
+
+
+@dataclass
+class Call:
+    """What is reported of a call when it has ended."""
+
+    model: ServedModel | None = None
+    start: float = field(default_factory=time.monotonic)
+    first_seconds: float | None = None
+    read_tokens: int = 0
+    new_tokens: int = 0
+
+    def report(self, monitor: Monitor, operation: str, outcome: str) -> None:
+        seconds = time.monotonic() - self.start
+        monitor.request(
+            operation, outcome, seconds, self.first_seconds, self.read_tokens, self.new_tokens
+        )
+
+
+def kind_of(request) -> str:
+    """Return the operation of a request to generate."""
+    return "chat" if request.messages else "completion"
+
+
+class StoppingError(Exception):
+    """The server takes no new calls."""
+
+    def __str__(self) -> str:
+        return "the server is stopping"
+
+
+class NoModelError(UserError):
+    """No model has this name."""
 
 
 class WrongOperationError(UserError):

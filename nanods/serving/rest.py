@@ -1,7 +1,7 @@
 """The REST routes on top of the gRPC service: those that clients of OpenAI's API speak already.
 
     GET  /v1/models, /v1/models/{name}     POST /v1/completions        POST /v1/embeddings
-    GET  /healthz, /openapi.json           POST /v1/chat/completions   POST /v1/search
+    GET  /healthz, /metrics, /openapi.json POST /v1/chat/completions   POST /v1/search
     GET  /  a page to try them (page.html)
 
 A route turns JSON into a message of nanods/serving/serve.proto, calls the gRPC server, and turns
@@ -410,10 +410,17 @@ ERRORS = {
 STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
-def make_app(channel: grpc.aio.Channel, token: str | None, max_body: int, timeout: float):
+def make_app(
+    channel: grpc.aio.Channel,
+    token: str | None,
+    max_body: int,
+    timeout: float,
+    metrics: Callable[[], bytes],
+) -> FastAPI:
     """Return the application (ASGI) that answers by calls over the channel.
 
-    `timeout`: the deadline of each call, in seconds. `max_body` in bytes.
+    `timeout`: the deadline of each call, in seconds. `max_body` in bytes. `metrics` returns what
+    Prometheus reads.
     """
     # The pages /docs and /redoc would load scripts from other servers.
     app = FastAPI(
@@ -436,6 +443,10 @@ def make_app(channel: grpc.aio.Channel, token: str | None, max_body: int, timeou
         if reply.status != health_pb2.HealthCheckResponse.SERVING:
             raise HTTPException(503, "the server is stopping")
         return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics(), media_type="text/plain; version=0.0.4")
 
     async def cards() -> list[dict]:
         return [

@@ -9,7 +9,9 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import uvicorn
@@ -17,6 +19,7 @@ import uvicorn
 from nanods.errors import UserError
 from nanods.serving.grpc_server import Service, address, start_grpc
 from nanods.serving.models import ServedModel
+from nanods.serving.monitor import Monitor
 from nanods.serving.rest import make_app
 
 
@@ -33,6 +36,10 @@ class Settings:
     """Seconds of a call, at most."""
     grace: float = 30.0
     """Seconds that the server takes to stop, at most."""
+    monitor_dir: Path | None = None
+    """Where alarms and the references of traffic are kept; None: nowhere."""
+    webhook: str | None = None
+    """The URL to which alarms are posted."""
 
 
 class HTTPServer(uvicorn.Server):
@@ -61,12 +68,22 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    models: dict[str, ServedModel], settings: Settings, stop: asyncio.Event, on_ready
+    models: dict[str, ServedModel],
+    settings: Settings,
+    stop: asyncio.Event,
+    on_ready: Callable[[int, int], None],
 ) -> None:
     """Serve until `stop` is set, then drain. `on_ready(port, grpc_port)` is called once both
     servers answer. Raises UserError if a port is taken."""
     listener = bind(settings.host, settings.port)
-    service = Service(models, settings.timeout)
+    monitor = Monitor(settings.monitor_dir, settings.webhook)
+    service = Service(models, settings.timeout, monitor)
+
+    def metrics() -> bytes:
+        for model in models.values():
+            monitor.waiting.labels(model.name).set(model.waiting())
+        return monitor.metrics()
+
     grpc_server, healthy, grpc_port = await start_grpc(
         service, settings.host, settings.grpc_port, settings.token, settings.max_body
     )
@@ -75,7 +92,7 @@ async def serve(
     options = [("grpc.max_send_message_length", settings.max_body)]
     target = address(settings.host, grpc_port)
     async with grpc.aio.insecure_channel(target, options) as channel:
-        app = make_app(channel, settings.token, settings.max_body, settings.timeout)
+        app = make_app(channel, settings.token, settings.max_body, settings.timeout, metrics)
         http = HTTPServer(
             uvicorn.Config(
                 app,
@@ -102,7 +119,7 @@ async def serve(
 
 
 async def serve_until_signalled(
-    models: dict[str, ServedModel], settings: Settings, on_ready
+    models: dict[str, ServedModel], settings: Settings, on_ready: Callable[[int, int], None]
 ) -> None:
     """Serve until the process gets SIGTERM or SIGINT."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -297,6 +297,28 @@ def test_grpc_answers_health_and_reflection(stub, server):
     assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
 
 
+def test_prometheus_reads_what_was_done(slow_server):
+    url = slow_server.url
+    body = {"model": "base", "prompt": "abc", "max_tokens": 4}
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+    with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as answer:
+        answer.read()
+    httpx.post(f"{url}/v1/completions", json=body | {"prompt": LONG})
+    httpx.post(f"{url}/v1/embeddings", json={"model": "base", "input": "a"})
+    httpx.post(f"{url}/v1/completions", json=body | {"model": "v9"})
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    for expected in (
+        'nanods_requests_total{operation="completion",outcome="ok"} 2.0',
+        'nanods_requests_total{operation="completion",outcome="refused"} 2.0',
+        'nanods_requests_total{operation="embedding",outcome="refused"} 1.0',
+        'nanods_tokens_total{kind="read"} 6.0',
+        'nanods_tokens_total{kind="new"} 8.0',
+        'nanods_waiting{queue="base"} 0.0',
+        "nanods_first_token_seconds_count 1.0",
+    ):
+        assert expected in lines, lines
+
+
 # ---- what it refuses -----------------------------------------------------------------------------
 
 LONG = "a" * 65
@@ -483,6 +505,8 @@ def test_a_client_that_disconnects_costs_no_more_computing(slow_server, stream, 
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert engine.totals.cancelled == 0
     wait_until(lambda: engine.totals.cancelled == 1, seconds=2.0)
+    metrics = httpx.get(f"{slow_server.url}/metrics").text
+    assert 'nanods_requests_total{operation="completion",outcome="cancelled"} 1.0' in metrics
     if other:
         assert engine.batch  # the neighbour goes on
         hold.cancel()
