@@ -697,7 +697,9 @@ def test_embeddings_and_search(monkeypatch):
             for query in ("a boat", png(images[2])):
                 body = {"model": "space", "query": query, "top": 3}
                 modality = "text" if query == "a boat" else "image"
-                hits = client.post("/v1/search", json=body | {"modality": modality}).json()["data"]
+                answer = client.post("/v1/search", json=body | {"modality": modality})
+                assert answer.status_code == 200, answer.text
+                hits = answer.json()["data"]
                 assert (hits[0]["index"], hits[0]["caption"]) == (2, "a boat")
                 assert len(hits) == 3 and hits[0]["score"] == pytest.approx(1, abs=1e-4)
                 assert hits[0]["image"] == png_url(images[2]) and hits[0]["audio"] is None
