@@ -65,7 +65,7 @@ help:
 	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         60 min'
 	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed")   5 hours'
 	@echo '  make bench-adapt       learn new tasks without forgetting: EWC, L2, replay     2 hours'
-	@echo '  make bench-serve       what batching gains in serving                             5 min'
+	@echo '  make bench-serve       what batching gains in serving; false alarms               5 min'
 	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             50 min'
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
 	@echo
@@ -218,6 +218,7 @@ bench-compress: .venv/base
 
 bench-serve: .venv/base
 	$(PY) -m nanods.bench.serve $(ARGS)
+	$(PY) -m nanods.bench.serve_alarms
 
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)

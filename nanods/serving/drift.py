@@ -89,8 +89,8 @@ def calibrate(
     """Return the reference with scores (R,), in the order of their requests.
 
     `run_length`: requests without a change among which one false alarm is acceptable. `shift`: the
-    change of the mean, in deviations, that is to be noticed soonest. At 1.25 that is one request in
-    five in another language (they score 6.6 deviations higher with v1-tiny).
+    change of the mean, in deviations, that is to be noticed soonest. 1.25 is that of
+    one request in five, if these score 6.25 deviations higher.
 
     The right length of a block depends on how long neighbouring scores resemble each other. Blocks
     that are too short lose that, and blocks that are too long repeat the reference. So several

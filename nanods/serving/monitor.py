@@ -120,7 +120,7 @@ class Monitor:
         `webhook`: the URL to which alarms are posted. `slow_seconds`: an answer whose first part
         takes longer is late. `max_share` of late answers, or of errors, raises an alarm. So does a
         canary that is worse than the first by more than `tolerance`, as a share of the first: with
-        the same weights only rounding differs. (Of v2-tiny's experts, 86% are missed that much.)
+        the same weights only rounding differs.
 
         Raises UserError for a webhook that is no http(s) URL, and without prometheus-client.
         """
