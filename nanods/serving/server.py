@@ -123,6 +123,13 @@ async def serve_until_signalled(
 ) -> None:
     """Serve until the process gets SIGTERM or SIGINT."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    await serve(models, settings, stop, on_ready)
+
+    def drain(*_) -> None:
+        loop.call_soon_threadsafe(stop.set)
+
+    before = {number: signal.signal(number, drain) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        await serve(models, settings, stop, on_ready)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

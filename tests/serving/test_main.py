@@ -54,18 +54,21 @@ def test_a_missing_extra_is_named():
     assert "needs the package fastapi: make setup EXTRAS=serve" in made.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM to send")
 def test_it_serves_a_trained_run_until_sigterm(train_tiny, serving):
     import httpx
 
     code, _, error = train_tiny("v1-tiny", "--steps", 1)
     assert code == 0, error
+    handler = signal.getsignal(signal.SIGTERM)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         for flag in ("--port", "--grpc-port"):
             free = {"--port": 0, "--grpc-port": 0} | {flag: port}
             code, error = serving("v1-tiny", *(w for pair in free.items() for w in pair))
             assert code == 2 and f"{flag} {port}" in error
+            assert signal.getsignal(signal.SIGTERM) == handler  # it is given back
     code, error = serving("v1-tiny", "runs/v1-tiny")
     assert code == 2 and "another run is called v1-tiny too" in error
     server = subprocess.Popen(
