@@ -31,3 +31,17 @@ def test_fisher_information_has_a_panel_for_each_way_and_a_line_for_each_matrix(
     assert list(lines["head"].get_xdata()) == pytest.approx([2])
     assert list(lines["embedding"].get_ydata()) == [5.0]
     assert not overlaps(figure)
+
+
+def test_ewc_is_better_than_l2_on_both_tasks_of_the_two_valleys():
+    figure = plots_adapt.two_valleys((4.0, 0.2), 1.0)
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert "EWC: old loss 0.15, new 0.33" in labels and "L2: old loss 0.22, new 0.46" in labels
+    assert not overlaps(figure)
+
+
+def test_learnt_tokens_are_boxes_of_another_colour():
+    figure = plots_adapt.masked_tokens(["USER", "?", "ASSISTANT", "4"], [False, False, False, True])
+    colours = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    assert colours[0] == colours[1] == colours[2] != colours[3]
+    assert "ASSISTANT" in words(figure)
