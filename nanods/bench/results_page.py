@@ -446,6 +446,44 @@ def compression_results() -> list[Result]:
     return results
 
 
+def serving_results() -> list[Result]:
+    table, detectors = load("serve"), load("serve_alarms")["detectors"]
+    results = []
+    for preset, row in table["engine"].items():
+        speeds = {way: row[way]["tokens_per_second"] for way in row["times_faster"]}
+        speeds |= {"continuous batching": row["continuous batching"]["tokens_per_second"]}
+        results.append(
+            Result(
+                "make bench-serve",
+                f"{preset} generates for 32 clients (one thread of an AMD Zen 3), tokens per "
+                f"second: {'; '.join(speeds)}",
+                "; ".join(f"{speed:.0f}" for speed in speeds.values()),
+                "serve",
+            )
+        )
+    for name, row in table["embedder"].items():
+        rates = row["items_per_second"]
+        results.append(
+            Result(
+                "make bench-serve",
+                f"v3-tiny embeds {name} (the same processor), items per second: {'; '.join(rates)}",
+                "; ".join(f"{rate:.0f}" for rate in rates.values()),
+                "serve",
+            )
+        )
+    for name, kinds in detectors.items():
+        figures = [row["false alarms per 10,000 requests"] for row in kinds.values()]
+        results.append(
+            Result(
+                "make bench-serve",
+                f"{name}: false alarms in 10,000 requests, simulated traffic: {'; '.join(kinds)}",
+                "; ".join(f"{figure:.2f}" for figure in figures),
+                "serve_alarms",
+            )
+        )
+    return results
+
+
 SECTIONS = {
     "Training": training_results,
     "Time to a loss, generation": speed_results,
@@ -454,6 +492,7 @@ SECTIONS = {
     "V3: one space for text, image and audio": multimodal_results,
     "Several processes": scaling_results,
     "Compression": compression_results,
+    "Serving": serving_results,
 }
 
 

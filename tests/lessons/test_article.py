@@ -158,8 +158,37 @@ def compression_figures():
     }
 
 
+def serving_figures():
+    embedder, detectors = load("serve")["embedder"], load("serve_alarms")["detectors"]
+
+    def faster(name, way):
+        return f"{embedder[name]['times_faster'][way]:.1f}"
+
+    def each(detector, figure):
+        return [row[figure] for row in detectors[detector].values()]
+
+    singles, padded = "singles", "one padded queue"
+    false = each("block bootstrap", "false alarms per 10,000 requests")
+    textbook = each("textbook CUSUM", "false alarms per 10,000 requests")
+    full = max(each("block bootstrap", "requests until noticed, full switch"))
+    mixture = max(each("block bootstrap", "requests until noticed, 20% mixture"))
+    return {
+        "V3.3": [
+            f"texts {faster('text', singles)} times as many a second, images "
+            f"{faster('image', singles)}, sounds {faster('audio', singles)}, a mixture of the "
+            f"three {faster('mixed', singles)}",
+            f"texts {faster('text', padded)} times, the mixture {faster('mixed', padded)}",
+        ],
+        "D.8": [
+            f"raises {min(false):.2f} to {max(false):.2f} false alarms in 10,000 requests",
+            f"within {full:.0f} requests and a change of one request in five within {mixture:.0f}",
+            f"CUSUM raises {min(textbook):.0f} to {max(textbook):.0f}",
+        ],
+    }
+
+
 FIGURES = [attention_figures, long_text_figures, expert_figures]
-FIGURES += [arithmetic_figures, multimodal_figures, compression_figures]
+FIGURES += [arithmetic_figures, multimodal_figures, compression_figures, serving_figures]
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda function: function.__name__)
