@@ -218,6 +218,23 @@ def dot_plot(rows: dict[str, Sequence[float]], targets: dict[str, float], xlabel
     return figure
 
 
+def bars(panels: dict[str, dict[str, float]], xlabel: str) -> Figure:
+    """Draw a panel for each title, with a bar and its value for each name."""
+    n_rows = max(len(values) for values in panels.values())
+    size = (7, len(panels) * (0.35 * n_rows + 0.7) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, values) in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        drawn = axes.barh(range(len(values)), list(values.values()), color=BLUE, alpha=0.7)
+        axes.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=9)
+        axes.set(yticks=range(len(values)), yticklabels=list(values), title=title)
+        axes.margins(x=0.1)
+        axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
+    return figure
+
+
 def draw_box(
     axes: Axes,
     x: float,

@@ -336,3 +336,12 @@ def test_pictures_are_drawn_where_home_cannot_be_written_in_a_folder_with_blanks
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (folder / "my picture.png").exists()
+
+
+def test_bars_name_and_measure_each_value():
+    figure = plots.bars({"a": {"x": 1.0, "y": 1234.0}, "b": {"z": 3.0}}, "per second")
+    first, second = figure.axes
+    assert [bar.get_width() for bar in first.patches] == [1, 1234]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["x", "y"]
+    assert [text.get_text() for text in first.texts] == ["1", "1,234"]
+    assert second.get_title() == "b" and second.get_xlabel() == "per second"

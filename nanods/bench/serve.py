@@ -249,12 +249,13 @@ def part_embedder() -> dict:
 def draw(table: dict, args: Args) -> None:
     """Draw what has been measured."""
     if "engine" in table:
-        dots = {
-            f"{preset}, {way}": [row[way]["tokens_per_second"]]
+        panels = {
+            f"{preset}, {CLIENTS} clients, one thread": {
+                way: row[way]["tokens_per_second"] for way in WAYS
+            }
             for preset, row in table["engine"].items()
-            for way in WAYS
         }
-        plots.save(plots.dot_plot(dots, {}, "tokens per second"), args.results / "serve.png")
+        plots.save(plots.bars(panels, "tokens per second"), args.results / "serve.png")
 
 
 def main() -> None:
