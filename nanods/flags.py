@@ -100,6 +100,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "max-body": (1, 1024),
     "timeout": (0.001, 86_400),
     "grace": (0, 86_400),
+    "canary-minutes": (0, 10_080),
+    "slow-seconds": (0.001, 86_400),
     # nanods/bench
     "seeds": (1, 1000),
     "jobs": (1, 1024),

@@ -43,11 +43,15 @@ class Args:
     """Seconds until a request is given up."""
     grace: float = 30.0
     """Seconds to answer what is under way, after SIGTERM or Ctrl-C."""
-    monitor_dir: Path | None = None
-    """A folder for alarms.jsonl, and for the normal traffic with which later traffic is compared.
-    Default: alarms are shown by /metrics alone."""
+    monitor: Path | None = None
+    """A folder for alarms.jsonl, and for what normal traffic is; without it, a server that restarts
+    learns its traffic anew."""
     webhook: str | None = None
-    """Post each alarm to this URL, as JSON."""
+    """The URL to which alarms are posted, as JSON."""
+    canary_minutes: float = 10.0
+    """From one measurement of each model's quality to the next; 0: none."""
+    slow_seconds: float = 5.0
+    """An answer whose first part takes longer is late; 5% of them raise an alarm."""
 
 
 def main() -> None:
@@ -63,6 +67,7 @@ def main() -> None:
     try:
         from nanods.serving.grpc_server import address
         from nanods.serving.models import load_models
+        from nanods.serving.monitor import Monitor
         from nanods.serving.server import Settings, serve_until_signalled
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("nanods"):
@@ -71,6 +76,11 @@ def main() -> None:
             f"serving needs the package {error.name}: make setup EXTRAS=serve, or "
             "pip install 'nanods[serve]'"
         ) from None
+    if args.monitor is None:
+        print("notice     no --monitor FOLDER: alarms and normal traffic are not kept on disk")
+    else:
+        make_folder(args.monitor)
+    monitor = Monitor(args.monitor, args.webhook, args.slow_seconds)
     models = load_models(list(args.runs), args.device, args.slots, args.max_waiting)
     settings = Settings(
         args.host,
@@ -80,8 +90,7 @@ def main() -> None:
         args.max_body << 20,
         args.timeout,
         args.grace,
-        args.monitor_dir,
-        args.webhook,
+        args.canary_minutes,
     )
 
     def on_ready(port: int, grpc_port: int) -> None:
@@ -90,8 +99,19 @@ def main() -> None:
         http, grpc = address(args.host, port), address(args.host, grpc_port)
         print(f"serving    http://{http}  (gRPC: {grpc})", flush=True)
 
-    asyncio.run(serve_until_signalled(models, settings, on_ready))
+    asyncio.run(serve_until_signalled(models, settings, monitor, on_ready))
     print("stopped", flush=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the monitor's folder. Raises UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        raise UserError(f"--monitor {folder}: it cannot be written; name another folder")
 
 
 def is_loopback(host: str) -> bool:

@@ -197,7 +197,9 @@ class Embedder:
         self.queues, self.numbers = Queues(max_tokens), itertools.count()
         self.changed = threading.Condition()  # guards `queues`, `numbers` and `is_closing`
         self.is_closing = False
+        self.running = 0  # inputs of the batch that is being computed
         self.totals = Totals()
+        model.tokens_per_example()  # imports much at the first call: now, while no client waits
 
     # ---- what a server calls, from any thread ----------------------------------------------------
 
@@ -248,9 +250,11 @@ class Embedder:
 
     def run_batch(self) -> bool:
         """Wait until something waits, and embed a batch of it. Return False at the end."""
+        self.running = 0
         with self.changed:
             self.changed.wait_for(lambda: self.is_closing or len(self.queues))
             batch = self.queues.next_batch()
+            self.running = len(batch)
         if not batch:
             return False
         try:

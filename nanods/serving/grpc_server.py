@@ -6,7 +6,8 @@ beyond its deadline), its request leaves the engine.
 
     client -> handler -> Engine.submit ... Inbox.deliver (engine's thread) -> Inbox -> handler
 
-Every call has a deadline: the client's, or the server's if that is sooner.
+Every call has a deadline: the client's, or the server's if that is sooner. The monitor is told how
+each ended, and how usual its prompt or its inputs were (nanods/serving/monitor.py).
 """
 
 import asyncio
@@ -22,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from torch import Tensor
 
 from nanods.contact_sheet import png_url, wav_url
 from nanods.data.instructions import ROLES, prompt_tokens
@@ -32,7 +33,6 @@ from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.flags import check_ranges
 from nanods.serving import embedder, engine
-from nanods.serving.drift import nearest_distance
 from nanods.serving.engine import Request, Token
 from nanods.serving.models import ServedModel
 from nanods.serving.monitor import Monitor
@@ -48,6 +48,7 @@ MAX_NEW_TOKENS = 4096  # of a request
 MAX_STOPS, MAX_LOGPROBS, MAX_ITEMS = 16, 20, 256  # of a request; items are inputs to embed
 MAX_TOP = 100  # results of a search
 BUSY = (engine.BusyError, embedder.BusyError)
+LATE = 0.05  # seconds before its deadline at which a call that the client ends counts as late
 
 
 class Inbox:
@@ -61,8 +62,10 @@ class Inbox:
     def __init__(self, is_stream: bool) -> None:
         self.is_stream, self.tokens = is_stream, []
         self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Event()
+        self.first_time: float | None = None  # when the first token came
 
     def deliver(self, token: Token) -> None:
+        self.first_time = self.first_time or time.perf_counter()
         self.tokens.append(token)
         if self.is_stream or token.finish:
             self.loop.call_soon_threadsafe(self.arrived.set)
@@ -75,11 +78,19 @@ class Inbox:
         return tokens
 
 
+@dataclass
+class Call:
+    """A call under way, as the monitor will count it."""
+
+    model: ServedModel | None
+    start: float = field(default_factory=time.perf_counter)
+    outcome: str = "failed"  # of nanods.serving.monitor.OUTCOMES; unless it ends otherwise
+    first_seconds: float | None = None  # until the first token was drawn
+
+
 class Service(services.NanodsServicer):
-    def __init__(
-        self, models: dict[str, ServedModel], timeout: float, monitor: Monitor | None = None
-    ) -> None:
-        """`timeout`: the seconds that a call takes at most. `monitor` gets each call's figures."""
+    def __init__(self, models: dict[str, ServedModel], timeout: float, monitor: Monitor) -> None:
+        """`timeout`: the seconds that a call takes at most."""
         self.models, self.timeout, self.monitor = models, timeout, monitor
         self.is_stopping = False
 
@@ -89,95 +100,98 @@ class Service(services.NanodsServicer):
         return messages.ModelsReply(models=map(model_card, self.models.values()))
 
     async def Generate(self, request, context):  # noqa: N802
-        async with self.answering(kind_of(request), request, context) as call:
+        async with self.answering(text_operation(request), request, context) as call:
             (reply,) = [reply async for reply in self.replies(call, request, is_stream=False)]
             return reply
 
     async def GenerateStream(self, request, context):  # noqa: N802
-        async with self.answering(kind_of(request), request, context) as call:
+        async with self.answering(text_operation(request), request, context) as call:
             async for reply in self.replies(call, request, is_stream=True):
                 yield reply
 
     async def Embed(self, request, context):  # noqa: N802
         async with self.answering("embedding", request, context) as call:
-            require(call.model, "embed")
+            model = call.model
+            require(model, "embed")
             if not 1 <= len(request.inputs) <= MAX_ITEMS:
                 raise UserError(f"{len(request.inputs)} inputs: send 1 to {MAX_ITEMS}")
-            rows = await self.embed(call, request.inputs)
+            inputs = await asyncio.to_thread(read_inputs, request.inputs, model)
+            rows = await model.worker.embed(inputs)
+            self.report_inputs(model, inputs, rows)
             return messages.EmbedReply(
                 embeddings=[messages.Embedding(values=row) for row in rows.tolist()],
-                tokens=call.read_tokens,
+                tokens=sum(embedder.check_input(model.worker.model, *item) for item in inputs),
             )
 
     async def Search(self, request, context):  # noqa: N802
         async with self.answering("search", request, context) as call:
-            require(call.model, "search")
+            model = call.model
+            require(model, "search")
             if request.top > MAX_TOP:
                 raise UserError(f"top {request.top}: ask for at most {MAX_TOP}")
-            (embedding,) = await self.embed(call, [request.query])
-            gallery = call.model.gallery
-            hits = gallery.search(embedding, request.modality, request.top or 5)
-            return await asyncio.to_thread(search_reply, gallery, hits)
+            inputs = await asyncio.to_thread(read_inputs, [request.query], model)
+            rows = await model.worker.embed(inputs)
+            self.report_inputs(model, inputs, rows)
+            hits = model.gallery.search(rows[0], request.modality, request.top or 5)
+            return await asyncio.to_thread(search_reply, model.gallery, hits)
 
-    async def embed(self, call: "Call", inputs) -> Tensor:
-        """Return the embeddings (N, M) of a call's inputs."""
-        worker = call.model.worker
-        read = await asyncio.to_thread(read_inputs, inputs, call.model)
-        call.read_tokens = sum(embedder.check_input(worker.model, name, x) for name, x in read)
-        rows = await worker.embed(read)
-        if self.monitor and call.model.gallery:
-            for (name, _), row in zip(read, rows, strict=True):
-                known = call.model.gallery.embeddings.get(name)
-                if known is not None:
-                    self.monitor.traffic(name, float(nearest_distance(row[None], known)))
-        return rows
+    def report_inputs(self, model: ServedModel, inputs: list[embedder.Input], rows) -> None:
+        """Tell the monitor how far the embeddings (N, M) of inputs are from the gallery's."""
+        names = [name for name, _ in inputs]
+        for name in model.gallery.embeddings if model.gallery else ():
+            is_of_name = torch.tensor([each == name for each in names])
+            for distance in model.gallery.distances(rows[is_of_name], name):
+                self.monitor.traffic(name, distance)
 
     # ---- errors and deadlines --------------------------------------------------------------------
 
     @asynccontextmanager
-    async def answering(self, operation: str, request, context) -> AsyncIterator["Call"]:
-        """Find the model of a call. Limit its time, turn errors into its status, and report it."""
-        status = grpc.StatusCode
-        call, outcome = Call(), "failed"
+    async def answering(self, operation: str, request, context) -> AsyncIterator[Call]:
+        """Find the model of a request, limit the time, turn errors into its status, and count
+        the call."""
+        status, call = grpc.StatusCode, Call(self.models.get(request.model))
+
+        async def refuse(code: grpc.StatusCode, text: str) -> None:
+            call.outcome = "refused"
+            await context.abort(code, text)
+
         remaining = context.time_remaining()
         limit = self.timeout if remaining is None else min(remaining, self.timeout)
         try:
             if self.is_stopping:
-                raise StoppingError
-            if request.model not in self.models:
+                await refuse(status.UNAVAILABLE, "the server is stopping")
+            if call.model is None:
                 known = ", ".join(self.models)
-                raise NoModelError(f"no model {request.model!r}; the models are {known}")
-            call.model = self.models[request.model]
+                await refuse(
+                    status.NOT_FOUND, f"no model {request.model!r}; the models are {known}"
+                )
             async with asyncio.timeout(limit):
                 yield call
-            outcome = "ok"
-        except (UserError, StoppingError, *BUSY) as error:
-            outcome = "refused"
-            codes = {
-                StoppingError: status.UNAVAILABLE,
-                NoModelError: status.NOT_FOUND,
-                WrongOperationError: status.FAILED_PRECONDITION,
-                UserError: status.INVALID_ARGUMENT,
-            }
-            matching = (code for kind, code in codes.items() if isinstance(error, kind))
-            code = next(matching, status.RESOURCE_EXHAUSTED)
-            await context.abort(code, str(error))
+            call.outcome = "ok"
+        except WrongOperationError as error:
+            await refuse(status.FAILED_PRECONDITION, str(error))
+        except UserError as error:
+            await refuse(status.INVALID_ARGUMENT, str(error))
+        except BUSY as error:
+            await refuse(status.RESOURCE_EXHAUSTED, f"{error}: try again later")
+        except (asyncio.CancelledError, GeneratorExit):
+            # A client whose deadline has passed ends the call, too: it was not answered in time.
+            if time.perf_counter() - call.start < limit - LATE:
+                call.outcome = "cancelled"
+            raise
         except TimeoutError:
             await context.abort(status.DEADLINE_EXCEEDED, f"not answered within {limit:.3g} s")
         except ComputeError:
             await context.abort(
                 status.INTERNAL, "the computation failed; the server's log says why"
             )
-        except (asyncio.CancelledError, GeneratorExit):
-            outcome = "cancelled"
-            raise
         finally:
-            if self.monitor:
-                call.report(self.monitor, operation, outcome)
+            seconds = time.perf_counter() - call.start
+            self.monitor.request(operation, call.outcome, seconds, call.first_seconds)
 
     # ---- generation ------------------------------------------------------------------------------
 
-    async def replies(self, call: "Call", request, is_stream: bool) -> AsyncIterator:
+    async def replies(self, call: Call, request, is_stream: bool) -> AsyncIterator:
         """Yield a request's answer: as it is generated, or as a whole."""
         model = call.model
         wanted = engine_request(model, request)
@@ -191,12 +205,12 @@ class Service(services.NanodsServicer):
                 tokens = await inbox.take()
                 if not tokens:
                     continue
-                if is_stream and call.first_seconds is None:
-                    call.first_seconds = time.monotonic() - call.start
-                call.new_tokens += len(tokens)
                 finish = tokens[-1].finish
                 if finish == "error":
                     raise ComputeError
+                if call.first_seconds is None:
+                    call.first_seconds = inbox.first_time - call.start
+                    self.report_prompt(model, task)
                 texts = [decoder.decode(t.text, final=bool(t.finish)) for t in tokens]
                 scored = []
                 if wanted.logprobs is not None:
@@ -212,45 +226,20 @@ class Service(services.NanodsServicer):
                     prompt_tokens=len(wanted.prompt),
                     new_tokens=len(tokens),
                 )
-            call.read_tokens = len(wanted.prompt)
-            if self.monitor and len(wanted.prompt) > 1:
-                n_bytes = len(model.worker.decode_bytes(wanted.prompt))
-                self.monitor.traffic("prompt", task.prompt_nats / math.log(2) / n_bytes)
         finally:
             model.worker.cancel(task)
 
-
-@dataclass
-class Call:
-    """What is reported of a call when it has ended."""
-
-    model: ServedModel | None = None
-    start: float = field(default_factory=time.monotonic)
-    first_seconds: float | None = None
-    read_tokens: int = 0
-    new_tokens: int = 0
-
-    def report(self, monitor: Monitor, operation: str, outcome: str) -> None:
-        seconds = time.monotonic() - self.start
-        monitor.request(
-            operation, outcome, seconds, self.first_seconds, self.read_tokens, self.new_tokens
-        )
+    def report_prompt(self, model: ServedModel, task: engine.Task) -> None:
+        """Tell the monitor the bits per byte of a prompt, which has been read."""
+        # Its first token has no probability: nothing stands before it.
+        count = len(model.finished.tokenizer.decode_bytes(task.request.prompt[1:]))
+        if count:
+            self.monitor.traffic("prompt", task.prompt_nats / math.log(2) / count)
 
 
-def kind_of(request) -> str:
-    """Return the operation of a request to generate."""
+def text_operation(request) -> str:
+    """Return how the monitor calls what is asked of a language model."""
     return "chat" if request.messages else "completion"
-
-
-class StoppingError(Exception):
-    """The server takes no new calls."""
-
-    def __str__(self) -> str:
-        return "the server is stopping"
-
-
-class NoModelError(UserError):
-    """No model has this name."""
 
 
 class WrongOperationError(UserError):

@@ -33,6 +33,12 @@ class ServedModel:
         # A daemon: an error that ends the program does not wait for it.
         self.thread = Thread(target=self.worker.run, name=f"compute {self.name}", daemon=True)
 
+    def running(self) -> int:
+        """Return how many requests (V3: inputs) are being computed."""
+        if isinstance(self.worker, Embedder):
+            return self.worker.running
+        return len(self.worker.reading) + len(self.worker.batch)
+
     def waiting(self) -> int:
         """Return how many requests (V3: inputs) wait."""
         if isinstance(self.worker, Embedder):

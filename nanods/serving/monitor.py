@@ -15,6 +15,9 @@ reads /metrics and has alarms of its own (alerts.yml beside this file, dashboard
 Labels have few values that are known in advance: each new value is a new series, so a label that a
 client could choose, such as a user's name, would fill Prometheus's memory.
 
+nanods/serving/model_metrics.py adds what the models know themselves: tokens, what waits, the load
+of their experts; and their canaries.
+
 Pinned by tests/serving/test_monitor.py.
 
 Shapes: B texts, T tokens, Q examples of a gallery, M width of the common space.
@@ -135,8 +138,10 @@ class Monitor:
         self.firing: dict[str, bool] = dict.fromkeys(ALARMS, False)
         self.late: deque[bool] = deque(maxlen=WINDOW)
         self.failed: deque[bool] = deque(maxlen=WINDOW)
-        self.first_canary: float | None = None
+        self.first_canary: dict[str, float] = {}  # by model
+        self.is_worse: dict[str, bool] = {}  # by model: is its last canary worse than the first?
         self.closed = threading.Event()
+        self.threads: list[threading.Thread] = []
 
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -155,10 +160,6 @@ class Monitor:
             registry=registry,
             buckets=BUCKETS,
         )
-        self.tokens = Counter(
-            "nanods_tokens", "Tokens read and generated", ["kind"], registry=registry
-        )
-        self.waiting = Gauge("nanods_waiting", "Requests that wait", ["queue"], registry=registry)
         self.level = Gauge(
             "nanods_drift_level",
             "Drift of the traffic as a share of what raises the alarm",
@@ -166,7 +167,7 @@ class Monitor:
             registry=registry,
         )
         self.canary = Gauge(
-            "nanods_canary", "Of the model's canary; higher is worse", registry=registry
+            "nanods_canary", "Of a model's canary; higher is worse", ["model"], registry=registry
         )
         self.alarm = Gauge(
             "nanods_alarm", "1 while an alarm fires, else 0", ["alarm"], registry=registry
@@ -175,10 +176,15 @@ class Monitor:
             self.alarm.labels(name).set(0)
 
         self.traffic_of = {kind: Traffic(kind, folder) for kind in TRAFFIC}
-        self.outbox: queue.Queue[dict] | None = None  # for the webhook
+        self.outbox: queue.Queue[dict | None] | None = None  # for the webhook
         if webhook:
             self.outbox = queue.Queue(maxsize=100)
-            threading.Thread(target=self.send_alarms, args=(webhook,), daemon=True).start()
+            self.start(self.send_alarms, webhook)
+
+    def start(self, target: Callable[..., None], *args) -> None:
+        """Start a thread that `close` ends."""
+        self.threads.append(threading.Thread(target=target, args=args, daemon=True))
+        self.threads[-1].start()
 
     # ---- what a server reports -------------------------------------------------------------------
 
@@ -188,18 +194,14 @@ class Monitor:
         outcome: str,
         seconds: float,
         first_seconds: float | None = None,
-        read_tokens: int = 0,
-        new_tokens: int = 0,
     ) -> None:
-        """Count a request that has ended. `first_seconds`: of a stream, until its first token.
+        """Count a request that has ended. `first_seconds`: of a text, until its first token.
 
         Refused are those that the client should change or repeat later; failed are the server's own
         faults, deadlines included. Refused and cancelled requests raise no alarm.
         """
         operation, outcome = known(operation, OPERATIONS), known(outcome, OUTCOMES)
         self.requests.labels(operation, outcome).inc()
-        self.tokens.labels("read").inc(read_tokens)
-        self.tokens.labels("new").inc(new_tokens)
         if outcome not in ("ok", "failed"):
             return
         self.seconds.labels(operation).observe(seconds)
@@ -227,25 +229,30 @@ class Monitor:
                 is_firing = self.traffic_of[kind].cusum.is_firing
                 self.set_alarm(f"traffic_{kind}", is_firing, level, 1.0)
 
-    def check_canary(self, value: float) -> None:
-        """Compare a canary's value, where lower is better, with the first one."""
-        self.canary.set(value)
-        with self.lock:
-            if self.first_canary is None:
-                self.first_canary = value
-            limit = self.first_canary + self.tolerance * abs(self.first_canary)
-            self.set_alarm("quality", not value <= limit, value, limit)  # NaN is no good value
+    def check_canary(self, model: str, value: float) -> None:
+        """Compare the value of a model's canary, where lower is better, with its first one.
 
-    def run_canary(self, measure: Callable[[], float], seconds: float) -> None:
-        """Measure at once and then every so many seconds, until `close`. An error counts as the
-        worst value. For a thread of its own."""
+        The alarm fires while any model is worse.
+        """
+        self.canary.labels(model).set(value)
+        with self.lock:
+            if math.isfinite(value):
+                self.first_canary.setdefault(model, value)
+            first = self.first_canary.get(model, math.nan)
+            limit = first + self.tolerance * abs(first)
+            self.is_worse[model] = not value <= limit  # NaN is no good value
+            self.set_alarm("quality", any(self.is_worse.values()), value, limit, model=model)
+
+    def run_canary(self, model: str, measure: Callable[[], float], seconds: float) -> None:
+        """Measure a model at once and then every so many seconds, until `close`. An error counts as
+        the worst value. For a thread of its own."""
         while True:
             try:
                 value = measure()
             except Exception as error:
-                print(f"warning: the canary failed ({error})", file=sys.stderr)
+                print(f"warning: the canary of {model} failed ({error})", file=sys.stderr)
                 value = math.nan
-            self.check_canary(value)
+            self.check_canary(model, value)
             if self.closed.wait(seconds):
                 return
 
@@ -255,14 +262,22 @@ class Monitor:
 
         return generate_latest(self.registry)
 
-    def close(self) -> None:
-        """End `run_canary`."""
+    def close(self, timeout: float = WEBHOOK_TIMEOUT) -> None:
+        """End the threads. Each gets `timeout` seconds to finish: a canary its measurement, the
+        webhook's the alarms that wait."""
         self.closed.set()
+        if self.outbox is not None:
+            with suppress(queue.Full):
+                self.outbox.put(None, timeout=timeout)
+        for thread in self.threads:
+            thread.join(timeout)
 
     # ---- alarms ----------------------------------------------------------------------------------
 
-    def set_alarm(self, name: str, is_firing: bool, value: float, limit: float) -> None:
-        """Note whether an alarm fires; tell of it when it begins and when it ends."""
+    def set_alarm(
+        self, name: str, is_firing: bool, value: float, limit: float, **about: str
+    ) -> None:
+        """Note whether an alarm fires; tell of it, and what it is about, when it begins or ends."""
         if is_firing == self.firing[name]:
             return
         self.firing[name] = is_firing
@@ -271,6 +286,7 @@ class Monitor:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock())),
             "alarm": name,
             "state": "firing" if is_firing else "resolved",
+            **about,
             "value": value if math.isfinite(value) else None,
             "limit": limit if math.isfinite(limit) else None,
         }
@@ -287,8 +303,8 @@ class Monitor:
 
     def send_alarms(self, webhook: str) -> None:
         """Post each event to the webhook, one after another. For a thread of its own."""
-        while True:
-            data = json.dumps(self.outbox.get()).encode()
+        while (event := self.outbox.get()) is not None:
+            data = json.dumps(event).encode()
             request = urllib.request.Request(
                 webhook, data, {"Content-Type": "application/json"}, method="POST"
             )

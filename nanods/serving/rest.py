@@ -1,8 +1,8 @@
 """The REST routes on top of the gRPC service: those that clients of OpenAI's API speak already.
 
     GET  /v1/models, /v1/models/{name}     POST /v1/completions        POST /v1/embeddings
-    GET  /healthz, /metrics, /openapi.json POST /v1/chat/completions   POST /v1/search
-    GET  /  a page to try them (page.html)
+    GET  /healthz, /openapi.json           POST /v1/chat/completions   POST /v1/search
+    GET  /metrics  for Prometheus          GET  /  a page to try them (page.html)
 
 A route turns JSON into a message of nanods/serving/serve.proto, calls the gRPC server, and turns
 its reply into JSON. It decides nothing: limits, deadlines and errors are the service's. What HTTP
@@ -28,12 +28,20 @@ from typing import Annotated, Any, Literal
 import grpc
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from nanods.serving.grpc_server import MAX_ITEMS, has_token, messages, services
+from nanods.serving.monitor import Monitor
 
 CODES = grpc.StatusCode
 HTTP_STATUS = {
@@ -411,16 +419,11 @@ STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 def make_app(
-    channel: grpc.aio.Channel,
-    token: str | None,
-    max_body: int,
-    timeout: float,
-    metrics: Callable[[], bytes],
+    channel: grpc.aio.Channel, token: str | None, max_body: int, timeout: float, monitor: Monitor
 ) -> FastAPI:
     """Return the application (ASGI) that answers by calls over the channel.
 
-    `timeout`: the deadline of each call, in seconds. `max_body` in bytes. `metrics` returns what
-    Prometheus reads.
+    `timeout`: the deadline of each call, in seconds. `max_body` in bytes.
     """
     # The pages /docs and /redoc would load scripts from other servers.
     app = FastAPI(
@@ -444,9 +447,9 @@ def make_app(
             raise HTTPException(503, "the server is stopping")
         return {"status": "ok"}
 
-    @app.get("/metrics")
-    async def prometheus() -> Response:
-        return Response(metrics(), media_type="text/plain; version=0.0.4")
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> Response:  # not async: FastAPI calls it in a thread of its own
+        return Response(monitor.metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def cards() -> list[dict]:
         return [

@@ -24,6 +24,7 @@ from nanods.data.scenes import check_scene_words
 from nanods.data.sound import normalized_log_mel
 from nanods.errors import UserError
 from nanods.multimodal import Multimodal
+from nanods.serving.drift import nearest_distance
 from nanods.training.contrastive_data import encode_captions, model_inputs
 from nanods.training.contrastive_task import embed
 
@@ -85,3 +86,7 @@ class Gallery:
         scores = self.embeddings[name] @ query  # (Q,)
         best = scores.argsort(descending=True, stable=True)[:top].tolist()
         return [Hit(int(self.rows[name][i]), scores[i].item()) for i in best]
+
+    def distances(self, embeddings: Tensor, name: str) -> list[float]:
+        """Return how far embeddings (N, M) of modality `name` are from the nearest example's."""
+        return nearest_distance(embeddings, self.embeddings[name]).tolist()

@@ -11,13 +11,13 @@ import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import uvicorn
 
 from nanods.errors import UserError
 from nanods.serving.grpc_server import Service, address, start_grpc
+from nanods.serving.model_metrics import watch_models
 from nanods.serving.models import ServedModel
 from nanods.serving.monitor import Monitor
 from nanods.serving.rest import make_app
@@ -36,10 +36,8 @@ class Settings:
     """Seconds of a call, at most."""
     grace: float = 30.0
     """Seconds that the server takes to stop, at most."""
-    monitor_dir: Path | None = None
-    """Where alarms and the references of traffic are kept; None: nowhere."""
-    webhook: str | None = None
-    """The URL to which alarms are posted."""
+    canary_minutes: float = 10.0
+    """From one canary to the next; 0: none."""
 
 
 class HTTPServer(uvicorn.Server):
@@ -70,29 +68,24 @@ def bind(host: str, port: int) -> socket.socket:
 async def serve(
     models: dict[str, ServedModel],
     settings: Settings,
+    monitor: Monitor,
     stop: asyncio.Event,
     on_ready: Callable[[int, int], None],
 ) -> None:
     """Serve until `stop` is set, then drain. `on_ready(port, grpc_port)` is called once both
     servers answer. Raises UserError if a port is taken."""
     listener = bind(settings.host, settings.port)
-    monitor = Monitor(settings.monitor_dir, settings.webhook)
     service = Service(models, settings.timeout, monitor)
-
-    def metrics() -> bytes:
-        for model in models.values():
-            monitor.waiting.labels(model.name).set(model.waiting())
-        return monitor.metrics()
-
     grpc_server, healthy, grpc_port = await start_grpc(
         service, settings.host, settings.grpc_port, settings.token, settings.max_body
     )
     for model in models.values():
         model.thread.start()
+    watch_models(monitor, models, settings.canary_minutes)
     options = [("grpc.max_send_message_length", settings.max_body)]
     target = address(settings.host, grpc_port)
     async with grpc.aio.insecure_channel(target, options) as channel:
-        app = make_app(channel, settings.token, settings.max_body, settings.timeout, metrics)
+        app = make_app(channel, settings.token, settings.max_body, settings.timeout, monitor)
         http = HTTPServer(
             uvicorn.Config(
                 app,
@@ -116,10 +109,14 @@ async def serve(
         model.worker.close()
     for model in models.values():
         await asyncio.to_thread(model.thread.join, settings.grace)
+    await asyncio.to_thread(monitor.close)
 
 
 async def serve_until_signalled(
-    models: dict[str, ServedModel], settings: Settings, on_ready: Callable[[int, int], None]
+    models: dict[str, ServedModel],
+    settings: Settings,
+    monitor: Monitor,
+    on_ready: Callable[[int, int], None],
 ) -> None:
     """Serve until the process gets SIGTERM or SIGINT."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -129,7 +126,7 @@ async def serve_until_signalled(
 
     before = {number: signal.signal(number, drain) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        await serve(models, settings, stop, on_ready)
+        await serve(models, settings, monitor, stop, on_ready)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -37,6 +37,10 @@ def test_mistakes_at_the_start_say_how_to_correct_them(serving, monkeypatch):
         (["v2-tiny"], "runs/v2-tiny: no such run. Train it first: make train-v2"),
         (["v2-tiny", "--port", 70000], "--port 70000: must be at most 65,535"),
         (["v2-tiny", "--host", "0.0.0.0"], "open to other machines: set NANODS_TOKEN"),
+        (["v2-tiny", "--canary-minutes", -1], "--canary-minutes -1: must be at least 0"),
+        (["v2-tiny", "--slow-seconds", 0], "--slow-seconds 0: must be above 0, 0.001 or more"),
+        (["v2-tiny", "--webhook", "ftp://a"], "--webhook ftp://a: give a URL that begins with"),
+        (["v2-tiny", "--monitor", __file__], "cannot be written; name another folder"),
     ):
         code, error = serving(*words)
         assert code == 2 and told in error and "Traceback" not in error
@@ -79,11 +83,13 @@ def test_it_serves_a_trained_run_until_sigterm(train_tiny, serving):
         text=True,
     )
     try:
+        assert server.stdout.readline().startswith("notice     no --monitor FOLDER: alarms")
         assert server.stdout.readline() == "model      v1-tiny: generate\n"
         url = re.match(r"serving    (http://\S+)", server.stdout.readline())[1]
         body = {"model": "v1-tiny", "prompt": "1 times", "max_tokens": 8, "seed": 1}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=20)
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 8
+        assert "nanods_requests_total{" in httpx.get(f"{url}/metrics", timeout=20).text
         server.send_signal(signal.SIGTERM)
         out, error = server.communicate(timeout=20)
     finally:

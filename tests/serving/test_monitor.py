@@ -3,6 +3,7 @@
 import http.server
 import json
 import math
+import re
 import threading
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from nanods.errors import UserError
 from nanods.gpt import GPT, GPTConfig
 from nanods.moe import MoEConfig
 from nanods.serving import monitor as module
+from nanods.serving.model_metrics import ModelMetrics
 from nanods.serving.monitor import (
     ALARMS,
     Monitor,
@@ -65,12 +67,11 @@ def wait_until(condition):
 
 def test_requests_are_counted_by_operation_and_outcome():
     monitor = Monitor()
-    monitor.request("completion", "ok", 2.0, first_seconds=0.2, read_tokens=30, new_tokens=100)
+    monitor.request("completion", "ok", 2.0, first_seconds=0.2)
     monitor.request("completion", "ok", 1.0)
     monitor.request("search", "refused", 0.0)
     assert value(monitor, "nanods_requests_total", operation="completion", outcome="ok") == 2
     assert value(monitor, "nanods_requests_total", operation="search", outcome="refused") == 1
-    assert value(monitor, "nanods_tokens_total", kind="new") == 100
     assert value(monitor, "nanods_request_seconds_sum", operation="completion") == 3.0
     assert value(monitor, "nanods_first_token_seconds_count") == 1
     text = monitor.metrics().decode()
@@ -172,16 +173,35 @@ def test_the_canary_notices_each_expert_that_is_lost():
     for block in model.blocks:
         for expert in range(4):
             monitor = Monitor()
-            monitor.check_canary(first)
-            monitor.check_canary(bits_per_token(model, texts))
+            monitor.check_canary("v2", first)
+            monitor.check_canary("v2", bits_per_token(model, texts))
             assert not monitor.firing["quality"], "the same model has the same canary"
             kept = block.mlp.out[expert].detach().clone()
             block.mlp.out.data[expert] = 0
-            monitor.check_canary(bits_per_token(model, texts))
+            monitor.check_canary("v2", bits_per_token(model, texts))
             block.mlp.out.data[expert] = kept
             assert monitor.firing["quality"] and value(monitor, "nanods_alarm", alarm="quality")
-            monitor.check_canary(first)
+            monitor.check_canary("v2", first)
             assert not monitor.firing["quality"]
+
+
+def test_the_alarm_fires_while_any_model_is_worse_than_its_own_first_canary(tmp_path):
+    monitor = Monitor(tmp_path)
+    for model, canary, is_firing in (
+        ("a", 1.0, False),
+        ("b", 3.0, False),  # models differ
+        ("a", 1.1, True),
+        ("b", 3.1, True),
+        ("a", 1.0, True),
+        ("b", 2.9, False),
+        ("c", math.nan, True),  # its first measurement has failed
+        ("c", 5.0, False),
+    ):
+        monitor.check_canary(model, canary)
+        assert monitor.firing["quality"] == is_firing
+        if canary == canary:
+            assert value(monitor, "nanods_canary", model=model) == canary
+    assert [event["model"] for event in events(tmp_path)] == ["a", "b", "c", "c"]
 
 
 def test_partners_that_drift_apart_are_a_worse_canary():
@@ -200,9 +220,9 @@ def test_the_canary_is_asked_on_schedule_and_an_error_counts_as_the_worst_value(
             raise RuntimeError("out of memory")
         return 2.0
 
-    monitor.run_canary(measure, seconds=0.01)
+    monitor.run_canary("v2", measure, seconds=0.01)
     assert asked == [0, 1, 2] and monitor.firing["quality"]
-    assert "the canary failed (out of memory)" in capsys.readouterr().err
+    assert "the canary of v2 failed (out of memory)" in capsys.readouterr().err
 
 
 # ---- service -------------------------------------------------------------------------------------
@@ -271,16 +291,17 @@ def webhook():
 def test_an_alarm_goes_to_the_log_and_to_the_webhook(tmp_path, webhook):
     url, handler = webhook
     monitor = Monitor(tmp_path, webhook=url, clock=Clock())
-    monitor.check_canary(1.0)
-    monitor.check_canary(1.5)
-    monitor.check_canary(math.nan)
-    monitor.check_canary(1.0)
+    for value in (1.0, 1.5, math.nan, 1.0):
+        monitor.check_canary("v2", value)
+    monitor.close()
+    assert not any(thread.is_alive() for thread in monitor.threads)
     wait_until(lambda: len(handler.received) == 2)
     assert handler.received == events(tmp_path)
     assert handler.received[0] == {
         "time": "1970-01-12T13:46:40Z",
         "alarm": "quality",
         "state": "firing",
+        "model": "v2",
         "value": 1.5,
         "limit": 1.001,
     }
@@ -290,11 +311,10 @@ def test_a_webhook_that_fails_is_tried_again_at_the_next_alarm(webhook, capsys):
     url, handler = webhook
     handler.status = 500
     monitor = Monitor(webhook=url)
-    monitor.check_canary(1.0)
-    for value in (2.0, 1.0):
-        monitor.check_canary(value)
+    for value in (1.0, 2.0, 1.0):
+        monitor.check_canary("v2", value)
     wait_until(lambda: len(handler.received) == 2)
-    Monitor(webhook="http://127.0.0.1:9/").check_canary(1.0)
+    monitor.close()
     err = ""
     while "has not taken an alarm" not in err:
         err += capsys.readouterr().err
@@ -309,8 +329,8 @@ def test_a_webhook_is_an_http_address(url):
 def test_a_log_that_cannot_be_written_does_not_stop_the_server(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monitor = Monitor(tmp_path / "file" / "folder")
-    monitor.check_canary(1.0)
-    monitor.check_canary(2.0)
+    monitor.check_canary("v2", 1.0)
+    monitor.check_canary("v2", 2.0)
     assert monitor.firing["quality"]
     assert "no alarm can be written" in capsys.readouterr().err
 
@@ -328,7 +348,9 @@ def names_in(expression):
 
 
 def test_rules_and_dashboard_name_metrics_that_exist():
-    families = {family.name for family in Monitor().registry.collect()}
+    monitor = Monitor()
+    monitor.registry.register(ModelMetrics({}))
+    families = {family.name for family in monitor.registry.collect()}
     families |= {f"{name}_total" for name in families}
     groups = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
@@ -338,6 +360,8 @@ def test_rules_and_dashboard_name_metrics_that_exist():
     used = set().union(*map(names_in, expressions))
     assert used <= families and all(map(names_in, expressions))
     assert {"nanods_alarm", "nanods_requests_total", "nanods_drift_level"} <= used
+    page = set(re.findall(r"nanods_\w+", (FOLDER / "page.html").read_text(encoding="utf-8")))
+    assert page and page <= families
     for rule in rules:
         assert rule["alert"] and rule["annotations"]["summary"]
         assert rule["labels"]["severity"] in ("page", "ticket")

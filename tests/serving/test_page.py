@@ -82,6 +82,43 @@ def test_the_page_generates_and_shows_what_was_used(server, browser):
 
 
 @in_a_browser
+def test_the_panel_shows_what_the_server_does(server, browser):
+    def shown(id):
+        return browser.run(f"return document.getElementById('{id}').textContent")
+
+    browser.open(f"{server.url}/?model=text&prompt=a&tokens=200&seed=3")
+    browser.wait_for("return document.body.dataset.done")
+    browser.wait_for("return document.querySelectorAll('#load i').length")
+    bars = browser.run(
+        "return [...document.querySelectorAll('#load i')].map((i) => [i.style.height, i.title])"
+    )
+    assert len(bars) == 16 and "100%" in [height for height, _ in bars]
+    shares = [float(title.split(": ")[1].removesuffix("%")) for _, title in bars]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    assert browser.run("return document.getElementById('panel').checkVisibility()")
+    assert browser.run("return document.getElementById('load').checkVisibility()")
+    browser.wait_for("return document.getElementById('running').textContent === '0'")
+    assert shown("waiting") == "0" and shown("alarms") == "none"
+    server.monitor.set_alarm("latency", True, 1.0, 0.5)
+    browser.run(
+        "document.getElementById('count').value = 4000; document.getElementById('go').click()"
+    )
+    try:
+        browser.wait_for("return Number(document.getElementById('speed').textContent) > 0")
+        browser.wait_for("return document.getElementById('running').textContent === '1'")
+        browser.wait_for("return document.getElementById('alarms').textContent === 'latency'")
+    finally:
+        server.monitor.set_alarm("latency", False, 0.0, 0.5)
+        browser.run("document.getElementById('stop').click()")
+    wait_until(lambda: is_idle(server.models["text"].worker))
+    browser.open(f"{server.url}/?model=space&search=a+cat&among=text")
+    browser.wait_for("return document.body.dataset.done")
+    assert shown("speed-name") == "inputs per second"
+    browser.wait_for("return document.getElementById('speed').textContent >= '0'")
+    assert not browser.run("return document.getElementById('load').checkVisibility()")
+
+
+@in_a_browser
 def test_stop_ends_the_computing(server, browser):
     engine = server.models["text"].worker
     browser.open(f"{server.url}/?model=text")
