@@ -175,7 +175,7 @@ class Monitor:
         for name in ALARMS:
             self.alarm.labels(name).set(0)
 
-        self.traffic_of = {kind: Traffic(kind, folder) for kind in TRAFFIC}
+        self.traffic_of = {kind: Traffic(kind, folder, self.start) for kind in TRAFFIC}
         self.outbox: queue.Queue[dict | None] | None = None  # for the webhook
         if webhook:
             self.outbox = queue.Queue(maxsize=100)
@@ -264,7 +264,7 @@ class Monitor:
 
     def close(self, timeout: float = WEBHOOK_TIMEOUT) -> None:
         """End the threads. Each gets `timeout` seconds to finish: a canary its measurement, the
-        webhook's the alarms that wait."""
+        webhook's the alarms that wait, a new reference its file."""
         self.closed.set()
         if self.outbox is not None:
             with suppress(queue.Full):
@@ -323,8 +323,12 @@ def known(value: str, values: tuple[str, ...]) -> str:
 class Traffic:
     """The scores of one kind of request: first a reference is recorded, then compared with."""
 
-    def __init__(self, kind: str, folder: Path | None) -> None:
-        """Read the reference from `folder`, if it is there. Raises UserError if it is damaged."""
+    def __init__(self, kind: str, folder: Path | None, start: Callable[..., None]) -> None:
+        """Read the reference from `folder`, if it is there. Raises UserError if it is damaged.
+
+        `start` starts a thread, as `Monitor.start` does.
+        """
+        self.start_thread = start
         self.path = folder / f"reference_{kind}.json" if folder else None
         self.recorded: array | None = array("d")  # None when there is enough
         self.start = 0.0  # of the recording
@@ -351,7 +355,7 @@ class Traffic:
         self.recorded.append(score)
         if len(self.recorded) >= REFERENCE_SCORES and now - self.start >= REFERENCE_SECONDS:
             scores, self.recorded = np.array(self.recorded), None
-            threading.Thread(target=self.finish, args=(scores,), daemon=True).start()
+            self.start_thread(self.finish, scores)
         return None
 
     def finish(self, scores: np.ndarray) -> None:
