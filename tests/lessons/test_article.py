@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -131,6 +132,11 @@ def compression_figures():
     bench = load("compress")
     speed, leak = bench["speed"], bench["leak"]["models"]["v0-tiny"]
     layer, wide = speed["linear"]["1024"], speed["models"]["width 1024"]
+    qat = bench["qat"]
+    closed = {bits: qat[f"{bits} bits"]["mean_closed"] for bits in (4, 2)}
+
+    def lost(bits):
+        return mean(qat[f"{bits} bits"]["after_training"]) - mean(qat["fp32"])
 
     def faster(row):
         return f"{row['times_faster']['INT8']:.2f}"
@@ -144,6 +150,8 @@ def compression_figures():
             f"is {faster(layer['1'])}, {faster(layer['16'])} and {faster(layer['256'])} times",
             f"is {faster(wide['prefill'])} times as fast in reading 256 tokens and "
             f"{faster(wide['step'])} in decoding",
+            f"cost {lost(4):.3f} and {lost(2):.2f} bits per byte, and training with rounding "
+            f"closes {closed[4]:.0%} and {closed[2]:.0%} of that gap",
             f"by {leak['one scale per tensor']['from_the_future']:.3f}, with one per row by "
             f"{leak['INT8']['from_the_future']:.3f}",
         ],
