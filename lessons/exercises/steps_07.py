@@ -6,50 +6,28 @@ The grader finds mistakes by experiments on the functions, never by reading thei
 """
 
 import sys
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from grade import (
-    TOLERANCE,
     Answer,
+    KnownMistakes,
     Mistake,
     Step,
-    different_digits,
     expect_dtype,
     expect_gradients,
     expect_shape,
     first_index,
+    is_close,
     main,
+    raise_different_element,
+    raise_known_mistake,
+    random,
 )
 from torch import Tensor
 
-KnownMistakes = dict[str, Callable[[], Tensor]]  # what a mistake returns, by message
 USER, ASSISTANT, END = 253, 254, 255
 N, V, C = 6, 4, 3
-
-
-def random(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def is_close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Return whether a and b have the same shape and are close. False if one contains NaN."""
-    return a.shape == b.shape and bool(((a - b).abs() < tolerance).all())
-
-
-def raise_known_mistake(result: Tensor, known_mistakes: KnownMistakes, name: str = "") -> None:
-    """Raise the Mistake whose value is `result`, if there is one. `name` precedes its message."""
-    for message, value in known_mistakes.items():
-        if is_close(result.double(), value().double()):
-            raise Mistake(f"{name} {message}" if name else message)
-
-
-def raise_different_element(result: Tensor, expected: Tensor, name: str) -> None:
-    """Raise a Mistake with the first element that differs."""
-    where = first_index(~((result - expected).abs() < TOLERANCE))
-    given, right = different_digits(result[tuple(where)], expected[tuple(where)])
-    raise Mistake(f"{name}{where if where else ''} is {given}, but {right} is correct")
 
 
 # ---- step 1: the mask ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 
 from nanods.quantize import FP8, Int8Linear, fake_quantize, quantize_rows, round_to_grid
 from nanods.training.distill import logit_loss
-from tests.lessons.wrong_answers import grade_answer
+from tests.lessons.wrong_answers import equal_pairs, grade_answer
 
 
 def rows_by_loops(x, bits):
@@ -86,17 +86,6 @@ ANSWERS = [
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_correct_answers_pass(name, function):
     assert grade_answer(steps_06.STEPS, name, function).message == "OK"
-
-
-def equal_pairs(values):
-    """Return the pairs of messages whose values are the same."""
-    items = [(message, value().double()) for message, value in values.items()]
-    return [
-        (a, b)
-        for i, (a, x) in enumerate(items)
-        for b, y in items[:i]
-        if x.shape == y.shape and steps_06.is_close(x, y)
-    ]
 
 
 def test_no_two_mistakes_give_the_same_result():

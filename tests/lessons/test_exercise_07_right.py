@@ -9,7 +9,7 @@ from torch import nn
 from nanods import ewc
 from nanods.data.instructions import Encoder, Example
 from nanods.data.tokenizer import ByteTokenizer
-from tests.lessons.wrong_answers import grade_answer
+from tests.lessons.wrong_answers import equal_pairs, grade_answer
 
 USER, ASSISTANT, END = steps_07.USER, steps_07.ASSISTANT, steps_07.END
 
@@ -125,17 +125,6 @@ ANSWERS = [
 @pytest.mark.parametrize(("name", "function"), ANSWERS)
 def test_other_correct_answers_pass(name, function):
     assert grade_answer(steps_07.STEPS, name, function).message == "OK"
-
-
-def equal_pairs(values):
-    """Return the pairs of messages whose values are the same."""
-    items = [(message, value().double()) for message, value in values.items()]
-    return [
-        (a, b)
-        for i, (a, x) in enumerate(items)
-        for b, y in items[:i]
-        if x.shape == y.shape and steps_07.is_close(x, y)
-    ]
 
 
 def test_no_two_mistakes_give_the_same_result():

@@ -1,6 +1,7 @@
 """Collect wrong answers to the steps of an exercise, each with the message for its mistake."""
 
 import re
+from itertools import combinations
 from pathlib import Path
 
 import grade
@@ -11,6 +12,17 @@ def grade_answer(steps, name, function):
     """Grade a function as the answer to the step of that name."""
     step = next(step for step in steps if step.name == name)
     return grade.grade_step(step, function, Path(function.__code__.co_filename))
+
+
+def equal_pairs(values, tolerance=grade.TOLERANCE):
+    """Return the pairs of messages whose mistakes give the same value: tensors, or functions that
+    return them."""
+    made = {message: value() if callable(value) else value for message, value in values.items()}
+    return [
+        (a, b)
+        for a, b in combinations(made, 2)
+        if grade.is_close(made[a].double(), made[b].double(), tolerance)
+    ]
 
 
 class WrongAnswers:
