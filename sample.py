@@ -25,7 +25,7 @@ from torch import Tensor
 from nanods import plots, plots_multimodal
 from nanods.config import Config, typed_flags
 from nanods.data.caption_dataset import read_image, read_sound
-from nanods.data.examples import caption_key
+from nanods.data.examples import Examples, caption_key
 from nanods.data.instructions import END, mark_ids, prompt_tokens
 from nanods.data.scenes import check_scene_words, normalized_log_mel
 from nanods.data.sound import RATE, samples_of, wav_seconds, write_wav
@@ -354,7 +354,7 @@ def read_query(args: Args, config: Config, tokenizer, run_dir: Path) -> Query:
     given = {"text": args.query, "image": args.image, "audio": args.audio}
     given = {name: value for name, value in given.items() if value is not None}
     if not given and "text" in modalities:
-        given = {"text": next(filter(None, held_out_examples(config, run_dir).examples.captions))}
+        given = {"text": next(filter(None, own_examples(config, run_dir).captions))}
         print(f"query      {given['text']}")
     if len(given) != 1 or not given.keys() <= set(modalities):
         flags = " and ".join(QUERY_FLAGS[name] for name in given) or "no query"
@@ -407,9 +407,19 @@ def report_cut_sounds(files: list[Path], frames: int) -> None:
         print(f"cut        {first} after {limit / RATE:.3g} s, as in training")
 
 
+def own_examples(config: Config, run_dir: Path) -> Examples:
+    """Return the held-out examples of the run's data."""
+    try:
+        return held_out_examples(config, run_dir).examples
+    except UserError as error:
+        raise UserError(
+            f"{error}, so search other ones: give --gallery FOLDER and a query"
+        ) from None
+
+
 def held_out_galleries(config: Config, tokenizer, run_dir: Path) -> dict[str, Gallery]:
     """Return the held-out examples of the run's data, by modality."""
-    examples = held_out_examples(config, run_dir).examples
+    examples = own_examples(config, run_dir)
     galleries = {}
     for name, inputs in model_inputs(examples, config, tokenizer).items():
         shown = getattr(examples, MODALITIES[name].input_field)

@@ -35,11 +35,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import (
-    Image,
-    ImageOps,
-    UnidentifiedImageError,
-)  # matplotlib depends on Pillow, so it is installed
+
+# Pillow is installed, since matplotlib depends on it.
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nanods.data.caption_forms import Item
 from nanods.data.captions import CaptionFolder, hold_out_folder, keep_modalities, read_captions

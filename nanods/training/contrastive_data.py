@@ -103,10 +103,7 @@ def held_out_examples(config: Config, run_dir: Path) -> SavedGallery:
     try:
         data = load_dataset(config)
     except UserError as error:
-        raise UserError(
-            f"{error}. {run_dir} does not hold its held-out examples, so search other ones: give "
-            "--gallery FOLDER and a query"
-        ) from None
+        raise UserError(f"{error}. {run_dir} does not hold its held-out examples") from None
     examples = data.gallery(min(MAX_GALLERY, len(data.held_out)))
     return SavedGallery(examples, frozenset(words_of(data.text())))
 
