@@ -32,8 +32,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 LIMIT = 8.0  # z is cut here, so that two requests alone never raise an alarm: see `calibrate`
 ALLOWANCES = (0.5, 0.75, 1.0)
@@ -143,11 +141,3 @@ class Cusum:
         self.down = min(max(0.0, self.down - z - reference.allowance), reference.threshold)
         self.is_firing = self.level >= (0.5 if self.is_firing else 1.0)
         return self.is_firing
-
-
-def nearest_distance(embeddings: Tensor, known: Tensor) -> Tensor:
-    """Return V3's score: the cosine distance from each embedding to the nearest of known ones.
-
-    embeddings (N, M), known (K, M), such as a gallery's, all of unit length -> (N,).
-    """
-    return 1 - torch.amax(embeddings @ known.T, dim=-1)

@@ -24,7 +24,6 @@ from nanods.data.scenes import check_scene_words
 from nanods.data.sound import normalized_log_mel
 from nanods.errors import UserError
 from nanods.multimodal import Multimodal
-from nanods.serving.drift import nearest_distance
 from nanods.training.contrastive_data import encode_captions, model_inputs
 from nanods.training.contrastive_task import embed
 
@@ -49,6 +48,14 @@ def read_input(name: str, data: str | bytes, config: Config, tokenizer) -> Tenso
         wave = read_sound(io.BytesIO(data), config.multimodal.frames)
         return torch.from_numpy(normalized_log_mel(wave))
     raise UserError(f"no {name} can be read: send text, image or audio")
+
+
+def nearest_distance(embeddings: Tensor, known: Tensor) -> Tensor:
+    """Return V3's score: the cosine distance from each embedding to the nearest of known ones.
+
+    embeddings (N, M), known (K, M), such as a gallery's, all of unit length -> (N,).
+    """
+    return 1 - torch.amax(embeddings @ known.T, dim=-1)
 
 
 class Hit(NamedTuple):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from nanods.bench.serve_alarms import (
     CHANGES,
@@ -26,7 +25,6 @@ from nanods.serving.drift import (
     calibrate,
     cumulative_sums,
     join_blocks,
-    nearest_distance,
     standardise,
 )
 
@@ -151,12 +149,3 @@ def test_beginnings_counts_an_alarm_that_ends_and_begins_again():
     calm, high = [2.0] * 30, [3.0] * 10
     assert beginnings(PLAIN, np.array(calm + high + calm + high + calm)) == [33, 73]
     assert beginnings(PLAIN, np.array(calm)) == []
-
-
-# ---- V3's score ----------------------------------------------------------------------------------
-
-
-def test_the_nearest_of_the_known_embeddings_counts():
-    known = torch.eye(3)
-    embeddings = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8], [-1.0, 0, 0]])
-    torch.testing.assert_close(nearest_distance(embeddings, known), torch.tensor([0.0, 0.2, 1.0]))

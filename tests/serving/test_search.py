@@ -15,7 +15,7 @@ from nanods.data.sound import write_wav
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.serving.embedder import embed_one_by_one
-from nanods.serving.search import Gallery, read_input
+from nanods.serving.search import Gallery, nearest_distance, read_input
 
 TINY = PRESETS["v3-tiny"]
 CONFIG = replace(TINY, model=replace(TINY.model, n_layer=1, n_embd=16), data="photos")
@@ -110,3 +110,9 @@ def test_a_model_of_scenes_is_asked_in_their_words():
     assert bytes(text.tolist()) == b"a red circle left of a blue square"
     with pytest.raises(UserError, match="has never read 'cat'"):
         read_input("text", "a red cat", scenes, TOKENIZER)
+
+
+def test_the_nearest_of_the_known_embeddings_counts():
+    known = torch.eye(3)
+    embeddings = torch.tensor([[1.0, 0, 0], [0, 0.6, 0.8], [-1.0, 0, 0]])
+    torch.testing.assert_close(nearest_distance(embeddings, known), torch.tensor([0.0, 0.2, 1.0]))
