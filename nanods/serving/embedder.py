@@ -72,8 +72,13 @@ def embed_batch(model: Multimodal, inputs: Sequence[Input]) -> Tensor:
     return model.embed(inputs[0][0], batch.to(device))[0].cpu()
 
 
-def check_input(model: Multimodal, name: str, x: Tensor) -> int:
-    """Return the number of tokens of one input. Raises UserError unless the model can embed it.
+def count_tokens(model: Multimodal, name: str, x: Tensor) -> int:
+    """Return the number of tokens of one input that the model can embed."""
+    return len(x) if name == "text" else model.tokens_per_example()[name]
+
+
+def check_input(model: Multimodal, name: str, x: Tensor) -> None:
+    """Raise UserError unless the model can embed one input.
 
     A request is checked before it waits, so that its mistake cannot reach another one's batch.
     """
@@ -85,14 +90,13 @@ def check_input(model: Multimodal, name: str, x: Tensor) -> int:
             raise UserError(f"a text of shape {tuple(x.shape)}: give 1 to {max_tokens} token ids")
         if x.dtype != torch.int64 or x.min() < 0 or x.max() >= model.trunk.vocab_size:
             raise UserError(f"token ids must be integers from 0 to {model.trunk.vocab_size - 1}")
-        return len(x)
+        return
     size = config.image_size
     shape = {"image": (3, size, size), "audio": (N_MELS, config.frames)}.get(name)
     if shape and tuple(x.shape) != shape:
         raise UserError(f"{name} of shape {tuple(x.shape)}: this model reads {shape}")
     if not x.isfinite().all():
         raise UserError(f"{name}: some of its numbers are not finite")
-    return max_tokens
 
 
 # ---- what waits ----------------------------------------------------------------------------------
@@ -210,7 +214,9 @@ class Embedder:
         """
         if not 1 <= len(inputs) <= self.max_waiting:
             raise UserError(f"{len(inputs)} inputs: a request has 1 to {self.max_waiting}")
-        tokens = [check_input(self.model, name, x) for name, x in inputs]
+        for name, x in inputs:
+            check_input(self.model, name, x)
+        tokens = [count_tokens(self.model, name, x) for name, x in inputs]
         request = Request(Future())
         with self.changed:
             if self.is_closing:
@@ -230,7 +236,11 @@ class Embedder:
         """Do what `submit` does from asyncio, whose loop runs on meanwhile."""
         return await asyncio.wrap_future(self.submit(inputs))
 
-    def waiting(self) -> int:
+    def count_running(self) -> int:
+        """Return how many inputs the batch has that is being computed."""
+        return self.running
+
+    def count_waiting(self) -> int:
         """Return how many inputs wait."""
         with self.changed:
             return len(self.queues)

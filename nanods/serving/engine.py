@@ -215,6 +215,14 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.batch or self.reading or self.waiting)
 
+    def count_running(self) -> int:
+        """Return how many requests have a slot."""
+        return len(self.reading) + len(self.batch)
+
+    def count_waiting(self) -> int:
+        """Return how many requests wait for a slot."""
+        return len(self.waiting)
+
     # ---- one step --------------------------------------------------------------------------------
 
     @torch.no_grad()

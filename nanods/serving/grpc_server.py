@@ -32,8 +32,8 @@ from nanods.data.instructions import ROLES, prompt_tokens
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.flags import check_ranges
-from nanods.serving import embedder, engine
-from nanods.serving.engine import Request, Token
+from nanods.serving import embedder
+from nanods.serving.engine import BusyError, Request, Task, Token
 from nanods.serving.models import ServedModel
 from nanods.serving.monitor import Monitor
 from nanods.serving.search import Gallery, Hit, read_input
@@ -47,7 +47,6 @@ SERVICE = "nanods.Nanods"
 MAX_NEW_TOKENS = 4096  # of a request
 MAX_STOPS, MAX_LOGPROBS, MAX_ITEMS = 16, 20, 256  # of a request; items are inputs to embed
 MAX_TOP = 100  # results of a search
-BUSY = (engine.BusyError, embedder.BusyError)
 LATE = 0.05  # seconds before its deadline at which a call that the client ends counts as late
 
 
@@ -120,7 +119,7 @@ class Service(services.NanodsServicer):
             self.report_inputs(model, inputs, rows)
             return messages.EmbedReply(
                 embeddings=[messages.Embedding(values=row) for row in rows.tolist()],
-                tokens=sum(embedder.check_input(model.worker.model, *item) for item in inputs),
+                tokens=sum(embedder.count_tokens(model.worker.model, *item) for item in inputs),
             )
 
     async def Search(self, request, context):  # noqa: N802
@@ -172,7 +171,7 @@ class Service(services.NanodsServicer):
             await refuse(status.FAILED_PRECONDITION, str(error))
         except UserError as error:
             await refuse(status.INVALID_ARGUMENT, str(error))
-        except BUSY as error:
+        except BusyError as error:
             await refuse(status.RESOURCE_EXHAUSTED, f"{error}: try again later")
         except (asyncio.CancelledError, GeneratorExit):
             # A client whose deadline has passed ends the call, too: it was not answered in time.
@@ -229,7 +228,7 @@ class Service(services.NanodsServicer):
         finally:
             model.worker.cancel(task)
 
-    def report_prompt(self, model: ServedModel, task: engine.Task) -> None:
+    def report_prompt(self, model: ServedModel, task: Task) -> None:
         """Tell the monitor the bits per byte of a prompt, which has been read."""
         # Its first token has no probability: nothing stands before it.
         count = len(model.finished.tokenizer.decode_bytes(task.request.prompt[1:]))

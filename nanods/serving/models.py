@@ -33,18 +33,6 @@ class ServedModel:
         # A daemon: an error that ends the program does not wait for it.
         self.thread = Thread(target=self.worker.run, name=f"compute {self.name}", daemon=True)
 
-    def running(self) -> int:
-        """Return how many requests (V3: inputs) are being computed."""
-        if isinstance(self.worker, Embedder):
-            return self.worker.running
-        return len(self.worker.reading) + len(self.worker.batch)
-
-    def waiting(self) -> int:
-        """Return how many requests (V3: inputs) wait."""
-        if isinstance(self.worker, Embedder):
-            return self.worker.waiting()
-        return len(self.worker.waiting)
-
     @property
     def created(self) -> float:
         """When the run was last saved, in seconds since 1970; 0 if it was never saved."""

@@ -15,12 +15,10 @@ reads /metrics and has alarms of its own (alerts.yml beside this file, dashboard
 Labels have few values that are known in advance: each new value is a new series, so a label that a
 client could choose, such as a user's name, would fill Prometheus's memory.
 
-nanods/serving/model_metrics.py adds what the models know themselves: tokens, what waits, the load
-of their experts; and their canaries.
+nanods/serving/model_metrics.py adds what the models count themselves: tokens, what waits, the load
+of their experts. nanods/serving/canary.py has the canaries.
 
 Pinned by tests/serving/test_monitor.py.
-
-Shapes: B texts, T tokens, Q examples of a gallery, M width of the common space.
 """
 
 import json
@@ -38,13 +36,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from nanods.data.download import write_and_rename
 from nanods.errors import UserError
-from nanods.gpt import GPT
 from nanods.serving.drift import Cusum, Reference, calibrate
 
 OPERATIONS = ("completion", "chat", "embedding", "search")
@@ -57,52 +52,6 @@ REFERENCE_SCORES = 1000
 WINDOW, FEWEST = 200, 20  # answers that the service's alarms look back on, at most and at least
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
 WEBHOOK_TIMEOUT = 5.0  # seconds
-
-
-def require_prometheus() -> None:
-    """Raise UserError if the library is not installed."""
-    try:
-        import prometheus_client  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"the server needs the library prometheus-client ({error}): `make setup EXTRAS=serve`, "
-            "or pip install 'nanods[serve]'"
-        ) from None
-
-
-# ---- canaries: what measures a model's quality ---------------------------------------------------
-
-
-@torch.no_grad()
-def canary_texts(model: GPT, B: int = 8, T: int = 128, seed: int = 0) -> Tensor:
-    """Draw the texts that `bits_per_token` is to measure again and again, from the model: (B, T).
-
-    A model's own texts are the likeliest to it on average: whatever changes the model makes them
-    less likely (the Kullback-Leibler divergence is not negative). And no data is needed.
-    """
-    T = min(T, model.config.context_length)
-    start = torch.zeros(B, 1, dtype=torch.long, device=model.embedding.weight.device)
-    tokens = [start.squeeze(1), *model.generate(start, T - 1, seed=seed)]
-    return torch.stack(tokens, dim=1)
-
-
-@torch.no_grad()
-def bits_per_token(model: GPT, texts: Tensor) -> float:
-    """Return the mean information of the tokens (B, T) after the first, in bits."""
-    logits, _ = model(texts[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten()).item() / math.log(2)
-
-
-def partner_distance(embeddings: dict[str, Tensor]) -> float:
-    """Return the mean cosine distance between the embeddings of one example in two modalities.
-
-    Embeddings (Q, M) by modality, such as those of a gallery's first examples, embedded anew.
-    """
-    first, *others = embeddings.values()
-    return float(np.mean([1 - (first * other).sum(dim=-1).mean().item() for other in others]))
-
-
-# ---- the monitor ---------------------------------------------------------------------------------
 
 
 class Monitor:
@@ -125,11 +74,8 @@ class Monitor:
         canary that is worse than the first by more than `tolerance`, as a share of the first: with
         the same weights only rounding differs.
 
-        Raises UserError for a webhook that is no http(s) URL, and without prometheus-client.
+        Raises UserError for a webhook that is no http(s) URL.
         """
-        require_prometheus()
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
         if webhook and not webhook.startswith(("http://", "https://")):
             raise UserError(f"--webhook {webhook}: give a URL that begins with http:// or https://")
         self.folder, self.slow_seconds, self.clock = folder, slow_seconds, clock
@@ -258,8 +204,6 @@ class Monitor:
 
     def metrics(self) -> bytes:
         """Return all metrics as Prometheus reads them."""
-        from prometheus_client import generate_latest
-
         return generate_latest(self.registry)
 
     def close(self, timeout: float = WEBHOOK_TIMEOUT) -> None:

@@ -185,7 +185,7 @@ def test_an_input_that_cannot_be_embedded_is_refused_before_it_waits(message):
         embedder.submit([*random_inputs(2), BAD[message]])
     with pytest.raises(UserError, match="token ids must be integers from 0"):
         embedder.submit([("text", torch.tensor([-1]))])
-    assert embedder.waiting() == 0
+    assert embedder.count_waiting() == 0
 
 
 def test_the_limit_counts_inputs_and_closing_refuses_new_ones():
@@ -231,8 +231,8 @@ def test_cancelling_removes_what_waits():
     embedder, text = Embedder(make_model(), max_tokens=12), [("text", torch.tensor([1, 2, 3]))]
     first, second = embedder.submit(text * 10), embedder.submit(text * 5)
     embedder.run_batch()
-    assert embedder.waiting() == 11
-    assert first.cancel() and embedder.waiting() == 5
+    assert embedder.count_waiting() == 11
+    assert first.cancel() and embedder.count_waiting() == 5
     embedder.close()
     embedder.run()
     assert embedder.totals.inputs == 4 + 5 and second.result(0).shape == (5, 6)
@@ -273,7 +273,7 @@ def test_thousands_of_random_events_leave_nothing_behind(monkeypatch):
                 refused += 1
         elif event < 0.75 and alive:
             alive[generator.randrange(len(alive))].cancel()
-        elif embedder.waiting():
+        elif embedder.count_waiting():
             embedder.run_batch()
         for answer in [answer for answer in alive if answer.done()]:
             outcomes["cancelled" if answer.cancelled() else "answered"] += 1
@@ -309,4 +309,4 @@ def test_many_asyncio_clients_get_their_own_embeddings_or_leave(running):
 
     assert 40 < asyncio.run(clients()) <= 100
     running.submit(random_inputs(1)).result(5)
-    assert running.waiting() == 0
+    assert running.count_waiting() == 0

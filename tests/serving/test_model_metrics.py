@@ -18,8 +18,8 @@ import grpc
 import httpx
 
 from nanods.data.examples import Examples
+from nanods.serving.canary import canary
 from nanods.serving.grpc_server import messages, services
-from nanods.serving.model_metrics import canary
 from nanods.serving.models import embedding_model, language_model
 from nanods.serving.monitor import Monitor
 from nanods.training.saved_gallery import SavedGallery

@@ -21,14 +21,9 @@ from nanods.errors import UserError
 from nanods.gpt import GPT, GPTConfig
 from nanods.moe import MoEConfig
 from nanods.serving import monitor as module
+from nanods.serving.canary import bits_per_token, canary_texts, partner_distance
 from nanods.serving.model_metrics import ModelMetrics
-from nanods.serving.monitor import (
-    ALARMS,
-    Monitor,
-    bits_per_token,
-    canary_texts,
-    partner_distance,
-)
+from nanods.serving.monitor import ALARMS, Monitor
 
 FOLDER = Path(serving.__path__[0])
 
