@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nanods.plots import BLUE, GREY, ORANGE, safe_text
+from nanods.plots import BLUE, GREY, ORANGE
+from nanods.plots_text import safe_text
 
 Item = str | np.ndarray
 # An item, its caption and its score. The item is None for a text, which is its own caption.

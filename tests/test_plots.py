@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from nanods import plots
+from nanods import plots, plots_text
 from nanods import plots_multimodal as mm
 
 ROOT = Path(__file__).parents[1]
@@ -241,11 +241,13 @@ def test_a_confusion_matrix_shows_shares_and_names_classes_where_they_fit():
 
 def test_balanced_lines_have_similar_length_and_lose_no_word():
     text = "a little green hoop is on the left of a large green box"
-    lines = plots.balanced_lines(text, 25).split("\n")
+    lines = plots_text.balanced_lines(text, 25).split("\n")
     assert len(lines) == 3 and " ".join(lines) == text
     assert min(map(len, lines)) > 14
-    assert plots.balanced_lines("", 25) == ""
-    assert plots.balanced_lines("one line of just this much", 26) == "one line of just this much"
+    assert plots_text.balanced_lines("", 25) == ""
+    assert (
+        plots_text.balanced_lines("one line of just this much", 26) == "one line of just this much"
+    )
 
 
 # ---- text of the user ----------------------------------------------------------------------------
@@ -295,13 +297,13 @@ def test_a_picture_is_at_most_8000_pixels_high_and_wide(tmp_path):
 
 
 def test_control_characters_are_visible_and_lengths_count_columns():
-    assert plots.safe_text("a\x00b\tc\n") == "a\\x00b\u21e5c\u21b5"
-    assert plots.safe_text("$$ $") == r"\$\$ \$"
-    chinese = plots.safe_text("\u4e2d" * 100, max_columns=20, line_columns=10)
+    assert plots_text.safe_text("a\x00b\tc\n") == "a\\x00b\u21e5c\u21b5"
+    assert plots_text.safe_text("$$ $") == r"\$\$ \$"
+    chinese = plots_text.safe_text("\u4e2d" * 100, max_columns=20, line_columns=10)
     assert chinese == "\u4e2d" * 5 + "\n" + "\u4e2d" * 4 + " \u2026"
-    assert plots.safe_text("one two three", max_columns=10) == "one two \u2026"
-    assert plots.safe_text("fits exactly", max_columns=12) == "fits exactly"
-    assert plots.columns("e\u0301\u4e2d") == 3
+    assert plots_text.safe_text("one two three", max_columns=10) == "one two \u2026"
+    assert plots_text.safe_text("fits exactly", max_columns=12) == "fits exactly"
+    assert plots_text.columns("e\u0301\u4e2d") == 3
 
 
 def test_characters_that_no_font_has_are_named_once(tmp_path, capsys, recwarn):

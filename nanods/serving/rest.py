@@ -1,29 +1,22 @@
-"""The REST routes on top of the gRPC service: those that clients of OpenAI's API speak already.
+"""The REST routes, compatible with OpenAI's API, on top of the gRPC service:
 
     GET  /v1/models, /v1/models/{name}     POST /v1/completions        POST /v1/embeddings
     GET  /healthz, /openapi.json           POST /v1/chat/completions   POST /v1/search
     GET  /metrics  for Prometheus          GET  /  a page to try them (page.html)
 
-A route turns JSON into a message of nanods/serving/serve.proto, calls the gRPC server, and turns
-its reply into JSON. It decides nothing: limits, deadlines and errors are the service's. What HTTP
-adds is here: the size of bodies, the token, server-sent events, and clients that disconnect.
-FastAPI does not tell a handler that its client has left, so every route watches for it and cancels
-its call, which ends the computing.
-
-Fields that OpenAI's API has and this server does not are refused, unless they ask for nothing: a
-client learns that `presence_penalty` does nothing here.
+A route turns JSON (nanods/serving/rest_json.py) into a message of nanods/serving/serve.proto, calls
+the gRPC server, and turns its reply into JSON. It decides nothing: limits, deadlines and errors are
+the service's. What HTTP adds is here: the size of bodies, the token, server-sent events, and
+clients that disconnect. FastAPI does not tell a handler that its client has disconnected, so every
+route watches for it and cancels its call, which ends the computing.
 """
 
 import asyncio
 import base64
-import binascii
-import json
-import time
-import uuid
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import grpc
 from fastapi import FastAPI, HTTPException, Request
@@ -37,11 +30,24 @@ from fastapi.responses import (
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from nanods.serving.grpc_server import MAX_ITEMS, has_token, messages, services
+from nanods.serving.grpc_server import has_token, messages, services
 from nanods.serving.monitor import Monitor
+from nanods.serving.rest_json import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    SearchRequest,
+    chat_choice,
+    completion_choice,
+    envelope,
+    error_body,
+    event,
+    model_json,
+    read_item,
+    usage,
+)
 
 CODES = grpc.StatusCode
 HTTP_STATUS = {
@@ -60,270 +66,12 @@ CSP = (  # of the page: it loads nothing from elsewhere
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; media-src data:; frame-ancestors 'none'"
 )
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
-
-# ---- requests ------------------------------------------------------------------------------------
-
-
-def utf8(text: str) -> str:
-    """Return the text. Raises UnicodeEncodeError, which is a ValueError, for half a character:
-    JSON can spell one (\\ud800), and no message can hold it."""
-    text.encode()
-    return text
-
-
-Text = Annotated[str, AfterValidator(utf8)]
-Unused = Annotated[float | None, Field(ge=0, le=0)]  # a field that may ask for nothing only
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    model: Text
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-
-
-class Sampling(Strict):
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
-    temperature: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, le=2**24)
-    seed: int | None = Field(None, ge=0, le=2**32 - 1)
-    stop: Text | list[Text] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    n: Literal[1] | None = 1
-    trace: bool | None = False
-    """nanods' own: how each token was computed. A choice then has "trace", a list."""
-    presence_penalty: Unused = None
-    frequency_penalty: Unused = None
-
-    def message(self):
-        """Return what both kinds of generation share, as a message."""
-        request = messages.GenerateRequest(
-            model=self.model,
-            max_tokens=self.max_tokens or 0,
-            top_k=self.top_k or 0,
-            top_p=self.top_p or 0,
-            stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
-            trace=bool(self.trace),
-        )
-        if self.temperature is not None:
-            request.temperature = self.temperature
-        if self.seed is not None:
-            request.seed = self.seed
-        return request
-
-
-class CompletionRequest(Sampling):
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
-    logprobs: int | None = Field(None, ge=0, le=2**31)
-    best_of: Literal[1] | None = 1
-    echo: Literal[False] | None = False
-    suffix: None = None
-
-    def requests(self) -> list:
-        """Return a message for each prompt."""
-        made = []
-        for prompt in [self.prompt] if isinstance(self.prompt, str) else self.prompt:
-            request = self.message()
-            request.prompt = prompt
-            if self.logprobs is not None:
-                request.logprobs = self.logprobs
-            made.append(request)
-        return made
-
-
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-
-
-class ChatRequest(Sampling):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=2**31)
-
-    def request(self):
-        request = self.message()
-        request.max_tokens = self.max_completion_tokens or self.max_tokens or 0
-        if self.logprobs:
-            request.logprobs = self.top_logprobs or 0
-        for message in self.messages:
-            content, role = message.content, message.role.replace("developer", "system")
-            text = content if isinstance(content, str) else "".join(part.text for part in content)
-            request.messages.add(role=role, text=text)
-        return request
-
-
-class EmbeddingsRequest(Strict):
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
-    """Texts; images and sounds as data URLs (data:image/png;base64,...)."""
-    encoding_format: Literal["float", "base64"] | None = "float"
-    dimensions: None = None
-    user: str | None = None
-
-
-class SearchRequest(Strict):
-    query: Text
-    """A text, or an image or a sound as a data URL."""
-    modality: Literal["text", "image", "audio"]
-    top: int = Field(5, ge=1, le=2**31)
-
-
-def read_item(text: str):
-    """Return an input to embed: a text, or the file that a data URL holds."""
-    kind, comma, data = text.partition(";base64,")
-    name = kind.removeprefix("data:").partition("/")[0]
-    if not comma or not kind.startswith("data:") or name not in ("image", "audio"):
-        return messages.Input(text=text)
-    try:
-        return messages.Input(**{name: base64.b64decode(data, validate=True)})
-    except binascii.Error as error:
-        raise HTTPException(400, f"a data URL is not base64: {error}") from None
-
-
-# ---- replies -------------------------------------------------------------------------------------
-
-
-def error_body(status: int, message: str) -> dict:
-    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
-
-
-def error_response(status: int, message: str) -> JSONResponse:
-    headers = {"Retry-After": RETRY_AFTER} if status in (429, 503) else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(status, message), status, headers)
-
-
-def shown(token) -> str:
-    """Return the text of a token; of a part of a character, its bytes."""
-    try:
-        return token.token.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token)
-
-
-def completion_logprobs(reply, start: int) -> dict | None:
-    """Return a reply's tokens as /v1/completions shows them; `start`: characters before them."""
-    if not reply.tokens:
-        return None
-    texts = [shown(token) for token in reply.tokens]
-    offsets = [start]
-    for text in texts[:-1]:
-        offsets.append(offsets[-1] + len(text))
-    return {
-        "tokens": texts,
-        "token_logprobs": [token.logprob for token in reply.tokens],
-        "top_logprobs": [{shown(t): t.logprob for t in token.top} for token in reply.tokens],
-        "text_offset": offsets,
-    }
-
-
-def chat_logprobs(reply) -> dict | None:
-    """Return a reply's tokens as /v1/chat/completions shows them."""
-
-    def scored(token) -> dict:
-        return {"token": shown(token), "logprob": token.logprob, "bytes": list(token.token)}
-
-    content = [scored(t) | {"top_logprobs": list(map(scored, t.top))} for t in reply.tokens]
-    return {"content": content} if content else None
-
-
-def completion_choice(reply, index: int = 0, start: int = 0) -> dict:
-    return {
-        "index": index,
-        "text": reply.text,
-        "logprobs": completion_logprobs(reply, start),
-        "finish_reason": reply.finish or None,
-        **traces(reply),
-    }
-
-
-def chat_choice(reply, part: str = "message") -> dict:
-    return {
-        "index": 0,
-        part: {"role": "assistant", "content": reply.text},
-        "logprobs": chat_logprobs(reply),
-        "finish_reason": reply.finish or None,
-        **traces(reply),
-    }
-
-
-def traces(reply) -> dict:
-    """Return how the tokens of a reply were computed, where it was asked."""
-    made = [
-        {
-            "text": trace.text,
-            "position": trace.position,
-            "start": trace.start,
-            "experts": [list(layer.values) for layer in trace.experts],
-            "blocks": [list(layer.values) for layer in trace.blocks],
-        }
-        for trace in reply.traces
-    ]
-    return {"trace": made} if made else {}
-
-
-def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": new_tokens,
-        "total_tokens": prompt_tokens + new_tokens,
-    }
-
-
-def envelope(kind: str, model: str) -> dict:
-    """Return the fields around the choices of an answer."""
-    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
-    name, now = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
-    return {"id": name, "object": kind, "created": now, "model": model}
-
-
-def event(data: dict) -> bytes:
-    """Return a server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
-
-
-def model_json(card) -> dict:
-    return {
-        "id": card.name,
-        "object": "model",
-        "created": int(card.created),
-        "owned_by": "nanods",
-        "preset": card.preset,
-        "parameters": card.parameters,
-        "active_parameters": card.active_parameters,
-        "context_length": card.context_length,
-        "operations": list(card.operations),
-        "modalities": list(card.modalities),
-        "n_layer": card.n_layer,
-        "n_expert": card.n_expert,
-        "block_size": card.block_size,
-        "is_bytes": card.is_bytes,
-    }
-
 
 # ---- clients that leave --------------------------------------------------------------------------
 
 
 class ClientGoneError(Exception):
-    """The client has disconnected: nobody reads an answer."""
+    """The client disconnected before its answer was sent."""
 
 
 async def unless_disconnected(request: Request, call: Awaitable[Any]) -> Any:
@@ -383,6 +131,13 @@ async def stream(
             call.cancel()
 
     return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def error_response(status: int, message: str) -> JSONResponse:
+    headers = {"Retry-After": RETRY_AFTER} if status in (429, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(status, message), status, headers)
 
 
 class TokenGate:

@@ -1,0 +1,492 @@
+"""The rows of docs/RESULTS.md and of the README's table: what is measured, and the figure.
+
+Every figure is computed here from a file in results/ that a command wrote. results_page.py writes
+the pages.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MACHINE = "2 cores of an AMD Zen 5 (bf16 in hardware), torch 2.13.0, no GPU"
+SECOND_MACHINE = "AMD Zen 3, fp32"  # the second one: rows measured there say so
+
+
+@dataclass(frozen=True)
+class Result:
+    command: str
+    what: str
+    figure: str
+    source: str
+    """The file in results/ that the figure comes from."""
+    headline: bool = False
+    """Whether the README shows it too."""
+
+
+def load(name: str) -> dict:
+    """Return the table that a bench wrote to results/NAME.json."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def each(values: list[float], digits: int) -> str:
+    """Return the values of several seeds as one string: "1.9307, 1.9236"."""
+    return ", ".join(f"{value:.{digits}f}" for value in values)
+
+
+def training_results() -> list[Result]:
+    ladder, multimodal = load("ladder"), load("multimodal")
+
+    def bits_per_byte(name: str) -> str:
+        entry = ladder[name]
+        seeds = each([run["val_bpb"] for run in entry["runs"]], 4)
+        return f"{entry['mean_val_bpb']:.3f} bits per byte ({seeds})"
+
+    shakespeare = ladder["v0-tiny/shakespeare"]["runs"][0]
+    recalls = [run["val_recall1"] for run in multimodal["runs"]["as it is"]]
+    recall = sum(recalls) / len(recalls)
+    return [
+        Result(
+            "make train-v0",
+            "dense attention on pydocs, 3 seeds",
+            bits_per_byte("v0-tiny/pydocs"),
+            "ladder",
+            headline=True,
+        ),
+        Result(
+            "make train-v1",
+            "the same with sparse attention, 3 seeds",
+            bits_per_byte("v1-tiny/pydocs"),
+            "ladder",
+            headline=True,
+        ),
+        Result(
+            "make train-v2",
+            "V1 with 16 experts per layer, top-2, 3 seeds",
+            bits_per_byte("v2-tiny/pydocs"),
+            "ladder",
+            headline=True,
+        ),
+        Result(
+            "make train-v3",
+            "text, image and audio: recall@1 among 512 held-out scenes, mean of six directions, "
+            "3 seeds (chance 0.002)",
+            f"{recall:.4f} ({each(recalls, 4)})",
+            "multimodal",
+            headline=True,
+        ),
+        Result(
+            'make train-v0 ARGS="--data shakespeare"',
+            "validation loss on tinyshakespeare, 1 seed (nanoGPT on an A100: 1.4697, with 10.7M "
+            "parameters)",
+            f"{shakespeare['val_loss']:.4f} nats per character",
+            "ladder",
+            headline=True,
+        ),
+    ]
+
+
+def speed_results() -> list[Result]:
+    time_to_loss, generation = load("time_to_loss")["runs"], load("generation")
+    curves = {name: run["step_cpu_seconds_val_loss"] for name, run in time_to_loss.items()}
+    _, short_seconds, short_loss = curves["700 steps"][-1]
+    _, long_seconds, long_loss = curves["3900 steps"][-1]
+    return [
+        Result(
+            "make bench",
+            "nanoGPT's laptop size on tinyshakespeare (its own recipe: 1.88 after 2,000 steps): "
+            "validation loss after CPU-seconds",
+            f"{short_loss:.3f} after {short_seconds:.0f} s, "
+            f"{long_loss:.3f} after {long_seconds:.0f} s",
+            "time_to_loss",
+        ),
+        Result(
+            "make bench",
+            "generating a token at 1,024 of context with the cache, against recomputing",
+            f"{generation['v0-tiny']['ratio']:.0f} times as fast (V0), "
+            f"{generation['v1-tiny']['ratio']:.0f} (V1)",
+            "generation",
+        ),
+    ]
+
+
+def attention_results() -> list[Result]:
+    attention, recall, long_text = load("attention"), load("recall"), load("long_text")
+    faster = attention["time"]["times_faster"]
+    longer = attention["time"]["sparse_65536_over_dense_16384"]
+    found = {name: 100 * entry["mean"] for name, entry in recall["summary"].items()}
+    gain = long_text["differences"]["tile"]
+    dense_steps = long_text["runs"]["dense"]["steps"]
+    return [
+        Result(
+            "make bench-v1",
+            "forward and backward at 8,192 tokens against fused dense attention, selection "
+            "included, one thread",
+            f"{faster['tile']['8192']:.1f} times as fast (selection per tile), "
+            f"{faster['flat']['8192']:.1f} (per query)",
+            "attention",
+            headline=True,
+        ),
+        Result(
+            "make bench-v1",
+            "the same at 65,536 tokens, over dense attention's time at 16,384",
+            f"{longer['tile']:.2f} (per tile), {longer['flat']:.2f} (per query)",
+            "attention",
+        ),
+        Result(
+            "make bench-v1",
+            "one decoding step at 65,536 tokens of context",
+            f"attention {attention['decode']['attention_times_faster']:.1f} times as fast, "
+            f"a model of 4 layers {attention['decode']['model_times_faster']:.1f}",
+            "attention",
+        ),
+        Result(
+            "make bench-recall",
+            "recall of 16 pairs over 256 tokens, reading 64 keys, 3 seeds",
+            ", ".join(f"{name} {found[name]:.1f}%" for name in found),
+            "recall",
+        ),
+        Result(
+            "make bench-long-text",
+            f"pydocs at 4,096 tokens, V1 minus dense, bits per byte, 1 seed. Dense has "
+            f"{dense_steps} steps and is still on its first plateau: read it as speed, not quality",
+            f"{gain['bpb_minus_dense_at_equal_steps']:+.3f} at equal steps, "
+            f"{gain['bpb_minus_dense_at_equal_time']:+.3f} at equal time",
+            "long_text",
+        ),
+    ]
+
+
+def expert_results() -> list[Result]:
+    moe, experts, arithmetic = load("moe"), load("experts"), load("arithmetic")
+    gaps, summary = experts["gaps"], experts["summary"]
+
+    def gap(name: str) -> str:
+        return f"{gaps[name]['mean']:+.3f} ({each(gaps[name]['each'], 3)})"
+
+    def load_of(name: str) -> str:
+        row = summary[name]
+        largest = row["val_load_max_over_mean"]["mean"]
+        return f"{largest:.2f} and {row['val_load_entropy']['mean']:.3f}"
+
+    right = {name: 100 * row["both"]["mean"] for name, row in arithmetic["variants"].items()}
+    return [
+        Result(
+            "make bench-experts",
+            "bits per byte: V2 minus V1 with MLPs of twice the width (equal tokens and active "
+            "FLOPs), 3 seeds",
+            gap("V2 minus V1 with 2F, equal tokens and active FLOPs"),
+            "experts",
+            headline=True,
+        ),
+        Result(
+            "make bench-experts",
+            "bits per byte: V2 minus V1, equal time, 1 seed",
+            gap("V2 minus V1, equal time"),
+            "experts",
+        ),
+        Result(
+            "make bench-experts",
+            "load of the busiest expert over the mean, and entropy of the load over ln E: with "
+            "the balancing loss; without (1 seed)",
+            f"{load_of('loss')}; {load_of('none')}",
+            "experts",
+        ),
+        Result(
+            "make bench-experts",
+            "bits per byte after 400 steps, V2 that starts from V1: minus from scratch; minus V1 "
+            "continued for equal steps; for equal time (3 seeds each)",
+            "; ".join(
+                gap(f"upcycled minus {name}")
+                for name in (
+                    "from scratch",
+                    "continued V1, equal steps",
+                    "continued V1, equal time",
+                )
+            ),
+            "experts",
+        ),
+        Result(
+            "make bench-v2",
+            "time of the MoE layer, forward and backward at 8,192 tokens, over one MLP of equal "
+            "active FLOPs; the same where one expert gets half of the tokens",
+            f"{moe['time']['over_dense']:.2f}; "
+            f"{moe['skew']['half of the tokens']['over_dense']:.2f}",
+            "moe",
+        ),
+        Result(
+            "make bench-v2",
+            "that MLP computed in chunks that fit the cache is faster: the MoE layer over it",
+            f"{moe['time']['over_dense_in_chunks']:.2f}",
+            "moe",
+        ),
+        Result(
+            "make bench-v2",
+            "sorted dispatch against one-hot masks; against masks by groups of 1,024 tokens",
+            f"{moe['time']['times_faster_than_one_hot']:.1f} and "
+            f"{moe['time']['times_faster_than_one_hot_in_groups']:.1f} times as fast",
+            "moe",
+        ),
+        Result(
+            "make bench-arithmetic",
+            "sums with held-out operands, 3 seeds: V2; V1 with MLPs of twice the width; V1 "
+            "(dense attention in all; one of V2's seeds had not learnt to carry)",
+            f"{right['v2']:.1f}%, {right['v1-2f']:.1f}%, {right['v1']:.1f}% right",
+            "arithmetic",
+        ),
+    ]
+
+
+def multimodal_results() -> list[Result]:
+    table = load("multimodal")
+    summary, shared = table["summary"], table["shared against separate"]
+
+    def directions(name: str, *pairs: str) -> str:
+        return ", ".join(f"{summary[name][f'recall1_{pair}']['mean']:.3f}" for pair in pairs)
+
+    def facts(name: str) -> str:
+        row = summary[name]["facts"]
+        return ", ".join(
+            f"{row[fact]['image']['mean']:.3f}" for fact in ("shape", "colour", "size", "relation")
+        )
+
+    lower = shared["recall1_lower_by"]
+    return [
+        Result(
+            "make bench-v3",
+            "recall@1: text to image and back, text to sound and back, image to sound and back",
+            directions(
+                "as it is",
+                "text_image",
+                "image_text",
+                "text_audio",
+                "audio_text",
+                "image_audio",
+                "audio_image",
+            ),
+            "multimodal",
+        ),
+        Result(
+            "make bench-v3",
+            "recall@1, image to sound and back, where training never compared the two",
+            directions("emergent", "image_audio", "audio_image"),
+            "multimodal",
+        ),
+        Result(
+            "make bench-v3",
+            "one trunk for all modalities against one trunk each: share of the parameters, and "
+            "recall@1 lower by (points, 3 seeds)",
+            f"{100 * shared['share_of_parameters']:.1f}%, {100 * lower['mean']:.2f} "
+            f"({each([100 * x for x in lower['each']], 2)})",
+            "multimodal",
+        ),
+        emoji_result(),
+        labels_result(),
+        Result(
+            "make bench-v3",
+            "zero-shot, an image against captions that differ in shape, colour, size, relation",
+            facts("as it is"),
+            "multimodal",
+        ),
+        Result(
+            "make bench-v3",
+            "the same where batches are drawn at random, without hard negatives (1 seed)",
+            facts("random"),
+            "multimodal",
+        ),
+    ]
+
+
+def emoji_result() -> Result:
+    table = load("emoji")
+    known, unseen = table["gallery"]["known"], table["gallery"]["unseen"]
+    figures = {name: f"{value:.2f}" for name, value in table["summary"].items()}
+    return Result(
+        "make train-v3 DATA=emoji",
+        "real drawings, their names, and the names spoken by held-out voices "
+        f"({SECOND_MACHINE}), "
+        f"{len(table['runs'])} seeds: recall@1 among {known} names, text to image, audio to text, "
+        f"image to audio; recall@5 among {unseen} unseen names of known words, text to audio, text "
+        f"to image (chance {table['chance']['known']:.3f} and {table['chance']['unseen']:.3f})",
+        f"{figures['known_text_image']}, {figures['known_audio_text']}, "
+        f"{figures['known_image_audio']}; {figures['unseen_text_audio']}, "
+        f"{figures['unseen_text_image']}",
+        "emoji",
+        headline=True,
+    )
+
+
+def labels_result() -> Result:
+    table = load("labels")
+    summary, held_out = table["summary"], table["data"]["held_out"]
+    v3_seconds = sum(run["cpu_seconds"] for run in table["runs"]) / len(table["runs"])
+    pixels = table["logistic regression on pixels"]
+    probe = summary["logistic regression on V3's embeddings"]
+    zero_shot = each([run["accuracy"] for run in table["runs"]], 3)
+    return Result(
+        "make bench-labels",
+        f"ten classes of drawn shapes under noise, {held_out} held-out images ({SECOND_MACHINE}): "
+        "accuracy of V3, zero-shot, 3 seeds; of scikit-learn's logistic regression on V3's "
+        "embeddings; on pixels; CPU-seconds of V3 and of the last",
+        f"{summary['V3, zero-shot']:.3f} ({zero_shot}); {probe:.3f}; {pixels['accuracy']:.3f}; "
+        f"{v3_seconds:.0f} s, {pixels['fit_cpu_seconds']:.0f} s",
+        "labels",
+    )
+
+
+def scaling_results() -> list[Result]:
+    times = load("scale")["times"]
+    return [
+        Result(
+            "make bench-scale",
+            "v2-tiny on two processes of one thread against one: dp=2, ep=2, fsdp=2",
+            f"{times['dp=2']:.2f}, {times['ep=2']:.2f}, {times['fsdp=2']:.2f} times the tokens "
+            "per second",
+            "scale",
+        )
+    ]
+
+
+def compression_results() -> list[Result]:
+    table = load("compress")
+    speed, leak = table["speed"], table["leak"]
+    layer = speed["linear"]["1024"]
+    processor = speed["processor"]
+    instructions = " and ".join(processor["int8_instructions"])
+    where = (
+        f"one thread of an {processor['processor']} with {processor['instructions']}, "
+        f"{f'with {instructions}' if instructions else 'without INT8 instructions'} "
+        f"({processor['kernel']}, weights of {processor['weight_bits']} bits)"
+    )
+
+    def faster(row: dict, name: str = "INT8") -> str:
+        return f"{row['times_faster'][name]:.2f}"
+
+    wide = speed["models"]["width 1024"]
+    with_one_scale = leak["models"]["v0-tiny"]["one scale per tensor"]
+    results = [
+        Result(
+            "make bench-compress",
+            f"linear layer 1024 to 4096, 1, 16 and 256 rows, against fp32, on {where}",
+            f"INT8 {', '.join(faster(row) for row in layer.values())} times as fast; bf16 "
+            f"{', '.join(faster(row, 'bf16') for row in layer.values())}",
+            "compress",
+        ),
+        Result(
+            "make bench-compress",
+            "GPT of width 1024, 4 layers, INT8 against fp32, the same machine: reading 256 tokens, "
+            "one decoding step",
+            f"{faster(wide['prefill'])}, {faster(wide['step'])} times as fast",
+            "compress",
+        ),
+        Result(
+            "make bench-compress",
+            "16 INT8 experts of width 1024 on 2,048 tokens; an image-text pair through a V3 of "
+            "width 1024; through v3-tiny",
+            f"{faster(speed['experts'])}; {faster(speed['pair']['width 1024'])}; "
+            f"{faster(speed['pair']['v3-tiny'])} times as fast as fp32",
+            "compress",
+        ),
+        Result(
+            "make bench-compress",
+            "mean change of v0-tiny's logits (random weights) when the future of the text changes: "
+            "one activation scale per row; one per tensor (its error of rounding)",
+            f"{leak['models']['v0-tiny']['INT8']['from_the_future']:.3f}; "
+            f"{with_one_scale['from_the_future']:.3f} ({with_one_scale['from_quantising']:.3f})",
+            "compress",
+        ),
+    ]
+    if "sizes" in table:
+        for preset, row in table["sizes"].items():
+            smaller, lost = row["times_smaller"], row["lost"]
+            unit = "bits per byte" if row["metric"] == "val_bpb" else "recall@1"
+            results.append(
+                Result(
+                    "make bench-compress",
+                    f"{preset} stored as INT8; as FP8: {unit} lost, and times smaller than fp32",
+                    f"{lost['int8']:.4f}, {smaller['int8']['fp32']:.2f}; "
+                    f"{lost['fp8']:.4f}, {smaller['fp8']['fp32']:.2f}",
+                    "compress",
+                )
+            )
+    if "qat" in table:
+        for bits in ("4 bits", "2 bits"):
+            row = table["qat"][bits]
+            results.append(
+                Result(
+                    "make bench-compress",
+                    f"v1-tiny with weights of {bits}: share of the loss gap that training with "
+                    f"rounding closes, {table['qat']['steps']} more steps",
+                    f"{row['mean_closed']:.0%} ({each([100 * x for x in row['closed']], 0)})",
+                    "compress",
+                )
+            )
+    taught = {
+        "distill-v3": "a dense V3 taught by one with 16 experts: recall@1",
+        "distill-v1": "V1 taught by V2: bits per byte",
+    }
+    for part, name in taught.items():
+        if part not in table:
+            continue
+        row = table[part]
+        figures = "; ".join(each(row[key], 4) for key in ("taught", "alone", "alone, equal time"))
+        results.append(
+            Result(
+                "make bench-compress",
+                f"{name} (the teacher's {row['teacher']:.4f}), {row['steps']['equal']} steps: with "
+                "the teacher; without, equal steps; without, equal time",
+                figures,
+                "compress",
+            )
+        )
+    return results
+
+
+def serving_results() -> list[Result]:
+    table, detectors = load("serve"), load("serve_alarms")["detectors"]
+    results = []
+    for preset, row in table["engine"].items():
+        speeds = {way: row[way]["tokens_per_second"] for way in row["times_faster"]}
+        speeds |= {"continuous batching": row["continuous batching"]["tokens_per_second"]}
+        results.append(
+            Result(
+                "make bench-serve",
+                f"{preset} generates for 32 clients (one thread of an AMD Zen 3), tokens per "
+                f"second: {'; '.join(speeds)}",
+                "; ".join(f"{speed:.0f}" for speed in speeds.values()),
+                "serve",
+            )
+        )
+    for name, row in table["embedder"].items():
+        rates = row["items_per_second"]
+        results.append(
+            Result(
+                "make bench-serve",
+                f"v3-tiny embeds {name} (the same processor), items per second: {'; '.join(rates)}",
+                "; ".join(f"{rate:.0f}" for rate in rates.values()),
+                "serve",
+            )
+        )
+    for name, kinds in detectors.items():
+        figures = [row["false alarms per 10,000 requests"] for row in kinds.values()]
+        results.append(
+            Result(
+                "make bench-serve",
+                f"{name}: false alarms in 10,000 requests, simulated traffic: {'; '.join(kinds)}",
+                "; ".join(f"{figure:.2f}" for figure in figures),
+                "serve_alarms",
+            )
+        )
+    return results
+
+
+SECTIONS = {
+    "Training": training_results,
+    "Time to a loss, generation": speed_results,
+    "V1: sparse attention": attention_results,
+    "V2: Mixture of Experts": expert_results,
+    "V3: one space for text, image and audio": multimodal_results,
+    "Several processes": scaling_results,
+    "Compression": compression_results,
+    "Serving": serving_results,
+}
