@@ -51,7 +51,7 @@ help:
 	@echo '  make check-01          grade your answers in lessons/exercises; 02-04, 06, 07   seconds'
 	@echo '  make lessons           execute every lesson and compare what it prints            4 min'
 	@echo
-	@echo 'Measure (writes results/; of a bench that is stopped, finished runs are kept: start it again)'
+	@echo 'Measure (writes results/; a stopped bench keeps its finished runs: start it again to continue)'
 	@echo '  make bench             loss over time; generation with and without a cache       10 min'
 	@echo '  make bench-v1          sparse against dense attention: time, memory, recall      12 min'
 	@echo '  make bench-v2          the MoE layer against one MLP and other packages          15 min'
@@ -216,6 +216,7 @@ bench-emoji: .venv/emoji
 bench-compress: .venv/base
 	$(PY) -m nanods.bench.compress $(ARGS)
 
+# Needs the extra peers for river's detectors (make setup EXTRAS=peers): else their rows are missing.
 bench-serve: .venv/base
 	$(PY) -m nanods.bench.serve $(ARGS)
 	$(PY) -m nanods.bench.serve_alarms

@@ -1,4 +1,4 @@
-"""Draw figures about learning without forgetting from arrays. Nothing here knows models."""
+"""Draw figures about learning without forgetting from arrays."""
 
 from collections.abc import Sequence
 
@@ -92,7 +92,7 @@ def two_valleys(fisher: Sequence[float], strength: float) -> Figure:
         axes.plot(*w, "o", color=colour, label=f"{name}: old loss {old:.2f}, new {new:.2f}")
     axes.plot([0], [0], "s", color=BLUE, label="after the old task: 0, new 1")
     axes.plot([1], [1], "D", color=GREY, label=f"plain: old loss {F.sum() / 2:.2f}, new 0")
-    title = "EWC moves where the old task does not mind"
+    title = "EWC moves the weight that the old task hardly uses"
     axes.set(xlabel=f"weight with F = {F[0]:g}", ylabel=f"weight with F = {F[1]:g}", title=title)
     axes.grid(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

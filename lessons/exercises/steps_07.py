@@ -69,7 +69,7 @@ def known_masks(tokens: Tensor) -> KnownMistakes:
         ),
         "learns the last answer alone": lambda: right & (position > assistants[-1]),
         "learns the first answer alone": lambda: right & (position < assistants[1]),
-        "is shifted by one to the right: mask the tokens themselves": (
+        "is shifted by one to the right: mark the learnt tokens, not those after them": (
             lambda: torch.cat([right[-1:], right[:-1]])
         ),
     }
@@ -493,7 +493,9 @@ def known_centres(F_1: Tensor, a: Tensor, F_2: Tensor, b: Tensor) -> KnownMistak
         "is half way between both: the Fisher information weights them": lambda: (a + b) / 2,
         "weights the centres the wrong way round": lambda: (F_1 * b + F_2 * a) / total,
         "is the weighted sum: divide it by F": lambda: F_1 * a + F_2 * b,
-        "divides by F twice, or by the mean": lambda: 2 * (F_1 * a + F_2 * b) / total,
+        "divides by the mean of both F: divide by their sum": lambda: (
+            2 * (F_1 * a + F_2 * b) / total
+        ),
         "weights by the sums of both F over all weights: each weight has its own": (
             lambda: (F_1.sum() * a + F_2.sum() * b) / total.sum()
         ),

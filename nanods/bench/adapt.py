@@ -5,21 +5,23 @@
 
 A base run of each seed learns pydocs-train for BASE_STEPS. All other runs go on from it for STEPS,
 on instructions (nanods/data/instructions.py), except those from random weights. Figures are bits
-per byte of answers from modules that no run has read; of `plain`, of these modules' documentation:
-the general ability, whose rise is what is forgotten.
+per byte of answers from modules that no run has read. `plain` is the documentation of these
+modules: the general ability. The rise of its bits per byte is what a run has forgotten.
 
     mixture      all tasks at once, against the base and against random weights at equal tokens;
-                 also the share of answers that are right to the letter
-    new task     docstring -> source, one way after the other: plain fine-tuning, EWC, L2 to the
-                 start, replay of 1% and of 10%, the empirical Fisher information, the common
-                 mistake (squared gradients of batches), and AdamW in place of Muon
+                 also the share of answers that are exactly correct
+    new task     docstring -> source, one way after the other: plain fine-tuning, EWC, an L2 penalty
+                 towards the base's weights, replay of 1% and of 10%, the empirical Fisher
+                 information, the common mistake (squared gradients of batches), and AdamW in place
+                 of Muon
     directly     the new task from random weights, with as many tokens as base and task together
     frontier     the new task for each lambda of EWC and L2, with the first seed
     in a row     a second new task (signature -> docstring) after the first, plain and with EWC
 
 Each lambda is chosen on another task (dialogue) with the first seed: of those that gain within
 NEAR bits per byte of plain fine-tuning, the one that forgets least; if none does, the smallest.
-AdamW takes Muon's. Learning rates and steps are the same for all arms and were not tuned.
+The AdamW runs use the lambda chosen for Muon. Learning rates and steps are the same for all arms
+and were not tuned.
 
 A run that stops early forgets less too. So each arm's forgetting is also divided by that of plain
 fine-tuning at the step where it had gained as much as the arm has in the end.
@@ -105,14 +107,15 @@ class Plan:
         return job
 
     def add_ewc(self, needs: Job, arm: str, strength: float, *words: object, name="") -> Job:
-        """Add a run that holds the weights of the run it goes on from."""
+        """Add a run with a penalty towards the weights it starts from."""
         flags = ["--ewc", needs.folder_in(self.runs, BENCH), "--ewc-fisher", EWC[arm]]
         flags += ["--ewc-lambda", strength, "--ewc-sequences", FISHER_SEQUENCES]
         return self.add(name or f"{arm} {strength:g}", needs, *flags, *words)
 
     @staticmethod
     def evaluate_every(name: str) -> int:
-        """Return the steps between two evaluations: of most runs so many that one is the last."""
+        """Return the steps between evaluations: CURVE_EVERY for runs with a curve, else so many
+        that only the start and the end are evaluated."""
         if name in CURVES or name.split(" ")[0] in FRONTIERS:
             return CURVE_EVERY
         return 1_000_000
@@ -214,8 +217,8 @@ def figures(job: Job, out: Path, rows: list[dict]) -> dict:
 
 @torch.no_grad()
 def exact_answers(run_dir: Path) -> dict[str, float]:
-    """Return the share of each task's held-out answers that a trained model gives to the letter,
-    END left out, if it always takes the likeliest token.
+    """Return the share of each task's held-out answers that a trained model gives exactly, END
+    left out, if it always takes the likeliest token.
 
     It does where each token of the answer is the likeliest after those before it.
     """
@@ -389,7 +392,8 @@ def spread(values: list[float]) -> str:
 
 def report(table: dict) -> None:
     """Print what is found: means over the seeds, with the smallest and the largest."""
-    print(f"{'':14} gained on {NEW:15} forgotten               of plain's, at equal gain")
+    head = "of plain's, at equal gain (AdamW: at the end)"
+    print(f"{'':14} gained on {NEW:15} forgotten               {head}")
     for arm, row in table["arms"].items():
         ratio = row.get("forgotten_over_plain_at_equal_gain", row["forgotten_over_plain"])
         print(f"{arm:14} {spread(row['gain']):25} {spread(row['forgotten'])}  {spread(ratio)}")

@@ -33,8 +33,8 @@ def results_page() -> str:
         "Numbers in parentheses are single seeds. Conclusions, and experiments that failed, are in",
         "[LOG.md](../LOG.md).\n",
         "A bench that trains models stores each run in `results/runs/` as soon as it is finished.",
-        "If it was stopped, it continues when it is started again. Runs that have no entry were",
-        "measured before this was so: the command trains them again.\n",
+        "If it was stopped, it continues when it is started again. Older results have no entry",
+        "there: the command trains those runs again.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

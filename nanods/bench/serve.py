@@ -47,8 +47,8 @@ WAYS = {
     "static batches": (CLIENTS, 96, True),
     "continuous batching": (CLIENTS, 96, False),
 }
-"""Clients; requests of all clients together, of which each sends the next when it has its answer;
-and whether the next ones wait until the whole batch is finished."""
+"""Clients, requests in total, static. A client sends its next request when its last one is
+answered; if static, when the whole batch has finished."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ Streams of scores are simulated, with a mean and a deviation in bits per byte:
 
 Each alarm is given one day as its reference, then STREAMS streams of another day. The changes begin
 at a random request: all prompts change, or one in five. They then score 6.6 deviations higher, an
-assumption. Beside ours stand CUSUM with a textbook's threshold and, with the extra peers, ADWIN and
-PageHinkley of river, with their defaults. The settings of ours were chosen on other streams, those
-of tests/serving/test_drift.py; the others were not tuned.
+assumption. It is compared with CUSUM at textbook settings and, with the extra peers, river's ADWIN
+and PageHinkley at their defaults, which were not tuned. The settings of nanods' alarm were chosen
+on other streams, those of tests/serving/test_drift.py.
 """
 
 from collections.abc import Callable

@@ -24,11 +24,11 @@ from nanods.flags import parse_args
 @dataclass(frozen=True)
 class Args:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run directories, or presets (then runs/PRESET). A model is called as its folder is."""
+    """Run directories, or presets (then runs/PRESET). Each model has the name of its folder."""
     port: int = 8000
-    """Of HTTP; 0 takes any that is free."""
+    """HTTP port; 0 chooses a free one."""
     grpc_port: int = 50051
-    """Of gRPC; 0 takes any that is free."""
+    """gRPC port; 0 chooses a free one."""
     host: str = "127.0.0.1"
     """The address to listen on. One that other machines reach needs NANODS_TOKEN."""
     device: Literal["cpu", "cuda", "mps"] = "cpu"
@@ -40,18 +40,19 @@ class Args:
     max_body: int = 16
     """MiB of a request, at most."""
     timeout: float = 300.0
-    """Seconds until a request is given up."""
+    """Seconds after which a request is cancelled (504)."""
     grace: float = 30.0
     """Seconds to answer what is under way, after SIGTERM or Ctrl-C."""
     monitor: Path | None = None
-    """A folder for alarms.jsonl, and for what normal traffic is; without it, a server that restarts
-    learns its traffic anew."""
+    """Folder for alarms.jsonl and the references of normal traffic; without it a restarted server
+    records new references."""
     webhook: str | None = None
     """The URL to which alarms are posted, as JSON."""
     canary_minutes: float = 10.0
     """From one measurement of each model's quality to the next; 0: none."""
     slow_seconds: float = 5.0
-    """An answer whose first part takes longer is late; 5% of them raise an alarm."""
+    """An answer is late if its first part takes longer. The alarm fires if more than 5% of the last
+    200 are late."""
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ much of it as we like. The threshold is the highest sum in `run_length` requests
 
     cumulative_sums    the equations above, for many streams at once
     join_blocks        the bootstrap
-    calibrate          the threshold, and the allowance with which a change is noticed soonest
+    calibrate          the threshold, and the allowance with the shortest expected delay
     Cusum              the same sums, one request at a time
 
 Left out on purpose: a reference that follows the traffic (it would follow a slow drift, too), and
@@ -87,12 +87,13 @@ def calibrate(
     """Return the reference with scores (R,), in the order of their requests.
 
     `run_length`: requests without a change among which one false alarm is acceptable. `shift`: the
-    change of the mean, in deviations, that is to be noticed soonest. 1.25 is that of
-    one request in five, if these score 6.25 deviations higher.
+    change of the mean, in deviations, that is to be noticed soonest. 1.25 is that of one request in
+    five, if these score 6.25 deviations higher.
 
     The right length of a block depends on how long neighbouring scores resemble each other. Blocks
     that are too short lose that, and blocks that are too long repeat the reference. So several
-    lengths are tried, and the highest threshold is taken; it is at least 2 LIMIT. Half a second.
+    lengths are tried, and the highest threshold is taken; it is at least 2 LIMIT. This takes
+    about half a second.
 
     Raises ValueError for fewer than 100 scores, and for scores that are not finite.
     """

@@ -14,11 +14,11 @@ Four rules make the batches:
     1. There is a queue for each modality and length bucket: 1, 2, 3-4, 5-8, 9-16, ... tokens. So
        padding never takes more than half of a batch.
     2. The queue with the oldest input is next. So every batch holds the input that has waited
-       longest, and nothing waits for more batches than there were older inputs.
+       longest, and an input waits for at most as many batches as there were older inputs.
     3. A batch takes inputs from that queue, oldest first, up to a budget of tokens, padding
        included. The budget bounds the memory, and the time until the next batch begins.
-    4. Nothing waits for company: whenever something waits, a batch is computed. Meanwhile other
-       inputs arrive, so that batches grow with the load by themselves.
+    4. No input is held back to fill a batch: whenever one waits, a batch is computed. Meanwhile
+       other inputs arrive, so that batches grow with the load by themselves.
 
 Neither padding nor the rest of a batch changes an embedding, apart from rounding: 1e-6 in fp32. (A
 router's scores of two experts may differ by less than that; rounding then chooses between them.)
@@ -188,8 +188,7 @@ class Embedder:
 
     A request may mix modalities; it is answered when all its inputs are embedded. `cancel()` on its
     future, or on the task that awaits it, removes what still waits of it. A batch that is being
-    computed is not interrupted: `max_tokens` bounds how long that takes (512 tokens: 40 ms with
-    v3-tiny on one thread).
+    computed is not interrupted: `max_tokens` bounds how long that takes.
     """
 
     def __init__(self, model: Multimodal, max_tokens: int = 512, max_waiting: int = 4096) -> None:

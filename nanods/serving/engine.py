@@ -1,9 +1,10 @@
 """Continuous batching: many requests generate together, and each joins and leaves at any token.
 
-A decoding step costs little more for 32 rows than for one, because it reads every weight once. So
-a server should decode its requests together. A fixed batch would wait for its longest text, and a
-new request for the whole batch. Here the batch changes between two steps (Orca: Yu et al. 2022,
-OSDI; vLLM: Kwon et al. 2023, arXiv:2309.06180). One step of the engine is:
+A decoding step reads every weight once, for 32 rows as for one, so it costs far less than 32 steps
+(`make bench-serve`). A server should therefore decode its requests together. A fixed batch would
+wait for its longest text, and a new request for the whole batch. Here the batch changes between two
+steps (Orca: Yu et al. 2022, OSDI; vLLM: Kwon et al. 2023, arXiv:2309.06180). One step of the
+engine is:
 
     drop      the cancelled requests leave
     read      the oldest request that is not in the batch reads the next `chunk` tokens of its
@@ -42,7 +43,7 @@ from torch import Tensor
 from nanods.cache import Cache
 from nanods.gpt import GPT, sample_token
 
-READ_OVERHEAD = 16  # tokens: on a CPU, a forward pass of one token takes as long as one of about 16
+READ_OVERHEAD = 16  # tokens: a short chunk counts as so many, since every pass has a fixed cost
 
 
 class BusyError(Exception):
@@ -59,7 +60,8 @@ class Request:
     top_p: float | None = None
     """The last three as in nanods.gpt.sample_token."""
     seed: int = 0
-    """Same seed, same tokens, whatever else is generated meanwhile."""
+    """Same seed, same tokens, whatever else is generated meanwhile, apart from rounding: the number
+    of rows changes the last bits of the logits, which in fp32 can change a token."""
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the answer. They are not part of its text."""
     stop: tuple[bytes, ...] = ()
@@ -247,7 +249,7 @@ class Engine:
         """Read up to `chunk` tokens of prompts, the oldest prompt first.
 
         The last token of a prompt is left to `decode`, which draws the token after it. Rows that
-        have forgotten come before new requests, which can wait: they have shown no token yet.
+        read their context again come before new requests, which can wait: they have shown no token.
         """
         budget = self.chunk
         while budget > 0:

@@ -1,4 +1,5 @@
-"""The gRPC service (nanods/serving/serve.proto): what a request means, and what may be asked.
+"""The gRPC service (nanods/serving/serve.proto): it validates requests and hands them to
+the thread of their model.
 
 Handlers run in one asyncio loop and compute nothing: they check a request, hand it to the thread of
 its model, and wait. Whenever a handler ends (answered, cancelled by the client, disconnected, or
@@ -6,8 +7,9 @@ beyond its deadline), its request leaves the engine.
 
     client -> handler -> Engine.submit ... Inbox.deliver (engine's thread) -> Inbox -> handler
 
-Every call has a deadline: the client's, or the server's if that is sooner. The monitor is told how
-each ended, and how usual its prompt or its inputs were (nanods/serving/monitor.py).
+Every call has a deadline: the client's, or the server's if that is sooner. Each call
+reports to the monitor how it ended, and its prompt's bits per byte or its inputs' distances to the
+gallery (nanods/serving/monitor.py).
 """
 
 import asyncio
@@ -335,7 +337,7 @@ def trace_message(token: Token, text: str):
 
 
 def search_reply(gallery: Gallery, hits: list[Hit]):
-    """Return the examples found, as a reader can see and hear them."""
+    """Return the hits with their images and sounds as data URLs."""
     examples, made = gallery.examples, []
     for i, score in hits:
         hit = messages.Hit(index=i, score=score, caption=examples.captions[i])

@@ -25,7 +25,7 @@ class ServedModel:
     """Of "generate", "chat", "embed", "search"."""
     worker: Engine | Embedder
     end_tokens: frozenset[int] = frozenset()
-    """That end an answer, of a run that has learnt to answer."""
+    """Tokens that end an answer; empty unless the run was fine-tuned on answers."""
     gallery: Gallery | None = None
     thread: Thread = field(init=False)
 

@@ -1,13 +1,13 @@
-"""Watch a server: metrics for Prometheus, and three alarms that mean different things.
+"""Watch a server: metrics for Prometheus, and three kinds of alarms.
 
     traffic   the requests differ from those of a normal day      traffic_prompt, traffic_image, ...
               (nanods/serving/drift.py)
     quality   the model answers worse than when the server        quality
-              started: a canary, asked again and again
+              started: a canary, measured repeatedly
     service   too many answers are late, or are errors            latency, errors
 
-They are kept apart because they call for different people. A model may be fine while its readers
-have changed, and the other way round. No alarm compares two windows by a test of significance:
+They are separate because different people act on them: the users may have changed while the model
+is fine, and the reverse. No alarm compares two windows by a test of significance:
 with enough requests, such a test finds any two windows different.
 
 An alarm that begins or ends is written to alarms.jsonl and sent to a webhook, as JSON. Prometheus
@@ -47,8 +47,8 @@ OUTCOMES = ("ok", "refused", "cancelled", "failed")
 TRAFFIC = ("prompt", "text", "image", "audio")
 ALARMS = (*(f"traffic_{kind}" for kind in TRAFFIC), "quality", "latency", "errors")
 
-REFERENCE_SECONDS = 24 * 3600.0  # a reference spans a day, and has at least so many scores:
-REFERENCE_SCORES = 1000
+REFERENCE_SECONDS = 24 * 3600.0  # the shortest duration of a reference
+REFERENCE_SCORES = 1000  # the fewest scores of a reference
 WINDOW, FEWEST = 200, 20  # answers that the service's alarms look back on, at most and at least
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
 WEBHOOK_TIMEOUT = 5.0  # seconds
@@ -113,7 +113,10 @@ class Monitor:
             registry=registry,
         )
         self.canary = Gauge(
-            "nanods_canary", "Of a model's canary; higher is worse", ["model"], registry=registry
+            "nanods_canary",
+            "Value of a model's canary; higher is worse",
+            ["model"],
+            registry=registry,
         )
         self.alarm = Gauge(
             "nanods_alarm", "1 while an alarm fires, else 0", ["alarm"], registry=registry
@@ -186,7 +189,7 @@ class Monitor:
                 self.first_canary.setdefault(model, value)
             first = self.first_canary.get(model, math.nan)
             limit = first + self.tolerance * abs(first)
-            self.is_worse[model] = not value <= limit  # NaN is no good value
+            self.is_worse[model] = not value <= limit  # NaN counts as worse
             self.set_alarm("quality", any(self.is_worse.values()), value, limit, model=model)
 
     def run_canary(self, model: str, measure: Callable[[], float], seconds: float) -> None:
@@ -221,7 +224,10 @@ class Monitor:
     def set_alarm(
         self, name: str, is_firing: bool, value: float, limit: float, **about: str
     ) -> None:
-        """Note whether an alarm fires; tell of it, and what it is about, when it begins or ends."""
+        """Record whether an alarm fires; write and send an event when it begins or ends.
+
+        `about`: further fields of the event.
+        """
         if is_firing == self.firing[name]:
             return
         self.firing[name] = is_firing

@@ -10,10 +10,10 @@ Where a module's place is not its caller's, hooks move what goes in to the modul
 out back to the caller. Between neighbours in a list of blocks that share a place, nothing is moved.
 The model's code stays as it is; keys and values lie where their attention layer is.
 
-Is it worth it? A token is generated in the time that its weights take to come from memory, since
-each is used once (nanods/planner/ has the times of training). Of a GPU that is 20 times as fast as
-of a CPU. So whatever fits belongs on the GPU, and `compare` says when something has to move: of a
-model of many experts, a token reads few, which makes them the parts to move.
+Is it worth it? Generating a token takes about as long as reading its weights from memory, since
+each is used once (nanods/planner/ has the times of training), and a GPU reads its memory many times
+faster than a CPU. So weights that fit belong on the GPU. Of a model with many experts a token reads
+few, so they are the first to move; `compare` says when that is needed.
 
     python -m nanods.serving.placement v2-base --gpu rtx4090-24gb
 

@@ -1,8 +1,8 @@
 """The JSON of the REST routes: what clients may send, and what they get, as in OpenAI's API.
 
-A body becomes a message of nanods/serving/serve.proto, and a reply becomes JSON. Fields that
-OpenAI's API has and this server does not are refused, unless they ask for nothing: a client learns
-that `presence_penalty` does nothing here.
+A body becomes a message of nanods/serving/serve.proto, and a reply becomes JSON. Fields of
+OpenAI's API that this server does not have are refused, unless their value has no effect, such as
+`presence_penalty` 0. Unknown fields inside a message, and `user`, are ignored.
 """
 
 import base64

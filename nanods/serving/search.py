@@ -1,7 +1,7 @@
 """Search by text, image or sound: from the bytes that a client sends to the examples found.
 
 The embeddings of a gallery's examples are computed once. A search multiplies them all with the
-query's and sorts the products: 512 embeddings of width 128 take less time than a millisecond.
+query's, and sorts the products.
 
 Left out on purpose: an approximate index, which a gallery of millions needs.
 

@@ -1,7 +1,7 @@
 """Start the gRPC server and the REST routes in one process, and stop them without losing answers.
 
 After SIGTERM or Ctrl-C the server drains: it answers what it has accepted, refuses what is new,
-and ends within `grace` seconds.
+and waits for them up to `grace` seconds: first for HTTP, then for gRPC.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Settings:
     timeout: float = 300.0
     """Seconds of a call, at most."""
     grace: float = 30.0
-    """Seconds that the server takes to stop, at most."""
+    """Seconds to wait when it stops, at most: for HTTP, then for gRPC, then for each model."""
     canary_minutes: float = 10.0
     """From one canary to the next; 0: none."""
 

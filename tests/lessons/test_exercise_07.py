@@ -350,7 +350,7 @@ register_all(
     ),
     undivided=("a is the weighted sum", centre_of(lambda F_1, a, F_2, b: F_1 * a + F_2 * b)),
     by_the_mean=(
-        "a divides by F twice, or by the mean",
+        "a divides by the mean of both F: divide by their sum",
         centre_of(lambda F_1, a, F_2, b: (F_1 * a + F_2 * b) / ((F_1 + F_2) / 2)),
     ),
     one_weight_for_all=(

@@ -32,7 +32,7 @@ def serving(workspace, monkeypatch, capsys):
 
 
 def test_mistakes_at_the_start_say_how_to_correct_them(serving, monkeypatch):
-    for words, told in (
+    for words, message in (
         ([], "name a run to serve"),
         (["v2-tiny"], "runs/v2-tiny: no such run. Train it first: make train-v2"),
         (["v2-tiny", "--port", 70000], "--port 70000: must be at most 65,535"),
@@ -43,7 +43,7 @@ def test_mistakes_at_the_start_say_how_to_correct_them(serving, monkeypatch):
         (["v2-tiny", "--monitor", __file__], "cannot be written; name another folder"),
     ):
         code, error = serving(*words)
-        assert code == 2 and told in error and "Traceback" not in error
+        assert code == 2 and message in error and "Traceback" not in error
     monkeypatch.setenv("NANODS_TOKEN", "secret")
     assert "no such run" in serving("v2-tiny", "--host", "0.0.0.0")[1]
 

@@ -238,8 +238,8 @@ def test_a_lost_expert_reaches_the_webhook_and_changes_no_answer(tmp_path, webho
         running.close()
     assert not any(thread.is_alive() for thread in monitor.threads)
     assert handler.received == events(tmp_path)
-    told = [(event["alarm"], event["model"], event["state"]) for event in handler.received]
-    assert told == [("quality", "text", "firing"), ("quality", "text", "resolved")]
+    sent = [(event["alarm"], event["model"], event["state"]) for event in handler.received]
+    assert sent == [("quality", "text", "firing"), ("quality", "text", "resolved")]
 
 
 def test_late_answers_reach_the_webhook(webhook):  # noqa: F811

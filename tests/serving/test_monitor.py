@@ -1,4 +1,4 @@
-"""The monitor: metrics with bounded labels, three kinds of alarms, and where they are told."""
+"""The monitor: metrics with bounded labels, three kinds of alarms, and where they are sent."""
 
 import http.server
 import json
@@ -256,7 +256,7 @@ def test_a_few_bad_answers_after_the_start_raise_no_alarm():
     assert not any(monitor.firing.values())
 
 
-# ---- where alarms are told -----------------------------------------------------------------------
+# ---- where alarms are sent -----------------------------------------------------------------------
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):
