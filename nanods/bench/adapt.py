@@ -28,7 +28,7 @@ fine-tuning at the step where it had gained as much as the arm has in the end.
 
 An evaluation reads EVAL_TOKENS of the held-out rows, the same for every run, spread evenly over the
 tasks: before the first step and after the last, and each CURVE_EVERY steps of the arms in CURVES.
-Two runs at a time, one thread each; each is stored when it is finished (stored_runs.py).
+Each run uses one thread and is stored when it is finished (stored_runs.py).
 """
 
 from collections.abc import Iterable
@@ -78,6 +78,8 @@ STEP_SECONDS, RUN_SECONDS = 0.7, 50  # CPU time on the machine of results/, for 
 class Args:
     seeds: int = 3
     """Seeds of the weights and the batches."""
+    jobs: int = 2
+    """Runs at a time, one thread each."""
     results: Path = Path("results")
     """Where the table and the pictures go."""
     runs: Path = Path("runs")
@@ -415,12 +417,13 @@ def main() -> None:
     any_lambda = {arm: strengths[0] for arm, strengths in LAMBDAS.items()}
     jobs = [job for plan in (tuning, *compared(any_lambda)) for job in plan.jobs.values()]
     print(forecast(jobs), flush=True)
-    stored = train_all(BENCH, list(tuning.jobs.values()), figures, args.results, args.runs)
+    where = {"results": args.results, "runs": args.runs, "workers": args.jobs}
+    stored = train_all(BENCH, list(tuning.jobs.values()), figures, **where)
     chosen = choose_lambdas({name: stored[job.name] for name, job in tuning.jobs.items()})
     print(f"chosen     {', '.join(f'{arm}: lambda {s:g}' for arm, s in chosen.items())}")
     plans = compared(chosen)
     jobs = [job for plan in plans for job in plan.jobs.values()]
-    stored |= train_all(BENCH, jobs, figures, args.results, args.runs)
+    stored |= train_all(BENCH, jobs, figures, **where)
     by_seed = [{name: stored[job.name] for name, job in plan.jobs.items()} for plan in plans]
     tuned = {name: stored[job.name] for name, job in tuning.jobs.items() if name != "base"}
     table = {

@@ -48,7 +48,7 @@ def fake_result(job, out, rows):
 def test_the_table_compares_each_arm_with_plain_fine_tuning(tmp_path, monkeypatch, capsys):
     trained = {}
 
-    def train_all(name, jobs, summarise, results, runs):
+    def train_all(name, jobs, summarise, results, runs, workers):
         for job in jobs:
             assert trained.setdefault(job.name, job.words) == job.words
             flags = flags_of(job)
