@@ -1,4 +1,4 @@
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def test_a_notebook_may_start_twice_and_anywhere(monkeypatch, tmp_path):
     try:
         for _ in range(2):
             start()
-            assert os.path.isdir("lessons")
+            assert Path("lessons").is_dir()
             assert torch.rand(1).item() == pytest.approx(0.4962566)
     finally:
         torch.set_num_threads(threads)
