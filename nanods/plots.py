@@ -132,7 +132,9 @@ def curves(
     return figure
 
 
-def dot_plot(rows: dict[str, Sequence[float]], targets: dict[str, float], xlabel: str) -> Figure:
+def dot_plot(
+    rows: dict[str, Sequence[float]], targets: dict[str, float], xlabel: str, title: str = ""
+) -> Figure:
     """Draw a row for each name: a dot for each value, their mean, and a tick at the target."""
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1))
     axes = figure.subplots()
@@ -148,7 +150,8 @@ def dot_plot(rows: dict[str, Sequence[float]], targets: dict[str, float], xlabel
                 va="center",
                 fontsize=9,
             )
-    title = "dot: one seed; number: mean" + ("; orange tick: target" if targets else "")
+    note = "one dot per seed; at the right their mean" + ("; orange: target" if targets else "")
+    xlabel = f"{xlabel}\n({note})"
     axes.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), title=title)
     axes.invert_yaxis()
     return figure
@@ -192,6 +195,12 @@ def draw_box(
     )
     axes.add_patch(box)
     axes.text(x, y, text, ha="center", va="center", fontsize=fontsize)
+
+
+def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw an arrow of a diagram."""
+    style = {"arrowstyle": "-|>", "color": "#7d8590", "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=style)
 
 
 def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -6,10 +6,9 @@ Shapes: n numbers of a histogram.
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_box
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y
 FORMAT_COLOURS = {"fp32": GREY, "bf16": ORANGE, "INT8": BLUE}
@@ -167,11 +166,11 @@ def int8_diagram() -> Figure:
     ):
         (a, y, *_), (b, *_) = boxes[start], boxes[end]
         left, right = a + box_width(boxes[start][2]) / 2, b - box_width(boxes[end][2]) / 2
-        arrow(axes, (left, y), (right, y))
+        draw_arrow(axes, (left, y), (right, y))
         axes.text((left + right) / 2, y + 0.12, label, ha="center", va="bottom", fontsize=8)
-    arrow(axes, (5.2, -0.05), (5.2, 0.62))
+    draw_arrow(axes, (5.2, -0.05), (5.2, 0.62))
     axes.plot([2.6, 2.6, 7.8], [1.38, 1.85, 1.85], color="#7d8590", linewidth=1)
-    arrow(axes, (7.8, 1.85), (7.8, 1.38))
+    draw_arrow(axes, (7.8, 1.85), (7.8, 1.38))
     axes.text(5.2, 1.88, "s (N,): one scale per row", ha="center", va="bottom", fontsize=8)
     axes.set(xlim=(-0.3, 10.5), ylim=(-0.9, 2.2))
     axes.axis("off")
@@ -180,8 +179,3 @@ def int8_diagram() -> Figure:
 
 def box_width(text: str) -> float:
     return 0.35 + 0.085 * max(map(len, text.replace("$^T$", "").split("\n")))
-
-
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    style = {"arrowstyle": "-|>", "color": "#7d8590", "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", end, start, arrowprops=style)

@@ -315,7 +315,7 @@ def main() -> None:
     write_json(args.results / "experts.json", table)
     bits_per_byte = {name: [row["val_bpb"] for row in rows] for name, rows in runs.items()}
     plots.save(
-        plots.dot_plot(bits_per_byte, {}, "bits per byte on validation, one dot a seed"),
+        plots.dot_plot(bits_per_byte, {}, "bits per byte on validation"),
         args.results / "experts.png",
     )
 
