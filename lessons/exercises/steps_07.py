@@ -184,7 +184,7 @@ def check_answer_loss(answer: Answer) -> None:
     )
     if not is_close(result, expected):
         raise_known_mistake(result, known_losses(logits, targets, mask, total))
-        raise_different_element(result, expected, "the loss ")
+        raise_different_element(result, expected, "the loss")
     none, every = torch.zeros_like(mask), torch.ones_like(mask)
     cases = {
         "for a micro-batch without an answer token, which adds 0": (logits, targets, none, total),
@@ -434,7 +434,7 @@ def check_ewc_penalty(answer: Answer) -> None:
     result, expected = penalty(*case), reference_penalty(*case)
     if not is_close(result, expected):
         raise_known_mistake(result, known_penalties(*case))
-        raise_different_element(result, expected, "the penalty ")
+        raise_different_element(result, expected, "the penalty")
     cases = {
         "at the old weights": (old, old, fisher, strength),
         "for strength 0": (weight, old, fisher, 0.0),

@@ -21,6 +21,7 @@ import steps_03
 import steps_04
 import steps_06
 import steps_07
+import steps_08
 import torch
 from torch import nn
 
@@ -54,6 +55,7 @@ LESSONS = [
     make_lesson(steps_04, "04_scaling"),
     make_lesson(steps_06, "06_compression"),
     make_lesson(steps_07, "07_adapt"),
+    make_lesson(steps_08, "08_serving"),
 ]
 NAMES, SOLUTIONS = LESSON_01.names, LESSON_01.solutions
 each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stubs.stem)
