@@ -2,6 +2,7 @@
 
     start()                                          the first cell of each notebook
     compare("01", "topk_mask", scores, 4, reference=topk_mask)
+    show_verdicts("V1.1", "V1.2")                    the last section of each notebook
 
 `compare` runs the learner's function beside the reference, on the same tensors. It only shows that
 both agree here: `make check-01` grades the function, on many more cases.
@@ -18,6 +19,7 @@ from IPython.display import Markdown, display
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+ARTICLE = ROOT / "lessons" / "ARTICLE.md"
 EXERCISES = ROOT / "lessons" / "exercises"
 TOLERANCE = {torch.float64: 1e-9}  # all other types are fp32 or exact
 TIMED_SECONDS = 0.2
@@ -37,6 +39,18 @@ def show_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> None
     """Display a table. `head` names its columns."""
     lines = [head, ["---"] * len(head), *rows]
     display(Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)))
+
+
+def show_verdicts(*claims: str) -> None:
+    """Display the rows of lessons/ARTICLE.md about these claims of the article, by their ids.
+
+    tests/lessons/test_article.py compares the figures in those rows with results/.
+    """
+    rows = {}
+    for line in ARTICLE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        rows[cells[0]] = cells
+    show_table(["id", "the article claims", "what is known"], [rows[claim] for claim in claims])
 
 
 def compare(lesson: str, name: str, *arguments: object, reference: Callable) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanods import notebook
-from nanods.notebook import compare, start, verdict
+from nanods.notebook import compare, show_verdicts, start, verdict
 
 ANSWERS = """
 import torch
@@ -108,3 +108,16 @@ def test_a_notebook_may_start_twice_and_anywhere(monkeypatch, tmp_path):
             assert torch.rand(1).item() == pytest.approx(0.4962566)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_verdicts_are_rows_of_the_article_page(monkeypatch):
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda markdown: shown.append(markdown.data))
+    show_verdicts("V2.6", "V2.1")
+    head, _, *rows = shown[0].splitlines()
+    assert head == "| id | the article claims | what is known |"
+    assert [row.split(" | ")[0] for row in rows] == ["| V2.6", "| V2.1"]
+    page = notebook.ARTICLE.read_text(encoding="utf-8").splitlines()
+    assert all(row in page for row in rows)
+    with pytest.raises(KeyError):
+        show_verdicts("V2.99")
