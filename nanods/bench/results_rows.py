@@ -443,42 +443,97 @@ def compression_results() -> list[Result]:
 
 
 def serving_results() -> list[Result]:
-    table, detectors = load("serve"), load("serve_alarms")["detectors"]
-    results = []
+    return [
+        Result("make bench-serve", what, figures, file)
+        for file, rows in {"serve": served_rows(), "serve_alarms": alarm_rows()}.items()
+        for what, figures in rows
+    ]
+
+
+def served_rows() -> list[tuple[str, str]]:
+    """Return what was measured of a server, and the figures."""
+    table, rows = load("serve"), []
     for preset, row in table["engine"].items():
-        speeds = {way: row[way]["tokens_per_second"] for way in row["times_faster"]}
-        speeds |= {"continuous batching": row["continuous batching"]["tokens_per_second"]}
-        results.append(
-            Result(
-                "make bench-serve",
+        ways = (*row["times_faster"], "continuous batching")
+        rows.append(
+            (
                 f"{preset} generates for 32 clients (one thread of an AMD Zen 3), tokens per "
-                f"second: {'; '.join(speeds)}",
-                "; ".join(f"{speed:.0f}" for speed in speeds.values()),
-                "serve",
+                f"second: {'; '.join(ways)}",
+                "; ".join(f"{row[way]['tokens_per_second']:.0f}" for way in ways),
+            )
+        )
+    for preset, row in table["http"].items():
+        one, many = row["one at a time"], row["32 clients"]
+        waits = [many[key][p] for key in ("first_ms", "gap_ms") for p in ("p50", "p99")]
+        rows.append(
+            (
+                f"{preset} by HTTP, tokens per CPU second of the server: one client; 32 clients. "
+                "Milliseconds until the first token with 32 clients: p50, p99; between tokens: "
+                "p50, p99",
+                f"{one['tokens_per_cpu_second']:.0f}; {many['tokens_per_cpu_second']:.0f}. "
+                "{:.0f}, {:.0f}; {:.0f}, {:.0f}".format(*waits),
+            )
+        )
+    for clients, row in table["rest"].items():
+        rows.append(
+            (
+                f"{clients}, v1-tiny, one token: median milliseconds by gRPC; by REST",
+                f"{row['gRPC']['p50']:.1f}; {row['REST']['p50']:.1f}",
+            )
+        )
+    for preset in ("v1-tiny", "v2-tiny"):
+        speeds = [table["litserve"][preset][name] for name in ("nanods", "LitServe")]
+        rows.append(
+            (
+                f"{preset} for 32 clients by HTTP, answers sent as a whole, tokens per CPU second: "
+                f"nanods; LitServe {table['litserve']['litserve']}",
+                "; ".join(f"{row['tokens_per_cpu_second']:.0f}" for row in speeds),
             )
         )
     for name, row in table["embedder"].items():
-        rates = row["items_per_second"]
-        results.append(
-            Result(
-                "make bench-serve",
+        rows.append(
+            (
                 f"v3-tiny embeds {name} (the same processor), items per second: one at a time; one "
-                "queue for each modality and length; one queue padded to the longest text",
-                "; ".join(f"{rate:.0f}" for rate in rates.values()),
-                "serve",
+                "queue for each modality and length; one queue padded to the longest text; one "
+                "queue whose batches are one pass, padded to the longest input",
+                "; ".join(f"{rate:.0f}" for rate in row["items_per_second"].values()),
             )
         )
-    for name, kinds in detectors.items():
-        figures = [row["false alarms per 10,000 requests"] for row in kinds.values()]
-        results.append(
-            Result(
-                "make bench-serve",
-                f"{name}: false alarms in 10,000 requests, simulated traffic: {'; '.join(kinds)}",
-                "; ".join(f"{figure:.2f}" for figure in figures),
-                "serve_alarms",
+    placed = {name: row for name, row in table["placement"].items() if "step" in name}
+    rows.append(
+        (
+            "INT8 experts beside an fp32 trunk of width 512, times as fast as all in fp32: "
+            f"{'; '.join(placed)}",
+            "; ".join(f"{row['times_faster']['INT8 experts']:.2f}" for row in placed.values()),
+        )
+    )
+    return rows
+
+
+def alarm_rows() -> list[tuple[str, str]]:
+    """Return what was measured of the alarm on traffic, and the figures."""
+    rows, false = [], "false alarms per 10,000 requests"
+    for name, sources in load("serve_alarms")["detectors"].items():
+        for source, kinds in sources.items():
+            rows.append(
+                (
+                    f"{name}: false alarms in 10,000 requests, {source} scores: {'; '.join(kinds)}",
+                    "; ".join(f"{row[false]:.2f}" for row in kinds.values()),
+                )
+            )
+    ours = load("serve_alarms")["detectors"]["block bootstrap"]["recorded"]
+    for change in ("full switch", "20% mixture"):
+        rows.append(
+            (
+                f"block bootstrap: requests until it notices prompts in German, {change}, recorded "
+                f"scores: {'; '.join(ours)}",
+                "; ".join(
+                    f"{row[f'requests until noticed, German, {change}']:.0f}"
+                    for row in ours.values()
+                ),
             )
         )
-    return results
+    return rows
 
 
 SECTIONS = {

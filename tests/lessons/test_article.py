@@ -169,19 +169,27 @@ def compression_figures():
 
 
 def serving_figures():
-    embedder, detectors = load("serve")["embedder"], load("serve_alarms")["detectors"]
+    bench, detectors = load("serve"), load("serve_alarms")["detectors"]
+    embedder, placed = bench["embedder"], bench["placement"]
 
     def faster(name, way):
         return f"{embedder[name]['times_faster'][way]:.1f}"
 
-    def each(detector, figure):
-        return [row[figure] for row in detectors[detector].values()]
+    def each(detector, source, figure):
+        return [row[figure] for row in detectors[detector][source].values()]
 
     singles, padded = "singles", "one padded queue"
-    false = each("block bootstrap", "false alarms per 10,000 requests")
-    textbook = each("textbook CUSUM", "false alarms per 10,000 requests")
-    full = max(each("block bootstrap", "requests until noticed, full switch"))
-    mixture = max(each("block bootstrap", "requests until noticed, 20% mixture"))
+    false = "false alarms per 10,000 requests"
+    ours = each("block bootstrap", "recorded", false)
+    textbook = each("textbook CUSUM", "recorded", false)
+    full, mixture = (
+        max(each("block bootstrap", "recorded", f"requests until noticed, German, {change}"))
+        for change in ("full switch", "20% mixture")
+    )
+    one, many = (bench["rest"][name] for name in ("1 client", "16 clients"))
+    times = {preset: bench["http"][preset]["times_faster"] for preset in ("v1-tiny", "v2-tiny")}
+    step = {rows: f"a decoding step of {rows}" for rows in ("1 row", "32 rows")}
+    step = {rows: placed[name]["times_faster"]["INT8 experts"] for rows, name in step.items()}
     return {
         "V3.3": [
             f"texts {faster('text', singles)} times as many a second, images "
@@ -189,12 +197,24 @@ def serving_figures():
             f"three {faster('mixed', singles)}",
             f"{faster('text', padded)} times, images {faster('image', padded)}, sounds "
             f"{faster('audio', padded)}, the mixture {faster('mixed', padded)}",
+            f"the mixture {faster('mixed', 'one padded pass')} times",
+        ],
+        "D.4": [
+            f"REST takes {one['p50_difference']:.1f} ms more than gRPC (median of calls that take "
+            f"{one['gRPC']['p50']:.0f} ms by gRPC), with 16 clients {many['p50_difference']:.0f} "
+            f"ms more (beside {many['gRPC']['p50']:.0f})",
+            f"{times['v1-tiny']['tokens_per_cpu_second']:.1f} (`v1-tiny`) and "
+            f"{times['v2-tiny']['tokens_per_cpu_second']:.1f} times (`v2-tiny`) as many tokens",
+        ],
+        "D.7": [
+            f"a decoding step of one row takes {1 / step['1 row']:.2f} of the time of fp32, of 32 "
+            f"rows {1 / step['32 rows']:.2f}",
         ],
         "D.8": [
-            f"raises {min(false):.2f} to {max(false):.2f} false alarms in 10,000 requests",
-            f"within {full:.0f} requests and a change of one request in five within {mixture:.0f}",
-            f"raises {textbook[0]:.0f} on independent scores, and {textbook[1]:.0f} and "
-            f"{textbook[2]:.0f} on bursty and daily traffic",
+            f"raises {min(ours):.2f} to {max(ours):.2f} false alarms in 10,000 requests",
+            f"within {full:.0f} requests and of one prompt in five within {mixture:.0f}",
+            f"raises {textbook[0]:.0f} on independent requests, and {textbook[1]:.0f} and "
+            f"{textbook[2]:.0f} on bursty and daily ones",
         ],
     }
 

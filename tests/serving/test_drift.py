@@ -15,6 +15,7 @@ from nanods.bench.serve_alarms import (
     delay,
     ours,
     simulate,
+    simulate_other,
     textbook,
 )
 from nanods.serving.drift import (
@@ -134,7 +135,8 @@ def test_false_alarms_are_rare_and_planted_changes_are_noticed(kind):
         delays = []
         for i, (stream, start) in enumerate(zip(streams, starts, strict=True)):
             begin = max(0, start - 500)
-            changed = change(stream, start, CHANGES[name], seed=i)[begin : start + 1000]
+            changed = change(stream, simulate_other, start, CHANGES[name], seed=i)
+            changed = changed[begin : start + 1000]
             delays.append(delay(alarms, changed, start - begin))
         assert np.median(delays) <= limit, name
 
