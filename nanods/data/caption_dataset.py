@@ -59,18 +59,20 @@ from nanods.errors import UserError
 # ---- decoding one file ---------------------------------------------------------------------------
 
 
-def read_image(file: str | Path | BinaryIO, size: int) -> np.ndarray:
+def read_image(file: str | Path | BinaryIO, size: int, max_pixels: int | None = None) -> np.ndarray:
     """Return the middle square of a JPEG or PNG as (3, size, size) float32 in 0 .. 1.
 
     It reads images of any mode and size. Transparent pixels are blended with black.
 
-    Raises UserError if the file is missing, truncated, of another kind, or a decompression bomb
-    (more pixels than Pillow's limit).
+    Raises UserError if the file is missing, truncated, of another kind, or has more pixels than
+    `max_pixels` or Pillow's limit (a decompression bomb).
     """
     name = name_of(file, "the image")
     try:
         with Image.open(file, formats=("JPEG", "PNG")) as image:
-            image = decode_image(image, size)
+            image = decode_image(image, size, max_pixels)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: too many pixels ({error}); make it smaller") from error
     except Exception as error:  # Pillow's decoders raise almost anything for a damaged file
         if isinstance(error, OSError) and error.strerror:
             raise UserError(
@@ -101,11 +103,14 @@ def read_head(file: str | Path | BinaryIO) -> bytes:
         return b""
 
 
-def decode_image(image: Image.Image, size: int) -> Image.Image:
+def decode_image(image: Image.Image, size: int, max_pixels: int | None) -> Image.Image:
     """Return the middle square of an opened image, upright, in RGB, resized to `size`."""
     # Pillow only warns above its limit; it raises above twice the limit.
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width:,} x {image.height:,} pixels")
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS
+    if limit and image.width * image.height > limit:
+        raise Image.DecompressionBombError(
+            f"{image.width:,} x {image.height:,}, and at most {limit:,} are read"
+        )
     # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still large enough.
     image.draft(None, (size, size))
     image.load()

@@ -167,6 +167,7 @@ COMPRESSED = {
 }
 WIDTHS = {PCM: (1, 2, 3, 4), FLOAT: (4, 8)}  # bytes of a sample
 UNKNOWN_SIZE = 0xFFFFFFFF  # of the sound, written by programs that cannot go back to the header
+MAX_CHUNKS = 1000  # before the sound
 FADE = 800  # samples at RATE: the end of a part of a sound, which is faded out before resampling
 LOUDEST = 100.0  # floats above it do not have 1 as full scale
 
@@ -301,7 +302,7 @@ def find_chunks(file: BinaryIO) -> tuple[bytes, int, int]:
     if riff != b"RIFF" or form != b"WAVE":
         raise ValueError("it does not begin with RIFF and WAVE")
     format_chunk = None
-    while True:
+    for _ in range(MAX_CHUNKS):
         name, size = struct.unpack("<4sI", file.read(8))
         if name == b"data" and format_chunk is None:
             raise ValueError("the sound comes before its format")
@@ -311,6 +312,7 @@ def find_chunks(file: BinaryIO) -> tuple[bytes, int, int]:
         if name == b"fmt ":
             format_chunk = file.read(min(size, 40))  # of an extensible one; others are shorter
         file.seek(next_chunk)
+    raise ValueError(f"there is no sound in its first {MAX_CHUNKS:,} chunks")
 
 
 def parse_format(chunk: bytes) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from nanods.serving.engine import Engine
 from nanods.serving.search import Gallery
 from nanods.training.contrastive_data import held_out_examples
 from nanods.training.finished_run import FinishedRun, load_run
+from nanods.training.saved_gallery import FILE
 
 
 @dataclass
@@ -52,11 +53,16 @@ def language_model(name: str, finished: FinishedRun, slots: int, max_waiting: in
 
 
 def embedding_model(name: str, finished: FinishedRun, max_waiting: int) -> ServedModel:
-    """Return a run of V3, to embed and search with; without held-out examples, to embed alone."""
+    """Return a run of V3, to embed and search with; without held-out examples, to embed alone.
+
+    Raises UserError if its saved examples are damaged.
+    """
     worker = Embedder(finished.model, max_waiting=max_waiting)
     try:
         examples = held_out_examples(finished.config, finished.folder).examples
     except UserError as error:
+        if (finished.folder / FILE).is_file():  # it is damaged
+            raise
         print(f"notice     {name} searches nothing: {error}")
         return ServedModel(name, finished, ("embed",), worker)
     gallery = Gallery(finished.model, examples, finished.config, finished.tokenizer)

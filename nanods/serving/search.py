@@ -27,13 +27,16 @@ from nanods.multimodal import Multimodal
 from nanods.training.contrastive_data import encode_captions, model_inputs
 from nanods.training.contrastive_task import embed
 
+MAX_PIXELS = 1 << 24  # of an image, which a file of some kilobytes can exceed
+
 
 def read_input(name: str, data: str | bytes, config: Config, tokenizer) -> Tensor:
     """Return what the model reads, without a batch dimension: of a text, or of the bytes of a JPEG,
     PNG or WAV file.
 
     It is cut as in training: a text at `context_length` tokens, an image to its middle square, a
-    sound to its first seconds. Raises UserError for anything else.
+    sound to its first seconds. Raises UserError for anything else, and for an image of more than
+    `MAX_PIXELS`.
     """
     if name == "text":
         text = " ".join(data.split())
@@ -43,7 +46,8 @@ def read_input(name: str, data: str | bytes, config: Config, tokenizer) -> Tenso
             raise UserError("there is no word in the text: describe what to find")
         return encode_captions([text], tokenizer, config.model.context_length)[0]
     if name == "image":
-        return torch.from_numpy(read_image(io.BytesIO(data), config.multimodal.image_size))
+        size = config.multimodal.image_size
+        return torch.from_numpy(read_image(io.BytesIO(data), size, MAX_PIXELS))
     if name == "audio":
         wave = read_sound(io.BytesIO(data), config.multimodal.frames)
         return torch.from_numpy(normalized_log_mel(wave))

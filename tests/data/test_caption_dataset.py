@@ -249,8 +249,11 @@ class TestImage:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         read_image(path, SIZE)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(UserError, match=r"not a complete JPEG or PNG image .*pixels"):
+        with pytest.raises(UserError, match=r"too many pixels .*; make it smaller"):
             read_image(path, SIZE)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(UserError, match=r"too many pixels .10 x 10, and at most 99 are read"):
+            read_image(path, SIZE, max_pixels=99)
 
     def test_other_mistakes(self, tmp_path):
         with pytest.raises(
