@@ -400,5 +400,6 @@ class Engine:
 
 def possible_stop(text: bytes, stops: tuple[bytes, ...]) -> int:
     """Return the length of the longest end of `text` that begins one of `stops`."""
-    lengths = range(max(map(len, stops), default=1) - 1, 0, -1)
+    longest = max(map(len, stops), default=1) - 1
+    lengths = range(min(longest, len(text)), 0, -1)
     return next((n for n in lengths if any(text[-n:] == stop[:n] for stop in stops)), 0)

@@ -20,6 +20,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,9 @@ SERVICE = "nanods.Nanods"
 
 MAX_NEW_TOKENS = 4096  # of a request
 MAX_STOPS, MAX_LOGPROBS, MAX_ITEMS = 16, 20, 256  # of a request; items are inputs to embed
+MAX_STOP = 256  # characters of a stop
+MAX_CHARACTERS = 64  # of a prompt, for each token that the model reads; more are not tokenized
+MAX_ERROR = 500  # characters of an error, which a request's own text can fill; gRPC takes 8 kB
 MAX_TOP = 100  # results of a search
 LATE = 0.05  # seconds before its deadline at which a call that the client ends counts as late
 
@@ -94,6 +98,8 @@ class Service(services.NanodsServicer):
         """`timeout`: the seconds that a call takes at most."""
         self.models, self.timeout, self.monitor = models, timeout, monitor
         self.is_stopping = False
+        # Two threads: to decode a large image takes 300 MB.
+        self.decoders = ThreadPoolExecutor(2, thread_name_prefix="decode")
 
     # ---- the calls -------------------------------------------------------------------------------
 
@@ -116,7 +122,7 @@ class Service(services.NanodsServicer):
             require(model, "embed")
             if not 1 <= len(request.inputs) <= MAX_ITEMS:
                 raise UserError(f"{len(request.inputs)} inputs: send 1 to {MAX_ITEMS}")
-            inputs = await asyncio.to_thread(read_inputs, request.inputs, model)
+            inputs = [await self.read(item, model) for item in request.inputs]
             rows = await model.worker.embed(inputs)
             self.report_inputs(model, inputs, rows)
             return messages.EmbedReply(
@@ -130,11 +136,16 @@ class Service(services.NanodsServicer):
             require(model, "search")
             if request.top > MAX_TOP:
                 raise UserError(f"top {request.top}: ask for at most {MAX_TOP}")
-            inputs = await asyncio.to_thread(read_inputs, [request.query], model)
+            inputs = [await self.read(request.query, model)]
             rows = await model.worker.embed(inputs)
             self.report_inputs(model, inputs, rows)
             hits = model.gallery.search(rows[0], request.modality, request.top or 5)
             return await asyncio.to_thread(search_reply, model.gallery, hits)
+
+    async def read(self, item, model: ServedModel) -> embedder.Input:
+        """Read an input in a thread. A call that ends meanwhile has no further one read."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.decoders, read_item, item, model)
 
     def report_inputs(self, model: ServedModel, inputs: list[embedder.Input], rows) -> None:
         """Tell the monitor how far the embeddings (N, M) of inputs are from the gallery's."""
@@ -142,7 +153,7 @@ class Service(services.NanodsServicer):
         for name in model.gallery.embeddings if model.gallery else ():
             is_of_name = torch.tensor([each == name for each in names])
             for distance in model.gallery.distances(rows[is_of_name], name):
-                self.monitor.traffic(name, distance)
+                self.monitor.traffic(model.name, name, distance)
 
     # ---- errors and deadlines --------------------------------------------------------------------
 
@@ -154,7 +165,7 @@ class Service(services.NanodsServicer):
 
         async def refuse(code: grpc.StatusCode, text: str) -> None:
             call.outcome = "refused"
-            await context.abort(code, text)
+            await context.abort(code, text[:MAX_ERROR])
 
         remaining = context.time_remaining()
         limit = self.timeout if remaining is None else min(remaining, self.timeout)
@@ -235,7 +246,7 @@ class Service(services.NanodsServicer):
         # Its first token has no probability: nothing stands before it.
         count = len(model.finished.tokenizer.decode_bytes(task.request.prompt[1:]))
         if count:
-            self.monitor.traffic("prompt", task.prompt_nats / math.log(2) / count)
+            self.monitor.traffic(model.name, "prompt", task.prompt_nats / math.log(2) / count)
 
 
 def text_operation(request) -> str:
@@ -261,6 +272,10 @@ def require(model: ServedModel, operation: str) -> None:
 def engine_request(model: ServedModel, request) -> Request:
     """Return what the engine is asked. Raises UserError for what it cannot do."""
     finished = model.finished
+    context = finished.config.model.context_length
+    characters = len(request.prompt) + sum(len(message.text) for message in request.messages)
+    if characters > MAX_CHARACTERS * context:
+        raise UserError(f"{characters} characters; the model reads at most {context} tokens")
     if request.messages:
         require(model, "chat")
         for message in request.messages:
@@ -274,7 +289,6 @@ def engine_request(model: ServedModel, request) -> Request:
     else:
         require(model, "generate")
         prompt = finished.tokenizer.encode(request.prompt).tolist()
-    context = finished.config.model.context_length
     if not prompt:
         raise UserError("the prompt is empty: the model continues a text, so send some of it")
     if len(prompt) > context:
@@ -290,8 +304,9 @@ def engine_request(model: ServedModel, request) -> Request:
         raise UserError(str(error).removeprefix("--").replace("-", "_", 1)) from None
     if 0 < temperature < 1e-6:
         raise UserError(f"temperature {temperature}: must be 0, or 1e-6 or more")
-    if len(request.stop) > MAX_STOPS or "" in request.stop:
-        raise UserError(f"stop: send at most {MAX_STOPS} texts, none of them empty")
+    lengths = list(map(len, request.stop))
+    if len(lengths) > MAX_STOPS or not all(1 <= length <= MAX_STOP for length in lengths):
+        raise UserError(f"stop: send at most {MAX_STOPS} texts, each of 1 to {MAX_STOP} characters")
     if request.HasField("logprobs"):
         logprobs = request.logprobs
         if logprobs > MAX_LOGPROBS:
@@ -349,17 +364,13 @@ def search_reply(gallery: Gallery, hits: list[Hit]):
     return messages.SearchReply(hits=made)
 
 
-def read_inputs(inputs, model: ServedModel) -> list[embedder.Input]:
-    """Return what the model reads of texts and files. Raises UserError for those it cannot."""
-    finished, read = model.finished, []
-    for item in inputs:
-        name = item.WhichOneof("of")
-        if name not in finished.config.multimodal.modalities:
-            known = " and ".join(finished.config.multimodal.modalities)
-            raise UserError(f"{name or 'nothing'} to embed: {model.name} reads {known}")
-        x = read_input(name, getattr(item, name), finished.config, finished.tokenizer)
-        read.append((name, x))
-    return read
+def read_item(item, model: ServedModel) -> embedder.Input:
+    """Return what the model reads of a text or a file. Raises UserError if it cannot."""
+    finished, name = model.finished, item.WhichOneof("of")
+    if name not in finished.config.multimodal.modalities:
+        known = " and ".join(finished.config.multimodal.modalities)
+        raise UserError(f"{name or 'nothing'} to embed: {model.name} reads {known}")
+    return name, read_input(name, getattr(item, name), finished.config, finished.tokenizer)
 
 
 def model_card(model: ServedModel):

@@ -54,8 +54,13 @@ class ModelMetrics:
 
 
 def watch_models(monitor: Monitor, models: dict[str, ServedModel], canary_minutes: float) -> None:
-    """Add the models' metrics to the monitor. Start their canaries, unless `canary_minutes` is 0;
-    `Monitor.close` ends them."""
+    """Add the models' metrics and traffic to the monitor. Start their canaries, unless
+    `canary_minutes` is 0; `Monitor.close` ends them.
+
+    Raises UserError for a damaged reference of traffic.
+    """
+    for name in models:
+        monitor.watch_traffic(name)
     monitor.registry.register(ModelMetrics(models))
     for name, model in models.items() if canary_minutes else ():
         measure = canary(model)

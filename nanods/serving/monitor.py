@@ -108,8 +108,8 @@ class Monitor:
         )
         self.level = Gauge(
             "nanods_drift_level",
-            "Drift of the traffic as a share of what raises the alarm",
-            ["traffic"],
+            "Drift of a model's traffic as a share of what raises the alarm",
+            ["model", "traffic"],
             registry=registry,
         )
         self.canary = Gauge(
@@ -124,7 +124,7 @@ class Monitor:
         for name in ALARMS:
             self.alarm.labels(name).set(0)
 
-        self.traffic_of = {kind: Traffic(kind, folder, self.start) for kind in TRAFFIC}
+        self.traffic_of: dict[tuple[str, str], Traffic] = {}  # by model and kind
         self.outbox: queue.Queue[dict | None] | None = None  # for the webhook
         if webhook:
             self.outbox = queue.Queue(maxsize=100)
@@ -166,17 +166,35 @@ class Monitor:
                     limit = self.max_share / 2 if self.firing[name] else self.max_share
                     self.set_alarm(name, share > limit, share, self.max_share)
 
-    def traffic(self, kind: str, score: float) -> None:
+    def watch_traffic(self, model: str) -> None:
+        """Read the references of a model's traffic, or begin to record them.
+
+        Each model has its own: a text may be likely to one and a surprise to another.
+
+        Raises UserError for a damaged reference.
+        """
+        for kind in TRAFFIC:
+            self.traffic_of[model, kind] = Traffic(model, kind, self.folder, self.start)
+
+    def traffic(self, model: str, kind: str, score: float) -> None:
         """Report a request's score: of a prompt its bits per byte, of an input of V3 its
-        `nearest_distance`. The first day's become the reference."""
-        if kind not in TRAFFIC:
+        `nearest_distance`. The first day's become the reference. Others than those of
+        `watch_traffic` are ignored.
+
+        The alarm fires while the traffic of any model differs.
+        """
+        if (model, kind) not in self.traffic_of:
             return
         with self.lock:
-            level = self.traffic_of[kind].update(score, self.clock())
+            level = self.traffic_of[model, kind].update(score, self.clock())
             if level is not None:
-                self.level.labels(kind).set(level)
-                is_firing = self.traffic_of[kind].cusum.is_firing
-                self.set_alarm(f"traffic_{kind}", is_firing, level, 1.0)
+                self.level.labels(model, kind).set(level)
+                is_firing = any(
+                    traffic.cusum is not None and traffic.cusum.is_firing
+                    for (_, each), traffic in self.traffic_of.items()
+                    if each == kind
+                )
+                self.set_alarm(f"traffic_{kind}", is_firing, level, 1.0, model=model)
 
     def check_canary(self, model: str, value: float) -> None:
         """Compare the value of a model's canary, where lower is better, with its first one.
@@ -271,15 +289,18 @@ def known(value: str, values: tuple[str, ...]) -> str:
 
 
 class Traffic:
-    """The scores of one kind of request: first a reference is recorded, then compared with."""
+    """The scores of one model's requests of one kind: first a reference is recorded, then compared
+    with."""
 
-    def __init__(self, kind: str, folder: Path | None, start: Callable[..., None]) -> None:
+    def __init__(
+        self, model: str, kind: str, folder: Path | None, start: Callable[..., None]
+    ) -> None:
         """Read the reference from `folder`, if it is there. Raises UserError if it is damaged.
 
         `start` starts a thread, as `Monitor.start` does.
         """
         self.start_thread = start
-        self.path = folder / f"reference_{kind}.json" if folder else None
+        self.path = folder / f"reference_{model}_{kind}.json" if folder else None
         self.recorded: array | None = array("d")  # None when there is enough
         self.start = 0.0  # of the recording
         self.cusum: Cusum | None = None

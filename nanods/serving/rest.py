@@ -30,6 +30,7 @@ from fastapi.responses import (
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from nanods.serving.grpc_server import has_token, messages, services
@@ -47,6 +48,16 @@ from nanods.serving.rest_json import (
     model_json,
     read_item,
     usage,
+)
+from nanods.serving.rest_schema import (
+    Chat,
+    Completion,
+    Embeddings,
+    Error,
+    Health,
+    Hits,
+    Model,
+    Models,
 )
 
 CODES = grpc.StatusCode
@@ -159,18 +170,42 @@ class TokenGate:
 # ---- the routes ----------------------------------------------------------------------------------
 
 ERRORS = {
-    status: {"description": text}
-    for status, text in {
-        400: "A request that this model cannot serve",
-        401: "A missing or wrong token",
-        404: "No such model",
-        413: "A body that is too large",
-        429: "Too many requests wait; see Retry-After",
-        503: "The server stops; see Retry-After",
-        504: "Not answered in time",
-    }.items()
+    400: "A request that this model cannot serve",
+    401: "A missing or wrong token",
+    404: "No such model",
+    413: "A body that is too large",
+    429: "Too many requests wait; see Retry-After",
+    500: "The computation failed",
+    503: "The server stops; see Retry-After",
+    504: "Not answered in time",
 }
-STREAMED = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+STREAM = "data: and JSON, for each part; then data: [DONE]. A part with an error is the last one."
+
+
+def replies(kind: type[BaseModel] | None, *errors: int, is_stream: bool = False) -> dict:
+    """Return what the OpenAPI document says of a route's answers; `kind`: the JSON it answers."""
+    said: dict[int, dict] = {code: {"description": ERRORS[code], "model": Error} for code in errors}
+    if 413 in said:  # FastAPI answers with a text where Content-Length says so
+        said[413]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    if kind:
+        said[200] = {"model": kind}
+    if is_stream:
+        parts = {"schema": {"type": "string", "description": STREAM}}
+        said[200]["content"] = {"text/event-stream": parts}
+    return said
+
+
+def describe(app: FastAPI, token: str | None) -> None:
+    """Correct what FastAPI says of itself in the OpenAPI document: what is wrong in a request is
+    answered by 400, not 422, and the token is asked for."""
+    document = app.openapi()
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    if token:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        document["paths"]["/healthz"]["get"]["security"] = []
 
 
 def make_app(
@@ -181,13 +216,13 @@ def make_app(
     `timeout`: the deadline of each call, in seconds. `max_body` in bytes.
     """
     # The pages /docs and /redoc would load scripts from other servers.
-    app = FastAPI(
-        title="nanods", docs_url=None, redoc_url=None, responses=ERRORS, max_body_size=max_body
-    )
+    app = FastAPI(title="nanods", docs_url=None, redoc_url=None, max_body_size=max_body)
     stub, health = services.NanodsStub(channel), health_pb2_grpc.HealthStub(channel)
     options = {"timeout": timeout}
+    refused = (401,) if token else ()
     if token:
         options["metadata"] = (("authorization", f"Bearer {token}"),)
+    asked = (*refused, *(code for code in ERRORS if code != 401))
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -195,14 +230,14 @@ def make_app(
             PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": CSP}
         )
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses=replies(Health, 503))
     async def healthz() -> dict:
         reply = await health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         if reply.status != health_pb2.HealthCheckResponse.SERVING:
             raise HTTPException(503, "the server is stopping")
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=replies(None, *refused))
     def metrics() -> Response:  # not async: FastAPI calls it in a thread of its own
         return Response(monitor.metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -212,29 +247,29 @@ def make_app(
             for card in (await stub.Models(messages.ModelsRequest(), **options)).models
         ]
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=replies(Models, *refused))
     async def models() -> dict:
         return {"object": "list", "data": await cards()}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=replies(Model, *refused, 404))
     async def model(name: str) -> dict:
         for card in await cards():
             if card["id"] == name:
                 return card
         raise HTTPException(404, f"no model {name!r}")
 
-    @app.post("/v1/completions", responses=STREAMED)
+    @app.post("/v1/completions", responses=replies(Completion, *asked, is_stream=True))
     async def completions(body: CompletionRequest, request: Request):
-        around, asked = envelope("text_completion", body.model), body.requests()
+        around, requests = envelope("text_completion", body.model), body.requests()
         if body.stream:
-            if len(asked) > 1:
+            if len(requests) > 1:
                 raise HTTPException(400, "stream: send one prompt")
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            call = stub.GenerateStream(asked[0], **options)
+            call = stub.GenerateStream(requests[0], **options)
             return await stream(
                 request, call, around, lambda r, n: completion_choice(r, start=n), with_usage
             )
-        calls = [stub.Generate(one, **options) for one in asked]
+        calls = [stub.Generate(one, **options) for one in requests]
         replies = await unless_disconnected(request, all_replies(calls))
         return around | {
             "choices": [completion_choice(reply, i) for i, reply in enumerate(replies)],
@@ -244,7 +279,7 @@ def make_app(
             ),
         }
 
-    @app.post("/v1/chat/completions", responses=STREAMED)
+    @app.post("/v1/chat/completions", responses=replies(Chat, *asked, is_stream=True))
     async def chat(body: ChatRequest, request: Request):
         if body.stream:
             around = envelope("chat.completion.chunk", body.model)
@@ -259,11 +294,11 @@ def make_app(
             "usage": usage(reply.prompt_tokens, reply.new_tokens),
         }
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", responses=replies(Embeddings, *asked))
     async def embeddings(body: EmbeddingsRequest, request: Request) -> dict:
         texts = [body.input] if isinstance(body.input, str) else body.input
-        asked = messages.EmbedRequest(model=body.model, inputs=map(read_item, texts))
-        reply = await unless_disconnected(request, stub.Embed(asked, **options))
+        wanted = messages.EmbedRequest(model=body.model, inputs=map(read_item, texts))
+        reply = await unless_disconnected(request, stub.Embed(wanted, **options))
         rows = [list(embedding.values) for embedding in reply.embeddings]
         if body.encoding_format == "base64":  # of little-endian fp32
             rows = [base64.b64encode(array("f", row).tobytes()).decode() for row in rows]
@@ -276,13 +311,13 @@ def make_app(
             "usage": {"prompt_tokens": reply.tokens, "total_tokens": reply.tokens},
         }
 
-    @app.post("/v1/search")
+    @app.post("/v1/search", responses=replies(Hits, *asked))
     async def search(body: SearchRequest, request: Request) -> dict:
         query = read_item(body.query)
-        asked = messages.SearchRequest(
+        wanted = messages.SearchRequest(
             model=body.model, query=query, modality=body.modality, top=body.top
         )
-        reply = await unless_disconnected(request, stub.Search(asked, **options))
+        reply = await unless_disconnected(request, stub.Search(wanted, **options))
         return {
             "object": "list",
             "model": body.model,
@@ -311,7 +346,10 @@ def make_app(
     @app.exception_handler(RequestValidationError)
     async def of_a_body(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]  # without its input, which may be anything
-        field = ".".join(map(str, first["loc"][1:]))
+        if first["type"] == "model_attributes_type":
+            return error_response(400, "send JSON: an object, with Content-Type: application/json")
+        # Of a value that may have several types, the last part is the name of one of them.
+        field = ".".join(str(part) for part in first["loc"][1:] if "[" not in str(part))
         text = f"{field}: {first['msg']}" if field else first["msg"]
         return error_response(400, text.encode(errors="replace").decode())
 
@@ -319,6 +357,7 @@ def make_app(
     async def of_a_client_that_left(request: Request, error: ClientGoneError) -> Response:
         return Response(status_code=499)
 
+    describe(app, token)
     if token:
         app.add_middleware(TokenGate, token=token)
     return app

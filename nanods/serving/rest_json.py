@@ -13,9 +13,17 @@ import uuid
 from typing import Annotated, Literal
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from nanods.serving.grpc_server import MAX_ITEMS, messages
+from nanods.serving.grpc_server import (
+    MAX_ITEMS,
+    MAX_LOGPROBS,
+    MAX_NEW_TOKENS,
+    MAX_STOP,
+    MAX_STOPS,
+    MAX_TOP,
+    messages,
+)
 
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
@@ -30,29 +38,43 @@ def utf8(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(utf8)]
+Words = Annotated[str, Field(min_length=1), AfterValidator(utf8)]
+Texts = Annotated[list[Words], Field(min_length=1, max_length=MAX_ITEMS)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP), AfterValidator(utf8)]
 Unused = Annotated[float | None, Field(ge=0, le=0)]  # a field that may ask for nothing only
+MAX_FIELDS = 100  # of an object; each unknown one costs an error message
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """An object without unknown fields, whose values have the types that it says: no "1" for 1."""
 
-    model: Text
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def limit_and_round(cls, fields):
+        """Refuse too many fields. Make 2.0 an integer, which it is in JSON."""
+        if not isinstance(fields, dict):
+            return fields
+        if len(fields) > MAX_FIELDS:
+            raise ValueError(f"{len(fields)} fields: send those that are needed")
+        whole = {k: int(x) for k, x in fields.items() if isinstance(x, float) and x.is_integer()}
+        return fields | whole
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class Sampling(Strict):
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    model: Text
+    max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     temperature: float | None = Field(None, ge=0, le=1e6, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=1e-9, le=1)
     top_k: int | None = Field(None, ge=1, le=2**24)
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
-    stop: Text | list[Text] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -80,8 +102,8 @@ class Sampling(Strict):
 
 
 class CompletionRequest(Sampling):
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
-    logprobs: int | None = Field(None, ge=0, le=2**31)
+    prompt: Words | Texts
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Literal[1] | None = 1
     echo: Literal[False] | None = False
     suffix: None = None
@@ -105,14 +127,14 @@ class TextPart(BaseModel):
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_ITEMS)]
 
 
 class ChatRequest(Sampling):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=2**31)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def request(self):
         request = self.message()
@@ -127,7 +149,8 @@ class ChatRequest(Sampling):
 
 
 class EmbeddingsRequest(Strict):
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
+    model: Text
+    input: Words | Texts
     """Texts; images and sounds as data URLs (data:image/png;base64,...)."""
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: None = None
@@ -135,10 +158,11 @@ class EmbeddingsRequest(Strict):
 
 
 class SearchRequest(Strict):
-    query: Text
+    model: Text
+    query: Words
     """A text, or an image or a sound as a data URL."""
     modality: Literal["text", "image", "audio"]
-    top: int = Field(5, ge=1, le=2**31)
+    top: int = Field(5, ge=1, le=MAX_TOP)
 
 
 def read_item(text: str):

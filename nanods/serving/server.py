@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanods.errors import UserError
 from nanods.serving.grpc_server import Service, address, start_grpc
@@ -21,6 +23,8 @@ from nanods.serving.model_metrics import watch_models
 from nanods.serving.models import ServedModel
 from nanods.serving.monitor import Monitor
 from nanods.serving.rest import make_app
+
+CLIENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,42 @@ class Settings:
     """Seconds to wait when it stops, at most: for HTTP, then for gRPC, then for each model."""
     canary_minutes: float = 10.0
     """From one canary to the next; 0: none."""
+
+
+class Connection(H11Protocol):
+    """Close a connection whose client is slow: one that has not sent its whole request after
+    CLIENT_SECONDS, or does not read its answer for as long. Such clients would fill the server."""
+
+    patience: asyncio.TimerHandle | None = None
+
+    def wait(self, is_needed: bool) -> None:
+        """Start to wait for the client, if it does not yet; or stop."""
+        if not is_needed and self.patience:
+            self.patience.cancel()
+            self.patience = None
+        elif is_needed and not self.patience:
+            self.patience = self.loop.call_later(CLIENT_SECONDS, self.transport.abort)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.wait(True)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        is_reading = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        self.wait(is_reading or self.flow.write_paused)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.wait(True)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.wait(False)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.wait(False)
 
 
 class HTTPServer(uvicorn.Server):
@@ -73,15 +113,15 @@ async def serve(
     on_ready: Callable[[int, int], None],
 ) -> None:
     """Serve until `stop` is set, then drain. `on_ready(port, grpc_port)` is called once both
-    servers answer. Raises UserError if a port is taken."""
+    servers answer. Raises UserError if a port is taken, or a reference of traffic is damaged."""
     listener = bind(settings.host, settings.port)
+    watch_models(monitor, models, settings.canary_minutes)
     service = Service(models, settings.timeout, monitor)
     grpc_server, healthy, grpc_port = await start_grpc(
         service, settings.host, settings.grpc_port, settings.token, settings.max_body
     )
     for model in models.values():
         model.thread.start()
-    watch_models(monitor, models, settings.canary_minutes)
     options = [("grpc.max_send_message_length", settings.max_body)]
     target = address(settings.host, grpc_port)
     async with grpc.aio.insecure_channel(target, options) as channel:
@@ -89,6 +129,8 @@ async def serve(
         http = HTTPServer(
             uvicorn.Config(
                 app,
+                http=Connection,
+                ws="none",
                 lifespan="off",
                 log_level="warning",
                 access_log=False,

@@ -45,7 +45,7 @@ def space_model(monkeypatch, images):
 def scores(monkeypatch):
     """Keep what is reported as traffic: pairs (kind, score)."""
     kept = []
-    monkeypatch.setattr(Monitor, "traffic", lambda self, *pair: kept.append(pair))
+    monkeypatch.setattr(Monitor, "traffic", lambda self, model, *pair: kept.append(pair))
     return kept
 
 
@@ -77,7 +77,7 @@ def test_calls_prompts_and_the_work_of_models_are_counted(scores):
         assert httpx.post(f"{url}/completions", json=body, timeout=20).status_code == 200
         stream = httpx.post(f"{url}/completions", json=body | {"stream": True}, timeout=20)
         assert stream.status_code == 200
-        for words in ({"prompt": ""}, {"model": "v9"}, {"temperature": 1e-9}):
+        for words in ({"prompt": "a" * 65}, {"model": "v9"}, {"temperature": 1e-9}):
             assert httpx.post(f"{url}/completions", json=body | words, timeout=20).is_client_error
         chat = {"model": "text", "messages": [{"role": "user", "content": "a"}]}
         assert httpx.post(f"{url}/chat/completions", json=chat, timeout=20).status_code == 400

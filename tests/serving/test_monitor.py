@@ -75,15 +75,17 @@ def test_requests_are_counted_by_operation_and_outcome():
 
 def test_no_client_can_add_series():
     monitor = Monitor()
+    monitor.watch_traffic("text")
     for operation in monitor_values(module.OPERATIONS):
         for outcome in monitor_values(module.OUTCOMES):
             monitor.request(operation, outcome, 1.0)
     for kind in monitor_values(module.TRAFFIC):
-        monitor.traffic(kind, 1.0)
+        monitor.traffic("text", kind, 1.0)
     before = len(monitor.metrics().splitlines())
     for i in range(50):
         monitor.request(f"user {i}", f"outcome {i}", 1.0)
-        monitor.traffic(f"kind {i}", 1.0)
+        monitor.traffic("text", f"kind {i}", 1.0)
+        monitor.traffic(f"model {i}", "prompt", 1.0)
     assert len(monitor.metrics().splitlines()) == before
 
 
@@ -99,21 +101,24 @@ def test_the_first_day_becomes_the_reference_and_a_change_raises_the_alarm(
 ):
     clock, random = Clock(), np.random.default_rng(0)
     monitor = Monitor(tmp_path, clock=clock)
+    monitor.watch_traffic("a")
 
     def report(mean, count):
         for _ in range(count):
             clock.now += 1
-            monitor.traffic("prompt", random.normal(mean, 0.5))
+            monitor.traffic("a", "prompt", random.normal(mean, 0.5))
 
     report(2.0, 150)
-    assert monitor.traffic_of["prompt"].recorded, "150 scores are too few"
-    monitor.traffic("prompt", math.nan)
+    assert monitor.traffic_of["a", "prompt"].recorded, "150 scores are too few"
+    monitor.traffic("a", "prompt", math.nan)
     report(2.0, 50)
     monitor.close()
-    assert (tmp_path / "reference_prompt.json").is_file(), "a server that stops keeps its reference"
+    assert (tmp_path / "reference_a_prompt.json").is_file(), (
+        "a server that stops keeps its reference"
+    )
     assert not (tmp_path / "alarms.jsonl").exists()
     report(2.0, 200)
-    assert value(monitor, "nanods_drift_level", traffic="prompt") < 1
+    assert value(monitor, "nanods_drift_level", model="a", traffic="prompt") < 1
     report(5.0, 16)
     assert value(monitor, "nanods_alarm", alarm="traffic_prompt") == 1
     report(2.0, 200)
@@ -122,29 +127,57 @@ def test_the_first_day_becomes_the_reference_and_a_change_raises_the_alarm(
     assert states == [("traffic_prompt", "firing"), ("traffic_prompt", "resolved")]
 
     again = Monitor(tmp_path, clock=clock)  # the server restarts
+    again.watch_traffic("a")
     assert (
-        again.traffic_of["prompt"].cusum.reference == monitor.traffic_of["prompt"].cusum.reference
+        again.traffic_of["a", "prompt"].cusum.reference
+        == monitor.traffic_of["a", "prompt"].cusum.reference
     )
-    assert again.traffic_of["text"].cusum is None, "each kind has its own"
+    assert again.traffic_of["a", "text"].cusum is None, "each kind has its own"
 
 
 def test_a_reference_needs_a_whole_day_however_many_scores_there_are(short_reference):
     clock = Clock()
     monitor = Monitor(clock=clock)
+    monitor.watch_traffic("a")
     for _ in range(1000):
         clock.now += 0.05
-        monitor.traffic("image", 0.3)
-    assert len(monitor.traffic_of["image"].recorded) == 1000
+        monitor.traffic("a", "image", 0.3)
+    assert len(monitor.traffic_of["a", "image"].recorded) == 1000
     clock.now += 60
-    monitor.traffic("image", 0.3)
-    wait_until(lambda: monitor.traffic_of["image"].cusum)
+    monitor.traffic("a", "image", 0.3)
+    wait_until(lambda: monitor.traffic_of["a", "image"].cusum)
+
+
+def test_each_model_has_its_own_reference_and_either_raises_the_alarm(tmp_path, short_reference):
+    clock, random = Clock(), np.random.default_rng(0)
+    monitor = Monitor(tmp_path, clock=clock)
+    usual = {"code": 2.0, "prose": 6.0}
+
+    def report(scores, count):
+        for _ in range(count):
+            for model, mean in scores.items():
+                clock.now += 1
+                monitor.traffic(model, "prompt", random.normal(mean, 0.5))
+
+    for model in usual:
+        monitor.watch_traffic(model)
+    report(usual, 200)
+    monitor.close()  # waits for the references
+    report(usual, 100)
+    assert not monitor.firing["traffic_prompt"]
+    report(usual | {"code": 6.0}, 30)  # which is usual for the other one
+    assert monitor.firing["traffic_prompt"] and events(tmp_path)[0]["model"] == "code"
+    report(usual, 1)
+    assert monitor.firing["traffic_prompt"], "the other model's request does not end it"
+    report(usual, 200)
+    assert not monitor.firing["traffic_prompt"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"mean": 1}', '{"mean": "x"}', ""])
 def test_a_damaged_reference_is_named(tmp_path, text):
-    (tmp_path / "reference_text.json").write_text(text)
-    with pytest.raises(UserError, match=r"reference_text\.json: damaged .* delete it"):
-        Monitor(tmp_path)
+    (tmp_path / "reference_a_text.json").write_text(text)
+    with pytest.raises(UserError, match=r"reference_a_text\.json: damaged .* delete it"):
+        Monitor(tmp_path).watch_traffic("a")
 
 
 # ---- quality -------------------------------------------------------------------------------------

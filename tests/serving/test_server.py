@@ -49,6 +49,7 @@ from nanods.serving.server import Settings, bind, serve
 from nanods.training.finished_run import FinishedRun
 from nanods.training.saved_gallery import SavedGallery
 from tests.serving.test_engine import alone
+from tests.serving.test_search import png_of_zeros
 
 
 def finished_run(preset, answers=False, data="pydocs"):
@@ -307,21 +308,27 @@ JSON = {"content-type": "application/json"}
 REFUSED = {
     "no model": ("completions", {"model": "v9", "prompt": "a"}, 404, "the models are base, tuned"),
     "no prompt": ("completions", {}, 400, "prompt"),
-    "an empty prompt": ("completions", {"prompt": ""}, 400, "the prompt is empty"),
+    "an empty prompt": ("completions", {"prompt": ""}, 400, "at least 1 character"),
     "a long prompt": (
         "completions",
         {"prompt": LONG},
         400,
         "65 tokens; the model reads at most 64",
     ),
-    "many tokens": ("completions", {"prompt": "a", "max_tokens": 10**6}, 400, "at most 4096"),
+    "a huge prompt": ("completions", {"prompt": "a" * 10**6}, 400, "1000000 characters; the model"),
+    "many tokens": ("completions", {"prompt": "a", "max_tokens": 10**6}, 400, "equal to 4096"),
+    "a number as text": ("completions", {"prompt": "a", "max_tokens": "2"}, 400, "max_tokens"),
+    "a yes as a number": ("completions", {"prompt": "a", "max_tokens": True}, 400, "max_tokens"),
+    "many fields": ("completions", {str(i): 1 for i in range(200)}, 400, "fields: send those that"),
     "no number": ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
     "a huge number": ("completions", {"prompt": "a", "seed": 10**30}, 400, "seed"),
     "a tiny temperature": ("completions", {"prompt": "a", "temperature": 1e-300}, 400, "1e-6"),
     "an unknown field": ("completions", {"prompt": "a", "echo": True}, 400, "echo"),
     "a penalty": ("completions", {"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty"),
     "an empty stop": ("completions", {"prompt": "a", "stop": ""}, 400, "stop"),
-    "many logprobs": ("completions", {"prompt": "a", "logprobs": 99}, 400, "at most 20"),
+    "a long stop": ("completions", {"prompt": "a", "stop": "a" * 10**6}, 400, "at most 256"),
+    "many logprobs": ("completions", {"prompt": "a", "logprobs": 99}, 400, "equal to 20"),
+    "a long name": ("completions", {"model": "\u00e9" * 10**6, "prompt": "a"}, 404, "no model"),
     "two streams": ("completions", {"prompt": ["a", "b"], "stream": True}, 400, "one prompt"),
     "a chat with a base run": (
         "chat/completions",
@@ -355,7 +362,9 @@ def test_bodies_that_are_not_json_are_refused(client):
     as_text = client.post(  # a page of another site may send this, so it must not be obeyed
         "/v1/completions", content=json.dumps(bad), headers={"content-type": "text/plain"}
     )
-    assert as_text.status_code == 400
+    assert as_text.status_code == 400 and "send JSON" in as_text.json()["error"]["message"]
+    wrong = post(client, "completions", prompt=5).json()["error"]["message"]
+    assert wrong == "prompt: Input should be a valid string"
     assert client.get("/v1/no-such-route").json()["error"]["code"] == 404
     assert client.get("/v1/completions").json()["error"]["code"] == 405
 
@@ -374,6 +383,10 @@ def test_grpc_refuses_the_same(stub):
         ({"model": "base", "prompt": "a", "top_p": math.nan}, codes.INVALID_ARGUMENT),
         ({"model": "base", "prompt": "a", "temperature": -1}, codes.INVALID_ARGUMENT),
         ({"model": "base", "prompt": "a", "logprobs": 2**31}, codes.INVALID_ARGUMENT),
+        ({"model": "base", "prompt": "a", "max_tokens": 5000}, codes.INVALID_ARGUMENT),
+        ({"model": "base", "prompt": "a", "stop": ["a" * 300]}, codes.INVALID_ARGUMENT),
+        ({"model": "base", "prompt": "a", "stop": [""]}, codes.INVALID_ARGUMENT),
+        ({"model": "a" * 100_000, "prompt": "a"}, codes.NOT_FOUND),
         ({"model": "tuned", "messages": [{"role": "king", "text": "a"}]}, codes.INVALID_ARGUMENT),
         ({"model": "base", "messages": [{"role": "user"}]}, codes.FAILED_PRECONDITION),
     ):
@@ -664,6 +677,8 @@ def test_embeddings_and_search(monkeypatch):
     monkeypatch.setattr("nanods.serving.models.held_out_examples", lambda *args: held_out)
     run = finished_run("v3-tiny", data="photos")
     running = Running([embedding_model("space", run, max_waiting=50)])
+    bomb = base64.b64encode(png_of_zeros(50_000, 50_000, rows=1)).decode()
+    bomb = f"data:image/png;base64,{bomb}"
     try:
         openai = pytest.importorskip("openai").OpenAI(base_url=f"{running.url}/v1", api_key="none")
         inputs = ["a cat", "a longer text about a dog", png(images[2])]
@@ -688,6 +703,8 @@ def test_embeddings_and_search(monkeypatch):
                 ("embeddings", {"input": "data:image/png;base64,AAAA"}),
                 ("embeddings", {"input": "data:image/png;base64,%%"}),
                 ("embeddings", {"input": ["a"] * 300}),
+                ("embeddings", {"input": bomb}),
+                ("embeddings", {"input": [png(images[0])] * 3 + [bomb]}),
                 ("embeddings", {"input": " "}),
                 ("search", {"query": "a", "modality": "text", "top": 1000}),
                 ("completions", {"prompt": "a"}),
