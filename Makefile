@@ -220,8 +220,8 @@ bench-compress: .venv/base
 # Needs the extra peers for LitServe and river's detectors (make setup EXTRAS=peers): else their rows
 # are missing.
 bench-serve: .venv/serve
-	$(PY) -m nanods.bench.serve $(ARGS)
 	$(PY) -m nanods.bench.serve_alarms
+	$(PY) -m nanods.bench.serve $(ARGS)
 
 results: .venv/base
 	$(PY) -m nanods.bench.ladder $(ARGS)

@@ -66,7 +66,11 @@ class Server:
 
 @contextmanager
 def started(*command: str, **pipes) -> Iterator[subprocess.Popen]:
-    """Run a Python program with one thread per operation, in a process group that ends with it."""
+    """Run a Python program with one thread per operation, in a process group that ends with it.
+
+    Raises UserError where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
+        raise UserError("http, rest and litserve read CPU seconds from /proc: run them on Linux")
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *command], env=os.environ | one_thread, process_group=0, **pipes
