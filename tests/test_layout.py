@@ -54,6 +54,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
         "nanods.gpt",
         "nanods.plots",
         "nanods.plots_adapt",
+        "nanods.plots_attention",
         "nanods.plots_compress",
         "nanods.plots_multimodal",
         "nanods.plots_scaling",

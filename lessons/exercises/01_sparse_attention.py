@@ -11,8 +11,13 @@ steps 1 and 2 you write a correct version of its idea. That version still comput
 in steps 3 to 5 you select *blocks* of keys instead.
 
 Shapes: B batch, H heads, T tokens, D width of a head, N = ceil(T / block_size) blocks. Token t is
-in block t // block_size. The solutions are in 01_solutions.py; nanods itself uses the functions in
-nanods/attention.py.
+in block t // block_size. T may be 1, and smaller than block_size.
+
+Graded in each step: every head of every sequence is independent of the others; no argument is
+changed in place; floats keep the dtype of the arguments. In steps 1, 2 and 5 gradients also flow to
+q, k and v, and large scores do not overflow.
+
+The solutions are in 01_solutions.py; nanods itself uses the functions in nanods/attention.py.
 """
 
 import torch  # noqa: F401

@@ -409,8 +409,44 @@ wrong_answers(
         "partly in the future was selected: query 0 ",
         lambda *a: select(*a, lambda n, t: n <= t // 4, stride=4),
     ),
+    no_mask=(
+        "entirely in the future was selected",
+        lambda *a: select(*a, lambda n, t: n < 99 + t, stride=4),
+    ),
+    no_fill=(
+        "no -1 where a query has fewer past blocks",
+        lambda *a: select(*a, is_past, fill=None, stride=4),
+    ),
+    one_too_few=(
+        "query 4 leaves out block 0",
+        lambda *a: select(*a, lambda n, t: n < t // 4 - 1, stride=4),
+    ),
+    worst=(NOT_THE_BEST, lambda *a: select(*a, is_past, sign=-1, stride=4)),
+    by_first_key=(
+        NOT_THE_BEST,
+        lambda *a: select_by(lambda q, keys: q @ keys[:, :, :, 0].mT)(*a)[:, :, ::4],
+    ),
+    fill_first=("-1 comes before a block", lambda *a: select(*a, is_past, stride=4).flip(-1)),
+    floats=(
+        "must be integers, and these are float32",
+        lambda *a: select(*a, is_past, stride=4).float(),
+    ),
+    shared_by_heads=(
+        "head 1 of sequence 0 changes",
+        lambda q, k, n, top: select(
+            q.mean(1, keepdim=True).expand_as(q), k, n, top, is_past, stride=4
+        ),
+    ),
+    second_query=(
+        "selection for query 8 changes with query 9: the future leaks",
+        lambda q, k, n, top: select(q.roll(-1, 2), k, n, top, is_past, stride=4),
+    ),
+    no_padding=(
+        "wrong shape.*fill up with -1",
+        lambda *a: select(*a, is_past, stride=4)[..., :4],
+    ),
     full_tiles_only=(
-        "wrong shape",
+        r"wrong shape: \(2, 3, 3",
         lambda q, k, n, top: solutions.select_for_tile(q, k, n, top)[:, :, : q.size(2) // n],
     ),
 )
