@@ -1,15 +1,31 @@
-"""Runs of train.py by several processes over gloo. Each process does all runs one after another."""
+"""Runs of train.py by several processes over gloo. Each process does all runs one after another.
 
-import json
+The processes are forked from a server that has imported train.py: to import it takes longer than
+most of the runs. For the same reason a run draws no pictures and prints no report, unless its job
+asks for them.
+"""
+
+import contextlib
+import io
 import os
+import resource
 import socket
-import subprocess
 import sys
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import torch
+import torch.distributed as dist
+
+import train
+from nanods.errors import run
+
 MAX_BYTES = 4096  # of a file, for the process whose disk counts as full
-DISK_FULL = "disk-full:"  # a job that begins with "disk-full:1" limits the files of process 1
+# A job may begin with one of these:
+DISK_FULL = "disk-full:1"  # process 1 cannot write files of more than MAX_BYTES
+REPORT = "report"  # draw the pictures and print the report
 
 
 def free_port() -> int:
@@ -18,70 +34,62 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def forkserver() -> ForkServerContext:
+    """Return the context that forks processes, and decide what its server imports.
+
+    Every test file that starts processes calls this: the first one starts the server for all.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch._dynamo", __name__])
+    return context
+
+
 def train_on_processes(
     world_size: int, jobs: list[list[str]], folder: Path
 ) -> list[list[tuple[int, str]]]:
     """Run train.py in `folder` with the arguments of each job, by `world_size` processes.
 
-    Return, for each process and each job, the exit code and the stderr. A job may begin with
-    "disk-full:1": process 1 then cannot write files of more than MAX_BYTES.
+    Return, for each process and each job, the exit code and the stderr.
     """
     ports = [str(free_port()) for _ in jobs]
-    module = "tests.distributed.processes"
-    command = [sys.executable, "-m", module, json.dumps(jobs), json.dumps(ports)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "WORLD_SIZE": str(world_size),
-    }
-    processes = []
+    environment = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    receivers = []
     for rank in map(str, range(world_size)):
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-    outputs = [process.communicate(timeout=1800)[0] for process in processes]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+        receiver, sender = forkserver().Pipe(duplex=False)
+        of_rank = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+        arguments = (jobs, ports, folder, of_rank, sender)
+        forkserver().Process(target=run_jobs, args=arguments, daemon=True).start()
+        sender.close()
+        receivers.append(receiver)
+    return [receiver.recv() for receiver in receivers]
 
 
-def main() -> None:
-    """Run all jobs in this process, and print exit codes and stderr as JSON."""
-    import torch
-
+def run_jobs(
+    jobs: list[list[str]],
+    ports: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    sender: Connection,
+) -> None:
+    """Run all jobs in this process, and send exit codes and stderr."""
     torch.set_num_threads(1)
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    stdout, results = sys.stdout, []  # train.py silences sys.stdout on all ranks but 0
-    for job, port in zip(json.loads(sys.argv[1]), json.loads(sys.argv[2]), strict=True):
+    os.environ.update(environment)
+    os.chdir(folder)
+    results, report = [], train.print_report
+    for job, port in zip(jobs, ports, strict=True):
         os.environ["MASTER_PORT"] = port
+        train.print_report = report if job[0] == REPORT else lambda *_: None
         results.append(run_job(job))
-    print(json.dumps(results), file=stdout, flush=True)
-    # As rendezvous.run_distributed: DTensor keeps process groups, whose threads may abort Python's
-    # own exit.
-    os._exit(0)
+    sender.send(results)
 
 
 def run_job(job: list[str]) -> tuple[int, str]:
     """Run train.py once; return its exit code and the end of its stderr."""
-    import contextlib
-    import io
-    import resource
-
-    import torch.distributed as dist
-
-    import train
-    from nanods.errors import run
-
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    is_full = job[0] == f"{DISK_FULL}{os.environ['RANK']}"
+    is_full = job[0] == DISK_FULL and os.environ["RANK"] == "1"
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_BYTES if is_full else limit, limit))
-    arguments = job[1:] if job[0].startswith(DISK_FULL) else job
-    argv, sys.argv = sys.argv, ["train.py", *arguments]
-    code = 0
+    sys.argv = ["train.py", *(job[1:] if job[0] in (DISK_FULL, REPORT) else job)]
+    stdout, code = sys.stdout, 0
     with (
         contextlib.redirect_stderr(io.StringIO()) as stderr,
         contextlib.redirect_stdout(io.StringIO()),
@@ -91,9 +99,5 @@ def run_job(job: list[str]) -> tuple[int, str]:
         except SystemExit as error:
             code = error.code
             dist.destroy_process_group()
-    sys.argv = argv
+    sys.stdout = stdout  # train.py silences it on all ranks but 0
     return code, stderr.getvalue()[-2000:]
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ from nanods.distributed import checkpoint as sharded_checkpoint
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.errors import UserError
 from nanods.training import checkpoint
+from tests.distributed.processes import forkserver
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo"
@@ -53,7 +54,7 @@ def whole_tensors():
 def out(tmp_path_factory):
     """Return a folder with two checkpoints of four processes, and what each process raised."""
     out = tmp_path_factory.mktemp("shards")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    forkserver()
     torch.multiprocessing.start_processes(
         run_rank, (str(out),), nprocs=4, start_method="forkserver"
     )

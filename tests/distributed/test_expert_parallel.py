@@ -30,6 +30,7 @@ from nanods.training import checkpoint
 from nanods.training.language_task import LanguageTask
 from nanods.training.optimizers import make_optimizers
 from nanods.training.task import accumulate_gradients
+from tests.distributed.processes import forkserver
 from tests.test_moe_kernel import random_case
 
 pytestmark = pytest.mark.skipif(
@@ -105,9 +106,7 @@ def results(tmp_path_factory):
     They start once, from a server that has imported torch, which is the slowest part.
     """
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
-        [__name__, "torch._dynamo"]
-    )
+    forkserver()
     torch.multiprocessing.start_processes(
         run_rank, (str(folder),), nprocs=4, start_method="forkserver"
     )

@@ -17,7 +17,7 @@ from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
 from nanods.planner.cost import parameters_per_gpu
 from nanods.planner.memory import model_cost
-from tests.distributed.processes import free_port
+from tests.distributed.processes import forkserver, free_port
 
 SMALL = ["--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--context-length", "32"]
 MODELS = {"v1-tiny": ["v1-tiny", *SMALL], "v2-tiny": ["v2-tiny", *SMALL, "--moe.n-expert", "4"]}
@@ -98,6 +98,7 @@ def check_dtypes(model):
 def local_sizes(tmp_path_factory):
     """Return the local elements of each case, by the number of processes and by rank."""
     folder, sizes = tmp_path_factory.mktemp("fsdp"), {}
+    forkserver()
     for world_size, cases in MESHES.items():
         ports = [free_port() for _ in cases]
         torch.multiprocessing.start_processes(
