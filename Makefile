@@ -81,7 +81,8 @@ help:
 # Train with one process, with one per GPU (GPUS), or on CPUs with PROCS processes. If one of them
 # fails, all stop; ARGS=--resume continues the run.
 LAUNCH = -m nanods.distributed.launch --standalone --nproc-per-node $(GPUS)
-TRAIN = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH)) train.py
+START = $(if $(filter 1,$(GPUS)),$(PY),$(PY) $(LAUNCH))
+TRAIN = $(START) train.py
 
 # DATA may hold blanks and apostrophes. V3 has a preset of its own for the emoji.
 PRESET = $*-$(SCALE)
@@ -167,7 +168,7 @@ distill-v3: distill-%: .venv/base
 	  --out-dir runs/$(PRESET)-distilled $(ARGS)
 
 sample-v0 sample-v1 sample-v2 sample-v3: sample-%: .venv/base
-	$(PY) sample.py $(PRESET) $(ARGS)
+	$(START) sample.py $(PRESET) $(ARGS)
 
 serve-v0 serve-v1 serve-v2 serve-v3: serve-%: .venv/serve
 	$(PY) -m nanods.serving $(PRESET) $(ARGS)

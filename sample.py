@@ -6,9 +6,14 @@ A fine-tuned run answers:  python sample.py runs/v1-tiny-finetuned --chat
 V3 retrieves:              python sample.py v3-tiny --query "a red circle left of a blue square"
                            python sample.py v3-tiny --image FILE      (or --audio FILE)
 V3 classifies:             python sample.py v3-tiny --image FILE --labels "cat, dog, boat"
+
+Several processes split the attention heads between them (docs/SCALING.md):
+
+    python -m nanods.distributed.launch --standalone --nproc-per-node 2 sample.py v1-tiny
 """
 
 import codecs
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +34,8 @@ from nanods.data.examples import Examples, caption_key
 from nanods.data.instructions import END, mark_ids, prompt_tokens
 from nanods.data.scenes import check_scene_words, normalized_log_mel
 from nanods.data.sound import RATE, samples_of, wav_seconds, write_wav
-from nanods.errors import UserError, run
+from nanods.distributed.rendezvous import run_distributed
+from nanods.errors import UserError
 from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
@@ -108,6 +114,10 @@ def main() -> None:
         if is_v3:
             does, other = "retrieves and classifies, and generates no text", "a run of V0 to V2"
         raise UserError(f"{finished.folder} {does}: drop {' and '.join(useless)}, or name {other}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.chat and "prompt" not in typed:
+            raise UserError("--chat: only one process can read what you type; give a --prompt")
+        split_model(args, finished.model)
     if args.chat:
         chat(args, finished, "prompt" in typed)
     elif not is_v3:
@@ -138,6 +148,30 @@ def check_args(args: Args) -> None:
             raise UserError("--gallery: labels are what the query is compared with; leave one out")
     elif args.prompt_template != Args.prompt_template:
         raise UserError("--prompt-template is for labels: give --labels, or leave it out")
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes files: one of several does."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def split_model(args: Args, model: GPT | Multimodal) -> None:
+    """Connect to the other processes, keep this one's share of the model, and print what a token
+    sends. Raises UserError if the heads do not divide, and for another device than the backend's.
+    """
+    from nanods.distributed.process_groups import ProcessGroups
+    from nanods.distributed.tensor_parallel import all_reduced_numbers
+
+    P = int(os.environ["WORLD_SIZE"])
+    processes = ProcessGroups(f"tp={P}", mesh_reason=f"1/{P} of the heads each")
+    if args.device != processes.device:
+        raise UserError(f"--device {args.device}: several processes need {processes.device} here")
+    processes.shard_model(model, torch.device(args.device))
+    blocks = model.trunk_blocks(next(iter(model.tokens_per_example())))
+    sizes = all_reduced_numbers(blocks)
+    # A ring: each process sends 2 (P - 1) of P parts.
+    sent = 2 * (P - 1) / P * sum(sizes) * next(model.parameters()).itemsize
+    print(f"processes  {processes}: a token sends {sent:,.0f} bytes each, in {len(sizes)} sums")
 
 
 # ---- V0 to V2: generate text ---------------------------------------------------------------------
@@ -320,13 +354,16 @@ def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: 
             print(f"{rank:>4}. {scores[i]:6.3f}  {gallery.captions[i]}")
         results = [(gallery.shown[i], gallery.captions[i], scores[i].item()) for i in best]
         rows.append((query.shown, "", results, ()))
+        if not is_main_process():
+            continue
         if name == "image":
             files.append(run_dir / "found_image.png")
             matplotlib.image.imsave(files[-1], gallery.shown[best[0]].transpose(1, 2, 0))
         elif name == "audio":
             files.append(run_dir / "found_audio.wav")
             write_wav(files[-1], gallery.waves[best[0]])
-    plots.save(plots_multimodal.neighbours(rows, "what the query finds, best first"), files[0])
+    if is_main_process():
+        plots.save(plots_multimodal.neighbours(rows, "what the query finds, best first"), files[0])
     print(f"wrote      {', '.join(map(str, files))}")
 
 
@@ -479,4 +516,4 @@ def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_distributed(main)

@@ -394,7 +394,8 @@ class GPT(nn.Module):
     def new_cache(self, B: int) -> Cache:
         """Return an empty cache for B rows of up to `context_length` tokens."""
         c, weight = self.config, self.embedding.weight
-        shape = (B, c.n_head, c.context_length, c.n_embd // c.n_head)
+        n_head = self.blocks[0].attention.n_head  # fewer than c.n_head with tensor parallelism
+        shape = (B, n_head, c.context_length, c.n_embd // c.n_head)
         return Cache(c.attention, c.n_layer, shape, weight.device, weight.dtype)
 
     # ---- cost ------------------------------------------------------------------------------------
