@@ -47,7 +47,7 @@ def gallery_run(monkeypatch):
     return embedding_model("space", run, max_waiting=256)
 
 
-@pytest.mark.parametrize("n", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [10, pytest.param(30, marks=pytest.mark.slow)])
 def test_random_requests_are_answered_as_the_document_says(monkeypatch, n):
     """Seed 0; `n` requests of each operation, about half of which the document allows."""
     models = [
