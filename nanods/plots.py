@@ -153,7 +153,7 @@ def dot_plot(
     note = "one dot per seed; at the right their mean" + ("; orange: target" if targets else "")
     xlabel = f"{xlabel}\n({note})"
     axes.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), title=title)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
 
@@ -313,47 +313,42 @@ def cost_against_tokens(table: dict) -> Figure:
 # ---- Mixture of Experts (V2) ---------------------------------------------------------------------
 
 
-def cost_of_experts(table: dict) -> Figure:
+def cost_of_experts(table: dict, title: str = "") -> Figure:
     """Draw time and memory of a Mixture of Experts and its baselines against the number of tokens.
 
     Both axes are logarithmic. `table` is the content of results/moe.json.
     """
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     styles = {
-        "dense": (GREY, "o-"),
-        "moe": (BLUE, "o-"),
-        "one_hot": (ORANGE, "o-"),
-        "one_hot_in_groups": (ORANGE, "o--"),
+        "dense": ("one MLP of the same arithmetic", GREY, "o-"),
+        "moe": ("experts, sorted", BLUE, "o-"),
+        "one_hot": ("experts, one-hot masks", ORANGE, "o-"),
+        "one_hot_in_groups": ("masks for groups of tokens", ORANGE, "o--"),
     }
-    for name, (colour, style) in styles.items():
-        seconds = table["growth"]["by_tokens"][name]
-        peak_bytes = table["memory"]["bytes_by_tokens"][name]
-        label = name.replace("_", " ")
-        time_axes.loglog(
-            [int(N) for N in seconds],
-            list(seconds.values()),
-            style,
-            color=colour,
-            label=f"{label}: N^{table['growth']['exponents'][name]:.2f}",
-        )
-        memory_axes.loglog(
-            [int(N) for N in peak_bytes],
-            [value / 2**20 for value in peak_bytes.values()],
-            style,
-            color=colour,
-            label=label,
-        )
+    for name, (label, colour, style) in styles.items():
+        label = f"{label}: time N^{table['growth']['exponents'][name]:.2f}"
+        for axes, by_tokens, unit in (
+            (time_axes, table["growth"]["by_tokens"], 1),
+            (memory_axes, table["memory"]["bytes_by_tokens"], 2**20),
+        ):
+            tokens = [int(N) for N in by_tokens[name]]
+            values = [value / unit for value in by_tokens[name].values()]
+            axes.loglog(tokens, values, style, color=colour, label=label)
+            longest = [int(N) for N in by_tokens["dense"]]
+            axes.set_xticks(longest, [f"{N:,}" for N in longest], fontsize=8)
+            axes.minorticks_off()
     time_axes.set(
-        xlabel="tokens N", ylabel="seconds", title="forward and backward, routing included"
+        xlabel="tokens N", ylabel="seconds", title="time, forward and backward, with the router"
     )
     memory_axes.set(
         xlabel="tokens N",
         ylabel="MiB above input and weights",
         title="peak memory, forward and backward",
     )
-    for axes in (time_axes, memory_axes):
-        axes.legend(frameon=False)
+    handles = time_axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(title)
     return figure
 
 
@@ -381,7 +376,7 @@ def draw_load_over_time(axes: Axes, steps: Sequence[int], load: np.ndarray) -> N
     axes.set_yticklabels([f"layer {layer}" for layer in range(L)])
     axes.set_title("load of each expert: white = even share, blue = idle, red = twice or more")
     axes.grid(False)
-    axes.figure.colorbar(image, ax=axes, pad=0.01)
+    axes.figure.colorbar(image, ax=axes, pad=0.01, label="load / even share")
 
 
 def draw_load(axes: Axes, load: np.ndarray) -> None:

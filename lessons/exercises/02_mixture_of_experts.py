@@ -14,7 +14,10 @@ from its snippet altogether.
 Shapes: N tokens (of all sequences together), C model width, E experts, F hidden width of an expert,
 K = top_k experts per token. The K selected experts of a token are in its slots 0 to K - 1. Experts
 have the indices 0 to E - 1. Do not confuse a slot with an expert's index. An assignment is a pair
-of a token and one of its selected experts; there are N K of them. The solutions are in
+of a token and one of its selected experts; there are N K of them.
+
+All functions return floats in the dtype of their arguments (fp32 or fp64), let gradients reach
+every float that the result depends on, and do not change their arguments. The solutions are in
 02_solutions.py; nanods itself uses the functions in nanods/moe.py and nanods/moe_kernel.py.
 """
 

@@ -604,6 +604,25 @@ wrong_answers(
         lambda up, out, n: (torch.stack(up.chunk(n)), torch.stack(out.chunk(n, 1))),
     ),
     up_only=("returns a Tensor", lambda up, out, n: up.repeat(n, 1, 1)),
+    halves=(
+        "each expert's up is 0.5 times the MLP's",
+        lambda up, out, n: (up.repeat(n, 1, 1) / 2, out.repeat(n, 1, 1)),
+    ),
+    noise=(
+        r"out\[0\] is not the MLP's",
+        lambda up, out, n: (
+            up.repeat(n, 1, 1),
+            out.repeat(n, 1, 1) + 0.01 * torch.randn(n, *out.shape).double(),
+        ),
+    ),
+    transposed=(
+        r"wrong shape: .*\(out\)",
+        lambda up, out, n: (up.repeat(n, 1, 1), out.T.repeat(n, 1, 1)),
+    ),
+    experts_last=(
+        r"wrong shape: \(20, 80, 5\)",
+        lambda up, out, n: (torch.stack([up] * n, -1), torch.stack([out] * n, -1)),
+    ),
 )
 
 
