@@ -376,7 +376,7 @@ def draw_load_over_time(axes: Axes, steps: Sequence[int], load: np.ndarray) -> N
     axes.set_yticklabels([f"layer {layer}" for layer in range(L)])
     axes.set_title("load of each expert: white = even share, blue = idle, red = twice or more")
     axes.grid(False)
-    axes.figure.colorbar(image, ax=axes, pad=0.01, label="load / even share")
+    axes.figure.colorbar(image, ax=axes, pad=0.01, extend="max", label="load / even share")
 
 
 def draw_load(axes: Axes, load: np.ndarray) -> None:

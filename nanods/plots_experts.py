@@ -187,8 +187,7 @@ def loads_and_kinds(runs: dict[str, tuple[np.ndarray, np.ndarray]], title: str) 
         right.set(xlabel="kind of token", title="who gets which kind?")
         right.set(xticks=range(len(kinds)), yticks=range(E))
         right.grid(False)
-        bar = figure.colorbar(image, ax=right, pad=0.02)
-        bar.set_label("share of the kind")
+        figure.colorbar(image, ax=right, pad=0.02, label="share of the kind")
     figure.suptitle(title)
     return figure
 
