@@ -59,6 +59,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
         "nanods.plots_experts",
         "nanods.plots_multimodal",
         "nanods.plots_scaling",
+        "nanods.plots_serving",
     ),
     ("nanods.plots_text",),
     ("nanods.cache", *(f"nanods.{name}" for name in CONCEPTS)),

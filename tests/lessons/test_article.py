@@ -7,9 +7,11 @@ from statistics import mean
 
 import pytest
 
-from nanods.build import build_model
+from nanods.build import build_meta_model, build_model
 from nanods.config import PRESETS
+from nanods.planner.hardware import find_gpu
 from nanods.quantize import quantize
+from nanods.serving import placement
 from nanods.training.quantize import size_of
 
 ROOT = Path(__file__).parents[2]
@@ -219,8 +221,28 @@ def serving_figures():
     }
 
 
+def placement_figures():
+    preset, gpu = PRESETS["v2-base"], find_gpu("rtx4090-24gb")
+    speed = {"cuda": gpu.bandwidth, "cpu": 50e9}
+    apart, whole = (
+        placement.cost(build_meta_model(preset), placement.parse_rules(rules))
+        for rules in (placement.EXPERTS_ON_CPU, ["*=cuda:bf16"])
+    )
+    assert apart.stored["cuda"] < gpu.usable_memory < whole.stored["cuda"]
+    on_cpu = whole.read["cuda"] / speed["cpu"]
+    return {
+        "D.7": [
+            f"`v2-base` in bf16 has {whole.stored['cuda'] / 1e9:.1f} GB",
+            f"a token takes {1e3 * apart.seconds(speed):.0f} ms, with all of it on the CPU "
+            f"{1e3 * on_cpu:.0f} ms",
+            f"it would take {1e3 * whole.seconds(speed):.1f} ms (CPU memory at 50 GB/s",
+        ]
+    }
+
+
 FIGURES = [attention_figures, long_text_figures, expert_figures]
 FIGURES += [arithmetic_figures, multimodal_figures, compression_figures, serving_figures]
+FIGURES += [placement_figures]
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda function: function.__name__)
