@@ -33,6 +33,9 @@ class Args:
     """The address to listen on. One that other machines reach needs NANODS_TOKEN."""
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     """Where to compute."""
+    place: tuple[str, ...] = ()
+    """Rules that put parts of the models elsewhere than on --device, or store them in another
+    format: "blocks.*.mlp=cpu:int8" (nanods/serving/placement.py)."""
     slots: int = 32
     """Requests that generate at the same time, for each model."""
     max_waiting: int = 256
@@ -82,7 +85,7 @@ def main() -> None:
     else:
         make_folder(args.monitor)
     monitor = Monitor(args.monitor, args.webhook, args.slow_seconds)
-    models = load_models(list(args.runs), args.device, args.slots, args.max_waiting)
+    models = load_models(args.runs, args.device, args.place, args.slots, args.max_waiting)
     settings = Settings(
         args.host,
         args.port,

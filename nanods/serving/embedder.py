@@ -77,6 +77,13 @@ def count_tokens(model: Multimodal, name: str, x: Tensor) -> int:
     return len(x) if name == "text" else model.tokens_per_example()[name]
 
 
+def fixed_shape(model: Multimodal, name: str) -> tuple[int, ...] | None:
+    """Return the shape of every input of a modality; None if it may vary."""
+    config = model.config
+    size = config.image_size
+    return {"image": (3, size, size), "audio": (N_MELS, config.frames)}.get(name)
+
+
 def check_input(model: Multimodal, name: str, x: Tensor) -> None:
     """Raise UserError unless the model can embed one input.
 
@@ -84,15 +91,14 @@ def check_input(model: Multimodal, name: str, x: Tensor) -> None:
     """
     if name not in model.modalities:
         raise UserError(f"this model embeds no {name}, but {' and '.join(model.modalities)}")
-    config, max_tokens = model.config, model.tokens_per_example()[name]
+    max_tokens = model.tokens_per_example()[name]
     if name == "text":
         if x.ndim != 1 or not 1 <= len(x) <= max_tokens:
             raise UserError(f"a text of shape {tuple(x.shape)}: give 1 to {max_tokens} token ids")
         if x.dtype != torch.int64 or x.min() < 0 or x.max() >= model.trunk.vocab_size:
             raise UserError(f"token ids must be integers from 0 to {model.trunk.vocab_size - 1}")
         return
-    size = config.image_size
-    shape = {"image": (3, size, size), "audio": (N_MELS, config.frames)}.get(name)
+    shape = fixed_shape(model, name)
     if shape and tuple(x.shape) != shape:
         raise UserError(f"{name} of shape {tuple(x.shape)}: this model reads {shape}")
     if not x.isfinite().all():

@@ -16,6 +16,7 @@ faster than a CPU. So weights that fit belong on the GPU. Of a model with many e
 few, so they are the first to move; `compare` says when that is needed.
 
     python -m nanods.serving.placement v2-base --gpu rtx4090-24gb
+    python -m nanods.serving v2-base --device cuda --place "blocks.*.mlp=cpu:int8"
 
 Left out on purpose: computing on both devices at the same time, moving weights to the GPU when they
 are needed, and several rows, which share what is read.

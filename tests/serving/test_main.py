@@ -37,6 +37,7 @@ def test_mistakes_at_the_start_say_how_to_correct_them(serving, monkeypatch):
         (["v2-tiny"], "runs/v2-tiny: no such run. Train it first: make train-v2"),
         (["v2-tiny", "--port", 70000], "--port 70000: must be at most 65,535"),
         (["v2-tiny", "--host", "0.0.0.0"], "open to other machines: set NANODS_TOKEN"),
+        (["v2-tiny", "--place", "blocks.*.mlp=cpu:int4"], "write PATTERN=DEVICE:FORMAT; formats"),
         (["v2-tiny", "--canary-minutes", -1], "--canary-minutes -1: must be at least 0"),
         (["v2-tiny", "--slow-seconds", 0], "--slow-seconds 0: must be above 0, 0.001 or more"),
         (["v2-tiny", "--webhook", "ftp://a"], "--webhook ftp://a: give a URL that begins with"),

@@ -6,6 +6,7 @@ A pseudo-device is a label on tensors: operations that mix two labels fail, as t
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from nanods.gpt import GPT, GPTConfig
 from nanods.moe import MoEConfig
 from nanods.quantize import quantize, quantized_share
 from nanods.serving import placement
+from nanods.serving.engine import Engine, Request
+from nanods.serving.models import place_model
 from nanods.serving.placement import (
     CROSSING_BYTES_PER_SECOND,
     CROSSING_SECONDS,
@@ -188,6 +191,65 @@ def test_the_parts_of_v3(part, monkeypatch):
         actual, _ = model(inputs)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-10)
+
+
+# ---- in a server ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["experts", "attention"])
+def test_the_engine_gives_the_tokens_of_a_whole_model(split, monkeypatch):
+    """Three requests in two slots: rows are copied between caches, and contexts fill."""
+    model, whole = make_gpt(V2), make_gpt(V2)
+    rules = parse_rules(["*=a:fp64", *SPLITS[split]])
+    devices = PseudoDevices(monkeypatch)
+    place(model, rules)
+    devices.label_weights(model, rules)
+    expected = served(whole)
+    with devices:
+        assert served(model) == expected
+
+
+def served(model):
+    engine, texts = Engine(model, bytes, slots=2, chunk=4), [[] for _ in TOKENS]
+    for seed, (prompt, text) in enumerate(zip(TOKENS.tolist(), texts, strict=True)):
+        request = Request(tuple(prompt), max_new_tokens=5, seed=seed)
+        engine.submit(request, lambda token, text=text: text.append(token.id))
+    while engine.has_work():
+        engine.step()
+    return texts
+
+
+def finished_run(model, **state):
+    return SimpleNamespace(model=model, state=state, folder="runs/v2-tiny")
+
+
+def test_what_a_placed_model_moves_is_said():
+    model = make_gpt(V2, torch.float32)
+    whole = logits(model)
+    said = place_model(finished_run(model), "cpu", ["blocks.*.mlp=cpu:int8"])
+    assert said == "0 bytes cross between devices, in 0 pieces"
+    assert model.blocks[0].mlp.up[0].weight.dtype == torch.int8
+    assert 0 < (logits(model) - whole).norm() / whole.norm() < 0.1
+    said = place_model(finished_run(make_model(MOE_TRUNK)), "cpu", ["trunks.*.mlp=cpu:bf16"])
+    assert said.startswith("0 bytes")
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "message"),
+    [
+        (make_gpt(V2), "layers.1=cpu:fp32", "no module has such a name; there are embedding"),
+        (make_gpt(V2), "head=cuda:99:fp32", "--place head=cuda:99:fp32: the model cannot run so"),
+        (make_model(MOE_TRUNK), "modalities.image=cpu:bf16", "the model cannot run so"),
+    ],
+)
+def test_a_server_refuses_rules_that_cannot_be_followed(model, rule, message):
+    with pytest.raises(UserError, match=message):
+        place_model(finished_run(model), "cpu", [rule])
+
+
+def test_a_server_does_not_place_a_quantised_run():
+    with pytest.raises(UserError, match="is quantised already; serve the run that"):
+        place_model(finished_run(make_gpt(V2), format="int8"), "cpu", ["head=cpu:int8"])
 
 
 # ---- rules ---------------------------------------------------------------------------------------
