@@ -81,11 +81,12 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": float(np.percentile(values, p)) for p in (50, 99)}
 
 
-def chunk_ms(engine: Engine, text: np.ndarray) -> float:
-    """Return the milliseconds that reading one chunk of a prompt takes, alone."""
+def reading_ms(engine: Engine, text: np.ndarray, tokens: int) -> float:
+    """Return the milliseconds in which the engine reads a prompt of `tokens` tokens, alone."""
     times = []
     for _ in range(9):
-        engine.submit(Request(tuple(text[: engine.chunk + 1].tolist()), 1), lambda token: None)
+        # The last token of a prompt is read when the next one is drawn.
+        engine.submit(Request(tuple(text[: tokens + 1].tolist()), 1), lambda token: None)
         engine.drop_cancelled()
         start = time.thread_time()
         engine.read()
@@ -108,7 +109,7 @@ def part_engine() -> dict:
             for way, (clients, count, static) in WAYS.items():
                 turns[way].append(serve(engine, requests[:count], clients, static))
         row = {way: medians(results) for way, results in turns.items()}
-        row["chunk_ms"] = chunk_ms(engine, text)
+        row["reading_ms"] = {n: reading_ms(engine, text, n) for n in (16, 64, engine.chunk)}
         speeds = {way: row[way]["tokens_per_second"] for way in WAYS}
         fastest = speeds["continuous batching"]
         row["times_faster"] = {way: fastest / x for way, x in speeds.items() if x != fastest}

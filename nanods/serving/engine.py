@@ -43,7 +43,9 @@ from torch import Tensor
 from nanods.cache import Cache
 from nanods.gpt import GPT, sample_token
 
-READ_OVERHEAD = 16  # tokens: a short chunk counts as so many, since every pass has a fixed cost
+# Tokens that a chunk counts as at least: every pass has a fixed cost, which for v1-tiny is that of
+# about as many more tokens, and for v2-tiny's experts of more (`reading_ms` in results/serve.json).
+READ_OVERHEAD = 128
 
 
 class BusyError(Exception):
@@ -147,7 +149,7 @@ class Engine:
     """The tokenizer's."""
     slots: int = 32
     """Requests that generate at the same time; each has a whole context of keys and values."""
-    chunk: int = 64
+    chunk: int = 128
     """Tokens of prompts read in one step, at most."""
     max_waiting: int = 256
     """Requests that wait for a slot; one more is refused."""

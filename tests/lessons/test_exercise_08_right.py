@@ -346,10 +346,11 @@ def test_the_continuous_ends_of_step_1_are_those_of_the_engine():
 
 def test_the_tokens_of_step_2_are_those_that_the_engine_reads():
     """The engine leaves the last token of each prompt to the next decoding."""
-    left, engine = torch.tensor([5, 20, 30, 3, 90, 20, 7]), small_engine(slots=8, chunk=96)
+    left, chunk = torch.tensor([5, 20, 30, 3, 90, 20, 7]), 4 * READ_OVERHEAD + 14
+    engine = small_engine(slots=8, chunk=chunk)
     tasks = [engine.submit(Request((1,) * (n + 1)), lambda token: None) for n in left.tolist()]
     with torch.no_grad():
         engine.read()
-    expected = steps_08.reading(left, 96, READ_OVERHEAD)
+    expected = steps_08.reading(left, chunk, READ_OVERHEAD)
     assert [task.length for task in tasks] == expected.tolist()
     assert expected.tolist() == [5, 20, 30, 3, 14, 0, 0]

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from nanods.moe import MoEConfig
-from nanods.serving.engine import BusyError, Engine, Request, Task, possible_stop
+from nanods.serving.engine import (
+    READ_OVERHEAD,
+    BusyError,
+    Engine,
+    Request,
+    Task,
+    possible_stop,
+)
 from tests.test_gpt import CONFIGS, DENSE, model_of
 
 ALL = CONFIGS | {
@@ -160,11 +167,11 @@ def test_the_batch_waits_for_one_chunk_and_not_for_a_whole_prompt():
 
 
 def test_short_prompts_share_a_step():
-    engine, began = Engine(model_of(DENSE), decode, chunk=64), []
+    engine, began = Engine(model_of(DENSE), decode, chunk=4 * READ_OVERHEAD), []
     for i in range(6):
         engine.submit(Request((i, 1, 2), 3), lambda token, i=i: began.append(i))
     engine.step()
-    assert sorted(began) == [0, 1, 2, 3]  # each reading counts as 16 tokens of 64
+    assert sorted(began) == [0, 1, 2, 3]  # each reading counts as READ_OVERHEAD
     engine.step()
     assert sorted(set(began)) == [0, 1, 2, 3, 4, 5]
 
@@ -194,10 +201,9 @@ def test_a_cancelled_request_is_gone_after_one_step(moment):
 
 def test_ten_thousand_joins_leaves_and_cancels_leak_nothing():
     config = replace(DENSE, n_layer=1, n_head=1, n_embd=4, context_length=10)
-    engine, draw = (
-        Engine(model_of(config), decode, slots=12, max_waiting=40),
-        random.Random(3),
-    )
+    chunk = 8 * READ_OVERHEAD  # many join in one step
+    engine = Engine(model_of(config), decode, slots=12, chunk=chunk, max_waiting=40)
+    draw = random.Random(3)
     memory = [t.data_ptr() for t in (*engine.cache.keys, *engine.cache.values)]
     events, joined, ended, refused, living = 0, 0, [], 0, weakref.WeakSet()
     tasks = {}
