@@ -43,8 +43,8 @@ from torch import Tensor
 from nanods.cache import Cache
 from nanods.gpt import GPT, sample_token
 
-# Tokens that a chunk counts as at least: every pass has a fixed cost, that of about 70 more tokens in
-# v1-tiny, and of 140 in v2-tiny, where it reads all experts (`reading_ms` in results/serve.json).
+# Tokens that a chunk counts as at least: every pass has a fixed cost, that of about 70 more tokens
+# in v1-tiny, and of 140 in v2-tiny, where it reads all experts (results/serve.json, `reading_ms`).
 READ_OVERHEAD = 128
 
 
