@@ -62,10 +62,10 @@ NEAR = 0.01  # bits per byte: a gain this near to plain fine-tuning's counts as 
 EWC = {"EWC": "sampled", "empirical": "data", "batches": "batch", "L2": "none"}
 """--ewc-fisher of each arm that holds weights."""
 LAMBDAS = {
-    "EWC": (0.1, 0.3, 1.0),
-    "empirical": (0.1, 0.3, 1.0),
-    "batches": (1.0, 3.0, 10.0),  # its F is about an eighth, for batches of 8
-    "L2": (0.01, 0.04, 0.16),  # its F is 1 for every weight
+    "EWC": (0.1, 0.3, 1.0, 3.0),
+    "empirical": (0.1, 0.3, 1.0, 3.0),
+    "batches": (1.0, 3.0, 10.0, 30.0),  # its F is about an eighth, for batches of 8
+    "L2": (0.01, 0.04, 0.16, 0.64),  # its F is 1 for every weight
 }
 FISHER_SEQUENCES = 128
 REPLAY = {"replay 1%": 0.01, "replay 10%": 0.1}
