@@ -56,6 +56,28 @@ def by_recursion(arrivals, lengths, slots):
     return torch.cat(static(0, 0)), by_heap(arrivals, lengths, slots)[1].long()
 
 
+def by_counting_the_ends(arrivals, lengths, slots):
+    """A request begins when fewer than `slots` of those before it end at or after that step."""
+    continuous = torch.zeros_like(lengths)
+    for i in range(len(lengths)):
+        start = arrivals[i].clone()
+        while (continuous[:i] >= start).sum() >= slots:
+            start += 1
+        continuous[i] = start + lengths[i] - 1
+    return token_by_token(arrivals, lengths, slots)[0], continuous
+
+
+def by_tensor_of_slots(arrivals, lengths, slots):
+    """The slots are one tensor, and so are both answers."""
+    free, both = torch.zeros(slots, dtype=torch.float64), torch.empty(2, len(lengths)).double()
+    both[0] = by_recursion(arrivals, lengths, slots)[0]
+    for i, (arrival, length) in enumerate(zip(arrivals, lengths, strict=True)):
+        slot = free.argmin()
+        free[slot] = torch.maximum(free[slot], arrival.double()) + length
+        both[1, i] = free[slot] - 1
+    return both.long().unbind(0)
+
+
 def read_by_sums(left, chunk, overhead):
     price = torch.where(left > 0, left.clamp(min=overhead), 0)
     return (chunk - (price.cumsum(0) - price)).clamp(min=0).minimum(left)
@@ -283,6 +305,7 @@ def threshold_by_numpy(z, starts, block, allowance):
 
 ANSWERS = [
     *(("finish_steps", f) for f in (token_by_token, by_heap, by_recursion)),
+    *(("finish_steps", f) for f in (by_counting_the_ends, by_tensor_of_slots)),
     *(("read_in_step", f) for f in (read_by_sums, read_by_while, read_by_recursion)),
     *(("read_in_step", f) for f in (read_in_int32, read_by_numpy, read_by_accumulated_views)),
     *(("draw_tokens", f) for f in (tokens_by_searchsorted, tokens_by_loops, tokens_by_argmax)),
