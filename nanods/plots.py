@@ -155,7 +155,9 @@ def dot_plot(
                 va="center",
                 fontsize=9,
             )
-    note = "one dot per seed; at the right their mean" + (f"; orange: {target_name}" if targets else "")
+    note = "one dot per seed; at the right their mean" + (
+        f"; orange: {target_name}" if targets else ""
+    )
     xlabel = f"{xlabel}\n({note})"
     axes.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), title=title)
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -25,7 +25,9 @@ def model_diagram() -> Figure:
         1.2: ("image\n(B, 3, 32, 32)", "patches of 8 x 8,\nhalf overlapping"),
         0.0: ("sound (log-mel)\n(B, 32, 32)", "groups of frames"),
     }
-    draw_box(axes, 5.55, 1.2, "one trunk:\nblocks of V1 or V2,\nno causal mask", True, 1.75, 3.3, 10)
+    draw_box(
+        axes, 5.55, 1.2, "one trunk:\nblocks of V1 or V2,\nno causal mask", True, 1.75, 3.3, 10
+    )
     for y, (kind, cut) in rows.items():
         draw_box(axes, 0.75, y, kind, False, 1.4, 0.8, 9.5)
         draw_box(axes, 2.75, y, cut, False, 1.5, 0.8, 9.5)
@@ -53,7 +55,16 @@ def caching_diagram() -> Figure:
     figure = Figure(figsize=(10, 3.3))
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     draw_box(axes, 4.75, 1.1, "embeddings\nof the batch\n(B, M)", True, 1.4, 2.9, 10)
-    draw_box(axes, 6.85, 1.1, "loss of the\nwhole batch,\nbackward to the\nembeddings", True, 1.5, 2.9, 10)
+    draw_box(
+        axes,
+        6.85,
+        1.1,
+        "loss of the\nwhole batch,\nbackward to the\nembeddings",
+        True,
+        1.5,
+        2.9,
+        10,
+    )
     draw_arrow(axes, (5.47, 1.1), (6.07, 1.1))
     for i, y in enumerate((2.2, 1.1, 0.0)):
         draw_box(axes, 0.9, y, f"micro-batch {i}\n(b, ...)", False, 1.3, 0.75, 9.5)
@@ -82,7 +93,7 @@ def matrices(
 
     `left_out` (B, B) bool by panel: entries that a loss does not count, crossed out.
     """
-    figure = Figure(figsize=(3.4 * len(panels) + 0.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(3 * len(panels) + 0.8, 3.7), layout="constrained")
     axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (name, matrix) in zip(axes_row, panels.items(), strict=True):
         image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -99,6 +110,7 @@ def matrices(
         axes.set(xticks=ticks, yticks=ticks, xlabel="image", ylabel="text")
         axes.grid(False)
     figure.colorbar(image, ax=axes_row, pad=0.01, label="cosine or probability")
+    figure.get_layout_engine().set(h_pad=0.1)
     figure.suptitle(title)
     return figure
 
@@ -131,15 +143,15 @@ def gradient_shares(
 def examples(
     images: Sequence[np.ndarray], mels: Sequence[np.ndarray], captions: Sequence[str], title: str
 ) -> Figure:
-    """Draw n examples in columns: caption, image (3, Y, X) and log-mel spectrogram (bands, frames)."""
+    """Draw n examples in columns: caption, image (3, Y, X) and spectrogram (bands, frames)."""
     figure = Figure(figsize=(2.1 * len(captions), 4.9), layout="constrained")
     for i, column in enumerate(figure.subplots(2, len(captions), squeeze=False).T):
         draw_item(column[0], images[i])
         draw_item(column[1], mels[i])
         column[0].set_title(balanced_lines(captions[i], 20), fontsize=10)
-        column[1].set_xlabel("time, about 1 s")
-    column = figure.axes[1] if len(captions) == 1 else figure.axes[len(captions)]
-    column.set_ylabel("pitch (log-mel)")
+        column[1].set_xlabel("time")
+        if i == 0:
+            column[1].set_ylabel("pitch (log-mel)")
     figure.suptitle(title)
     return figure
 
