@@ -133,9 +133,14 @@ def curves(
 
 
 def dot_plot(
-    rows: dict[str, Sequence[float]], targets: dict[str, float], xlabel: str, title: str = ""
+    rows: dict[str, Sequence[float]],
+    targets: dict[str, float],
+    xlabel: str,
+    title: str = "",
+    target_name: str = "target",
 ) -> Figure:
-    """Draw a row for each name: a dot for each value, their mean, and a tick at the target."""
+    """Draw a row for each name: a dot for each value, their mean, and a tick at the target, such as
+    chance."""
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1))
     axes = figure.subplots()
     for y, (name, values) in enumerate(rows.items()):
@@ -150,7 +155,9 @@ def dot_plot(
                 va="center",
                 fontsize=9,
             )
-    note = "one dot per seed; at the right their mean" + ("; orange: target" if targets else "")
+    note = "one dot per seed; at the right their mean" + (
+        f"; orange: {target_name}" if targets else ""
+    )
     xlabel = f"{xlabel}\n({note})"
     axes.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows), title=title)
     axes.set_ylim(len(rows) - 0.4, -0.6)

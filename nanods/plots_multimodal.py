@@ -95,7 +95,11 @@ def spread_labels(heights: Sequence[float], gap: float, low: float, high: float)
 
 
 def recall_over_time(
-    steps: Sequence[float], recalls: dict[str, Sequence[float]], chance: float, k: int = 1
+    steps: Sequence[float],
+    recalls: dict[str, Sequence[float]],
+    chance: float,
+    k: int = 1,
+    title: str = "",
 ) -> Figure:
     """Draw recall at k of each direction, such as "text->image", against the step.
 
@@ -141,6 +145,7 @@ def recall_over_time(
         xlabel="optimizer step",
         ylabel=f"recall at {k}: fraction of queries whose match is found",
         ylim=(-0.01, 1.01),
+        title=title,
     )
     axes.set_xlim(steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1)
     return figure

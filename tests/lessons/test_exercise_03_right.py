@@ -48,6 +48,14 @@ def loss_in_double(a, b, scale):
     return -(exp.diag() ** 2 / (exp.sum(0) * exp.sum(1))).log().mean() / 2
 
 
+def loss_by_comprehension(a, b, scale):
+    """Take each row and each column as a view, and give -log of the softmax's own entry."""
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    logits = scale * (a.to(dtype) @ b.to(dtype).transpose(0, 1))
+    views = [*logits.unbind(0), *logits.unbind(1)]
+    return torch.stack([-v.log_softmax(0)[i % len(a)] for i, v in enumerate(views)]).mean()
+
+
 def duplicates_by_large_number(a, b, scale, ids):
     """Mask with -1e9 instead of -inf, before the scale."""
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -65,6 +73,29 @@ def duplicates_by_log_of_mask(a, b, scale, ids):
     mask = (ids[:, None] != ids).to(a) + torch.eye(len(a), dtype=a.dtype)
     logits = torch.einsum("im,jm->ij", a, b) * scale + mask.log()
     return -(logits.log_softmax(0).diag().mean() + logits.log_softmax(1).diag().mean()) / 2
+
+
+def duplicates_by_kept_columns(a, b, scale, ids):
+    """Take the candidates of each row out of the matrix, by an index."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    s, terms = scale * a.to(wide) @ b.to(wide).T, []
+    for i in range(len(ids)):
+        keep = ids != ids[i]
+        keep[i] = True
+        terms += [row[keep].logsumexp(0) - s[i, i] for row in (s[i], s[:, i])]
+    return sum(terms) / len(terms)
+
+
+def duplicates_by_weights(a, b, scale, ids):
+    """Multiply exp() by 0 at duplicates, less the maximum of each row."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    logits, total = scale * (a.to(wide) @ b.to(wide).T), 0
+    counts = torch.ones_like(logits) - (ids == ids[:, None]).to(wide) + torch.eye(len(a)).to(wide)
+    for x in (logits, logits.T):
+        top = x.detach().masked_fill(counts == 0, -math.inf).amax(1, keepdim=True)
+        capped = (x - top).clamp(max=0)  # what is above the maximum is a duplicate
+        total = total + ((capped.exp() * counts).sum(1).log() + top[:, 0] - x.diag()).mean()
+    return total / 2
 
 
 def scale_by_data(log_scale, max_scale):
@@ -88,6 +119,17 @@ def scale_by_copy(log_scale, max_scale):
     with torch.no_grad():
         log_scale.copy_(torch.minimum(log_scale, torch.tensor(max_scale).to(log_scale).log()))
     return log_scale.exp().clamp(max=max_scale * (1 + 1e-6))
+
+
+def scale_by_view(log_scale, max_scale):
+    log_scale.detach().clamp_(max=math.log(max_scale))  # a view of the same memory
+    return log_scale.exp()
+
+
+def scale_by_power(log_scale, max_scale):
+    with torch.no_grad():
+        log_scale[...] = min(log_scale.item(), math.log(max_scale))
+    return torch.pow(math.e, log_scale)
 
 
 def recall_by_loops(queries, targets):
@@ -123,6 +165,16 @@ def recall_by_argmax(queries, targets):
     return (is_best & is_unique).float().mean()
 
 
+def recall_by_sorting(queries, targets):
+    """Sort the scores: the best must be the query's own, and the second must be lower."""
+    scores = queries @ targets.T
+    if len(scores) == 1:
+        return (~scores.isnan()).float().mean()
+    own = scores.diagonal()
+    top = scores.nan_to_num(-math.inf).sort(dim=1, descending=True).values
+    return ((own == top[:, 0]) & (top[:, 0] > top[:, 1])).float().mean()
+
+
 def sigmoid_by_loops(a, b, scale, bias):
     total = 0
     for i in range(len(a)):
@@ -142,6 +194,20 @@ def sigmoid_in_double(a, b, scale, bias):
     logits = scale * a.double() @ b.double().T + bias
     z = torch.full_like(logits, -1).fill_diagonal_(1)
     return (z * logits).sigmoid().log().sum(1).mean().neg()
+
+
+def sigmoid_by_comprehension(a, b, scale, bias):
+    """Take the diagonal and the other entries apart."""
+    logits = scale * torch.einsum("im,jm->ij", a, b) + bias
+    others = ~torch.eye(len(a), dtype=torch.bool)
+    parts = [F.softplus(-logits.diagonal()), F.softplus(logits[others])]
+    return sum(part.sum() for part in parts) / a.size(0)
+
+
+def sigmoid_by_hand(a, b, scale, bias):
+    """Compute log(1 + exp(-x)) so that exp() cannot overflow."""
+    x = (2 * torch.eye(len(a)).to(a) - 1) * (scale * (a @ b.T) + bias)
+    return ((-x.abs()).exp().log1p() + (-x).relu()).sum() / len(a)
 
 
 def entropies_by_loops(probs):
@@ -182,19 +248,27 @@ ANSWERS = [
     ("contrastive_loss", loss_by_einsum),
     ("contrastive_loss", loss_by_hand),
     ("contrastive_loss", loss_in_double),
+    ("contrastive_loss", loss_by_comprehension),
     ("loss_with_duplicates", loss_by_loops),
     ("loss_with_duplicates", duplicates_by_large_number),
     ("loss_with_duplicates", duplicates_by_log_of_mask),
+    ("loss_with_duplicates", duplicates_by_kept_columns),
+    ("loss_with_duplicates", duplicates_by_weights),
     ("logit_scale", scale_by_data),
     ("logit_scale", scale_by_case),
     ("logit_scale", scale_by_copy),
+    ("logit_scale", scale_by_view),
+    ("logit_scale", scale_by_power),
     ("recall_at_1", recall_by_loops),
     ("recall_at_1", recall_by_rank),
     ("recall_at_1", recall_by_margin),
     ("recall_at_1", recall_by_argmax),
+    ("recall_at_1", recall_by_sorting),
     ("sigmoid_loss", sigmoid_by_loops),
     ("sigmoid_loss", sigmoid_by_cross_entropy),
     ("sigmoid_loss", sigmoid_in_double),
+    ("sigmoid_loss", sigmoid_by_comprehension),
+    ("sigmoid_loss", sigmoid_by_hand),
     ("entropies", entropies_by_loops),
     ("entropies", entropies_by_torch),
     ("entropies", entropies_by_distribution),
