@@ -86,24 +86,6 @@ def gradients_by_masks(shared, experts, group):
     return torch.ones_like(is_replica) @ shared / W, is_replica @ experts / W
 
 
-def utilization_by_loops(load, devices):
-    per_device = load.size(2) // devices
-    times = []
-    for group in load.tolist():
-        time = 0
-        for layer in group:
-            starts = range(0, len(layer), per_device)
-            time += max(sum(layer[i : i + per_device]) for i in starts)
-        times.append(time)
-    return torch.tensor(load.sum().item() / (len(load) * devices * max(times)))
-
-
-def utilization_by_means(load, devices):
-    """Divide the mean by the maximum of times that are means themselves."""
-    rows = load.double().reshape(*load.shape[:2], devices, -1).mean(-1)
-    return rows.mean() / (rows.max(-1).values.mean(-1)).max()
-
-
 ANSWERS = [
     ("ring_schedule", ring_by_loops),
     ("ring_schedule", ring_by_receiving),
@@ -114,8 +96,6 @@ ANSWERS = [
     ("dispatch_order", dispatch_by_keys),
     ("average_gradients", gradients_by_loops),
     ("average_gradients", gradients_by_masks),
-    ("utilization", utilization_by_loops),
-    ("utilization", utilization_by_means),
 ]
 
 
@@ -143,8 +123,3 @@ def test_no_two_mistakes_give_the_same_result():
     experts = steps_04.known_expert_gradients(x)
     experts["right"] = steps_04.sum_over_replicas(x, steps_04.G) / steps_04.W
     assert not equal_pairs(experts, 1e-6)
-
-    load = steps_04.random_loads()
-    utilizations = steps_04.known_utilizations(load.double(), 4)
-    utilizations["right"] = steps_04.reference_utilization(load, 4)
-    assert not equal_pairs(utilizations, 2e-6)
