@@ -138,6 +138,93 @@ def expert_parallel_diagram() -> Figure:
     return figure
 
 
+def plan_diagram() -> Figure:
+    """Draw what a plan is computed from, and in which order."""
+    figure = Figure(figsize=(10, 3.7))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
+    given = {
+        "model\nparameters, FLOP per token,\nbytes saved per token": 2.2,
+        "split\nmesh, micro-batch,\ncheckpointing": 1.1,
+        "GPU\nmemory, FLOP/s,\nspeed of its links": 0.0,
+    }
+    results = {
+        "bytes kept\nexercises 1, 2": 2.2,
+        "bytes sent\nexercise 3": 1.1,
+        "seconds of a step\nexercises 4, 6": 0.0,
+    }
+    for text, y in given.items():
+        draw_box(axes, 1.4, y, text, False, 2.8, 0.85, fontsize=9)
+    for text, y in results.items():
+        draw_box(axes, 5.9, y, text, True, 2.2, 0.7, fontsize=9)
+    for start, ends in {2.2: (2.2, 1.1, 0.0), 1.1: (2.2, 1.1), 0.0: (0.0,)}.items():
+        for end in ends:
+            draw_arrow(axes, (2.83, start), (4.77, end))
+    draw_arrow(axes, (5.9, 0.72), (5.9, 0.38))
+    draw_box(axes, 9.6, 2.2, "does it fit?\nhow many GPUs? exercise 5", False, 2.4, 0.7, fontsize=9)
+    draw_box(axes, 9.6, 0.0, "hours, GPU-hours", False, 2.4, 0.7, fontsize=9)
+    draw_arrow(axes, (7.03, 2.2), (8.37, 2.2))
+    draw_arrow(axes, (7.03, 0.0), (8.37, 0.0))
+    draw_arrow(axes, (9.6, 1.82), (9.6, 0.38))
+    axes.text(9.7, 1.1, "the fastest\nthat fits", va="center", fontsize=9)
+    axes.set(xlim=(-0.1, 11.0), ylim=(-0.6, 2.8))
+    axes.axis("off")
+    return figure
+
+
+def activation_curves(saved: Sequence[float], backward: Sequence[float], width: int) -> Figure:
+    """Draw the activations of a token through forward and backward, without checkpointing and with.
+
+    saved, backward: bytes per token of each block that it saves, and of the gradients while its
+    backward pass runs. A block's input has 4 width bytes.
+    """
+    B = len(saved)
+    figure = Figure(figsize=(9, 3.1), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, checkpointing in zip(panels, (False, True), strict=True):
+        kept = [4 * width if checkpointing else each for each in saved]
+        forward = np.cumsum(kept)
+        during = []  # while each block's backward pass runs, the last block first
+        for b in reversed(range(B)):
+            again = saved[b] if checkpointing else 0
+            during.append(sum(kept[: b + 1]) + again + backward[b])
+        heights = np.array([*forward, *during]) / 1e3
+        colours = [BLUE] * B + [ORANGE] * B
+        axes.bar(range(2 * B), heights, width=0.9, color=colours)
+        axes.axhline(heights.max(), color="black", linestyle="--", linewidth=1)
+        title = "with checkpointing" if checkpointing else "all is saved"
+        axes.set_title(f"{title}: at most {heights.max():,.0f} kB per token", fontsize=11)
+        middle = B // 2
+        ticks = {0: 0, middle: middle, 2 * B - 1 - middle: middle, 2 * B - 1: 0}
+        axes.set(xticks=list(ticks), xticklabels=list(ticks.values()))
+        axes.set(xlabel="block (blue: forward, orange: backward)")
+        axes.grid(axis="x", visible=False)
+    panels[0].set_ylabel("kB per token")
+    return figure
+
+
+def step_timelines(cases: dict[str, tuple[float, float, float]]) -> Figure:
+    """Draw when a GPU computes, waits and sends: (computing, waiting, hidden) seconds by title."""
+    figure = Figure(figsize=(9, 0.95 * len(cases) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    for i, (computing, waiting, hidden) in enumerate(cases.values()):
+        whole = max(computing + waiting, hidden)
+        axes.barh(i - 0.2, computing, height=0.36, color=STEP_COLOURS["computing"])
+        axes.barh(i - 0.2, waiting, left=computing, height=0.36, color=STEP_COLOURS["waiting"])
+        axes.barh(i + 0.2, hidden, height=0.36, color=STEP_COLOURS["communication"])
+        axes.plot([whole, whole], [i - 0.45, i + 0.45], color="black", linewidth=1.5)
+        axes.text(whole, i, f"  step: {whole:.3g} s", va="center", fontsize=9)
+    names = ("computing", "waiting", "communication")
+    handles = [Rectangle((0, 0), 1, 1, color=STEP_COLOURS[name]) for name in names]
+    labels = ("computing", "waiting for what is sent", "sent beside (hidden)")
+    figure.legend(handles, labels, ncols=3, frameon=False, loc="outside lower center", fontsize=9)
+    longest = max(max(c + w, h) for c, w, h in cases.values())
+    axes.set(yticks=range(len(cases)), yticklabels=list(cases), ylim=(len(cases) - 0.5, -0.5))
+    axes.set(xlabel="seconds", xlim=(0, 1.2 * longest))
+    axes.grid(axis="y", visible=False)
+    axes.set_title("Hidden communication takes no time until there is more of it than of the rest")
+    return figure
+
+
 # ---- stacked bars --------------------------------------------------------------------------------
 
 
@@ -227,14 +314,17 @@ def step_bars(
 
 
 def gpu_scaling(
-    lines: dict[str, list[tuple[int, float, float, bool]]], capacity: float, workload: str
+    lines: dict[str, list[tuple[int, float, float, bool]]],
+    capacity: float,
+    workload: str,
+    suptitle: str = "",
 ) -> Figure:
     """Draw hours, GPU-hours and memory per GPU against the number of GPUs.
 
     lines: points (GPUs, hours, GB per GPU, whether it fits) by name; points that do not fit are
     hollow. `capacity` is a GPU's memory in GB; `workload` names what takes that many hours.
     """
-    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     panels = figure.subplots(1, 3)
     hours_axes, gpu_hours_axes, memory_axes = panels
     colours = [colour for colour in COLOURS if colour != GREY]
@@ -264,6 +354,7 @@ def gpu_scaling(
         axes.set_xticks([], minor=True)
     gpu_hours_axes.set(yscale="linear", ylim=(0, None))
     figure.legend(frameon=False, ncols=len(lines) + 1, loc="outside lower center")
+    figure.suptitle(suptitle, fontsize=12)
     return figure
 
 

@@ -44,9 +44,9 @@ def activation_memory(
     backward pass, and the gradients that exist only while this backward pass runs.
     width: numbers per token of a block's input, which is fp32. `ends`: bytes per token of what lies
     outside the blocks, kept for the whole step. tokens: of a micro-batch.
-    Without checkpointing everything saved is kept until the last block's backward pass begins. With
-    it, each block keeps its input alone, and its backward pass computes what it would have saved
-    again, one block at a time. (Count the blocks' inputs, and the recomputed tensors beside them.)
+    Without checkpointing all that is saved is kept. With it, each block keeps its input alone, and
+    its backward pass computes again what it would have saved, one block at a time, beside all the
+    inputs. In both cases count what is kept as kept through all of backward: an upper bound.
     Returns a scalar ().
     Hint: a sum over blocks, and a maximum over blocks.
     Target: saved 100, 300 and backward 50, 20, width 5, ends 10, one token: 460, and with

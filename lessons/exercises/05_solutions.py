@@ -11,7 +11,8 @@ def state_memory(outside: int, experts: int, adamw: int, n: int, ep: int, is_fsd
     shards = n if is_fsdp else 1
     outside, experts, adamw = outside / shards, experts / max(shards, ep), adamw / shards
     parameters = outside + experts
-    return torch.tensor([4 * parameters, 4 * parameters, 4 * parameters + 4 * adamw]).double()
+    sizes = [4 * parameters, 4 * parameters, 4 * parameters + 4 * adamw]
+    return torch.tensor(sizes, dtype=torch.float64)
 
 
 def activation_memory(
@@ -31,9 +32,11 @@ def sent_bytes(
     replicas = n // ep
     parameters = (n - 1) / n * outside + (replicas - 1) / replicas * experts / ep
     if is_fsdp:
-        gathered, scattered = 2 * 2 * parameters, 4 * parameters
-        return torch.tensor([0, micro_batches * gathered, micro_batches * scattered]).double()
-    return torch.tensor([2 * 4 * parameters, 0, 0]).double()
+        gathered, scattered = 2 * 2 * parameters, 4 * parameters  # per micro-batch
+        sizes = [0, micro_batches * gathered, micro_batches * scattered]
+    else:
+        sizes = [2 * 4 * parameters, 0, 0]
+    return torch.tensor(sizes, dtype=torch.float64)
 
 
 def step_seconds(
@@ -47,7 +50,7 @@ def step_seconds(
     waits: Tensor,
 ) -> Tensor:
     repeats = 4 / 3 if checkpointing else 1  # forward is a third of the work
-    computing = torch.tensor(tokens * flops_per_token * repeats / (peak * utilization)).double()
+    computing = sent.new_tensor(tokens * flops_per_token * repeats / (peak * utilization))
     times = sent / speed
     waiting, hidden = times[waits].sum(), times[~waits].sum()
     return torch.stack([computing, waiting, hidden, torch.max(computing + waiting, hidden)])

@@ -211,6 +211,10 @@ register_all(
         "takes the gradients of the last block",
         activations(lambda s, b, C: s.sum() + b[-1], False),
     ),
+    freed=(
+        "frees what backward has used",
+        activations(lambda s, b, C: (s.cumsum(0) + b).max(), False),
+    ),
     other=(
         r"without checkpointing it is [\d.]+, but [\d.]+ is correct",
         lambda *a: 0.7 * solutions.activation_memory(*a),
