@@ -60,13 +60,13 @@ def sent_bytes(
 ) -> Tensor:
     """Return the bytes of weights and gradients that each GPU sends in a step, by collective.
 
-    Parameters and GPUs as in step 1. Parameters outside the experts are replicated on n GPUs,
-    experts on n / ep.
+    Parameters and GPUs as in step 1. n GPUs exchange the parameters outside the experts. The n / ep
+    GPUs that hold the same experts / ep parameters of experts exchange those.
     In a group of m GPUs, each sends 2 (m - 1) / m of a tensor's bytes in an all-reduce, and
     (m - 1) / m in an all-gather or a reduce-scatter.
     Without fsdp: one all-reduce of the fp32 gradients a step. With it, for each micro-batch: an
     all-gather of the bf16 weights forward and another backward, and a reduce-scatter of the fp32
-    gradients. An expert's tensor is what one of its replicas has, without fsdp: experts / ep.
+    gradients. Those tensors have their whole size, as without fsdp, when they are exchanged.
     Returns (3,): all-reduce, all-gather, reduce-scatter.
     Hint: (m - 1) / m for m = n and for m = n / ep.
     Target: 100 outside, 800 in experts, n = 8, ep = 4: 1500, 0, 0. With fsdp and 2 micro-batches:

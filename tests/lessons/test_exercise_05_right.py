@@ -288,6 +288,22 @@ def test_other_correct_answers_pass(name, function):
     assert grade_answer(steps_05.STEPS, name, function).message == "OK"
 
 
+def test_the_targets_of_the_stubs_are_right():
+    targets = [
+        (steps_05.reference_state(100, 800, 10, 8, 4, False), [1200, 1200, 1240]),
+        (steps_05.reference_sent(100, 800, 8, 4, 1, False), [1500, 0, 0]),
+        (steps_05.reference_sent(100, 800, 8, 4, 2, True), [0, 1500, 1500]),
+        (steps_05.parts_of(1, 0.5, 2), [1, 0.5, 2, 2]),
+    ]
+    blocks = torch.tensor([100.0, 300.0]), torch.tensor([50.0, 20.0]), 5, 10.0, 1
+    for checkpointing, size in ((False, 460), (True, 370)):
+        targets.append((steps_05.reference_activations(*blocks, checkpointing), size))
+    models = torch.tensor([100.0, 100.0]), torch.tensor([10.0, 35.0]), 35.0, 64
+    targets.append((steps_05.reference_clusters(*models), [4, 0]))
+    for reference, target in targets:
+        assert reference.tolist() == target
+
+
 def test_no_two_mistakes_give_the_same_result():
     """Otherwise the grader never reports one of them. And none gives the right one."""
     model = steps_05.MODEL
