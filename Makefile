@@ -17,7 +17,8 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
 .PHONY: bench-arithmetic bench-experts bench-labels bench-emoji bench-compress bench-adapt
 .PHONY: bench-serve results docs
-.PHONY: lessons notebook progress check-01 check-02 check-03 check-04 check-06 check-07 check-08
+.PHONY: lessons notebook progress
+.PHONY: check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08
 .PHONY: test test-slow lint format clean
 
 help:
@@ -48,7 +49,7 @@ help:
 	@echo
 	@echo 'Learn'
 	@echo '  make notebook          open the lessons in Jupyter'
-	@echo '  make check-01          grade your answers in lessons/exercises; 02-04, 06-08    seconds'
+	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 08   seconds'
 	@echo '  make progress          which exercises pass, and what is next                     30 s'
 	@echo '  make lessons           execute every lesson and compare what it prints            4 min'
 	@echo
@@ -241,7 +242,7 @@ notebook: .venv/dev
 
 # ARGS=my_answers.py grades that file instead of the exercise file. The grader exits with 1 where
 # steps are open or wrong: it says which, and make adds no error of its own.
-check-01 check-02 check-03 check-04 check-06 check-07 check-08: check-%: .venv/base
+check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08: check-%: .venv/base
 	@$(PY) lessons/exercises/check_$*.py $(ARGS) || test $$? = 1
 
 progress: .venv/base

@@ -53,24 +53,38 @@ def show_verdicts(*claims: str) -> None:
     show_table(["id", "the article claims", "what is known"], [rows[claim] for claim in claims])
 
 
-def compare(lesson: str, name: str, *arguments: object, reference: Callable) -> None:
+def compare(
+    lesson: str,
+    name: str,
+    *arguments: object,
+    reference: Callable,
+    view: Callable = lambda output: output,
+) -> None:
     """Print whether the learner's function `name` of an exercise agrees with `reference`, and how
-    long it takes beside it. It does no harm if it is not written yet, or fails."""
+    long it takes beside it. It does no harm if it is not written yet, or fails.
+
+    `view`: what is compared of each output, where different ones are right."""
     (path,) = (p for p in EXERCISES.glob(f"{lesson}_*.py") if not p.stem.endswith("solutions"))
-    print(f"yours      {verdict(path, name, arguments, reference)}")
+    print(f"yours      {verdict(path, name, arguments, reference, view)}")
 
 
-def verdict(path: Path, name: str, arguments: Sequence[object], reference: Callable) -> str:
+def verdict(
+    path: Path,
+    name: str,
+    arguments: Sequence[object],
+    reference: Callable,
+    view: Callable = lambda output: output,
+) -> str:
     """Return what `compare` prints of the function `name` in the file `path`."""
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     try:
         yours = getattr(load(path), name)
-        outputs = as_tuple(yours(*copies(arguments)))
+        outputs = as_tuple(view(yours(*copies(arguments))))
     except NotImplementedError:
         return f"not written yet: {name} in {where}"
     except (Exception, SystemExit) as error:
         return f"raises {type(error).__name__}: {error}"
-    expected = as_tuple(reference(*copies(arguments)))
+    expected = as_tuple(view(reference(*copies(arguments))))
     if len(outputs) != len(expected):
         return f"differs: {len(outputs)} results, not {len(expected)}"
     for output, right in zip(outputs, expected, strict=True):

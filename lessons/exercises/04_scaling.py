@@ -1,4 +1,4 @@
-"""Exercises of lesson 04: distributed training, in five steps.
+"""Exercises of lesson 04: distributed training, in four steps.
 
 Write each function in plain PyTorch, then grade the file, as often as you like:
 
@@ -7,11 +7,10 @@ Write each function in plain PyTorch, then grade the file, as often as you like:
 No processes are started here. The first dimension of a tensor counts the processes instead. Step 1
 is the schedule of a ring all-reduce. Step 2 is one process's part of tensor parallelism, which the
 article (lessons/ARTICLE.md, V3.4) describes as independent tasks. Step 3 sorts rows of tokens for
-the processes that own their experts. Step 4 combines the gradients of all processes. Step 5
-computes how much of a step 512 devices are busy if all wait for the slowest one (V2.4).
+the processes that own their experts. Step 4 combines the gradients of all processes.
 
-Shapes: n or W processes, N tokens, C width, H hidden width, E experts, K choices per token,
-L layers, R groups of G devices. Everything counts from 0.
+Shapes: n or W processes, N tokens, C width, H hidden width, E experts, K choices per token.
+Everything counts from 0.
 Solutions are in 04_solutions.py. What nanods uses is in nanods/distributed/.
 """
 
@@ -84,20 +83,5 @@ def average_gradients(shared: Tensor, experts: Tensor, group_size: int) -> tuple
     how many losses does the mean divide by?
     Target: with group_size = 1 both are the plain mean over all processes. With group_size = W
     expert gradients are not summed at all, but still divided.
-    """
-    raise NotImplementedError
-
-
-def utilization(load: Tensor, devices: int) -> Tensor:
-    """Return the share of a step in which the devices compute, if uneven experts make them wait.
-
-    load: (R, L, E), integers: the number of rows of each expert, in each layer, in each of R
-    groups. A group has `devices` devices. Each device owns E / devices consecutive experts, and its
-    time is proportional to its number of rows. In each layer the devices of a group wait for the
-    busiest of them. At the end of the step all groups wait for the slowest group.
-    Returns a floating-point scalar (): the time all devices compute / the time all devices are
-    occupied.
-    Hint: how long does group r take for layer l? For the step? And all groups together?
-    Target: 1 where all loads are equal. 1 / devices where one expert gets every row.
     """
     raise NotImplementedError

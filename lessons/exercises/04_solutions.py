@@ -32,11 +32,3 @@ def average_gradients(shared: Tensor, experts: Tensor, group_size: int) -> tuple
     # All tokens of a group went to the owners, so an expert's gradient is a sum over its group.
     replicas = experts.view(W // group_size, group_size, -1)
     return shared.mean(0).expand_as(shared), (replicas.sum(0) / W).repeat(W // group_size, 1)
-
-
-def utilization(load: Tensor, devices: int) -> Tensor:
-    R, L, _ = load.shape
-    rows = load.view(R, L, devices, -1).sum(-1)  # (R, L, devices)
-    # A layer takes as long as its busiest device, and the step as long as the slowest group.
-    step = rows.amax(2).sum(1).max()
-    return rows.sum() / (R * devices * step)

@@ -1,6 +1,6 @@
 """The grader of lesson 04 diagnoses each wrong answer to steps 1 to 3.
 
-Steps 4 and 5 are in test_exercise_04_gradients.py.
+Step 4 is in test_exercise_04_gradients.py.
 """
 
 from pathlib import Path

@@ -19,6 +19,7 @@ import steps_01
 import steps_02
 import steps_03
 import steps_04
+import steps_05
 import steps_06
 import steps_07
 import steps_08
@@ -53,6 +54,7 @@ LESSONS = [
     make_lesson(steps_02, "02_mixture_of_experts"),
     make_lesson(steps_03, "03_multimodal"),
     make_lesson(steps_04, "04_scaling"),
+    make_lesson(steps_05, "05_planning"),
     make_lesson(steps_06, "06_compression"),
     make_lesson(steps_07, "07_adapt"),
     make_lesson(steps_08, "08_serving"),

@@ -8,6 +8,7 @@ import pytest
 import steps_02
 import steps_03
 import steps_04
+import steps_05
 import steps_06
 import steps_07
 import steps_08
@@ -16,7 +17,7 @@ import torch
 from tests.lessons.wrong_answers import spoil_output
 
 CHECKS = {"02": steps_02, "03": steps_03, "04": steps_04, "06": steps_06, "07": steps_07}
-CHECKS |= {"08": steps_08}
+CHECKS |= {"05": steps_05, "08": steps_08}
 SOLUTIONS = {
     number: grade.load_file(Path(check.__file__).with_name(f"{number}_solutions.py"))
     for number, check in CHECKS.items()

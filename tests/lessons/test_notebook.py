@@ -121,3 +121,10 @@ def test_the_verdicts_are_rows_of_the_article_page(monkeypatch):
     assert all(row in page for row in rows)
     with pytest.raises(KeyError):
         show_verdicts("V2.99")
+
+
+def test_a_view_compares_what_different_answers_share(answers):
+    arguments = (torch.tensor([[1.0, 2], [3, 4]]),)
+    assert verdict(answers, "wrong", arguments, lambda x: x * 2).startswith("differs")
+    same = verdict(answers, "wrong", arguments, lambda x: x * 2, view=lambda y: y[0])
+    assert same.startswith("agrees")

@@ -14,7 +14,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "lessons").glob("*.ipynb"))
 SHOW_CODE = {"00_gpt", "01_sparse_attention", "02_mixture_of_experts", "03_multimodal"}
-SHOW_CODE |= {"06_compression", "07_adapt", "08_serving"}
+SHOW_CODE |= {"04_scaling", "05_planning", "06_compression", "07_adapt", "08_serving"}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
