@@ -51,7 +51,7 @@ help:
 	@echo '  make notebook          open the lessons in Jupyter'
 	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 08   seconds'
 	@echo '  make progress          which exercises pass, and what is next                     30 s'
-	@echo '  make lessons           execute every lesson and compare what it prints            4 min'
+	@echo '  make lessons           execute every lesson and compare what it prints           10 min'
 	@echo
 	@echo 'Measure (writes results/; a stopped bench keeps its finished runs: start it again to continue)'
 	@echo '  make bench             loss over time; generation with and without a cache       10 min'
