@@ -174,9 +174,11 @@ def expect_tensor(output: object, name: str = "", mask: bool = False) -> None:
         raise Mistake(f"returns booleans{name}, of shape {tuple(output.shape)}, not numbers")
 
 
-def expect_shape(output: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
-    """Raise Mistake unless the output has this shape."""
+def expect_shape(output: Tensor, shape: tuple[int, ...], hint: str = "", when: str = "") -> None:
+    """Raise Mistake unless the output has this shape. `hint` ends the message; `when`, which names
+    a special case, takes its place."""
     if tuple(output.shape) != tuple(shape):
+        hint = f", {when}" if when else hint
         raise Mistake(f"returns the wrong shape: {tuple(output.shape)}, not {tuple(shape)}{hint}")
 
 

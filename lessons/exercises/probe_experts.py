@@ -62,7 +62,7 @@ def with_expected_shape(answer: Answer) -> RunExperts:
             (N, K, C): ": sum over the slots of each token",
             (N * K, C): ": add the assignments to their tokens",
         }
-        expect_shape(y, x.shape, f", {when}" if when else hints.get(tuple(y.shape), ""))
+        expect_shape(y, x.shape, hints.get(tuple(y.shape), ""), when)
         return y
 
     return run_experts

@@ -80,7 +80,7 @@ def check_scale(answer: Answer) -> None:
                     "itself needs no gradient"
                 ) from None
             raise
-        expect_shape(scale, (), f", {when}" if when else "")
+        expect_shape(scale, (), when=when)
         return parameter, scale
 
     expect_scale_below_limit(scale_of)

@@ -61,7 +61,7 @@ def judge_cases(answer: Answer, cases: dict[str, tuple], reference) -> None:
 def run(answer: Answer, case: tuple, expected: Tensor, when: str = "") -> Tensor:
     """Call the answer, check the shape and dtype of its result and return it."""
     result = answer(*case, when=when)
-    expect_shape(result, tuple(expected.shape), f", {when}" if when else "")
+    expect_shape(result, tuple(expected.shape), when=when)
     if not result.is_floating_point():
         raise Mistake(
             f"returns {result.dtype}: return a floating-point tensor".replace("torch.", "")
@@ -593,7 +593,7 @@ def known_clusters(sharded: Tensor, fixed: Tensor, capacity: float, limit: int) 
 def check_clusters(answer: Answer) -> None:
     def smallest(*case, when: str = "") -> Tensor:
         result = answer(*case, when=when)
-        expect_shape(result, tuple(case[0].shape), f", {when}" if when else "")
+        expect_shape(result, tuple(case[0].shape), when=when)
         expect_integers(result, "numbers of GPUs")
         return result.long()
 
@@ -655,7 +655,7 @@ def check_utilization(answer: Answer) -> None:
             (L,): ": one number for each layer; return one for all together",
             (R, L): ": one number for each group and layer; return one for all together",
         }
-        expect_shape(result, (), f", {when}" if when else hints.get(tuple(result.shape), ""))
+        expect_shape(result, (), hints.get(tuple(result.shape), ""), when)
         if not result.is_floating_point():
             raise Mistake(
                 f"must be a share, a floating-point number, but is {str(result.dtype)[6:]}"

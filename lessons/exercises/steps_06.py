@@ -192,7 +192,7 @@ def check_int8_linear(answer: Answer) -> None:
     def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, when: str = "") -> Tensor:
         """Call the answer, check the shape and dtype of its result and return it."""
         y = answer(x, weight, weight_scale, when=when)
-        expect_shape(y, (len(x), len(weight)), f", {when}" if when else "")
+        expect_shape(y, (len(x), len(weight)), when=when)
         expect_dtype(y, x)
         return y.double()
 
@@ -240,7 +240,7 @@ def check_fake_quantize(answer: Answer) -> None:
     def rounded(x: Tensor, bits: int, when: str = "") -> Tensor:
         """Call the answer, check the shape and dtype of its result and return it."""
         y = answer(x, bits, when=when)
-        expect_shape(y, tuple(x.shape), f", {when}" if when else "")
+        expect_shape(y, tuple(x.shape), when=when)
         expect_dtype(y, x)
         return y
 
@@ -320,7 +320,7 @@ def check_round_to_fp8(answer: Answer) -> None:
     def rounded(x: Tensor, when: str = "") -> Tensor:
         """Call the answer, check the shape and dtype of its result and return it."""
         y = answer(x, when=when)
-        expect_shape(y, tuple(x.shape), f", {when}" if when else "")
+        expect_shape(y, tuple(x.shape), when=when)
         if y.dtype == torch.float8_e4m3fn:
             raise Mistake("returns float8_e4m3fn: return numbers in the dtype of x")
         expect_dtype(y, x)
@@ -444,7 +444,7 @@ def check_distillation_loss(answer: Answer) -> None:
             (len(student),): ": one number for each row; return their mean",
             tuple(student.shape): ": one number for each logit; sum over V, then take the mean",
         }
-        expect_shape(result, (), f", {when}" if when else hints.get(tuple(result.shape), ""))
+        expect_shape(result, (), hints.get(tuple(result.shape), ""), when)
         expect_dtype(result, student)
         return result
 

@@ -79,7 +79,7 @@ def check_answer_mask(answer: Answer) -> None:
     def mask_of(tokens: Tensor, when: str = "") -> Tensor:
         """Call the answer, check the shape and dtype of its result and return it."""
         mask = answer(tokens, when=when)
-        expect_shape(mask, tuple(tokens.shape), f", {when}" if when else "")
+        expect_shape(mask, tuple(tokens.shape), when=when)
         if mask.dtype != torch.bool:
             raise Mistake(f"the mask must be bool, and is {str(mask.dtype)[6:]}")
         return mask
@@ -173,7 +173,7 @@ def check_answer_loss(answer: Answer) -> None:
             tuple(arguments[1].shape): ": one number for each position; sum those of the mask",
             (len(arguments[1]),): ": one number for each row; sum over all rows",
         }
-        expect_shape(result, (), f", {when}" if when else hints.get(tuple(result.shape), ""))
+        expect_shape(result, (), hints.get(tuple(result.shape), ""), when)
         expect_dtype(result, arguments[0])
         return result
 
@@ -424,7 +424,7 @@ def check_ewc_penalty(answer: Answer) -> None:
         result = answer(*arguments, when=when)
         is_unsummed = not when and tuple(result.shape) == tuple(arguments[0].shape)
         hint = ": one number for each weight; return their sum" if is_unsummed else ""
-        expect_shape(result, (), f", {when}" if when else hint)
+        expect_shape(result, (), hint, when)
         expect_dtype(result, arguments[0])
         return result
 
@@ -510,7 +510,7 @@ def check_consolidate(answer: Answer) -> None:
         """Call the answer, check the shapes and dtypes of its results and return them."""
         results = answer(*arguments, when=when)
         for result in results:
-            expect_shape(result, tuple(arguments[0].shape), f", {when}" if when else "")
+            expect_shape(result, tuple(arguments[0].shape), when=when)
             expect_dtype(result, arguments[0])
         return results
 

@@ -27,9 +27,11 @@ from grade import (
 from torch import Tensor
 
 
-def where(when: str) -> str:
-    """Return the end of a message: ", for one row" or ""."""
-    return f", {when}" if when else ""
+def integers(result: Tensor, shape: tuple[int, ...], what: str, when: str) -> Tensor:
+    """Check the shape and dtype of an answer's result, and return it as int64."""
+    expect_shape(result, shape, when=when)
+    expect_integers(result, what)
+    return result.long()
 
 
 def raise_different_integer(result: Tensor, expected: Tensor, name: str) -> None:
@@ -171,7 +173,7 @@ def check_finish_steps(answer: Answer) -> None:
         """Call the answer, check the shapes and dtypes of its results and return them."""
         results = answer(arrivals, lengths, slots, when=when)
         for result in results:
-            expect_shape(result, tuple(arrivals.shape), where(when))
+            expect_shape(result, tuple(arrivals.shape), when=when)
             expect_integers(result, "numbers of steps")
         return results
 
@@ -286,11 +288,8 @@ def known_reading(left: Tensor, chunk: int, overhead: int) -> KnownMistakes:
 
 def check_read_in_step(answer: Answer) -> None:
     def read(left: Tensor, chunk: int, overhead: int, when: str = "") -> Tensor:
-        """Call the answer, check the shape and dtype of its result and return it."""
         result = answer(left, chunk, overhead, when=when)
-        expect_shape(result, tuple(left.shape), where(when))
-        expect_integers(result, "numbers of tokens")
-        return result.long()
+        return integers(result, tuple(left.shape), "numbers of tokens", when)
 
     case = prompts()
     result, expected = read(*case), reading(*case)
@@ -386,15 +385,14 @@ def check_draw_tokens(answer: Answer) -> None:
         """Call the answer, check its result and how far it has moved the streams, return it."""
         streams, moved = make_streams(seeds), make_streams(seeds)
         result = answer(logits, streams, when=when)
-        expect_shape(result, (len(logits),), where(when))
-        expect_integers(result, "tokens")
+        result = integers(result, (len(logits),), "tokens", when)
         expected = reference_tokens(logits, moved)
-        if when and not torch.equal(result.long(), expected):
+        if when and not torch.equal(result, expected):
             raise Mistake(f"right in general, but wrong {when}")
-        if torch.equal(result.long(), expected):
+        if torch.equal(result, expected):
             for row, (stream, right) in enumerate(zip(streams, moved, strict=True)):
                 check_stream(stream, seeds[row], right)
-        return result.long()
+        return result
 
     logits, seeds = some_logits()
     before = torch.get_rng_state()
@@ -562,11 +560,8 @@ def known_batches(modality: Tensor, tokens: Tensor, max_tokens: int) -> KnownMis
 
 def check_form_batches(answer: Answer) -> None:
     def batches(modality: Tensor, tokens: Tensor, max_tokens: int, when: str = "") -> Tensor:
-        """Call the answer, check the shape and dtype of its result and return it."""
         result = answer(modality, tokens, max_tokens, when=when)
-        expect_shape(result, tuple(tokens.shape), where(when))
-        expect_integers(result, "numbers of batches")
-        return result.long()
+        return integers(result, tuple(tokens.shape), "numbers of batches", when)
 
     case = inputs()
     result, expected = batches(*case), batches_of(*case)
@@ -664,7 +659,7 @@ def check_cumulative_sums(answer: Answer) -> None:
     def sums(z: Tensor, allowance: float, when: str = "") -> Tensor:
         """Call the answer, check the shape and dtype of its result and return it."""
         result = answer(z, allowance, when=when)
-        expect_shape(result, tuple(z.shape), where(when))
+        expect_shape(result, tuple(z.shape), when=when)
         expect_dtype(result, z)
         return result
 
@@ -769,7 +764,7 @@ def check_bootstrap_threshold(answer: Answer) -> None:
         S = len(arguments[1])
         is_unreduced = not when and result.ndim == 1 and len(result) in (S, 2 * S)
         hint = ": one number for each stream; return the highest" if is_unreduced else ""
-        expect_shape(result, (), where(when) or hint)
+        expect_shape(result, (), hint, when)
         expect_dtype(result, arguments[0])
         return result
 
