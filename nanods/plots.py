@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -208,6 +209,37 @@ def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float])
     """Draw an arrow of a diagram."""
     style = {"arrowstyle": "-|>", "color": "#7d8590", "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=style)
+
+
+def draw_chain(
+    axes: Axes,
+    y: float,
+    boxes: Sequence[tuple[float, str, bool, float]],
+    labels: Sequence[str | None],
+    height: float = 0.8,
+    fontsize: float = 9,
+) -> None:
+    """Draw boxes (x, text, whether it is highlighted, width) at height y from left to right, with
+    arrows that bear these labels. A label None leaves the arrow out."""
+    for x, text, is_step, width in boxes:
+        draw_box(axes, x, y, text, is_step, width, height, fontsize)
+    for (start, end), label in zip(pairwise(boxes), labels, strict=True):
+        if label is None:
+            continue
+        (a, *_, width_a), (b, *_, width_b) = start, end
+        left, right = a + width_a / 2 + 0.03, b - width_b / 2 - 0.03
+        draw_arrow(axes, (left, y), (right, y))
+        axes.text((left + right) / 2, y + 0.07, label, ha="center", va="bottom", fontsize=9)
+
+
+def label_below(figure: Figure, colours: dict[str, str]) -> None:
+    """Say below a figure what its colours mean: the colour of each label."""
+    patches = [
+        matplotlib.patches.Patch(facecolor=colour, edgecolor=GREY) for colour in colours.values()
+    ]
+    figure.legend(
+        patches, list(colours), loc="outside lower center", ncols=len(colours), frameon=False
+    )
 
 
 def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from nanods.attention import block_mask, select_blocks, topk_attention
@@ -22,17 +22,10 @@ from nanods.plots import (
     draw_block_map,
     draw_box,
     draw_heads,
+    label_below,
 )
 
 PALE_GREY, PALE_ORANGE = "#d5d9de", "#f6cfa6"
-
-
-def label_below(figure: Figure, colours: dict[str, str]) -> None:
-    """Say below a figure what its colours mean: the colour of each label."""
-    patches = [Patch(facecolor=colour, edgecolor=GREY) for colour in colours.values()]
-    figure.legend(
-        patches, list(colours), loc="outside lower center", ncols=len(colours), frameon=False
-    )
 
 
 def reads(q: Tensor, k: Tensor, top_k: int) -> np.ndarray:

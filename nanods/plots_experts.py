@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from nanods import plots
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box, draw_chain
 
 EXPERT_COLOURS = ("#9ec5e8", "#f4bf8f", "#a8d5b0", "#cdb7e3", "#f0a6b4", "#a5dcdc", "#d9c6a3")
 EXPERT_COLOURS += ("#c9ced4",)
@@ -25,28 +25,19 @@ def layer_diagram() -> Figure:
     figure = Figure(figsize=(10, 3.6))
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     top, bottom = 1.3, -0.7
-    boxes = {  # (x, y), text, whether it is highlighted, width
-        "x": ((0.6, bottom), "x\n(N, C)", False, 0.9),
-        "gate": ((3.0, top), "gate (E, C)\nsoftmax(x gate$^T$)", True, 1.9),
-        "select": ((6.2, top), "select the K best\nexperts, divide by\ntheir sum", True, 1.9),
-        "sort": ((3.0, bottom), "gather the rows,\nsorted by expert", True, 1.9),
-        "experts": ((6.2, bottom), "E MLPs, each on\nits own rows", True, 1.9),
-        "sum": ((9.0, bottom), "weighted sum\nfor each token", True, 1.7),
-        "y": ((10.9, bottom), "y\n(N, C)", False, 0.9),
-    }
-    for (x, y), text, is_step, width in boxes.values():
-        draw_box(axes, x, y, text, is_step, width, height=0.9, fontsize=9.5)
-    for start, end, label in (
-        ("x", "sort", ""),
-        ("gate", "select", "probabilities\n(N, E)"),
-        ("sort", "experts", "(N K, C)"),
-        ("experts", "sum", "(N K, C)"),
-        ("sum", "y", ""),
-    ):
-        (a, y), (b, _) = boxes[start][0], boxes[end][0]
-        left, right = a + boxes[start][3] / 2 + 0.03, b - boxes[end][3] / 2 - 0.03
-        draw_arrow(axes, (left, y), (right, y))
-        axes.text((left + right) / 2, y + 0.08, label, ha="center", va="bottom", fontsize=9)
+    router = (
+        (3.0, "gate (E, C)\nsoftmax(x gate$^T$)", True, 1.9),
+        (6.2, "select the K best\nexperts, divide by\ntheir sum", True, 1.9),
+    )
+    dispatch = (
+        (0.6, "x\n(N, C)", False, 0.9),
+        (3.0, "gather the rows,\nsorted by expert", True, 1.9),
+        (6.2, "E MLPs, each on\nits own rows", True, 1.9),
+        (9.0, "weighted sum\nfor each token", True, 1.7),
+        (10.9, "y\n(N, C)", False, 0.9),
+    )
+    draw_chain(axes, top, router, ["probabilities\n(N, E)"], 0.9, 9.5)
+    draw_chain(axes, bottom, dispatch, ["", "(N K, C)", "(N K, C)", ""], 0.9, 9.5)
     axes.plot([0.6, 0.6], [bottom + 0.48, top], color="#7d8590", linewidth=1)
     draw_arrow(axes, (0.6, top), (2.02, top))
     draw_arrow(axes, (5.5, top - 0.48), (3.6, bottom + 0.48))

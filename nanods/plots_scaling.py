@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box, draw_chain, label_below
 
 HELD, ELSEWHERE = "#9ec5e8", "white"  # a process has a part of the weights or tokens, or has not
 Rows = dict[str, dict[str, float]]  # stacked bars: the sizes of the parts by name, by bar
@@ -67,19 +67,6 @@ def splits_diagram() -> Figure:
     axes.set(xlim=(-2.3, 21.6), ylim=(-1.6, 4.7))
     axes.axis("off")
     return figure
-
-
-def draw_chain(axes: Axes, y: float, boxes: Sequence[tuple], arrows: Sequence[str]) -> None:
-    """Draw boxes (x, text, whether it is highlighted, width) at height y from left to right, with
-    arrows that bear these labels. A label None leaves the arrow out."""
-    for x, text, is_step, width in boxes:
-        draw_box(axes, x, y, text, is_step, width, height=0.8, fontsize=9)
-    for (a, *_, width_a), (b, *_, width_b), label in zip(boxes, boxes[1:], arrows, strict=False):
-        if label is None:
-            continue
-        left, right = a + width_a / 2 + 0.03, b - width_b / 2 - 0.03
-        draw_arrow(axes, (left, y), (right, y))
-        axes.text((left + right) / 2, y + 0.07, label, ha="center", va="bottom", fontsize=9)
 
 
 def tensor_parallel_diagram() -> Figure:
@@ -213,10 +200,12 @@ def step_timelines(cases: dict[str, tuple[float, float, float]]) -> Figure:
         axes.barh(i + 0.2, hidden, height=0.36, color=STEP_COLOURS["communication"])
         axes.plot([whole, whole], [i - 0.45, i + 0.45], color="black", linewidth=1.5)
         axes.text(whole, i, f"  step: {whole:.3g} s", va="center", fontsize=9)
-    names = ("computing", "waiting", "communication")
-    handles = [Rectangle((0, 0), 1, 1, color=STEP_COLOURS[name]) for name in names]
-    labels = ("computing", "waiting for what is sent", "sent beside (hidden)")
-    figure.legend(handles, labels, ncols=3, frameon=False, loc="outside lower center", fontsize=9)
+    labels = {
+        "computing": STEP_COLOURS["computing"],
+        "waiting for what is sent": STEP_COLOURS["waiting"],
+        "sent beside (hidden)": STEP_COLOURS["communication"],
+    }
+    label_below(figure, labels)
     longest = max(max(c + w, h) for c, w, h in cases.values())
     axes.set(yticks=range(len(cases)), yticklabels=list(cases), ylim=(len(cases) - 0.5, -0.5))
     axes.set(xlabel="seconds", xlim=(0, 1.2 * longest))

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_chain, label_below
 
+PADDING = "#f0b78a"
 Stay = tuple[str, int, int, int]  # a request's name, its slot, and its first and last step there
 
 
 def slots_over_time(panels: dict[str, Sequence[Stay]], slots: int, xlabel: str) -> Figure:
     """Draw which request has which slot in which step; one panel below another, by title.
 
-    A slot that nobody has stays white.
+    A free slot stays white.
     """
     size = (7, len(panels) * (0.26 * slots + 0.6) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -128,15 +129,13 @@ def padded_batches(batches: dict[str, Sequence[Sequence[int]]], height: int) -> 
         y = 0.0
         for part in parts:
             rows = y + np.arange(len(part))
-            axes.barh(rows, max(part), height=0.9, color="#f0b78a")
+            axes.barh(rows, max(part), height=0.9, color=PADDING)
             axes.barh(rows, part, height=0.9, color=BLUE)
             y += len(part) + 1.5
         axes.set(xlabel="tokens", title=title)
         axes.grid(False)
     grid[0].set(ylabel="texts, batch by batch", yticks=[], ylim=(height, -1))
-    grid[0].barh(-99, 0, color=BLUE, label="tokens")
-    grid[0].barh(-99, 0, color="#f0b78a", label="padding, computed too")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    label_below(figure, {"tokens": BLUE, "padding, computed too": PADDING})
     return figure
 
 
@@ -168,23 +167,13 @@ def engine_diagram() -> Figure:
     """Draw the way of a request through the engine, with the shapes of what each part computes."""
     figure = Figure(figsize=(9, 3.1))
     axes = figure.subplots()
-    boxes = {
-        "waiting": (0.9, "waiting\nrequests", False, 1.5),
-        "reading": (3.5, "read the prompt\nalone, in chunks", True, 2.1),
-        "batch": (6.6, "decode, together\none token per row", True, 2.3),
-        "gone": (9.2, "answered", False, 1.3),
-    }
-    for x, text, is_step, width in boxes.values():
-        draw_box(axes, x, 1.2, text, is_step, width, height=0.8, fontsize=9)
-    for start, end, label in (
-        ("waiting", "reading", "a slot\nis free"),
-        ("reading", "batch", "prompt\nread"),
-        ("batch", "gone", "last\ntoken"),
-    ):
-        (a, *_, width_a), (b, *_, width_b) = boxes[start], boxes[end]
-        left, right = a + width_a / 2 + 0.03, b - width_b / 2 - 0.03
-        draw_arrow(axes, (left, 1.2), (right, 1.2))
-        axes.text((left + right) / 2, 1.28, label, ha="center", va="bottom", fontsize=9)
+    boxes = (
+        (0.9, "waiting\nrequests", False, 1.5),
+        (3.5, "read the prompt\nalone, in chunks", True, 2.1),
+        (6.6, "decode, together\none token per row", True, 2.3),
+        (9.2, "answered", False, 1.3),
+    )
+    draw_chain(axes, 1.2, boxes, ("a slot\nis free", "prompt\nread", "last\ntoken"))
     axes.plot([6.6, 6.6, 3.5], [1.63, 2.15, 2.15], color="#7d8590", linewidth=1)
     draw_arrow(axes, (3.5, 2.15), (3.5, 1.63))
     text = "this row's context is full: keep the last half, read it again"
