@@ -513,7 +513,8 @@ def served_rows() -> list[tuple[str, str]]:
 def alarm_rows() -> list[tuple[str, str]]:
     """Return what was measured of the alarm on traffic, and the figures."""
     rows, false = [], "false alarms per 10,000 requests"
-    for name, sources in load("serve_alarms")["detectors"].items():
+    detectors = load("serve_alarms")["detectors"]
+    for name, sources in detectors.items():
         for source, kinds in sources.items():
             rows.append(
                 (
@@ -521,7 +522,7 @@ def alarm_rows() -> list[tuple[str, str]]:
                     "; ".join(f"{row[false]:.2f}" for row in kinds.values()),
                 )
             )
-    ours = load("serve_alarms")["detectors"]["block bootstrap"]["recorded"]
+    ours = detectors["block bootstrap"]["recorded"]
     for change in ("full switch", "20% mixture"):
         rows.append(
             (

@@ -47,7 +47,7 @@ def no_arrivals(ends):
 
 
 def in_groups(take_the_future):
-    """Return static ends of batches that are cut from the list, whoever has arrived."""
+    """Return static ends of batches cut from the list, with requests that have not arrived."""
 
     def ends(arrivals, lengths, slots):
         found, free = [], 0
