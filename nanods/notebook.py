@@ -26,9 +26,10 @@ TIMED_SECONDS = 0.2
 
 
 def start(threads: int = 1) -> None:
-    """Go to the repository's root, and fix the seed, so that any folder and a second run do.
+    """Change to the repository's root, and fix the seed and the number of threads.
 
-    The lessons' tensors are small: with two threads, each would wait for the other.
+    So a notebook runs from any folder, and a second run gives the same results. The tensors are
+    small: with two threads, each would wait for the other.
     """
     os.chdir(ROOT)
     torch.manual_seed(0)

@@ -72,7 +72,7 @@ def ladder(q: Tensor, k: Tensor, top_k: int, block_size: int, top_blocks: int) -
 def changes(rows: Mapping[str, Sequence[bool]], token: int, title: str) -> Figure:
     """Draw, for each name, which positions' outputs change when one token changes.
 
-    Those before the token are orange: they know what they must not know.
+    Changed outputs before the token are orange: the future has leaked into them.
     """
     figure = Figure(figsize=(7, 0.4 * len(rows) + 1.5), layout="constrained")
     axes = figure.subplots()
@@ -200,8 +200,10 @@ def tree_search(
 
 
 def crossover(ratios: dict[str, float]) -> float:
-    """Return the number of tokens from which a method is faster, by its times-faster by tokens:
-    where log-log interpolation reaches 1."""
+    """Return the number of tokens from which on a method is faster than dense attention.
+
+    ratios: how many times as fast it is, by number of tokens. Logarithms are interpolated.
+    """
     tokens = np.log([int(T) for T in ratios])
     return float(np.exp(np.interp(0, np.log(list(ratios.values())), tokens)))
 

@@ -169,7 +169,7 @@ def delay(alarms: Callable[[np.ndarray], list[int]], scores: np.ndarray, start: 
 
 
 def measure(source: Source, kind: str, detector: Detector, seed: int = SEED) -> dict:
-    """Return the false alarms, streams with one, and median delays of each change."""
+    """Return the false alarms, the number of streams that have any, and each median delay."""
     alarms = [detector(source.stream(kind, DAY, seed + 1000 + i)) for i in range(STREAMS)]
     streams = [source.stream(kind, DAY, seed + 1 + i) for i in range(STREAMS)]
     false = [len(alarm(stream)) for alarm, stream in zip(alarms, streams, strict=True)]

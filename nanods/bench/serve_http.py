@@ -133,7 +133,7 @@ def litserve_server(run: Path) -> Iterator[Server]:
 
 @contextmanager
 def paused(server: Server) -> Iterator[None]:
-    """Stop a server's processes meanwhile: LitServe's worker looks for requests all the time."""
+    """Pause a server's processes while another is measured: LitServe's worker always polls."""
     os.killpg(server.group, signal.SIGSTOP)
     try:
         yield
@@ -293,7 +293,7 @@ def part_litserve() -> dict:
 
 
 def part_rest() -> dict:
-    """Compare a short request by REST with the same one by gRPC: one token after 16, by v1-tiny."""
+    """Compare a short request by REST and by gRPC: v1-tiny reads 16 tokens and generates one."""
     text, table = load_text("pydocs").val, {}
     request = Request(tuple(text[:16].tolist()), max_new_tokens=1)
     with saved_model("v1-tiny") as run, nanods_server(run) as server:
