@@ -274,16 +274,6 @@ def draw_block_map(axes: Axes, blocks: np.ndarray, T: int, block_size: int) -> N
     axes.grid(False)
 
 
-def block_maps(selections: dict[str, np.ndarray], T: int, block_size: int) -> Figure:
-    """Draw several block maps side by side: selections (T or tiles, K) by title."""
-    figure = Figure(figsize=(5 * len(selections), 5), layout="constrained")
-    panels = figure.subplots(1, len(selections), squeeze=False)[0]
-    for axes, (title, blocks) in zip(panels, selections.items(), strict=True):
-        draw_block_map(axes, blocks, T, block_size)
-        axes.set_title(title)
-    return figure
-
-
 def draw_heads(axes: Axes, fractions: np.ndarray, title: str) -> None:
     """Draw a fraction for each layer and head, (L, H), as a colour and in percent."""
     axes.imshow(fractions, vmin=0, vmax=1, cmap="Blues", aspect="auto")
