@@ -7,10 +7,12 @@ asks for them.
 
 import contextlib
 import io
+import itertools
 import os
 import resource
 import socket
 import sys
+import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -28,10 +30,19 @@ DISK_FULL = "disk-full:1"  # process 1 cannot write files of more than MAX_BYTES
 REPORT = "report"  # draw the pictures and print the report
 
 
+PORTS = itertools.count(20_000 + os.getpid() % 10_000)
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Return a port that no program uses, and that this function has not returned before.
+
+    It lies below the ports that systems give to outgoing connections (Linux: from 32768), which
+    gloo opens by the dozen: one of them could take the port before its user does.
+    """
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", next(PORTS)))
+            return s.getsockname()[1]
 
 
 def forkserver() -> ForkServerContext:
@@ -53,15 +64,20 @@ def train_on_processes(
     """
     ports = [str(free_port()) for _ in jobs]
     environment = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    receivers = []
+    receivers, processes = [], []
     for rank in map(str, range(world_size)):
         receiver, sender = forkserver().Pipe(duplex=False)
         of_rank = {**environment, "RANK": rank, "LOCAL_RANK": rank}
         arguments = (jobs, ports, folder, of_rank, sender)
-        forkserver().Process(target=run_jobs, args=arguments, daemon=True).start()
+        processes.append(forkserver().Process(target=run_jobs, args=arguments))
+        processes[-1].start()
         sender.close()
         receivers.append(receiver)
-    return [receiver.recv() for receiver in receivers]
+    try:
+        return [receiver.recv() for receiver in receivers]
+    finally:
+        for process in processes:  # if one has died, the others may wait for it in gloo
+            process.kill()
 
 
 def run_jobs(
@@ -84,7 +100,7 @@ def run_jobs(
 
 
 def run_job(job: list[str]) -> tuple[int, str]:
-    """Run train.py once; return its exit code and the end of its stderr."""
+    """Run train.py once; return its exit code (1 after a bug) and the end of its stderr."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     is_full = job[0] == DISK_FULL and os.environ["RANK"] == "1"
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_BYTES if is_full else limit, limit))
@@ -99,5 +115,8 @@ def run_job(job: list[str]) -> tuple[int, str]:
         except SystemExit as error:
             code = error.code
             dist.destroy_process_group()
+        except Exception:
+            traceback.print_exc()
+            code = 1
     sys.stdout = stdout  # train.py silences it on all ranks but 0
     return code, stderr.getvalue()[-2000:]
