@@ -18,7 +18,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: bench-arithmetic bench-experts bench-labels bench-emoji bench-compress bench-adapt
 .PHONY: bench-serve results docs
 .PHONY: lessons notebook progress
-.PHONY: check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08
+.PHONY: check-00 check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08
 .PHONY: test test-slow lint format clean
 
 help:
@@ -49,12 +49,12 @@ help:
 	@echo
 	@echo 'Learn'
 	@echo '  make notebook          open the lessons in Jupyter'
-	@echo '  make check-01          grade your answers in lessons/exercises; also 02 to 08   seconds'
+	@echo '  make check-00          grade your answers in lessons/exercises; also 01 to 08   seconds'
 	@echo '  make progress          which exercises pass, and what is next                     30 s'
 	@echo '  make lessons           execute every lesson and compare what it prints           10 min'
 	@echo
 	@echo 'Measure (writes results/; a stopped bench keeps its finished runs: start it again to continue)'
-	@echo '  make bench             loss over time; generation with and without a cache       10 min'
+	@echo '  make bench             loss over time; the cache; a GPT grown from a bigram table 15 min'
 	@echo '  make bench-v1          sparse against dense attention: time, memory, recall      12 min'
 	@echo '  make bench-v2          the MoE layer against one MLP and other packages          15 min'
 	@echo '  make bench-v3          what V3 retrieves, and which part contributes how much    50 min'
@@ -192,6 +192,7 @@ bench-v3: .venv/base
 bench: .venv/base
 	$(PY) -m nanods.bench.time_to_loss
 	$(PY) -m nanods.bench.generation
+	$(PY) -m nanods.bench.from_bigram
 
 bench-recall: .venv/base
 	$(PY) -m nanods.bench.recall $(ARGS)
@@ -242,7 +243,7 @@ notebook: .venv/dev
 
 # ARGS=my_answers.py grades that file instead of the exercise file. The grader exits with 1 where
 # steps are open or wrong: it says which, and make adds no error of its own.
-check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08: check-%: .venv/base
+check-00 check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08: check-%: .venv/base
 	@$(PY) lessons/exercises/check_$*.py $(ARGS) || test $$? = 1
 
 progress: .venv/base

@@ -197,7 +197,12 @@ def expect_integers(output: Tensor, what: str) -> None:
         raise Mistake(f"{what} must be integers, and these are {str(output.dtype)[6:]}")
 
 
-def expect_gradients(function: Callable, reference: Callable, tensors: dict[str, Tensor]) -> None:
+def expect_gradients(
+    function: Callable,
+    reference: Callable,
+    tensors: dict[str, Tensor],
+    tolerance: float = TOLERANCE,
+) -> None:
     """Raise Mistake unless `function` has the same gradients as `reference`.
 
     Both return the same output for `tensors`. The gradient of each tensor is compared for one
@@ -221,7 +226,7 @@ def expect_gradients(function: Callable, reference: Callable, tensors: dict[str,
             raise Mistake(f"no gradient reaches {name}: it is detached, or used under no_grad()")
         if not gradient.isfinite().all():
             raise Mistake(f"the output is right, but the gradient of {name} is NaN or infinite")
-        if (gradient - expected).abs().max() > TOLERANCE:
+        if (gradient - expected).abs().max() > tolerance:
             raise Mistake(
                 f"the output is right, but the gradient of {name} is not: "
                 "one of the paths to it is detached"

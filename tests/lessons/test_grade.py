@@ -15,6 +15,7 @@ from typing import NamedTuple
 import grade
 import pytest
 import sandbox
+import steps_00
 import steps_01
 import steps_02
 import steps_03
@@ -50,6 +51,7 @@ def make_lesson(grader, title):
 
 LESSON_01 = make_lesson(steps_01, "01_sparse_attention")
 LESSONS = [
+    make_lesson(steps_00, "00_gpt"),
     LESSON_01,
     make_lesson(steps_02, "02_mixture_of_experts"),
     make_lesson(steps_03, "03_multimodal"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import grade
 import pytest
+import steps_00
 import steps_02
 import steps_03
 import steps_04
@@ -16,8 +17,8 @@ import torch
 
 from tests.lessons.wrong_answers import spoil_output
 
-CHECKS = {"02": steps_02, "03": steps_03, "04": steps_04, "06": steps_06, "07": steps_07}
-CHECKS |= {"05": steps_05, "08": steps_08}
+CHECKS = {"00": steps_00, "02": steps_02, "03": steps_03, "04": steps_04, "05": steps_05}
+CHECKS |= {"06": steps_06, "07": steps_07, "08": steps_08}
 SOLUTIONS = {
     number: grade.load_file(Path(check.__file__).with_name(f"{number}_solutions.py"))
     for number, check in CHECKS.items()
