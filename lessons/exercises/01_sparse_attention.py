@@ -4,11 +4,9 @@ Write each function in plain PyTorch. Then grade the file, as often as you like:
 
     make check-01                          # or: python lessons/exercises/check_01.py [FILE]
 
-The article that this course follows lets each query attend to its 32 best keys only. Its snippet
-(lessons/ARTICLE.md, V1.6) has four mistakes: it does not scale the scores, it has no causal mask,
-it fails with fewer than 32 keys, and it gathers single numbers of the values instead of rows. In
-steps 1 and 2 you write a correct version of its idea. That version still computes every score, so
-in steps 3 to 5 you select *blocks* of keys instead.
+The article that this course follows lets each query attend to its 32 best keys only. In steps 1
+and 2 you write a correct version of its idea. That version still computes every score, so in steps
+3 to 5 you select *blocks* of keys instead.
 
 Shapes: B batch, H heads, T tokens, D width of a head, N = ceil(T / block_size) blocks. Token t is
 in block t // block_size. T may be 1, and smaller than block_size.
@@ -90,7 +88,7 @@ def select_for_tile(q: Tensor, k: Tensor, block_size: int, top_blocks: int) -> T
 
     q, k (B, H, T, D) -> (B, H, N, top_blocks), otherwise as in step 4. Use the tile's *first* query
     for the selection.
-    Hint: why not the mean of the tile's queries? Ask what the first query would learn from it.
+    Hint: step 4 selects for each query already.
     Target: row n equals row n * block_size of step 4.
     """
     raise NotImplementedError

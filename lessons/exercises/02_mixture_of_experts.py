@@ -4,12 +4,9 @@ Write each function in plain PyTorch. Then grade the file, as often as you like:
 
     make check-02                          # or: python lessons/exercises/check_02.py [FILE]
 
-The article that this course follows sends each token to 2 of 16 experts. Its snippet
-(lessons/ARTICLE.md, V2.6) has four mistakes: it uses the slot where it needs the expert's index, it
-adds different tokens together, it ignores the gate's weights, and it uses a name that is not
-defined. In steps 1 and 2 you write a correct version of its idea, and in step 3 a fast one. Steps 4
-and 5 are two of its three measures against an uneven load. The second one, a capacity, is missing
-from its snippet altogether.
+The article that this course follows sends each token to 2 of 16 experts. In steps 1 and 2 you write
+a correct version of its idea, and in step 3 a fast one. Steps 4 and 5 are two of its three measures
+against an uneven load.
 
 Shapes: N tokens (of all sequences together), C model width, E experts, F hidden width of an expert,
 K = top_k experts per token. The K selected experts of a token are in its slots 0 to K - 1. Experts
