@@ -186,8 +186,8 @@ def expect_dtype(output: Tensor, like: Tensor) -> None:
     """Raise Mistake unless the output has the dtype of the input `like`."""
     if output.dtype != like.dtype:
         raise Mistake(
-            f"turns {str(like.dtype)[6:]} into {str(output.dtype)[6:]}: "
-            "new tensors need the dtype of the old ones"
+            f"turns {str(like.dtype)[6:]} into {str(output.dtype)[6:]}: new tensors need the dtype "
+            "of the old ones, and float() makes float32 of every type"
         )
 
 

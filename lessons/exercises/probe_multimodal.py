@@ -75,11 +75,12 @@ def raise_known_mistake(
     result: Tensor,
     compute: Callable[..., Tensor],
     *axes: Axis,
-    tolerance: float = TOLERANCE,
+    tolerance: float = 1e-7,
 ) -> None:
     """Raise the smallest combination of mistakes that leads to `result`, if there is one.
 
-    `compute` takes one value of each axis and returns a loss.
+    `compute` takes one value of each axis and returns a loss. The default tolerance allows for one
+    fp32 number in the learner's computation, such as a label of 1/3.
     """
     combinations = sorted(
         product(*axes), key=lambda combination: sum(mistake != "" for mistake, _ in combination)

@@ -373,7 +373,7 @@ wrong_answers(
         lambda *a: by_slices(*a, finish=add_to_tokens, token=lambda order, K: order),
     ),
     empty_slices_forgotten=(
-        "wrong for unused experts 1 and 3",
+        "wrong for unused experts 1 and 3: an expert without tokens has an empty slice",
         lambda *a: by_slices(
             *a, finish=add_to_tokens, counts=lambda flat: flat.unique(return_counts=True)[1]
         ),

@@ -235,8 +235,8 @@ def is_same(ids):
     return ids[:, None] == ids
 
 
-def soft_labels(a, b, scale, ids, divide=True):
-    share = is_same(ids).to(a)
+def soft_labels(a, b, scale, ids, divide=True, dtype=torch.float64):
+    share = is_same(ids).to(dtype)
     share = share / share.sum(-1, keepdim=True) if divide else share
     return symmetric(a, b, scale, lambda x: F.cross_entropy(x, share))
 
@@ -319,6 +319,7 @@ register_all(
         ),
     ),
     soft_labels=(AS_POSITIVES, soft_labels),
+    soft_labels_in_fp32=(AS_POSITIVES, lambda *a: soft_labels(*a, dtype=torch.float32)),
     soft_labels_not_divided=(AS_POSITIVES, lambda *a: soft_labels(*a, divide=False)),
     any_positive=(AS_POSITIVES, any_positive),
     rows_only=("in one direction only: b -> a still", one_direction),
