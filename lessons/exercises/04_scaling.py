@@ -27,7 +27,7 @@ def ring_schedule(n: int) -> Tensor:
     chunk to its local chunk of the same number. In the last n - 1 steps it *replaces* its local
     chunk by the incoming one.
     Returns integers (2 (n - 1), n): entry s, r is the number of the chunk that process r sends in
-    step s.
+    step s. n is at least 1; one process sends nothing, (0, 1).
     Hint: a chunk collects n parts in n - 1 steps only if it moves in every step. Which chunk has
     just arrived?
     Target: after n - 1 steps each process has one chunk that holds all n parts. After 2 (n - 1)

@@ -170,6 +170,11 @@ def known_mistakes(x: Tensor, up: Tensor, out: Tensor, n: int) -> dict[str, Tens
         "multiplies by the wrong columns: part r of `up` needs part r of `out`": (
             partial_outputs(ups, outs[::-1])
         ),
+        "reshapes `out` (C, H) to (n, C, H / n), which mixes its rows: cut it along its columns": (
+            partial_outputs(ups, list(out.reshape(n, C, -1)))
+        ),
+        "reshapes `out` (C, H) to (n, H / n, C), which is not its transpose: cut it along its "
+        "columns": partial_outputs(ups, list(out.reshape(n, -1, C).mT)),
         "the parts are in reverse order: the first belongs to process 0": (
             partial_outputs(ups[::-1], outs[::-1])
         ),

@@ -307,6 +307,10 @@ def known_expert_gradients(x: Tensor) -> KnownMistakes:
         "are divided by the size of a group, and not summed over their replicas": x / G,
         "are summed over the wrong replicas: w and w + group_size own the same experts, not "
         "neighbours in blocks of W / group_size": sum_over_group(x, W // G) / W,
+        "are summed over neighbours in blocks of W / group_size: w and w + group_size own the same "
+        "experts": x.view(G, W // G, -1).sum(1).repeat(W // G, 1) / W,
+        "are in the wrong rows: rows w and w + group_size are equal, so repeat the sums of a whole "
+        "group, not each sum": replicas[:G].repeat_interleave(W // G, 0) / W,
     }
 
 

@@ -162,6 +162,14 @@ register_all(
         "multiplies by the wrong columns",
         lambda x, u, o, n: partial_outputs(x, u.chunk(n), o.chunk(n, 1)[::-1]),
     ),
+    reshaped_out=(
+        "reshapes `out` \\(C, H\\) to \\(n, C, H / n\\)",
+        lambda x, u, o, n: partial_outputs(x, u.chunk(n), o.reshape(n, len(o), -1)),
+    ),
+    reshaped_transpose=(
+        "reshapes `out` \\(C, H\\) to \\(n, H / n, C\\)",
+        lambda x, u, o, n: partial_outputs(x, u.chunk(n), o.reshape(n, -1, len(o)).mT),
+    ),
     reversed=(
         "the parts are in reverse order",
         lambda x, u, o, n: solutions.tensor_parallel_mlp(x, u, o, n).flip(0),

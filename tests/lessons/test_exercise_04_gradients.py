@@ -119,6 +119,16 @@ register_all(
         "summed over the wrong replicas",
         replace_experts(lambda x, g, W: sum_over_group(x, W // g) / W),
     ),
+    experts_neighbours_in_blocks=(
+        "summed over neighbours in blocks",
+        replace_experts(lambda x, g, W: x.view(g, W // g, -1).sum(1).repeat(W // g, 1) / W),
+    ),
+    experts_sums_repeated_one_by_one=(
+        "are in the wrong rows",
+        replace_experts(
+            lambda x, g, W: x.view(W // g, g, -1).sum(0).repeat_interleave(W // g, 0) / W
+        ),
+    ),
     experts_only_process_0=(
         r"experts\[0, 0\], of process 0, is -?\d\.\d+, but -?\d\.\d+ is correct",
         replace_experts(lambda x, g, W: x[:1].expand_as(x) / W),
