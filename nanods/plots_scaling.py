@@ -384,7 +384,7 @@ def ring_steps(states: Sequence[np.ndarray], titles: Sequence[str], title: str =
 
 
 def busy_heatmap(shares: dict[str, np.ndarray]) -> Figure:
-    """Draw the busy time of each device as a fraction of the step: (R groups, G devices) by title.
+    """Draw the busy time of each device as a fraction of a layer's: (R groups, G devices) by title.
 
     The other devices of a group wait for the darkest one.
     """
@@ -394,9 +394,11 @@ def busy_heatmap(shares: dict[str, np.ndarray]) -> Figure:
         image = axes.imshow(
             share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
         )
-        axes.set_title(f"{name}: busy {share.mean():.0%} of the step", fontsize=11)
+        axes.set_title(f"{name}: busy {share.mean():.0%} of the time", fontsize=11)
         axes.set(xlabel="device of its group (its experts)", ylabel="group")
         axes.set_xticks(range(0, share.shape[1], max(1, share.shape[1] // 8)))
         axes.grid(False)
-    figure.colorbar(image, ax=panels, pad=0.01, label="fraction of the step that it is busy")
+    figure.colorbar(
+        image, ax=panels, pad=0.01, label="fraction of the layer's time that it is busy"
+    )
     return figure

@@ -131,7 +131,7 @@ def test_busy_heatmap_shows_each_device_and_the_mean():
     for axes, (name, share) in zip(panels, shares.items(), strict=True):
         assert (axes.images[0].get_array() == share).all()
         assert axes.images[0].get_clim() == (0, 1)
-        assert axes.get_title() == f"{name}: busy {share.mean():.0%} of the step"
+        assert axes.get_title() == f"{name}: busy {share.mean():.0%} of the time"
     assert not overlaps(figure)
 
 

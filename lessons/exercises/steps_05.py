@@ -276,6 +276,9 @@ def known_sent(
         "each GPU sends all experts: it has experts / ep of them": (
             lambda: counted(ring(n) * outside + ring(replicas) * experts)
         ),
+        "the experts are divided by n: what is sent has its whole size, experts / ep": (
+            lambda: counted(ring(n) * outside + ring(replicas) * experts / n)
+        ),
         "the experts are left out: their replicas exchange them too": (
             lambda: counted(ring(n) * outside)
         ),

@@ -271,6 +271,10 @@ register_all(
     whole=("the tensors' whole bytes", sent(lambda o, e, n, ep: o + e / ep)),
     experts_by_all=("are sent to all n", sent(lambda o, e, n, ep: ring(n) * (o + e / ep))),
     all_experts=("sends all experts", sent(lambda o, e, n, ep: ring(n) * o + ring(n // ep) * e)),
+    experts_by_n=(
+        "what is sent has its whole size",
+        sent(lambda o, e, n, ep: ring(n) * o + ring(n // ep) * e / n),
+    ),
     no_experts=("the experts are left out", sent(lambda o, e, n, ep: ring(n) * o)),
     ring_of_ep=("has ep GPUs", sent(lambda o, e, n, ep: ring(n) * o + ring(ep) * e / ep)),
     ring_of_groups=(
