@@ -27,7 +27,7 @@ def layer_diagram() -> Figure:
     top, bottom = 1.3, -0.7
     router = (
         (3.0, "gate (E, C)\nsoftmax(x gate$^T$)", True, 1.9),
-        (6.2, "select the K best\nexperts, divide by\ntheir sum", True, 1.9),
+        (6.2, "select the K best,\ndivide them by\ntheir sum", True, 1.9),
     )
     dispatch = (
         (0.6, "x\n(N, C)", False, 0.9),

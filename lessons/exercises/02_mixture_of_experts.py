@@ -19,6 +19,7 @@ every float that the result depends on, and do not change their arguments. The s
 """
 
 import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 
 
