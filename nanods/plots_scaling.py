@@ -63,7 +63,7 @@ def splits_diagram() -> Figure:
         axes.text(left + 2.25, -0.35, f"sends {sent}", ha="center", va="top", fontsize=9)
     for y, text in ((2.2, "weights"), (0.35, "tokens")):
         axes.text(-0.3, y, text, ha="right", va="center", fontsize=10)
-    axes.text(-0.3, 2.95, "ep: not in\nexperts", ha="right", va="center", fontsize=7.5)
+    axes.text(-0.3, 2.95, "ep: outside\nthe experts", ha="right", va="center", fontsize=7.5)
     axes.set(xlim=(-2.3, 21.6), ylim=(-1.6, 4.7))
     axes.axis("off")
     return figure
@@ -97,14 +97,14 @@ def tensor_parallel_diagram() -> Figure:
 
 
 def expert_parallel_diagram() -> Figure:
-    """Draw a layer of experts that two of P processes share, with the shapes of what is sent."""
+    """Draw a layer of experts that two of n processes share, with the shapes of what is sent."""
     figure = Figure(figsize=(10, 3.1))
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    for y, process, owned in ((1.6, "process 0", "first"), (0.0, "process P - 1", "last")):
+    for y, process, owned in ((1.6, "process 0", "first"), (0.0, "process n - 1", "last")):
         boxes = [
             (0.5, "own tokens\n(N, C)", False, 1.4),
             (2.9, "choose experts,\nsort the rows", True, 1.7),
-            (6.5, f"the {owned} E/P\nexperts", True, 1.5),
+            (6.5, f"the {owned} E/n\nexperts", True, 1.5),
             (10.4, "weighted sum\nof each token", True, 1.7),
             (12.6, "y\n(N, C)", False, 1.0),
         ]

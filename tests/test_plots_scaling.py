@@ -143,7 +143,7 @@ def test_busy_heatmap_shows_each_device_and_the_mean():
     [
         (ps.splits_diagram, ["dp", "fsdp", "tp", "ep", "sends gradients"]),
         (ps.tensor_parallel_diagram, ["(H/n, C)", "(N, H/n)", "(C, H/n)", "term (N, C)"]),
-        (ps.expert_parallel_diagram, ["rows (N K, C)", "received (R, C)", "the last E/P"]),
+        (ps.expert_parallel_diagram, ["rows (N K, C)", "received (R, C)", "the last E/n"]),
         (ps.plan_diagram, ["bytes kept", "bytes sent", "seconds of a step"]),
     ],
 )
