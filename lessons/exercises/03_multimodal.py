@@ -15,7 +15,10 @@ one modality, E experts.
 Solutions are in 03_solutions.py. What nanods uses is in nanods/contrastive.py.
 """
 
+import math  # noqa: F401
+
 import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 
 
