@@ -13,7 +13,7 @@ from nanods.errors import run
 from nanods.flags import RANGES, check_ranges
 
 BENCHES = ("adapt", "arithmetic", "attention", "experts", "labels", "ladder", "long_text", "moe")
-BENCHES += ("multimodal", "recall", "scale", "time_to_loss")
+BENCHES += ("multimodal", "recall", "scale", "time_to_loss", "from_bigram")
 PROGRAMS = {
     "sample": "Args",
     "nanods.training.quantize": "Args",

@@ -58,6 +58,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
         "nanods.plots_compress",
         "nanods.plots_contrastive",
         "nanods.plots_experts",
+        "nanods.plots_gpt",
         "nanods.plots_multimodal",
         "nanods.plots_scaling",
         "nanods.plots_serving",

@@ -1,6 +1,6 @@
 """Grow a GPT from a table of bigrams, one idea at a time: results/from_bigram.json.
 
-    python -m nanods.bench.from_bigram            about 4 minutes on one thread
+    python -m nanods.bench.from_bigram            about 5 minutes on one thread
 
     Bigram         a table: which byte follows which
     OneToken       an embedding and an MLP instead of the table

@@ -88,6 +88,11 @@ def training_results() -> list[Result]:
 
 def speed_results() -> list[Result]:
     time_to_loss, generation = load("time_to_loss")["runs"], load("generation")
+    grown = load("from_bigram")
+    steps = {
+        name: sum(model["val_bpb"]) / len(model["val_bpb"])
+        for name, model in grown["models"].items()
+    }
     curves = {name: run["step_cpu_seconds_val_loss"] for name, run in time_to_loss.items()}
     _, short_seconds, short_loss = curves["700 steps"][-1]
     _, long_seconds, long_loss = curves["3900 steps"][-1]
@@ -106,6 +111,13 @@ def speed_results() -> list[Result]:
             f"{generation['v0-tiny']['ratio']:.0f} times as fast (V0), "
             f"{generation['v1-tiny']['ratio']:.0f} (V1)",
             "generation",
+        ),
+        Result(
+            "make bench",
+            f"a GPT grown from a bigram table: bits per byte after {grown['steps']} steps each "
+            f"({SECOND_MACHINE}), mean of 2 seeds",
+            ", ".join(f"{name} {loss:.3f}" for name, loss in steps.items()),
+            "from_bigram",
         ),
     ]
 
