@@ -14,6 +14,7 @@ nanods/training/distill.py.
 """
 
 import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 
 

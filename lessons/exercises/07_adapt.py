@@ -16,6 +16,7 @@ nanods/data/instructions.py and nanods/training/instruction_task.py.
 """
 
 import torch  # noqa: F401
+import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 
 USER, ASSISTANT, END = 253, 254, 255  # bytes that never occur in UTF-8
