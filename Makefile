@@ -232,7 +232,8 @@ results: .venv/base
 # Write the pages and pictures that are generated from results/ and from runs/.
 docs: .venv/base
 	$(PY) -m nanods.bench.results_page
-	$(PY) -m nanods.diagrams
+	$(PY) -m nanods.bench.lessons_page
+	$(PY) -m nanods.bench.readme_pictures
 
 # Fails if a lesson prints something else than what is committed. ARGS=--inplace writes the outputs.
 lessons: .venv/dev

@@ -18,9 +18,7 @@ from nanods.plots import (
     COLOURS,
     GREY,
     ORANGE,
-    draw_arrow,
     draw_block_map,
-    draw_box,
     draw_heads,
     label_below,
 )
@@ -90,46 +88,6 @@ def changes(rows: Mapping[str, Sequence[bool]], token: int, title: str) -> Figur
         axes.axhline(y, color="white", linewidth=3)
     axes.grid(False)
     label_below(figure, {"equal": PALE_GREY, "changes": BLUE, "changes: a leak": ORANGE})
-    return figure
-
-
-def block_attention_diagram() -> Figure:
-    """Draw the steps of block attention with their shapes: select (top), then attend (bottom)."""
-    figure = Figure(figsize=(7.6, 3.6))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    boxes = {
-        "k": (0.4, 2, "k", False),
-        "summarise": (2.3, 2, "summarise\neach block", True),
-        "score": (4.6, 2, "score summaries,\nhide current, future", True),
-        "top": (7.3, 2, "keep the\nbest K", True),
-        "q": (4.6, 3.2, "q (B, H, T, D)", False),
-        "gather": (7.3, 0.5, "read K blocks\nand the current", True),
-        "softmax": (4.6, 0.5, "one causal softmax\nover their keys", True),
-        "out": (1.9, 0.5, "output\n(B, H, T, D)", False),
-        "kv": (7.3, -0.75, "k, v (B, H, S, D)", False),
-    }
-    widths = {"k": 0.5, "summarise": 1.35, "top": 1.2, "out": 1.4}
-    for name, (x, y, text, is_step) in boxes.items():
-        draw_box(axes, x, y, text, is_step, widths.get(name, 2), 0.75, fontsize=9)
-    arrows = (
-        ((0.67, 2), (1.6, 2), "(B, H, S, D)"),
-        ((3, 2), (3.58, 2), "(B, H,\nN, D)"),
-        ((5.62, 2), (6.68, 2), "(B, H, T, N)"),
-        ((6.28, 0.5), (5.62, 0.5), ""),
-        ((3.58, 0.5), (2.62, 0.5), ""),
-    )
-    for start, end, label in arrows:
-        draw_arrow(axes, start, end)
-        x = (start[0] + end[0]) / 2
-        axes.text(x, start[1] + 0.42, label, ha="center", va="bottom", fontsize=8)
-    draw_arrow(axes, (4.6, 2.82), (4.6, 2.4))
-    draw_arrow(axes, (7.3, 1.6), (7.3, 0.9))
-    draw_arrow(axes, (7.3, -0.37), (7.3, 0.1))
-    axes.text(7.2, 1.25, "blocks (B, H, T, K)", ha="right", va="center", fontsize=8)
-    axes.text(0.4, 3.15, "select: no gradient", fontsize=9, color="#9a5b00", va="center")
-    axes.text(0.4, -0.75, "attend: with gradient", fontsize=9, color="#9a5b00", va="center")
-    axes.set(xlim=(0, 8.4), ylim=(-1.25, 3.7))
-    axes.axis("off")
     return figure
 
 

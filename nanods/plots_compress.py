@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y
 FORMAT_COLOURS = {"fp32": GREY, "bf16": ORANGE, "INT8": BLUE}
@@ -142,40 +142,3 @@ def number_lines(
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
     return figure
-
-
-def int8_diagram() -> Figure:
-    """Draw an INT8 linear layer: what is rounded and multiplied, and the shapes."""
-    figure = Figure(figsize=(10, 2.9))
-    axes = figure.subplots()
-    boxes = {
-        "x": (0.6, 1, "x\n(N, C) fp32", False),
-        "rows": (2.6, 1, "round each row\nq = round(x / s)", True),
-        "product": (5.2, 1, "product of integers\nq r$^T$, sums in int32", True),
-        "scale": (7.8, 1, "multiply by\ns[n] t[f]", True),
-        "y": (9.6, 1, "y\n(N, F) fp32", False),
-        "weight": (5.2, -0.4, "r (F, C) int8, t (F,)\nrounded once, before", False),
-    }
-    for x, y, text, is_step in boxes.values():
-        draw_box(axes, x, y, text, is_step, box_width(text), height=0.7, fontsize=8.5)
-    for start, end, label in (
-        ("x", "rows", ""),
-        ("rows", "product", "q (N, C)\nint8"),
-        ("product", "scale", "(N, F)\nint32"),
-        ("scale", "y", ""),
-    ):
-        (a, y, *_), (b, *_) = boxes[start], boxes[end]
-        left, right = a + box_width(boxes[start][2]) / 2, b - box_width(boxes[end][2]) / 2
-        draw_arrow(axes, (left, y), (right, y))
-        axes.text((left + right) / 2, y + 0.12, label, ha="center", va="bottom", fontsize=8)
-    draw_arrow(axes, (5.2, -0.05), (5.2, 0.62))
-    axes.plot([2.6, 2.6, 7.8], [1.38, 1.85, 1.85], color="#7d8590", linewidth=1)
-    draw_arrow(axes, (7.8, 1.85), (7.8, 1.38))
-    axes.text(5.2, 1.88, "s (N,): one scale per row", ha="center", va="bottom", fontsize=8)
-    axes.set(xlim=(-0.3, 10.5), ylim=(-0.9, 2.2))
-    axes.axis("off")
-    return figure
-
-
-def box_width(text: str) -> float:
-    return 0.35 + 0.085 * max(map(len, text.replace("$^T$", "").split("\n")))

@@ -1,4 +1,4 @@
-"""Draw contrastive learning from arrays: the diagrams and figures of lesson 03.
+"""Draw contrastive learning from arrays: the figures of lesson 03.
 
 Shapes: B pairs of a batch, T tokens, C channels, M width of an embedding, n examples, P points.
 """
@@ -9,79 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from nanods.plots import BLUE, GREY, ORANGE, draw_arrow, draw_box
+from nanods.plots import BLUE, GREY, ORANGE
 from nanods.plots_multimodal import draw_item
 from nanods.plots_text import balanced_lines
-
-# ---- diagrams ------------------------------------------------------------------------------------
-
-
-def model_diagram() -> Figure:
-    """Draw V3: three kinds of input, one trunk, one embedding each, and the loss."""
-    figure = Figure(figsize=(10, 3.9))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    rows = {  # y: the input, how it becomes tokens
-        2.4: ("caption", "bytes"),
-        1.2: ("image\n(B, 3, 32, 32)", "patches of 8 x 8,\nhalf overlapping"),
-        0.0: ("sound (log-mel)\n(B, 32, 32)", "groups of frames"),
-    }
-    draw_box(
-        axes, 5.55, 1.2, "one trunk:\nblocks of V1 or V2,\nno causal mask", True, 1.75, 3.3, 10
-    )
-    for y, (kind, cut) in rows.items():
-        draw_box(axes, 0.75, y, kind, False, 1.4, 0.8, 9.5)
-        draw_box(axes, 2.75, y, cut, False, 1.5, 0.8, 9.5)
-        draw_box(axes, 8.0, y, "mean over T,\nadapter, length 1", False, 1.55, 0.8, 9.5)
-        for start, end, shape in (
-            (1.5, 1.95, ""),
-            (3.55, 4.62, "(B, T, C)"),
-            (6.48, 7.17, "(B, T, C)"),
-            (8.83, 9.62, "(B, M)"),
-        ):
-            draw_arrow(axes, (start, y), (end, y))
-            axes.text((start + end) / 2, y + 0.07, shape, ha="center", va="bottom", fontsize=8.5)
-    loss = "for each pair of\nmodalities:\n\ncosines (B, B)\n x scale\n\ntwo cross-\nentropies"
-    draw_box(axes, 10.35, 1.2, loss, True, 1.4, 3.3, 10)
-    axes.text(5.55, -0.78, "shared by all modalities", ha="center", fontsize=9.5)
-    axes.text(2.75, -0.78, "own for each modality", ha="center", fontsize=9.5)
-    axes.text(8.0, -0.78, "own for each modality", ha="center", fontsize=9.5)
-    axes.set(xlim=(0, 11.15), ylim=(-1.0, 3.0))
-    axes.axis("off")
-    return figure
-
-
-def caching_diagram() -> Figure:
-    """Draw gradient caching: embed without a graph, differentiate the loss, embed again."""
-    figure = Figure(figsize=(10, 3.3))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    draw_box(axes, 4.75, 1.1, "embeddings\nof the batch\n(B, M)", True, 1.4, 2.9, 10)
-    draw_box(
-        axes,
-        6.85,
-        1.1,
-        "loss of the\nwhole batch,\nbackward to the\nembeddings",
-        True,
-        1.5,
-        2.9,
-        10,
-    )
-    draw_arrow(axes, (5.47, 1.1), (6.07, 1.1))
-    for i, y in enumerate((2.2, 1.1, 0.0)):
-        draw_box(axes, 0.9, y, f"micro-batch {i}\n(b, ...)", False, 1.3, 0.75, 9.5)
-        draw_box(axes, 2.75, y, "encoder,\nno graph", False, 1.2, 0.75, 9.5)
-        draw_arrow(axes, (1.57, y), (2.13, y))
-        draw_arrow(axes, (3.37, y), (4.03, y))
-        axes.text(3.7, y + 0.07, "(b, M)", ha="center", va="bottom", fontsize=8.5)
-        text = "encoder again, with a graph;\nbackward of\nsum(embedding * gradient)"
-        draw_box(axes, 10.05, y, text, False, 3.1, 0.75, 9.5)
-        draw_arrow(axes, (7.62, y), (8.48, y))
-        axes.text(8.05, y + 0.07, "gradient\n(b, M)", ha="center", va="bottom", fontsize=8.5)
-    for x, text in ((1.85, "1. embed"), (6.0, "2. differentiate"), (10.05, "3. embed again")):
-        axes.text(x, 2.85, text, ha="center", fontsize=11, fontweight="bold")
-    axes.set(xlim=(0.1, 11.75), ylim=(-0.55, 3.15))
-    axes.axis("off")
-    return figure
-
 
 # ---- similarity matrices -------------------------------------------------------------------------
 

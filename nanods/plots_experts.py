@@ -1,4 +1,4 @@
-"""Draw figures about a Mixture of Experts from arrays: the diagrams and figures of lesson 02.
+"""Draw figures about a Mixture of Experts from arrays: the figures of lesson 02.
 
 Shapes: N tokens, K experts per token, E experts, S steps, L layers.
 """
@@ -11,42 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from nanods import plots
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box, draw_chain
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_box
 
 EXPERT_COLOURS = ("#9ec5e8", "#f4bf8f", "#a8d5b0", "#cdb7e3", "#f0a6b4", "#a5dcdc", "#d9c6a3")
 EXPERT_COLOURS += ("#c9ced4",)
 
 
-# ---- diagrams ------------------------------------------------------------------------------------
-
-
-def layer_diagram() -> Figure:
-    """Draw a Mixture of Experts layer: the router, the dispatch and the weighted sum."""
-    figure = Figure(figsize=(10, 3.6))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    top, bottom = 1.3, -0.7
-    router = (
-        (3.0, "gate (E, C)\nsoftmax(x gate$^T$)", True, 1.9),
-        (6.2, "select the K best,\ndivide them by\ntheir sum", True, 1.9),
-    )
-    dispatch = (
-        (0.6, "x\n(N, C)", False, 0.9),
-        (3.0, "gather the rows,\nsorted by expert", True, 1.9),
-        (6.2, "E MLPs, each on\nits own rows", True, 1.9),
-        (9.0, "weighted sum\nfor each token", True, 1.7),
-        (10.9, "y\n(N, C)", False, 0.9),
-    )
-    draw_chain(axes, top, router, ["probabilities\n(N, E)"], 0.9, 9.5)
-    draw_chain(axes, bottom, dispatch, ["", "(N K, C)", "(N K, C)", ""], 0.9, 9.5)
-    axes.plot([0.6, 0.6], [bottom + 0.48, top], color="#7d8590", linewidth=1)
-    draw_arrow(axes, (0.6, top), (2.02, top))
-    draw_arrow(axes, (5.5, top - 0.48), (3.6, bottom + 0.48))
-    axes.text(4.2, 0.33, "experts (N, K)", ha="right", fontsize=9)
-    draw_arrow(axes, (6.9, top - 0.48), (8.6, bottom + 0.48))
-    axes.text(7.95, 0.33, "weights (N, K)", ha="left", fontsize=9)
-    axes.set(xlim=(0, 11.5), ylim=(-1.35, 1.95))
-    axes.axis("off")
-    return figure
+# ---- dispatch and capacity -----------------------------------------------------------------------
 
 
 def draw_cell(

@@ -1,4 +1,4 @@
-"""Draw figures about the trunk from arrays: the diagrams and figures of lesson 00.
+"""Draw figures about the trunk from arrays: the figures of lesson 00.
 
 Shapes: B batch, T tokens, C width, H heads, D = C / H, V vocabulary, F hidden width.
 """
@@ -9,73 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box, draw_chain
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE
 
 STREAM = "#7d8590"
-
-
-# ---- diagrams ------------------------------------------------------------------------------------
-
-
-def trunk_diagram() -> Figure:
-    """Draw the model: the residual stream, and the two layers of a block that add to it."""
-    figure = Figure(figsize=(10, 3.3))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    ends = (
-        (0.7, "tokens\n(B, T)", False, 1.1),
-        (2.5, "embedding,\nRMSNorm", False, 1.4),
-    )
-    draw_chain(axes, 0, ends, [""], fontsize=9.5)
-    for x, text in {4.6: "attention:\nreads other tokens", 7.2: "MLP:\neach token alone"}.items():
-        draw_box(axes, x, 1.35, f"RMSNorm\n{text}", True, 1.75, 1.1, fontsize=9.5)
-        axes.plot([x - 1.1, x - 1.1], [0, 1.35], color=STREAM, linewidth=1.2)
-        draw_arrow(axes, (x - 1.1, 1.35), (x - 0.9, 1.35))
-        axes.plot([x + 0.9, x + 1.1], [1.35, 1.35], color=STREAM, linewidth=1.2)
-        draw_arrow(axes, (x + 1.1, 1.35), (x + 1.1, 0.2))
-        axes.text(x + 1.1, 0, "+", ha="center", va="center", fontsize=14, zorder=3)
-        axes.plot([x + 1.1], [0], "o", markersize=17, color="white", markeredgecolor=STREAM)
-    for start, end in ((3.25, 5.52), (5.88, 8.12), (8.48, 9.0)):
-        draw_arrow(axes, (start, 0), (end, 0))
-    draw_box(axes, 9.75, 0, "RMSNorm,\nhead", False, 1.4, 0.8, fontsize=9.5)
-    draw_arrow(axes, (10.5, 0), (10.9, 0))
-    draw_box(axes, 11.6, 0, "logits\n(B, T, V)", False, 1.3, 0.8, fontsize=9.5)
-    axes.text(5.9, -0.35, "residual stream x (B, T, C)", ha="center", va="top", fontsize=9.5)
-    axes.plot([3.35, 3.35, 8.55, 8.55], [2.1, 2.2, 2.2, 2.1], color=STREAM, linewidth=1)
-    axes.text(5.95, 2.28, "a block; n_layer of them in a row", ha="center", fontsize=9.5)
-    axes.set(xlim=(0, 12.4), ylim=(-0.85, 2.6))
-    axes.axis("off")
-    return figure
-
-
-def attention_diagram() -> Figure:
-    """Draw an attention layer with its shapes: RoPE, QK-norm, the causal softmax."""
-    figure = Figure(figsize=(10, 3.6))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    rows = {
-        2.2: ("query", "RoPE, RMSNorm\nto query_gain"),
-        1.1: ("key", "RoPE, RMSNorm\nto 1"),
-    }
-    draw_box(axes, 0.7, 1.1, "x\n(B, T, C)", False, 1.1, 0.8)
-    for y, (name, text) in rows.items():
-        chain = ((3.0, f"{name}\n(C, C)", False, 1.0), (5.8, text, True, 1.7))
-        draw_chain(axes, y, chain, ["(B, H, T, D)"], fontsize=9)
-        draw_arrow(axes, (1.28, 1.1), (2.47, y))
-    draw_box(axes, 3.0, 0, "value\n(C, C)", False, 1.0, 0.8)
-    draw_arrow(axes, (1.28, 1.1), (2.47, 0))
-    draw_box(axes, 8.4, 1.65, "q . k / $\\sqrt{D}$,\ncausal softmax", True, 1.7, 0.8)
-    draw_arrow(axes, (6.68, 2.2), (7.52, 1.75))
-    draw_arrow(axes, (6.68, 1.1), (7.52, 1.55))
-    draw_box(axes, 8.4, 0, "weights $\\times$ v", False, 1.7, 0.8)
-    draw_arrow(axes, (3.53, 0), (7.52, 0))
-    axes.text(5.5, 0.08, "(B, H, T, D)", ha="center", va="bottom", fontsize=9)
-    draw_arrow(axes, (8.4, 1.22), (8.4, 0.43))
-    axes.text(8.5, 0.82, "weights\n(B, H, T, T)", va="center", fontsize=9)
-    draw_box(axes, 11.0, 0, "out\n(C, C)", False, 1.0, 0.8)
-    draw_arrow(axes, (9.28, 0), (10.47, 0))
-    axes.text(9.87, 0.08, "(B, T, C)", ha="center", va="bottom", fontsize=9)
-    axes.set(xlim=(0, 11.8), ylim=(-0.55, 2.75))
-    axes.axis("off")
-    return figure
 
 
 # ---- norms, positions, scores --------------------------------------------------------------------

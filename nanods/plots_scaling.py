@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_box, draw_chain, label_below
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, label_below
 
-HELD, ELSEWHERE = "#9ec5e8", "white"  # a process has a part of the weights or tokens, or has not
 Rows = dict[str, dict[str, float]]  # stacked bars: the sizes of the parts by name, by bar
 STEP_COLOURS = {
     "computing": BLUE,
@@ -20,142 +19,6 @@ STEP_COLOURS = {
     "communication": ORANGE,
     "optimizer": "#4b9e6a",
 }
-
-
-# ---- diagrams ------------------------------------------------------------------------------------
-
-
-def draw_cells(axes: Axes, x: float, y: float, held: np.ndarray) -> None:
-    """Draw a grid of cells (rows, columns) with its upper left corner at (x, y), coloured where
-    `held` is true."""
-    for (row, column), is_held in np.ndenumerate(held):
-        corner = (x + 0.5 * column, y - 0.5 * (row + 1))
-        colour = HELD if is_held else ELSEWHERE
-        cell = Rectangle(corner, 0.5, 0.5, facecolor=colour, edgecolor="#7d8590", linewidth=1)
-        axes.add_patch(cell)
-
-
-def splits_diagram() -> Figure:
-    """Draw what each of two processes keeps and reads by dp, fsdp, tp and ep, and what it sends."""
-    full = np.ones((4, 4), bool)
-    rows, columns = full.copy(), full.copy()
-    rows[2:], columns[:, 2:] = False, False
-    experts = full.copy()
-    experts[1:, 2:] = False  # the first row stands for all other weights
-    half = np.array([[True, True, False, False]])
-    splits = {  # the weights and the tokens of process 0, where process 1 has the others
-        "dp": (full, half, "gradients,\nonce a step"),
-        "fsdp": (rows, half, "weights before each layer,\ngradients after it"),
-        "tp": (columns, full[:1], "sums of activations,\n2 a block each way"),
-        "ep": (experts, half, "each token's rows to its\nexperts, and back"),
-    }
-    figure = Figure(figsize=(10, 4.1))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    for i, (name, (weights, tokens, sent)) in enumerate(splits.items()):
-        left = 5.6 * i
-        axes.text(left + 2.25, 4.1, name, ha="center", fontsize=13, fontweight="bold")
-        for process in range(2):
-            x = left + 2.5 * process
-            other_weights = np.flip(weights, axis=0 if name == "fsdp" else 1)
-            draw_cells(axes, x, 3.2, other_weights if process else weights)
-            draw_cells(axes, x, 0.6, np.flip(tokens) if process else tokens)
-            axes.text(x + 1, 3.4, f"process {process}", ha="center", fontsize=9)
-        axes.text(left + 2.25, -0.35, f"sends {sent}", ha="center", va="top", fontsize=9)
-    for y, text in ((2.2, "weights"), (0.35, "tokens")):
-        axes.text(-0.3, y, text, ha="right", va="center", fontsize=10)
-    axes.text(-0.3, 2.95, "ep: outside\nthe experts", ha="right", va="center", fontsize=7.5)
-    axes.set(xlim=(-2.3, 21.6), ylim=(-1.6, 4.7))
-    axes.axis("off")
-    return figure
-
-
-def tensor_parallel_diagram() -> Figure:
-    """Draw an MLP that two of n processes share, with the shapes of what they compute."""
-    figure = Figure(figsize=(10, 3.1))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    for y, process, part in ((1.6, "process 0", "0"), (0.0, "process n - 1", "n-1")):
-        boxes = [
-            (0.6, "all tokens x\n(N, C)", False, 1.5),
-            (3.0, f"up$_{{{part}}}$\n(H/n, C)", True, 1.3),
-            (5.5, "relu()$^2$", False, 1.1),
-            (7.9, f"out$_{{{part}}}$\n(C, H/n)", True, 1.3),
-        ]
-        draw_chain(axes, y, boxes, ["", "(N, H/n)", "(N, H/n)"])
-        axes.text(-0.4, y + 0.55, process, ha="left", fontsize=9, fontweight="bold")
-        draw_arrow(axes, (8.58, y), (9.95, 0.8 + 0.3 * np.sign(y - 0.8)))
-        label_y = y + (0.12 if y > 0.8 else -0.12)
-        va = "bottom" if y > 0.8 else "top"
-        axes.text(9.2, label_y, "term (N, C)", ha="left", va=va, fontsize=9)
-    for x in (0.6, 3.0, 5.5, 7.9):
-        axes.text(x, 0.8, "...", ha="center", va="center", fontsize=12, color="#7d8590")
-    draw_box(axes, 10.6, 0.8, "sum:\nall-reduce", True, 1.3, 0.8)
-    draw_arrow(axes, (11.28, 0.8), (11.85, 0.8))
-    draw_box(axes, 12.4, 0.8, "y\n(N, C)", False, 1.05, 0.8)
-    axes.set(xlim=(-0.6, 13.1), ylim=(-0.7, 2.6))
-    axes.axis("off")
-    return figure
-
-
-def expert_parallel_diagram() -> Figure:
-    """Draw a layer of experts that two of n processes share, with the shapes of what is sent."""
-    figure = Figure(figsize=(10, 3.1))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    for y, process, owned in ((1.6, "process 0", "first"), (0.0, "process n - 1", "last")):
-        boxes = [
-            (0.5, "own tokens\n(N, C)", False, 1.4),
-            (2.9, "choose experts,\nsort the rows", True, 1.7),
-            (6.5, f"the {owned} E/n\nexperts", True, 1.5),
-            (10.4, "weighted sum\nof each token", True, 1.7),
-            (12.6, "y\n(N, C)", False, 1.0),
-        ]
-        draw_chain(axes, y, boxes, ["", None, None, ""])
-        axes.text(-0.25, y + 0.55, process, ha="left", fontsize=9, fontweight="bold")
-        for other in (1.6, 0.0):  # both all-to-alls
-            draw_arrow(axes, (3.78, y), (5.72, other))
-            draw_arrow(axes, (7.28, y), (9.52, other))
-    for x, text in (
-        (4.75, "all-to-all\nrows (N K, C)"),
-        (6.5, "received (R, C)"),
-        (8.4, "all-to-all\noutputs (N K, C)"),
-    ):
-        y = 2.1 if "all" in text else 0.8
-        axes.text(x, y, text, ha="center", va="bottom" if y > 1 else "center", fontsize=9)
-    axes.set(xlim=(-0.4, 13.3), ylim=(-0.7, 2.8))
-    axes.axis("off")
-    return figure
-
-
-def plan_diagram() -> Figure:
-    """Draw what a plan is computed from, and in which order."""
-    figure = Figure(figsize=(10, 3.7))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
-    given = {
-        "model\nparameters, FLOP per token,\nbytes saved per token": 2.2,
-        "split\nmesh, micro-batch,\ncheckpointing": 1.1,
-        "GPU\nmemory, FLOP/s,\nspeed of its links": 0.0,
-    }
-    results = {
-        "bytes kept\nexercises 1, 2": 2.2,
-        "bytes sent\nexercise 3": 1.1,
-        "seconds of a step\nexercises 4, 6": 0.0,
-    }
-    for text, y in given.items():
-        draw_box(axes, 1.4, y, text, False, 2.8, 0.85, fontsize=9)
-    for text, y in results.items():
-        draw_box(axes, 5.9, y, text, True, 2.2, 0.7, fontsize=9)
-    for start, ends in {2.2: (2.2, 1.1, 0.0), 1.1: (2.2, 1.1), 0.0: (0.0,)}.items():
-        for end in ends:
-            draw_arrow(axes, (2.83, start), (4.77, end))
-    draw_arrow(axes, (5.9, 0.72), (5.9, 0.38))
-    draw_box(axes, 9.6, 2.2, "does it fit?\nhow many GPUs? exercise 5", False, 2.4, 0.7, fontsize=9)
-    draw_box(axes, 9.6, 0.0, "hours, GPU-hours", False, 2.4, 0.7, fontsize=9)
-    draw_arrow(axes, (7.03, 2.2), (8.37, 2.2))
-    draw_arrow(axes, (7.03, 0.0), (8.37, 0.0))
-    draw_arrow(axes, (9.6, 1.82), (9.6, 0.38))
-    axes.text(9.7, 1.1, "the fastest\nthat fits", va="center", fontsize=9)
-    axes.set(xlim=(-0.1, 11.0), ylim=(-0.6, 2.8))
-    axes.axis("off")
-    return figure
 
 
 def activation_curves(saved: Sequence[float], backward: Sequence[float], width: int) -> Figure:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from nanods.plots import BLUE, COLOURS, GREY, ORANGE, draw_arrow, draw_chain, label_below
+from nanods.plots import BLUE, COLOURS, GREY, ORANGE, label_below
 
 PADDING = "#f0b78a"
 Stay = tuple[str, int, int, int]  # a request's name, its slot, and its first and last step there
@@ -160,30 +160,4 @@ def placements(table: dict[str, dict[str, float]], memory: dict[str, float], tit
         axes.locator_params(axis="x", nbins=4, prune="upper")
         axes.grid(False)
     figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def engine_diagram() -> Figure:
-    """Draw the way of a request through the engine, with the shapes of what each part computes."""
-    figure = Figure(figsize=(9, 3.1))
-    axes = figure.subplots()
-    boxes = (
-        (0.9, "waiting\nrequests", False, 1.5),
-        (3.5, "read the prompt\nalone, in chunks", True, 2.1),
-        (6.6, "decode, together\none token per row", True, 2.3),
-        (9.2, "answered", False, 1.3),
-    )
-    draw_chain(axes, 1.2, boxes, ("a slot\nis free", "prompt\nread", "last\ntoken"))
-    axes.plot([6.6, 6.6, 3.5], [1.63, 2.15, 2.15], color="#7d8590", linewidth=1)
-    draw_arrow(axes, (3.5, 2.15), (3.5, 1.63))
-    text = "this row's context is full: keep the last half, read it again"
-    axes.text(5.05, 2.2, text, ha="center", va="bottom", fontsize=8)
-    for x, text in (
-        (3.5, "tokens (1, chunk)\nreader's cache: keys and values\n(1, H, context, D) per layer"),
-        (6.6, "tokens (rows, 1) -> logits (rows, 1, V)\ncache: keys and values\n"
-              "(slots, H, context, D) per layer"),
-    ):  # fmt: skip
-        axes.text(x, 0.7, text, ha="center", va="top", fontsize=8.5, color="#444444")
-    axes.set(xlim=(0, 10), ylim=(-0.1, 2.5))
-    axes.axis("off")
     return figure

@@ -61,11 +61,10 @@ def test_memory_is_in_kib_per_token():
     assert list(lines) == ["fused"] and list(lines["fused"].get_ydata()) == [2, 2]
 
 
-def test_diagrams_and_maps_have_no_overlapping_words():
+def test_maps_have_no_overlapping_words():
     blocks = np.array([[-1], [0], [0], [1]])
     report = {"blocks": blocks, "tokens": 8, "block_size": 2, "layer": 1, "head": 0}
     report["weight_read"] = np.full((2, 2), 0.5)
-    assert not overlaps(plots_attention.block_attention_diagram())
     assert not overlaps(plots_attention.selections({"a": blocks, "b": blocks}, 8, 2))
     figure = plots_attention.heads(report, "a title")
     assert "layer 1, head 0" in words(figure) and not overlaps(figure)

@@ -59,10 +59,3 @@ def test_number_lines_join_each_number_to_its_nearest_tick():
     ticks = [line.get_xdata() for line in lines if line.get_marker() == "|"]
     assert list(ticks[1]) == [-1.5, -1, -0.5, 0, 0.5, 1, 1.5]
     assert "coarse" in words(figure)
-
-
-def test_the_diagram_names_shapes_and_its_texts_do_not_overlap():
-    figure = pc.int8_diagram()
-    for text in ("(N, C)", "int32", "one scale per row", "(N, F) fp32"):
-        assert text in words(figure)
-    assert not overlaps(figure)

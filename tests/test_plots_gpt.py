@@ -12,11 +12,6 @@ def heights(axes):
     return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
 
 
-@pytest.mark.parametrize("diagram", [plots_gpt.trunk_diagram, plots_gpt.attention_diagram])
-def test_no_text_of_a_diagram_covers_another(diagram):
-    assert not overlaps(diagram())
-
-
 def test_vectors_are_drawn_before_and_after_with_the_circle_they_end_on():
     before = np.array([[3.0, 4.0], [0.0, 1.0]])
     after = before * 2**0.5 / np.linalg.norm(before, axis=1, keepdims=True)

@@ -135,31 +135,6 @@ def test_busy_heatmap_shows_each_device_and_the_mean():
     assert not overlaps(figure)
 
 
-# ---- diagrams ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("draw", "texts"),
-    [
-        (ps.splits_diagram, ["dp", "fsdp", "tp", "ep", "sends gradients"]),
-        (ps.tensor_parallel_diagram, ["(H/n, C)", "(N, H/n)", "(C, H/n)", "term (N, C)"]),
-        (ps.expert_parallel_diagram, ["rows (N K, C)", "received (R, C)", "the last E/n"]),
-        (ps.plan_diagram, ["bytes kept", "bytes sent", "seconds of a step"]),
-    ],
-)
-def test_diagrams_name_their_parts_and_shapes(draw, texts):
-    figure = draw()
-    assert all(text in words(figure) for text in texts)
-    assert not overlaps(figure)
-
-
-def test_the_splits_diagram_gives_each_process_its_half():
-    colours = [to_hex(cell.get_facecolor()) for cell in ps.splits_diagram().axes[0].patches]
-    cells = [colour == to_hex(ps.HELD) for colour in colours]  # 16 weights, 4 tokens, by process
-    counts = [(sum(cells[i : i + 16]), sum(cells[i + 16 : i + 20])) for i in range(0, 160, 20)]
-    assert counts == [(16, 2)] * 2 + [(8, 2)] * 2 + [(8, 4)] * 2 + [(10, 2)] * 2
-
-
 def test_activation_curves_rise_in_forward_and_fall_in_backward():
     figure = ps.activation_curves([100.0, 300.0], [50.0, 20.0], width=5)
     heights = [[bar.get_height() * 1e3 for bar in axes.patches] for axes in figure.axes]

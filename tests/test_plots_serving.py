@@ -78,8 +78,3 @@ def test_a_placement_that_does_not_fit_has_another_colour():
     assert too_large != fits
     assert set(cuda.lines[0].get_xdata()) == {22} and not cpu.lines
     assert not overlaps(figure)
-
-
-def test_the_diagram_covers_no_text():
-    figure = plots_serving.engine_diagram()
-    assert "read it again" in words(figure) and not overlaps(figure)

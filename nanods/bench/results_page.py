@@ -1,14 +1,26 @@
 """Write docs/RESULTS.md, and the table of results in README.md, from results/*.json: `make docs`.
 
-The figures of the two pages are computed in results_rows.py. Pinned by
-tests/bench/test_results_page.py: the committed pages are what this module writes, and the README
+The figures of the two pages are computed in results_rows.py and results_rows_deployment.py. Pinned
+by tests/bench/test_results_page.py: the committed pages are what this module writes, and the README
 quotes no other figure.
 """
 
-from nanods.bench.results_rows import MACHINE, ROOT, SECTIONS, Result
+from nanods.bench import results_rows as rows
+from nanods.bench import results_rows_deployment as deployment
+from nanods.bench.results_rows import MACHINE, ROOT, Result
 from nanods.data.download import write_atomic
 
 BEGIN, END = "<!-- results: begin (make docs) -->", "<!-- results: end -->"
+SECTIONS = {
+    "Training": rows.training_results,
+    "Time to a loss, generation": rows.speed_results,
+    "V1: sparse attention": rows.attention_results,
+    "V2: Mixture of Experts": rows.expert_results,
+    "V3: one space for text, image and audio": rows.multimodal_results,
+    "Several processes": rows.scaling_results,
+    "Compression": deployment.compression_results,
+    "Serving": deployment.serving_results,
+}
 
 
 def table(results: list[Result], with_source: bool) -> str:
