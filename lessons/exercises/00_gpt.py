@@ -11,8 +11,8 @@ Shapes: B batch, T tokens, C width of the model, H heads, D = C / H width of a h
 L layers.
 
 Graded in steps 1 to 4: no argument is changed in place, and the result has the dtype of the
-argument. In steps 1 and 3 gradients flow to every tensor. A result may differ by 1e-4, so a small
-epsilon against division by zero is fine.
+argument. In steps 1 and 3 gradients flow to every tensor. A result may differ by 1e-4, so an
+epsilon of 1e-5 against division by zero is fine.
 
 Solutions are in 00_solutions.py. What nanods uses is in nanods/gpt.py, nanods/training/muon.py and
 nanods/planner/.

@@ -72,7 +72,7 @@ def reference_norm(x: Tensor, gain: float) -> Tensor:
 
 def some_vectors() -> tuple[Tensor, float]:
     """Return vectors (B, T, C) of different lengths, whose mean is not zero, and a gain."""
-    return (random(3, 4, 6) + 0.5) * random(3, 4, 1, seed=2).exp(), 1.7
+    return 2 * (random(3, 4, 6) + 0.5) * random(3, 4, 1, seed=2).exp().clamp(min=1), 1.7
 
 
 def known_norms(x: Tensor, gain: float) -> KnownMistakes:
@@ -277,7 +277,7 @@ def attention_by(
 def some_qkv() -> tuple[Tensor, Tensor, Tensor, float]:
     """Return q, k, v (B, H, T, D) with vectors of different lengths and means, and a gain."""
     q, k, v = (random(2, 3, 5, 8, seed=seed) for seed in (1, 2, 3))
-    return (q + 0.3) * random(2, 3, 5, 1, seed=4).exp(), 1.5 * k - 0.4, v, 1.6
+    return 2 * (q + 0.3) * random(2, 3, 5, 1, seed=4).exp().clamp(min=1), 1.5 * k - 0.4, v, 1.6
 
 
 def known_attentions(q: Tensor, k: Tensor, v: Tensor, gain: float) -> KnownMistakes:

@@ -29,7 +29,7 @@ def norm_by_length(x, gain):
 
 
 def norm_with_epsilon(x, gain):
-    return x * (torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-6) * gain)
+    return x * (torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + 1e-5) * gain)
 
 
 def norm_by_einsum(x, gain):
@@ -134,7 +134,7 @@ def attention_by_einsum(q, k, v, gain):
 def attention_by_exponentials(q, k, v, gain):
     """QK-norm bounds the scores, so exp needs no maximum here."""
     D = q.size(-1)
-    q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-9).sqrt() for x in (q, k))
+    q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in (q, k))
     weights = (gain * D**-0.5 * q @ k.transpose(-2, -1)).exp().tril()
     return (weights @ v) / weights.sum(-1, keepdim=True)
 
