@@ -60,8 +60,8 @@ def read_lesson(path: Path) -> Lesson:
     opening, prose = texts[0], "\n".join(texts)
     goals = re.search(r"After this lesson you can\n\n(.*?)\n\n", opening, re.DOTALL).group(1)
     minutes = re.search(
-        r"Reading takes (?:about )?(\d+)\s+minutes,\s+the\s+(?:\w+\s+)?exercises\s+about\s+(\d+)",
-        opening,
+        r"Reading takes (?:about )?(\d+) minutes[^.]*exercises (?:about )?(\d+)",
+        " ".join(opening.split()),
     )
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]

@@ -16,5 +16,5 @@ def test_the_lessons_in_the_pages_are_those_of_the_notebooks():
 def test_each_lesson_says_what_it_is_for():
     for lesson in read_lessons():
         assert len(lesson.goals) == 3 and all(lesson.goals), lesson.file
-        assert 5 <= lesson.minutes_to_read <= 60 and 5 <= lesson.minutes_to_do <= 180, lesson.file
+        assert 5 <= lesson.minutes_to_read <= 90 and 5 <= lesson.minutes_to_do <= 180, lesson.file
         assert lesson.difficulties and set(lesson.difficulties) <= {1, 2, 3, 4, 5}, lesson.file
