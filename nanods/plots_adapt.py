@@ -1,6 +1,7 @@
 """Draw figures about learning without forgetting from arrays."""
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,11 +22,13 @@ def frontier(
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*stopped, strict=True), "--", color=GREY, label="plain, over its steps")
+    offsets = cycle(((5, -11), (5, 5)))  # of the labels: two ways' points may lie close together
     for (way, points), colour in zip(ways.items(), COLOURS[:2] + COLOURS[3:], strict=False):
+        offset = next(offsets)
         axes.plot(*zip(*points.values(), strict=True), "o-", color=colour, label=way)
         for label, point in points.items():
             axes.annotate(
-                label, point, (5, -11), textcoords="offset points", fontsize=8, color=colour
+                label, point, offset, textcoords="offset points", fontsize=8, color=colour
             )
     axes.set(
         xlabel=f"gained on {new_task} (bits per byte)",

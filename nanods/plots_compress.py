@@ -119,13 +119,16 @@ def rounding_histograms(
 
 
 def number_lines(
-    grids: dict[str, np.ndarray], numbers: np.ndarray | None = None, limit: float | None = None
+    grids: dict[str, np.ndarray],
+    title: str,
+    numbers: np.ndarray | None = None,
+    limit: float | None = None,
 ) -> Figure:
     """Draw the numbers that each format has, as ticks on a line, between -limit and limit.
 
     `numbers` (n,) are drawn as dots on each line, joined to the tick that is nearest.
     """
-    figure = Figure(figsize=(9, 0.8 * len(grids) + 0.7), layout="constrained")
+    figure = Figure(figsize=(9, 0.8 * len(grids) + 1.2), layout="constrained")
     axes = figure.subplots()
     limit = limit or max(float(np.abs(grid).max()) for grid in grids.values())
     for y, (_name, grid) in enumerate(grids.items()):
@@ -138,6 +141,7 @@ def number_lines(
                 axes.plot([number, tick], [y - 0.35, y], "-", color=ORANGE, linewidth=0.8)
             axes.plot(numbers, np.full(len(numbers), y - 0.35), "o", color=ORANGE, markersize=4)
     axes.set(yticks=range(len(grids)), yticklabels=list(grids), ylim=(len(grids) - 0.5, -0.7))
+    axes.set(xlabel="value", title=title)
     axes.grid(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)

@@ -52,7 +52,7 @@ def test_histograms_say_how_many_integers_are_left_and_how_many_are_0():
 
 def test_number_lines_join_each_number_to_its_nearest_tick():
     grids = {"coarse": np.array([-1.0, 0.0, 1.0]), "fine": np.linspace(-2, 2, 9)}
-    figure = pc.number_lines(grids, np.array([0.8, -0.2]), limit=1.5)
+    figure = pc.number_lines(grids, "a title", np.array([0.8, -0.2]), limit=1.5)
     lines = figure.axes[0].lines
     joins = [line.get_xdata() for line in lines if line.get_color() == pc.ORANGE]
     assert [list(join) for join in joins[:2]] == [[0.8, 1.0], [-0.2, 0.0]]
