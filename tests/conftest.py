@@ -1,4 +1,5 @@
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +27,11 @@ TINY = [
     "cpu",
     *(word for name, value in SIZE.items() for word in (f"--{name}", str(value))),
 ]
+
+
+def pytest_configure():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.setpgid(0, 0)  # some tests signal their whole process group
 
 
 def pytest_collection_modifyitems(items):

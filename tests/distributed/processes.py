@@ -30,7 +30,7 @@ DISK_FULL = "disk-full:1"  # process 1 cannot write files of more than MAX_BYTES
 REPORT = "report"  # draw the pictures and print the report
 
 
-PORTS = itertools.count(20_000 + os.getpid() % 10_000)
+PORTS = itertools.count(20_000 + 97 * os.getpid() % 12_000)  # workers of pytest-xdist: far apart
 
 
 def free_port() -> int:
