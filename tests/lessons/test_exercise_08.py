@@ -272,6 +272,7 @@ def by_multinomial(logits, streams):
 
 
 def of_torch(logits, streams):
+    torch.manual_seed(int(streams[0].initial_seed()))  # by chance its numbers are those of a stream
     return pick(logits.double().softmax(-1), torch.rand(len(logits), dtype=torch.float64))
 
 
