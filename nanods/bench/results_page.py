@@ -19,6 +19,7 @@ SECTIONS = {
     "V3: one space for text, image and audio": rows.multimodal_results,
     "Several processes": rows.scaling_results,
     "Compression": deployment.compression_results,
+    "Learning without forgetting": deployment.adaptation_results,
     "Serving": deployment.serving_results,
 }
 

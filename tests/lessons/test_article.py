@@ -170,6 +170,41 @@ def compression_figures():
     }
 
 
+def adaptation_figures():
+    bench = load("adapt")
+    mixture, arms, new = bench["mixture"], bench["arms"], bench["new_task"]
+    fall = {task: f"{mean(row['mixture_improves_by']):.0%}" for task, row in mixture.items()}
+    general = mean(mixture["plain"]["mixture"]) - mean(mixture["plain"]["base"])
+    after, directly = bench["directly"].values()
+    plain, ewc, replay = (arms[name] for name in ("plain", "EWC", "replay 10%"))
+    at_equal_gain = {
+        name: mean(arms[name]["forgotten_over_plain_at_equal_gain"]) for name in ("EWC", "L2")
+    }
+    return {
+        "V1.4": [
+            f"fall by {fall['doctest']} (doctests), {fall['docstring']} (docstrings), "
+            f"{fall['source']} (code) and {fall['dialogue']} (dialogues)",
+            f"is documentation: {general:+.3f} bits per byte",
+            f"the model loses {mean(plain['forgotten']):.3f}",
+        ],
+        "D.2": [
+            f"{mean(after[new]):.3f} bits per byte after documentation, "
+            f"{mean(directly[new]):.3f} if all",
+            f"costs {mean(after['plain']):.2f} bits per byte after it and "
+            f"{mean(directly['plain']):.2f} without",
+        ],
+        "D.6": [
+            f"loses {mean(plain['forgotten']):.3f} bits per byte on documentation, EWC "
+            f"{mean(ewc['forgotten']):.3f}, with {-mean(ewc['gain_minus_plain']):.3f} less gain "
+            f"(lambda {bench['lambda']['EWC']:g}, chosen",
+            f"that is {at_equal_gain['EWC']:.2f} of what plain",
+            f"forgets {at_equal_gain['L2']:.2f} of it",
+            f"forgets {mean(replay['forgotten_over_plain']):.2f} of it and gains as much as plain "
+            f"({mean(replay['gain_minus_plain']):+.3f})",
+        ],
+    }
+
+
 def serving_figures():
     bench, detectors = load("serve"), load("serve_alarms")["detectors"]
     embedder, placed = bench["embedder"], bench["placement"]
@@ -242,7 +277,7 @@ def placement_figures():
 
 FIGURES = [attention_figures, long_text_figures, expert_figures]
 FIGURES += [arithmetic_figures, multimodal_figures, compression_figures, serving_figures]
-FIGURES += [placement_figures]
+FIGURES += [placement_figures, adaptation_figures]
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda function: function.__name__)
