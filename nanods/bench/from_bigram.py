@@ -155,6 +155,8 @@ class Step:
     make: Callable[[], nn.Module]
     lr: float
     optimizer: str = "adamw"
+    decay: float = 0.5
+    """Share of the steps, the last ones, in which the learning rate falls to zero."""
 
 
 STEPS = {
@@ -179,7 +181,7 @@ def train(step: Step, steps: int, seed: int) -> Iterator[tuple[nn.Module, float]
     """Train a model, and yield it with its loss (nats) on the batch before each update."""
     torch.manual_seed(seed)
     model, text = step.make(), tokens_of("train")
-    schedule = {"warmup": 0.03, "decay": 0.5, "weight_decay": 0.0}
+    schedule = {"warmup": 0.03, "decay": step.decay, "weight_decay": 0.0}
     config = replace(
         PRESETS["v0-tiny"], steps=steps, lr=step.lr, optimizer=step.optimizer, **schedule
     )
