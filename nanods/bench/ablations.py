@@ -31,7 +31,7 @@ from nanods.flags import parse_args
 from nanods.gpt import rms_norm
 
 WHOLE = "nothing left out"
-ADAMW_RATES = (0.0015, 0.005, 0.015)
+ADAMW_RATES = (0.0015, 0.005, 0.015, 0.05, 0.15)
 
 
 @dataclass(frozen=True)

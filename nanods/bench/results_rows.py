@@ -119,7 +119,19 @@ def speed_results() -> list[Result]:
             ", ".join(f"{name} {loss:.3f}" for name, loss in steps.items()),
             "from_bigram",
         ),
+        ablations_result(),
     ]
+
+
+def ablations_result() -> Result:
+    table = load("ablations")
+    return Result(
+        "make bench-ablations",
+        f"that GPT with one idea left out, {table['steps']} steps, {table['seeds']} seeds "
+        f"({SECOND_MACHINE}): bits per byte worse, by idea",
+        "; ".join(f"{idea}: {each(lost, 3)}" for idea, lost in table["lost"].items()),
+        "ablations",
+    )
 
 
 def attention_results() -> list[Result]:

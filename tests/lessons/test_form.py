@@ -27,7 +27,7 @@ def without_answers(text):
 @each_lesson
 def test_a_lesson_is_short(path):
     prose = " ".join(without_answers(text) for text in cells(path, "markdown"))
-    assert sum(any(map(str.isalnum, word)) for word in prose.split()) <= 1850
+    assert sum(any(map(str.isalnum, word)) for word in prose.split()) <= 1950
     assert len(cells(path, "code")) <= 25
 
 
