@@ -74,7 +74,7 @@ help:
 	@echo
 	@echo 'Develop'
 	@echo '  make setup             the environment alone (EXTRAS=bpe,datasets adds packages)'
-	@echo '  make test              the tests                                                  4 min'
+	@echo '  make test              the tests                                                  8 min'
 	@echo '  make test-slow         the slow tests: killed processes, measured memory          8 min'
 	@echo '  make lint              check the code with ruff                                 seconds'
 	@echo '  make format            format the code with ruff, and fix what it can fix       seconds'
