@@ -76,16 +76,19 @@ SETTINGS: dict[str, Step] = {
 MUON = "Muon (AdamW)"
 
 
+def left_out(arm: str) -> contextlib.AbstractContextManager:
+    """Return the context in which an arm trains and is evaluated."""
+    return FUNCTIONS.get(arm, contextlib.nullcontext)()
+
+
 def train_arm(
     arm: str, step: Step, steps: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, list[float]]:
     """Train an arm; return the model and the loss before each update."""
-    make, losses = step.make, []
-    with FUNCTIONS.get(arm, contextlib.nullcontext)():
-        for trained, loss in train(replace(step, make=lambda: make().to(dtype)), steps, seed):
-            model = trained
-            losses.append(loss)
-    return model, losses
+    wide = replace(step, make=lambda: step.make().to(dtype))
+    with left_out(arm):
+        models, losses = zip(*train(wide, steps, seed), strict=True)
+    return models[-1], list(losses)
 
 
 def arm_job(arm: str, step: Step, steps: int, seed: int) -> FunctionJob:
@@ -93,7 +96,7 @@ def arm_job(arm: str, step: Step, steps: int, seed: int) -> FunctionJob:
 
     def result() -> dict:
         model, _ = train_arm(arm, step, steps, seed)
-        with FUNCTIONS.get(arm, contextlib.nullcontext)():
+        with left_out(arm):
             val_bpb = bits_per_byte(model)
         print(f"{name}: {val_bpb:.3f} bits per byte", flush=True)
         return {"val_bpb": val_bpb}
