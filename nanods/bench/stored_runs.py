@@ -178,7 +178,7 @@ def train_all(
             n_stored = sum(job.name in store.entries for job in jobs)
             print(
                 f"interrupted {bench}: {n_stored} of {len(jobs)} runs are stored. Continue with: "
-                f"{this_command()}",
+                f"{this_command(python())}",
                 flush=True,
             )
             raise
@@ -215,11 +215,11 @@ def catch_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def this_command() -> str:
+def this_command(interpreter: str) -> str:
     """Return the command line of this program."""
     spec = sys.modules["__main__"].__spec__
     program = ["-m", spec.name] if spec else [sys.argv[0]]
-    return shlex.join([python(), *program, *sys.argv[1:]])
+    return shlex.join([interpreter, *program, *sys.argv[1:]])
 
 
 def find_missing(
@@ -335,7 +335,7 @@ class Trainings:
         print(f"begun      {self.bench}, {job.name}: run {number} of {self.count}", flush=True)
         self.begun_at[job.name] = 0.0
         if isinstance(job, FunctionJob):
-            self.put(job, this_command(), job.train())
+            self.put(job, this_command("python"), job.train())
             return
         out = self.folder(job)
         flags = [*job.words, "--out-dir", str(out)]
