@@ -4,8 +4,8 @@ Steps are orange, what they read and give is grey. A diagram takes no arguments:
 are in plots*.py. architecture() is docs/architecture.png (`make docs`), all others open a section
 of a lesson.
 
-A Diagram prints as its words. So `make lessons` compares the words of every diagram with those
-committed, and tests/test_diagrams.py the words of docs/architecture.png.
+The repr of a Diagram is the text in it. So `make lessons` compares the text of every diagram with
+the committed one, and tests/test_diagrams.py that of docs/architecture.png.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""What makes the trunk learn fast: one idea left out at a time: results/ablations.json and .png.
+"""Measure what each idea of the trunk is worth, left out alone: results/ablations.json and .png.
 
     python -m nanods.bench.ablations            about 10 minutes on one thread
 
 The last model of from_bigram.py, in its size, on the same windows for the same steps. Each arm
-replaces one function or one setting. Reported is by how many bits per byte validation is worse than
-with nothing left out.
+replaces one function or one setting. The table has by how much the validation loss
+rises, in bits per byte.
 
 The learning rate was chosen for the whole model only, except for AdamW, which needs another one:
 the best of ADAMW_RATES with the first seed.
