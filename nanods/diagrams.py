@@ -186,9 +186,7 @@ def block_attention() -> Diagram:
         ((3.58, 0.5), (2.62, 0.5), ""),
     )
     for start, end, label in arrows:
-        draw_arrow(axes, start, end)
-        x = (start[0] + end[0]) / 2
-        axes.text(x, start[1] + 0.42, label, ha="center", va="bottom", fontsize=8)
+        draw_arrow(axes, start, end, label, rise=0.42, fontsize=8)
     draw_arrow(axes, (4.6, 2.82), (4.6, 2.4))
     draw_arrow(axes, (7.3, 1.6), (7.3, 0.9))
     draw_arrow(axes, (7.3, -0.37), (7.3, 0.1))
@@ -255,8 +253,7 @@ def contrastive_model() -> Diagram:
             (6.48, 7.17, "(B, T, C)"),
             (8.83, 9.62, "(B, M)"),
         ):
-            draw_arrow(axes, (start, y), (end, y))
-            axes.text((start + end) / 2, y + 0.07, shape, ha="center", va="bottom", fontsize=8.5)
+            draw_arrow(axes, (start, y), (end, y), shape, fontsize=8.5)
     loss = "for each pair of\nmodalities:\n\ncosines (B, B)\n x scale\n\ntwo cross-\nentropies"
     draw_box(axes, 10.35, 1.2, loss, True, 1.4, 3.3, 10)
     axes.text(5.55, -0.78, "shared by all modalities", ha="center", fontsize=9.5)
@@ -286,12 +283,10 @@ def gradient_caching() -> Diagram:
         draw_box(axes, 0.9, y, f"micro-batch {i}\n(b, ...)", False, 1.3, 0.75, 9.5)
         draw_box(axes, 2.75, y, "encoder,\nno graph", False, 1.2, 0.75, 9.5)
         draw_arrow(axes, (1.57, y), (2.13, y))
-        draw_arrow(axes, (3.37, y), (4.03, y))
-        axes.text(3.7, y + 0.07, "(b, M)", ha="center", va="bottom", fontsize=8.5)
+        draw_arrow(axes, (3.37, y), (4.03, y), "(b, M)", fontsize=8.5)
         text = "encoder again, with a graph;\nbackward of\nsum(embedding * gradient)"
         draw_box(axes, 10.05, y, text, False, 3.1, 0.75, 9.5)
-        draw_arrow(axes, (7.62, y), (8.48, y))
-        axes.text(8.05, y + 0.07, "gradient\n(b, M)", ha="center", va="bottom", fontsize=8.5)
+        draw_arrow(axes, (7.62, y), (8.48, y), "gradient\n(b, M)", fontsize=8.5)
     for x, text in ((1.85, "1. embed"), (6.0, "2. differentiate"), (10.05, "3. embed again")):
         axes.text(x, 2.85, text, ha="center", fontsize=11, fontweight="bold")
     axes.set(xlim=(0.1, 11.75), ylim=(-0.55, 3.15))
@@ -455,8 +450,7 @@ def int8_layer() -> Diagram:
     ):
         (a, y, *_), (b, *_) = boxes[start], boxes[end]
         left, right = a + box_width(boxes[start][2]) / 2, b - box_width(boxes[end][2]) / 2
-        draw_arrow(axes, (left, y), (right, y))
-        axes.text((left + right) / 2, y + 0.12, label, ha="center", va="bottom", fontsize=8)
+        draw_arrow(axes, (left, y), (right, y), label, rise=0.12, fontsize=8)
     draw_arrow(axes, (5.2, -0.05), (5.2, 0.62))
     axes.plot([2.6, 2.6, 7.8], [1.38, 1.85, 1.85], color=GREY, linewidth=1)
     draw_arrow(axes, (7.8, 1.85), (7.8, 1.38))

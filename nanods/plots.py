@@ -205,10 +205,19 @@ def draw_box(
     axes.text(x, y, text, ha="center", va="center", fontsize=fontsize)
 
 
-def draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Draw an arrow of a diagram."""
+def draw_arrow(
+    axes: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    label: str = "",
+    rise: float = 0.07,
+    fontsize: float = 9,
+) -> None:
+    """Draw an arrow of a diagram, with a label `rise` above the middle of a level one."""
     style = {"arrowstyle": "-|>", "color": "#7d8590", "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=style)
+    middle = (start[0] + end[0]) / 2, start[1] + rise
+    axes.text(*middle, label, ha="center", va="bottom", fontsize=fontsize)
 
 
 def draw_chain(
@@ -228,8 +237,7 @@ def draw_chain(
             continue
         (a, *_, width_a), (b, *_, width_b) = start, end
         left, right = a + width_a / 2 + 0.03, b - width_b / 2 - 0.03
-        draw_arrow(axes, (left, y), (right, y))
-        axes.text((left + right) / 2, y + 0.07, label, ha="center", va="bottom", fontsize=9)
+        draw_arrow(axes, (left, y), (right, y), label)
 
 
 def label_below(figure: Figure, colours: dict[str, str]) -> None:
