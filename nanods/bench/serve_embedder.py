@@ -67,9 +67,8 @@ def in_one_queue(model: Multimodal, inputs: Sequence[Input], size: int = BATCH) 
         made = [None] * len(batch)
         for name in {name for name, _ in batch}:
             rows = [i for i, (other, _) in enumerate(batch) if other == name]
-            for i, embedding in zip(
-                rows, embed_batch(model, [batch[i] for i in rows]), strict=True
-            ):
+            embeddings, _ = embed_batch(model, [batch[i] for i in rows])
+            for i, embedding in zip(rows, embeddings, strict=True):
                 made[i] = embedding
         parts.append(torch.stack(made))
     return torch.cat(parts)

@@ -48,6 +48,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nanods.errors import UserError
 from nanods.multimodal import N_MELS, Multimodal
 from nanods.serving.engine import BusyError
+from nanods.training.metrics import stack_loads
 
 Input = tuple[str, Tensor]  # a modality, and one example of it without a batch dimension
 
@@ -62,14 +63,18 @@ def embed_one_by_one(model: Multimodal, inputs: Sequence[Input]) -> Tensor:
 
 
 @torch.no_grad()
-def embed_batch(model: Multimodal, inputs: Sequence[Input]) -> Tensor:
-    """Embed B inputs of one modality together, padded to the longest. Returns (B, M), on the CPU.
+def embed_batch(model: Multimodal, inputs: Sequence[Input]) -> tuple[Tensor, Tensor | None]:
+    """Embed B inputs of one modality together, padded to the longest.
 
-    Padding is -1, which `Text` masks; inputs of the other modalities have one shape.
+    Returns the embeddings (B, M) and the load of each layer's experts (L, E), None without experts,
+    both on the CPU. Padding is -1, which `Text` masks; inputs of the other modalities have one
+    shape.
     """
     device = next(model.parameters()).device
     batch = pad_sequence([x for _, x in inputs], batch_first=True, padding_value=-1)  # (B, T, ...)
-    return model.embed(inputs[0][0], batch.to(device))[0].cpu()
+    embeddings, stats = model.embed(inputs[0][0], batch.to(device))
+    load = stack_loads(stats)
+    return embeddings.cpu(), None if load is None else load.cpu()
 
 
 def count_tokens(model: Multimodal, name: str, x: Tensor) -> int:
@@ -184,6 +189,9 @@ class Totals:
     tokens: int = 0
     padding: int = 0
     """Tokens that were computed beside `tokens`, to make lengths equal."""
+    load: dict[str, Tensor] = field(default_factory=dict)
+    """(L, E): assignments of each expert of each layer, by trunk: "shared", or a modality with a
+    trunk of its own. Empty without experts."""
 
 
 class Embedder:
@@ -272,11 +280,12 @@ class Embedder:
             self.running = len(batch)
         if not batch:
             return False
+        load = None
         try:
-            results = embed_batch(self.model, [(item.name, item.x) for item in batch])
+            results, load = embed_batch(self.model, [(item.name, item.x) for item in batch])
         except Exception:  # it must end neither the thread nor the requests that are not at fault
             results = [self.embed_alone(item) for item in batch]
-        self.count(batch)
+        self.count(batch, load)
         for item, result in zip(batch, results, strict=True):
             self.answer(item, result)
         return True
@@ -289,13 +298,16 @@ class Embedder:
             traceback.print_exc(file=sys.stderr)
             return error
 
-    def count(self, batch: list[Item]) -> None:
-        """Add a batch to the totals."""
+    def count(self, batch: list[Item], load: Tensor | None) -> None:
+        """Add a batch and its experts' load (L, E) to the totals."""
         tokens = [item.tokens for item in batch]
         self.totals.batches += 1
         self.totals.inputs += len(batch)
         self.totals.tokens += sum(tokens)
         self.totals.padding += len(batch) * max(tokens) - sum(tokens)
+        if load is not None:
+            trunk = "shared" if self.model.config.shared else batch[0].name
+            self.totals.load[trunk] = load + self.totals.load.get(trunk, 0)
 
     def answer(self, item: Item, result: Tensor | Exception) -> None:
         """Give an item's result to its request, which is answered with its last item."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from nanods.serving.canary import canary
+from nanods.serving.embedder import Embedder
 from nanods.serving.engine import Engine
 from nanods.serving.models import ServedModel
 from nanods.serving.monitor import Monitor
@@ -43,14 +44,26 @@ class ModelMetrics:
             if isinstance(model.worker, Engine):
                 tokens.add_metric([name, "read"], totals.read_tokens)
                 tokens.add_metric([name, "new"], totals.new_tokens)
-                load = [] if totals.load is None else totals.load.tolist()  # (L, E)
-                for layer, row in enumerate(load):
-                    for expert, count in enumerate(row):
-                        experts.add_metric([name, str(layer), str(expert)], count)
             else:
                 tokens.add_metric([name, "read"], totals.tokens)
                 inputs.add_metric([name], totals.inputs)
+            for layer, row in loads_by_layer(model.worker):
+                for expert, count in enumerate(row):
+                    experts.add_metric([name, layer, str(expert)], count)
         yield from (running, waiting, tokens, inputs, experts)
+
+
+def loads_by_layer(worker: Engine | Embedder) -> Iterator[tuple[str, list[int]]]:
+    """Yield the name of each layer with experts, and the load (E,) of these.
+
+    The name is the layer's number; with a trunk per modality "text 0" and so on.
+    """
+    load = worker.totals.load
+    if isinstance(worker, Engine):
+        load = {} if load is None else {"shared": load}
+    for trunk, by_layer in list(load.items()):  # a copy: the worker may add a trunk meanwhile
+        for layer, row in enumerate(by_layer.tolist()):
+            yield (str(layer) if trunk == "shared" else f"{trunk} {layer}"), row
 
 
 def watch_models(monitor: Monitor, models: dict[str, ServedModel], canary_minutes: float) -> None:

@@ -78,8 +78,30 @@ def test_padding_changes_no_embedding():
     model = make_model(MOE_TRUNK)
     texts = [x for x in random_inputs(30) if x[0] == "text"]
     assert len({len(x) for _, x in texts}) > 5, "the batch is padded"
-    together = embed_batch(model, texts)
+    together, _ = embed_batch(model, texts)
     torch.testing.assert_close(together, embed_one_by_one(model, texts), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_load_counts_each_input_and_no_padding(shared):
+    model, inputs = make_model(MOE_TRUNK, shared=shared), random_inputs(20)
+    expected = {}
+    for name, x in inputs:
+        load = torch.stack([layer["load"] for layer in model.embed(name, x[None])[1]])  # (L, E)
+        key = "shared" if shared else name
+        expected[key] = load + expected.get(key, 0)
+    embedder = Embedder(model, max_tokens=64)
+    embedder.submit(inputs)
+    embedder.close()
+    embedder.run()
+    assert embedder.totals.padding > 0 and embedder.totals.load.keys() == expected.keys()
+    for trunk, load in embedder.totals.load.items():
+        assert torch.equal(load, expected[trunk]), trunk
+    dense = Embedder(make_model())
+    dense.submit(inputs)
+    dense.close()
+    dense.run()
+    assert dense.totals.load == {}
 
 
 def test_the_reference_gives_each_input_of_a_request_its_own_row():
@@ -259,7 +281,8 @@ def test_a_request_cancelled_while_it_is_computed_harms_nobody(monkeypatch):
 
 
 def test_thousands_of_random_events_leave_nothing_behind(monkeypatch):
-    monkeypatch.setattr(module, "embed_batch", lambda model, inputs: torch.zeros(len(inputs), 6))
+    zeros = lambda model, inputs: (torch.zeros(len(inputs), 6), None)  # noqa: E731
+    monkeypatch.setattr(module, "embed_batch", zeros)
     embedder, generator = Embedder(make_model(), 64, max_waiting=60), random.Random(0)
     pool, alive, refused, outcomes = random_inputs(50), [], 0, {"answered": 0, "cancelled": 0}
     references = weakref.WeakSet()

@@ -31,11 +31,11 @@ def text_model(preset="v2-tiny", name="text", **options):
     return language_model(name, finished_run(preset), **{"slots": 4, "max_waiting": 50} | options)
 
 
-def space_model(monkeypatch, images):
+def space_model(monkeypatch, images, n_expert=1):
     examples = Examples(np.arange(len(images)), [f"number {i}" for i in range(len(images))], images)
     held_out = SavedGallery(examples, frozenset())
     monkeypatch.setattr("nanods.serving.models.held_out_examples", lambda *args: held_out)
-    run = finished_run("v3-tiny", data="photos")
+    run = finished_run("v3-tiny", data="photos", n_expert=n_expert)
     modalities = replace(run.config.multimodal, modalities=("text", "image"))
     run = replace(run, config=replace(run.config, multimodal=modalities))
     return embedding_model("space", run, max_waiting=50)
@@ -161,6 +161,27 @@ def test_inputs_are_compared_with_the_gallery(monkeypatch, scores):
     read = found['nanods_model_tokens_total{kind="read",model="space"}']
     assert read == model.worker.totals.tokens > 0
     assert calls(found) == {"embedding ok": 1, "search ok": 1}
+
+
+def test_the_load_of_a_spaces_experts_is_counted(monkeypatch, scores):
+    images = np.random.default_rng(0).random((4, 3, 32, 32), np.float32)
+    running = Running([space_model(monkeypatch, images, n_expert=4)])
+    try:
+        body = {"model": "space", "input": ["number 1", "another"]}
+        assert httpx.post(f"{running.url}/v1/embeddings", json=body, timeout=20).status_code == 200
+        found = scrape(running)
+    finally:
+        running.close()
+    load = [  # (L, E)
+        [
+            found[f'nanods_expert_tokens_total{{expert="{e}",layer="{layer}",model="space"}}']
+            for e in range(4)
+        ]
+        for layer in range(2)
+    ]
+    totals = running.models["space"].worker.totals
+    assert load == totals.load["shared"].tolist()
+    assert sum(load[0]) == sum(load[1]) == 2 * totals.tokens > 0, "two experts a token"
 
 
 def test_metrics_need_the_token():

@@ -52,11 +52,13 @@ from tests.serving.test_engine import alone
 from tests.serving.test_search import png_of_zeros
 
 
-def finished_run(preset, answers=False, data="pydocs"):
+def finished_run(preset, answers=False, data="pydocs", n_expert=None):
     """Return a run of a tiny model with random weights, as if it had been trained."""
     torch.manual_seed(0)
     config = PRESETS[preset]
     small = replace(config.model, n_layer=2, n_head=2, n_embd=16, context_length=64)
+    if n_expert:
+        small = replace(small, moe=replace(small.moe, n_expert=n_expert))
     config = replace(config, model=small, data=data)
     if preset == "v3-tiny":
         model, tokenizer = build_model(config), ByteTokenizer()
