@@ -49,7 +49,7 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
     (..., R, C) -> (..., R, C); each matrix is treated by itself.
     """
     a, b, c = COEFFICIENTS
-    X = G.to(products_dtype(G)).flatten(0, -3)  # (N, R, C)
+    X = G.to(products_dtype(G)).reshape(-1, *G.shape[-2:])  # (N, R, C)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT  # X X^T is then the smaller of the two products

@@ -85,7 +85,13 @@ def run(path: Path, inplace: bool) -> list[str]:
     """Execute a notebook. Return what is wrong with it."""
     committed = nbformat.read(path, as_version=4)
     executed = nbformat.read(path, as_version=4)
-    client = NotebookClient(executed, timeout=TIMEOUT, resources={"metadata": {"path": LESSONS}})
+    # The times of the cells would change the file at each execution.
+    client = NotebookClient(
+        executed,
+        timeout=TIMEOUT,
+        record_timing=False,
+        resources={"metadata": {"path": LESSONS}},
+    )
     try:
         client.execute()
     except CellExecutionError as error:

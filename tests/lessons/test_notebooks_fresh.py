@@ -84,6 +84,7 @@ def test_every_code_cell_was_executed_in_order_and_without_errors(path):
     for cell in cells:
         errors = [output for output in cell["outputs"] if output["output_type"] == "error"]
         assert not errors, "".join(cell["source"])
+        assert "execution" not in cell["metadata"], "a time: each execution would change it"
 
 
 @each_notebook

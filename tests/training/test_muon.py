@@ -24,8 +24,10 @@ def test_updates_are_nearly_orthogonal(shape, dtype):
 
 def test_a_stack_gives_what_each_matrix_gives_alone():
     G = torch.randn(5, 12, 30, dtype=torch.float64)
-    alone = torch.cat([orthogonalise(matrix[None]) for matrix in G])
+    alone = torch.stack([orthogonalise(matrix) for matrix in G])
     assert (orthogonalise(G) - alone).abs().max() < 1e-12
+    nested = G[:4].view(2, 2, 12, 30)
+    assert torch.equal(orthogonalise(nested).view(4, 12, 30), orthogonalise(G[:4]))
     assert (orthogonalise(torch.zeros(2, 4, 4)) == 0).all()  # no gradient, no update
 
 
