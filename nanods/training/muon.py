@@ -8,8 +8,9 @@ update, times sqrt(R / C) for a tall matrix (R, C), so one rate suits all widths
 
 `torch.optim.Muon` is the same algorithm, one matrix at a time and always in bf16. Here matrices of
 one shape are stacked, which makes the products large enough to be efficient. A CPU without bf16
-units, which would have to emulate them, orthogonalises in the weights' own dtype (LOG.md has the
-figures). fp64 stays fp64 everywhere, so that runs can be compared exactly.
+units, which would have to emulate them, orthogonalises in the weights' own dtype, wide matrices by
+fewer operations (LOG.md has the figures). fp64 stays fp64 everywhere, so that runs can be compared
+exactly.
 
 Pinned by tests/training/test_muon.py: it agrees with torch.optim.Muon. Shapes: N matrices (R, C), E
 experts.
@@ -48,17 +49,49 @@ def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
 
     (..., R, C) -> (..., R, C); each matrix is treated by itself.
     """
-    a, b, c = COEFFICIENTS
     X = G.to(products_dtype(G)).reshape(-1, *G.shape[-2:])  # (N, R, C)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT  # X X^T is then the smaller of the two products
     # Singular values of at most 1, where the iteration converges.
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    is_wide = X.size(-1) >= 2 * X.size(-2)
+    if is_wide and X.dtype != torch.bfloat16:
+        X = iterate_product(X, steps)  # the same in fewer operations
+    else:
+        X = iterate_matrix(X, steps)
+    return (X.mT if tall else X).to(G.dtype).view(G.shape)
+
+
+def iterate_matrix(X: Tensor, steps: int) -> Tensor:
+    """Apply the Newton-Schulz step to matrices, `steps` times: (N, R, C) -> (N, R, C)."""
+    a, b, c = COEFFICIENTS
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).to(G.dtype).view(G.shape)
+    return X
+
+
+def iterate_product(X: Tensor, steps: int) -> Tensor:
+    """Do what iterate_matrix does in fewer operations for wide matrices: half of them if C = 4 R.
+
+    A step is X <- P X with P = a I + b A + c A^2 and A = X X^T. So A becomes P A P: the steps need
+    this small matrix alone, and the product Q of all P is applied to X at the end. Not for bf16: A
+    squares the singular values, and each step multiplies the rounding of small ones by a^2.
+    """
+    a, b, c = COEFFICIENTS
+    identity = torch.eye(X.size(-2), dtype=X.dtype, device=X.device)
+
+    def factor(A: Tensor) -> Tensor:
+        return torch.baddbmm(A, A, A, beta=b, alpha=c) + a * identity
+
+    A = X @ X.mT  # (N, R, R)
+    P = Q = factor(A)
+    for _ in range(steps - 1):
+        A = P @ A @ P
+        P = factor(A)
+        Q = P @ Q
+    return Q @ X
 
 
 class Muon(torch.optim.Optimizer):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanods.training.muon import Muon, fast_bf16, orthogonalise
+from nanods.training import muon
+from nanods.training.muon import Muon, fast_bf16, iterate_matrix, iterate_product, orthogonalise
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -29,6 +30,28 @@ def test_a_stack_gives_what_each_matrix_gives_alone():
     nested = G[:4].view(2, 2, 12, 30)
     assert torch.equal(orthogonalise(nested).view(4, 12, 30), orthogonalise(G[:4]))
     assert (orthogonalise(torch.zeros(2, 4, 4)) == 0).all()  # no gradient, no update
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("decay", [0, 1, 4])  # singular values 1 / k^decay
+def test_iterating_the_product_equals_iterating_the_matrix(steps, decay):
+    generator = torch.Generator().manual_seed(0)
+    U, _, V = torch.linalg.svd(
+        torch.randn(3, 16, 40, generator=generator, dtype=torch.float64), full_matrices=False
+    )
+    X = U * torch.arange(1, 17) ** -float(decay) @ V
+    X = X / X.norm(dim=(-2, -1), keepdim=True)
+    exact = iterate_matrix(X, steps)
+    assert (iterate_product(X, steps) - exact).abs().max() < 1e-11
+    assert (iterate_product(X.float(), steps) - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_bf16_never_iterates_the_product(monkeypatch):
+    G = torch.randn(2, 4, 12, dtype=torch.bfloat16)
+    monkeypatch.setattr(muon, "iterate_product", None)
+    assert orthogonalise(G).shape == G.shape
+    with pytest.raises(TypeError):
+        orthogonalise(G.double())  # it is wide, so it would
 
 
 def test_fp64_is_not_rounded_and_bf16_is_used_where_it_is_fast(monkeypatch):
