@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from nanods.plots import BLUE, COLOURS, GREY, ORANGE
 
@@ -74,7 +75,8 @@ def size_against_quality(
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     markers = {}
-    for (model, formats), colour in zip(points.items(), COLOURS, strict=False):
+    colours = [colour for colour in COLOURS if colour != GREY]  # grey: the legend of the markers
+    for (model, formats), colour in zip(points.items(), colours, strict=False):
         sizes, qualities = zip(*formats.values(), strict=True)
         axes.plot(sizes, qualities, "-", color=colour, linewidth=1, label=model)
         for (name, (size, quality)), marker in zip(formats.items(), "osD^v", strict=False):
@@ -83,6 +85,9 @@ def size_against_quality(
     for name, marker in markers.items():
         axes.plot([], [], marker, color=GREY, label=name)
     axes.set(xlabel="size of the weights (MiB)", ylabel=ylabel, xscale="log", title=title)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.margins(y=0.15)
     axes.legend(frameon=False)
     return figure

@@ -137,6 +137,11 @@ def compression_figures():
     qat = bench["qat"]
     lost_8 = mean(run["8"] - fp32 for run, fp32 in zip(qat["by_bits"], qat["trained"], strict=True))
     closed = {bits: qat[f"{bits} bits"]["mean_closed"] for bits in (4, 2)}
+    sizes = bench["sizes"]
+    fp8_lost = [
+        f"{sizes[preset]['lost']['fp8']:.4f}" for preset in ("v0-tiny", "v1-tiny", "v2-tiny")
+    ]
+    recall = sizes["v3-tiny"]["quality"]
 
     def lost(bits):
         return mean(qat[f"{bits} bits"]["after_training"]) - mean(qat["fp32"])
@@ -165,7 +170,9 @@ def compression_figures():
         ],
         "D.3": [
             f"`v2-tiny` becomes {smaller('v2-tiny')} times smaller, `v1-tiny` "
-            f"{smaller('v1-tiny')} and `v3-tiny` {smaller('v3-tiny')}"
+            f"{smaller('v1-tiny')} and `v3-tiny` {smaller('v3-tiny')}",
+            "lose " + ", ".join(fp8_lost[:2]) + f" and {fp8_lost[2]} bits per byte",
+            f"goes from {recall['fp32']:.4f} to {recall['fp8']:.4f}",
         ],
     }
 
