@@ -93,9 +93,8 @@ def evaluate(args: Args) -> dict:
         task = contrastive_task(finished, device, other, args.examples)
         read, number = describe_examples(task), len(task.gallery.ids)
     elif is_instructions(other or saved.data):
-        task = InstructionTask(replace(saved, **instruction_data(saved, other)), device)
-        if task.tokenizer.to_json() != finished.tokenizer.to_json():
-            raise UserError(f"--data {task.data.name}: the run's BPE reads text only; give a text")
+        changed = replace(saved, **instruction_data(saved, other))
+        task = InstructionTask(changed, device, tokenizer=finished.tokenizer)
         read, number = task.describe_data(), sum(map(len, task.data.val_rows.values()))
     else:
         task = language_task(finished, device, other)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nanods import config as ladder
 from nanods.build import build_meta_model, build_model
 from nanods.config import Config
+from nanods.data.tokenizer import tokenizer_from_json
 from nanods.distributed import checkpoint as sharded_checkpoint
 from nanods.distributed.data_parallel import orthogonalise_distributed
 from nanods.distributed.process_groups import ProcessGroups
@@ -117,7 +118,8 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     teacher = load_teacher(config) if config.teacher else None
     device = choose_device(config, processes.world_size)
     precision = choose_precision(config, device)
-    task = make_task(config, device)
+    tokenizer = tokenizer_from_json(saved.state["tokenizer"]) if saved else None
+    task = make_task(config, device, tokenizer)
     config = task.config  # V3: with the modalities of the data
     processes.local_batch(config.batch_size)  # refuses a batch that does not divide
     print(f"processes  {processes}")
@@ -126,10 +128,20 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
             f"--data {config.data} has changed since {saved.path} was saved: "
             "restore the old data, or start a new run"
         )
+    if saved and saved.state["tokenizer"] != task.tokenizer.to_json():
+        raise UserError(
+            f"--data {config.data}: its tokenizer is not the one that {saved.path} was saved with: "
+            "restore the old data folder, or start a new run"
+        )
     if processes.is_sharded and precision.dtype == torch.float16:
         raise UserError(
             f"--dtype fp16, --mesh {processes.mesh}: a gradient that overflows shows on one "
             "process only; use bf16 or fp32"
+        )
+    if config.quantize != "off" and precision.dtype == torch.float16:
+        raise UserError(
+            f"--quantize {config.quantize}, --dtype fp16: a sum of products of 8-bit integers "
+            "exceeds what fp16 holds; use bf16 or fp32"
         )
     if config.quantize != "off" and processes.is_sharded:
         raise UserError(

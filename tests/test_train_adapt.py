@@ -96,6 +96,28 @@ def test_an_answer_ends_where_the_model_ends_it(program, base):
     assert code == 0 and out == "bcd\n"
 
 
+def test_a_fine_tuned_run_keeps_its_tokenizer(program, base):
+    """Where the base run is gone, or was trained anew on another text."""
+    pytest.importorskip("tokenizers")
+    first = ["train", *V1, "--vocab-size", 300, "--steps", 2, "--out-dir", "bpe"]
+    assert program(*first, "--data", "text.txt")[0] == 0
+    flags = ["--vocab-size", 300, "--init-from", "bpe", "--steps", 4, "--save-every", 2]
+    assert program(*finetune(*flags, "--out-dir", "whole"))[0] == 0
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/step_000004")
+    shutil.rmtree("cut/best")
+    shutil.rmtree("bpe")
+    code, _, err = program("train", *V1, "--data", TASKS, "--resume", "--out-dir", "cut")
+    assert code == 0, err
+    (base / "other.txt").write_text((base / "text.txt").read_text()[::-1])
+    assert program(*first, "--data", "other.txt")[0] == 0
+    val_bpb = metrics(base / "whole")[-1]["val_bpb"]
+    assert weights(base / "cut") == weights(base / "whole")
+    assert metrics(base / "cut")[-1]["val_bpb"] == val_bpb
+    code, out, err = program("evaluate", "whole", "--json", "-")
+    assert code == 0 and json.loads(out)["metrics"]["val_bpb"] == pytest.approx(val_bpb, rel=1e-2)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_run_with_ewc_resumes_bitwise(program, base, killed_at, optimizer):
     """It needs neither the other run nor its data any more."""
@@ -156,12 +178,14 @@ def test_the_penalty_enters_once_a_step_whatever_the_micro_batch(program, base):
 def test_tasks_add_up_over_three_runs(program, base):
     """The third run holds what the second one held, and the second one's own task: its answers."""
     flags = [*V1, "--ewc-sequences", 8, "--steps", 3, "--dtype", "fp64"]
-    for data, old, out in ((TASKS, "base", "second"), ("text.txt", "second", "third")):
+    runs = [(TASKS, "base", "second"), ("text.txt", "second", "third")]
+    runs.append(("text.txt", "second/best", "from-best"))
+    for data, old, out in runs:
         code, printed, err = program(
             "train", *flags, "--data", data, "--ewc", old, "--out-dir", out
         )
         assert code == 0, err
-    assert "and what that run held" in printed
+        assert ("and what that run held" in printed) == (old != "base")
     code, *_ = program(
         "train", *flags, "--data", "text.txt", "--ewc", "second", "--ewc-fisher", "data",
         "--out-dir", "data",

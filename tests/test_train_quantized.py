@@ -84,6 +84,7 @@ def test_a_run_of_4_bits_is_not_turned_into_another_format(train_tiny, workspace
         (("--quantize", "int5"), "int5"),
         (("--quantize", "int8", "--quantize-from", -1), "quantize-from"),
         (("--quantize", "int8", "--mesh", "fsdp=2"), "mesh"),
+        (("--quantize", "int8", "--dtype", "fp16"), "exceeds what fp16 holds"),
     ],
 )
 def test_mistakes_are_refused(train_tiny, flags, message):

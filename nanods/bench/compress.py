@@ -109,7 +109,7 @@ def continued(seed: int, runs: Path, bits: int | None = None) -> Job:
 def evaluation_task(finished: FinishedRun) -> Task:
     """Return the task of a run, which evaluates EVAL_TOKENS tokens."""
     config = replace(finished.config, eval_tokens=EVAL_TOKENS, teacher=None)
-    return make_task(config, torch.device("cpu"))
+    return make_task(config, torch.device("cpu"), finished.tokenizer)
 
 
 def headline(task: Task, model: nn.Module) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nanods.build import build_model
 from nanods.config import Config, from_dict
 from nanods.data.download import write_and_rename
+from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError
 from nanods.ewc import Consolidation, consolidate, fisher_diagonal, trainable
 from nanods.training import checkpoint
@@ -97,9 +98,11 @@ def make(
         how = f"{config.ewc_fisher}, of {len(sequences):,} sequences of {source.data}"
     trace = sum(F.sum().item() for F in fisher.values())
     held, also = Consolidation(weights, fisher), ""
-    if (Path(config.ewc) / FILE).exists():
-        held = consolidate(load(Path(config.ewc), device, dtype), held)
-        also = "; and what that run held"
+    folder = Path(config.ewc)
+    for run_dir in (folder, folder.parent) if folder.name == checkpoint.BEST else (folder,):
+        if (run_dir / FILE).exists():  # RUN/best is a part of RUN
+            held = consolidate(load(run_dir, device, dtype), held)
+            also = "; and what that run held"
     print(f"ewc        {saved.path}: Fisher information {how}, trace {trace:.6g}{also}")
     return held
 
@@ -113,7 +116,7 @@ def read_sequences(
         source, batch_size=config.ewc_sequences, micro_batch=None, seed=config.seed, resume=True
     )
     try:
-        task = make_task(source, device)
+        task = make_task(source, device, tokenizer_from_json(saved.state["tokenizer"]))
     except UserError as error:
         raise UserError(f"--ewc {config.ewc}: its data cannot be read: {error}") from None
     if task.data.sha256 != saved.state["data_sha256"]:

@@ -91,16 +91,21 @@ class InstructionTask:
     higher_is_better = False
 
     def __init__(
-        self, config: Config, device: torch.device, data: Instructions | None = None
+        self,
+        config: Config,
+        device: torch.device,
+        data: Instructions | None = None,
+        tokenizer: ByteTokenizer | BPETokenizer | None = None,
     ) -> None:
-        """`data` replaces the data set that the configuration names. Raises UserError for a file
-        that cannot be used, and for a --mix that does not fit its tasks."""
+        """`data` replaces the data set that the configuration names, `tokenizer` that of the run
+        that it starts from. Raises UserError for a file that cannot be used, and for a --mix that
+        does not fit its tasks."""
         if config.teacher:
             raise UserError("--teacher is for texts and V3: leave it out with instructions")
         self.config, self.device, self.T = config, device, config.model.context_length
         self.teacher = None
         loaded = data or load_instructions(config.data, config.val_data, config.val_fraction)
-        self.started_on, self.tokenizer = choose_tokenizer(config, loaded)
+        self.started_on, self.tokenizer = choose_tokenizer(config, loaded, tokenizer)
         encoder = Encoder(self.tokenizer, self.T)
         train_rows, val_rows = (
             rows_by_task(split, encoder) for split in (loaded.train, loaded.val)
@@ -307,10 +312,10 @@ class InstructionTask:
 
 
 def choose_tokenizer(
-    config: Config, data: Instructions
+    config: Config, data: Instructions, tokenizer: ByteTokenizer | BPETokenizer | None
 ) -> tuple[str | None, ByteTokenizer | BPETokenizer]:
     """Return the data of the run that this one starts from, if it can be read, and the tokenizer:
-    bytes, or that run's BPE, or else one that is learnt on the examples."""
+    `tokenizer`, or else bytes, that run's BPE, or one that is learnt on the examples."""
     started_on, saved = None, None
     if config.init_from:
         try:
@@ -320,6 +325,8 @@ def choose_tokenizer(
                 raise
         else:
             started_on, saved = state["config"]["data"], state["tokenizer"]
+    if tokenizer:
+        return started_on, tokenizer
     if config.model.vocab_size <= 256 or saved is None:
         texts = (text for example in data.train for _, text in example.messages)
         return started_on, tokenizer_for("\n".join(texts), config.model.vocab_size)

@@ -15,7 +15,6 @@ import tyro
 from safetensors.torch import save_file
 from torch import nn
 
-from nanods.config import Config
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.quantize import choose_kernel, quantize, quantized_share
@@ -73,7 +72,7 @@ def quantize_run(finished: FinishedRun, format: str, out: Path, evaluate: bool =
         f"times smaller); {quantized_share(converted):.1%} of the numbers in {format}"
     )
     if evaluate:
-        print_evaluations(config, {"before": model, format: converted})
+        print_evaluations(finished, {"before": model, format: converted})
 
     def write_tensors(folder: Path) -> None:
         weights = {name: x.contiguous() for name, x in converted.state_dict().items()}
@@ -90,10 +89,10 @@ def size_of(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def print_evaluations(config: Config, models: dict[str, nn.Module]) -> None:
+def print_evaluations(finished: FinishedRun, models: dict[str, nn.Module]) -> None:
     """Print the validation figures of each model, or why there are none."""
     try:
-        task = make_task(config, torch.device("cpu"))
+        task = make_task(finished.config, torch.device("cpu"), finished.tokenizer)
     except UserError as error:
         print(f"warning: not evaluated: {error}", file=sys.stderr)
         return

@@ -109,13 +109,16 @@ class Task(Protocol):
         """Return a sample of what the model does, and the command that shows more."""
 
 
-def make_task(config: Config, device: torch.device) -> Task:
+def make_task(config: Config, device: torch.device, tokenizer: Any = None) -> Task:
     """Return the task of a configuration: contrastive learning where it names modalities, else
-    answering where the data are instructions, else language modelling."""
+    answering where the data are instructions, else language modelling.
+
+    `tokenizer`: that of the run, if it is not a new one. The one of a text belongs to its data set.
+    """
     if config.multimodal.modalities:
-        return ContrastiveTask(config, device)
+        return ContrastiveTask(config, device, tokenizer=tokenizer)
     if is_instructions(config.data):
-        return InstructionTask(config, device)
+        return InstructionTask(config, device, tokenizer=tokenizer)
     if config.mix:
         raise UserError(f"--mix {config.mix}: --data {config.data} are no instructions with tasks")
     return LanguageTask(config, device)
