@@ -291,7 +291,42 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
         config = replace(config, lr=ADAMW_LR)
     if config.ewc and not config.init_from:
         config = replace(config, init_from=config.ewc)
-    return finetune(config, typed) if config.stage == "finetune" else config
+    if config.stage == "finetune":
+        config = finetune(config, typed)
+    for name, reason in without_effect(config).items():
+        if name in typed:
+            print(f"notice     --{name} has no effect: {reason}")
+    return config
+
+
+def without_effect(config: Config) -> dict[str, str]:
+    """Return the flags that change nothing beside the others of a configuration, and why."""
+    moe, attention = config.model.moe, config.model.attention
+    rules = (  # if it holds, the reason, and how the names of the flags begin
+        (
+            moe.n_expert == 1,
+            "the model has no experts (--moe.n-expert 1)",
+            ("moe.", "expert-", "init-noise"),
+        ),
+        (moe.capacity_factor is None, "there is no --moe.capacity-factor", ("moe.priority",)),
+        (attention.kind == "dense", "attention is dense (--attention.kind)", ("attention.",)),
+        (bool(config.multimodal.modalities), "V3's grids have a base of their own", ("rope-base",)),
+        (not config.multimodal.modalities, "the model reads text alone", ("multimodal.",)),
+        (bool(config.val_data), "--val-data is the validation data", ("val-fraction",)),
+        (config.teacher is None, "there is no --teacher", ("distill-",)),
+        (config.ewc is None, "there is no --ewc", ("ewc-",)),
+        (config.quantize == "off", "there is no --quantize", ("quantize-from",)),
+        (config.quantize_from >= config.steps, "the run ends before it begins", ("quantize",)),
+        (config.init_from is None, "there is no --init-from", ("init-noise",)),
+        (config.optimizer == "adamw", "AdamW updates all weights", ("momentum", "expert-")),
+    )
+    switches = ("moe.n-expert", "attention.kind", "multimodal.modalities")
+    reasons = {}
+    for holds, reason, beginnings in rules:
+        for name in flatten(config) if holds else ():
+            if name.startswith(beginnings) and name not in switches:
+                reasons.setdefault(name, reason)
+    return reasons
 
 
 def finetune(config: Config, typed: Collection[str]) -> Config:

@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from nanods.config import PRESETS, V0, V1, flatten, from_dict, resolve_resume, to_dict
+from nanods.config import (
+    PRESETS,
+    V0,
+    V1,
+    flatten,
+    from_command_line,
+    from_dict,
+    resolve_resume,
+    to_dict,
+)
 from nanods.errors import UserError
 
 
@@ -59,3 +68,35 @@ def test_flag_names_are_unique():
     assert (
         len(flatten(PRESETS["v2-tiny"])) == sum(map(len, parts)) - 4
     )  # without the names of the nested configurations
+
+
+# ---- flags without effect ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        ("v0-tiny --moe.scores sigmoid --expert-lr 0.1", "moe.scores expert-lr"),
+        ("v0-tiny --moe.no-normalise", "moe.normalise"),
+        ("v0-tiny --attention.block-size 8", "attention.block-size"),
+        ("v0-tiny --attention.kind block --attention.block-size 8", ""),
+        ("v0-tiny --moe.n-expert 4 --moe.scores sigmoid --moe.priority slot", "moe.priority"),
+        ("v2-tiny --moe.capacity-factor 1 --moe.priority slot --expert-lr 0.1", ""),
+        ("v2-tiny --optimizer adamw --momentum 0.8 --expert-every 2", "momentum expert-every"),
+        ("v0-tiny --rope-base 5 --multimodal.width 9", "multimodal.width"),
+        ("v3-tiny --rope-base 5 --multimodal.width 9", "rope-base"),
+        ("v0-tiny --val-data t.txt --val-fraction 0.5", "val-fraction"),
+        ("v2-tiny --distill-weight 0.1 --init-noise 0.1", "distill-weight init-noise"),
+        ("v0-tiny --ewc-lambda 2 --ewc-fisher data", "ewc-lambda ewc-fisher"),
+        ("v0-tiny --ewc runs/a --ewc-lambda 2 --init-noise 0.1", "init-noise"),
+        ("v2-tiny --ewc runs/a --ewc-lambda 2 --init-noise 0.1", ""),
+        ("v0-tiny --quantize-from 5", "quantize-from"),
+        ("v0-tiny --quantize int2 --quantize-from 5", ""),
+        ("v0-tiny --quantize int2 --quantize-from 9 --steps 9", "quantize quantize-from"),
+    ],
+)
+def test_flags_without_effect_are_named(capsys, words, unused):
+    from_command_line("", words.split())
+    lines = capsys.readouterr().out.splitlines()
+    named = {line.split("--")[1].split(" ")[0] for line in lines if "has no effect" in line}
+    assert named == set(unused.split())
