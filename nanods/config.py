@@ -4,9 +4,9 @@
     V3 = replace(V2, multimodal=...)
 
 A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is
-GPT-2's size (124M parameters, one GPU); base needs one node of GPUs; full is the article's size,
-for hundreds of GPUs: plan it first (--plan). Every field can be set on the command line, has a
-type, and is saved in every checkpoint.
+GPT-2's size (124M parameters, and 38M in a head of its own; one GPU); base needs one node of GPUs;
+full is the article's size, for hundreds of GPUs: plan it first (--plan). Every field can be set on
+the command line, has a type, and is saved in every checkpoint.
 """
 
 import dataclasses
@@ -386,8 +386,8 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(saved: dict) -> Config:
-    """Do the inverse of `to_dict`. Raises UserError if a field is missing or unknown, as in a
-    checkpoint of another version."""
+    """Do the inverse of `to_dict`. Raises UserError for an unknown field, or if one without a
+    default is missing, as in a checkpoint of another version."""
     try:
         model = dict(saved["model"])
         model["attention"] = AttentionConfig(**model["attention"])

@@ -43,6 +43,9 @@ def test_a_worked_example():
     # 0.5 / (1/3) = 1.5, and halves round to even.
     assert q.round_to_grid(x, scale, 3).tolist() == [[2, -3, 1], [0, 0, 0]]
     assert q.grid_scale(x, 3, axis=None).item() == pytest.approx(1 / 3)
+    subnormal = torch.tensor([[1e-44, 0.0]])  # its scale would underflow to 0
+    assert q.fake_quantize(subnormal, 8).tolist() == [[0, 0]]
+    assert q.quantize_fp8(subnormal)[0].float().tolist() == [[0, 0]]
 
 
 @given(st.integers(2, 8), st.integers(0, 2**32 - 1), st.floats(1e-30, 1e30))
