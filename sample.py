@@ -36,6 +36,7 @@ from nanods.data.scenes import check_scene_words, normalized_log_mel
 from nanods.data.sound import RATE, samples_of, wav_seconds, write_wav
 from nanods.distributed.rendezvous import run_distributed
 from nanods.errors import UserError
+from nanods.files import write_and_rename
 from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
@@ -358,10 +359,12 @@ def retrieve(args: Args, config: Config, model: Multimodal, tokenizer, run_dir: 
             continue
         if name == "image":
             files.append(run_dir / "found_image.png")
-            matplotlib.image.imsave(files[-1], gallery.shown[best[0]].transpose(1, 2, 0))
+            pixels = gallery.shown[best[0]].transpose(1, 2, 0)
+            write_and_rename(files[-1], lambda file, x=pixels: matplotlib.image.imsave(file, x))
         elif name == "audio":
             files.append(run_dir / "found_audio.wav")
-            write_wav(files[-1], gallery.waves[best[0]])
+            wave = gallery.waves[best[0]]
+            write_and_rename(files[-1], lambda file, x=wave: write_wav(file, x))
     if is_main_process():
         plots.save(plots_multimodal.neighbours(rows, "what the query finds, best first"), files[0])
     print(f"wrote      {', '.join(map(str, files))}")

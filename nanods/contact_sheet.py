@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nanods.data.download import write_and_rename
 from nanods.data.sound import write_wav
+from nanods.files import write_and_rename
 
 CAPTION_LENGTH = 120  # characters that a cell shows; the whole caption appears under the pointer
 

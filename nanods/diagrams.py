@@ -9,6 +9,7 @@ the committed one, and tests/test_diagrams.py that of docs/architecture.png.
 """
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,9 +31,9 @@ class Diagram(Figure):
         self.drawing = self.add_axes((0.01, 0.01, 0.98, 0.98))
         self.drawing.axis("off")
 
-    def savefig(self, path: Path, **options: object) -> None:
+    def savefig(self, file: Path | BinaryIO, **options: object) -> None:
         """Write a PNG whose metadata has the words as its Description."""
-        super().savefig(path, metadata={"Description": repr(self)}, **options)
+        super().savefig(file, metadata={"Description": repr(self)}, **options)
 
     def __repr__(self) -> str:
         words = (" ".join(text.get_text().split()) for text in self.drawing.texts)

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nanods.files import write_and_rename
 from nanods.plots_text import columns, safe_text
 
 # Fonts with Chinese, Japanese and Korean characters, which matplotlib's own fonts do not have.
@@ -48,7 +49,7 @@ reported_characters: set[str] = set()  # those that a notice has already said no
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure to a file, at a lower resolution if it would exceed MAX_PIXELS.
+    """Write a figure to a PNG file, at a lower resolution if it would exceed MAX_PIXELS.
 
     Print one notice if no font has some of its characters, where matplotlib would print a warning
     for each.
@@ -56,7 +57,9 @@ def save(figure: Figure, path: Path) -> None:
     dpi = min(DPI, MAX_PIXELS / max(figure.get_size_inches()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure.savefig(path, dpi=dpi, bbox_inches="tight")
+        write_and_rename(
+            path, lambda file: figure.savefig(file, dpi=dpi, bbox_inches="tight", format="png")
+        )
     missing = set()
     for warning in caught:
         glyph = re.match(r"Glyph (\d+) .* missing from", str(warning.message), re.DOTALL)

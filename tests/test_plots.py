@@ -296,6 +296,22 @@ def test_a_picture_is_at_most_8000_pixels_high_and_wide(tmp_path):
     assert 7000 < height <= plots.MAX_PIXELS + 50
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    class Cut(Figure):
+        def savefig(self, file, **options):
+            with file if hasattr(file, "write") else file.open("wb") as opened:
+                opened.write(b"half")
+            raise OSError(28, "No space left on device")
+
+    path = tmp_path / "loss.png"
+    path.write_bytes(b"the old picture")
+    with pytest.raises(OSError, match="No space"):
+        plots.save(Cut(), path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
+        ("loss.png", b"the old picture")
+    ]
+
+
 def test_control_characters_are_visible_and_lengths_count_columns():
     assert plots_text.safe_text("a\x00b\tc\n") == "a\\x00b\u21e5c\u21b5"
     assert plots_text.safe_text("$$ $") == r"\$\$ \$"

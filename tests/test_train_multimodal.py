@@ -204,6 +204,22 @@ def test_each_modality_can_be_the_query(trained, program, workspace):
     assert code == 0 and "cut        the query, of 119 tokens, after 80, as in training" in out
 
 
+@pytest.mark.parametrize("name", ["found_image.png", "found_audio.wav", "found.png"])
+def test_a_full_disk_leaves_what_was_found_before(trained, program, monkeypatch, name):
+    (trained / name).write_bytes(b"found before")
+    real = type(trained).replace
+
+    def replace(temporary, path):
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return real(temporary, path)
+
+    monkeypatch.setattr(type(trained), "replace", replace)
+    code, _, err = program("sample", "v3-tiny", "--query", "a small red circle")
+    assert code == 2 and "the disk is full" in err and "Traceback" not in err
+    assert (trained / name).read_bytes() == b"found before"
+
+
 def test_a_folder_can_be_the_gallery(trained, program, workspace):
     folder, shown = workspace / "mine", scenes.gallery(4)
     folder.mkdir()

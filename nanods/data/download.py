@@ -11,7 +11,6 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from nanods.data.lock import lock
 from nanods.errors import OS_ERROR_FIXES, UserError
+from nanods.files import write_and_rename
 
 
 def data_dir() -> Path:
@@ -28,11 +28,7 @@ def data_dir() -> Path:
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that readers never see half of it.
-
-    `write` fills a temporary file in the same folder, which is then synced to disk and renamed to
-    `path`. Each writer has a temporary file with a unique name: of several writers the last rename
-    wins, and their contents never mix.
+    """Write a file of the data folder, by `write_and_rename`.
 
     Raises UserError if the folder cannot be written.
     """
@@ -40,21 +36,6 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write_and_rename(path, write)
     except OSError as error:
         raise write_error(path, error) from error
-
-
-def write_and_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Do what `write_atomic` does, outside the data folder too. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
 
 
 def write_error(path: Path, error: OSError) -> UserError:

@@ -38,8 +38,8 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from nanods.data.download import write_and_rename
 from nanods.errors import UserError
+from nanods.files import write_and_rename
 from nanods.serving.drift import Cusum, Reference, calibrate
 
 OPERATIONS = ("completion", "chat", "embedding", "search")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from nanods.build import build_model
 from nanods.config import Config, from_dict
-from nanods.data.download import write_and_rename
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.errors import UserError
 from nanods.ewc import Consolidation, consolidate, fisher_diagonal, trainable
+from nanods.files import write_and_rename
 from nanods.training import checkpoint
 from nanods.training.instruction_task import IGNORED, Batch
 from nanods.training.language_task import cross_entropy
