@@ -128,10 +128,12 @@ def link_best(run_dir: Path, step: int) -> bool:
 def write_folder(run_dir: Path, step: int, write_files: Callable[[Path], None], keep: int) -> None:
     """Let `write_files(folder)` write a checkpoint's files under a temporary name, and rename it.
 
-    Then delete all other checkpoints but the last `keep - 1`.
+    Then delete all other checkpoints but the last `keep - 1`. A checkpoint that this step has
+    already is deleted once the new one is in its place.
     """
     final = run_dir / f"step_{step:06d}"
     temporary = run_dir / f".writing-{final.name}"
+    replaced = run_dir / f".replaced-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     temporary.mkdir(parents=True)
     try:
@@ -144,12 +146,15 @@ def write_folder(run_dir: Path, step: int, write_files: Callable[[Path], None], 
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         if final.exists():  # this step's checkpoint is broken, or is written again
-            shutil.rmtree(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
         fsync(run_dir)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
     others = [path for path in list_checkpoints(run_dir) if path != final]
     for old in others[: len(others) + 1 - keep]:
         shutil.rmtree(old)

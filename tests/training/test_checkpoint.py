@@ -99,6 +99,25 @@ def test_a_failed_write_leaves_earlier_checkpoints_and_no_temporary_files(tmp_pa
     assert checkpoint.load(tmp_path).state["step"] == 1
 
 
+def test_a_checkpoint_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
+    save(tmp_path, 3, 1.0)
+    real = checkpoint.Path.rename
+
+    def rename(path, target):
+        if path.name.startswith(".writing"):
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Path, "rename", rename)
+        with pytest.raises(OSError, match="Input/output"):
+            save(tmp_path, 3, 2.0)
+    assert checkpoint.load(tmp_path).model["w"][0] == 1.0
+    save(tmp_path, 3, 2.0)
+    assert checkpoint.load(tmp_path).model["w"][0] == 2.0
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+
+
 def test_files_left_by_a_killed_writer_are_removed(tmp_path):
     done = save(tmp_path, 1)
     shutil.copytree(done, tmp_path / ".writing-step_000002")
