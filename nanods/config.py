@@ -273,6 +273,8 @@ PRESETS = {config.preset: config for version in (V0, V1, V2, V3) for config in v
 
 
 ADAMW_LR = 0.003  # the peak rate of --optimizer adamw, where --lr is not given
+OTHER_DEFAULTS = ("data", "steps", "lr", "expert-lr", "out-dir")
+"""Flags for which --optimizer adamw or --stage finetune have other defaults than the preset."""
 
 
 def from_command_line(description: str, args: list[str] | None = None) -> Config:

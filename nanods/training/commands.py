@@ -49,8 +49,14 @@ def train_program() -> list[str]:
 
 
 def changed_flags(config: Config, names: set[str]) -> list[str]:
-    """Return the flags, of those named, by which a configuration differs from its preset."""
+    """Return the flags, of those named, by which a configuration differs from its preset.
+
+    With --stage finetune or --optimizer adamw, the flags for which they have defaults of their own
+    are written even where the value is the preset's.
+    """
     values, defaults = ladder.flatten(config), ladder.flatten(ladder.PRESETS[config.preset])
+    if config.stage == "finetune" or config.optimizer == "adamw":
+        defaults |= dict.fromkeys(ladder.OTHER_DEFAULTS)
     words = []
     for name, value in values.items():
         if name not in names or name == "resume" or value == defaults[name]:

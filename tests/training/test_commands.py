@@ -17,6 +17,7 @@ from nanods.training.commands import (
     shorten,
 )
 
+FINETUNE = ["--stage", "finetune", "--init-from", "runs/v0", "--out-dir", "runs/tuned"]
 FLAGS = {
     "v0-tiny": ["--data", "a text's $HOME.txt", "--out-dir", "runs/it's; rm -rf *", "--lr", "3e-2"],
     "v1-tiny": ["--attention.method", "tile", "--micro-batch", "2", "--save-every", "7"],
@@ -30,6 +31,21 @@ def parse(command):
     _, program, *words = shlex.split(command)
     assert program == "train.py"
     return from_command_line("", words)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "adamw", "--lr", "0.02"],
+        [*FINETUNE, "--data", "pydocs", "--steps", "2000", "--lr", "0.02", "--expert-lr", "0.02"],
+        FINETUNE,
+    ],
+    ids=["adamw", "finetune", "defaults"],
+)
+def test_a_command_writes_the_flags_whose_default_is_not_the_presets(flags):
+    config = from_command_line("", ["v0-tiny", *flags])
+    assert parse(retry_command(config)) == config
+    assert parse(retry_command(config, lr=0.02)) == replace(config, lr=0.02)
 
 
 @pytest.mark.parametrize("preset", FLAGS)
