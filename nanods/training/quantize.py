@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nanods.errors import UserError, run
+from nanods.files import write_and_rename
 from nanods.flags import parse_args
 from nanods.quantize import choose_kernel, quantize, quantized_share
-from nanods.training import checkpoint
+from nanods.training import checkpoint, saved_gallery
 from nanods.training.commands import sample_command
 from nanods.training.finished_run import FinishedRun, load_run
 from nanods.training.setup import lock_run_directory
@@ -79,6 +80,11 @@ def quantize_run(finished: FinishedRun, format: str, out: Path, evaluate: bool =
         save_file(weights, folder / checkpoint.FILES[0])
         save_file({}, folder / checkpoint.FILES[1])  # no optimizer: training cannot go on
 
+    folders = (finished.folder, finished.folder.parent)  # RUN/best is a part of RUN
+    galleries = [folder / saved_gallery.FILE for folder in folders]
+    if gallery := next(filter(Path.is_file, galleries), None):
+        data = gallery.read_bytes()
+        write_and_rename(out / saved_gallery.FILE, lambda file: file.write(data))
     checkpoint.write_checkpoint(out, state["step"], state | {"format": format}, write_tensors)
     print(f"wrote      {out}. Sample it: {sample_command(out)}")
 

@@ -62,6 +62,17 @@ def test_a_quantised_run_is_read_as_any_other(tmp_path, text, capsys, preset, fo
     assert after < 0.6 * before
 
 
+@pytest.mark.parametrize("name", ["run", "run/best"])
+def test_a_run_of_v3_keeps_its_gallery(shapes, program, workspace, name):
+    finished, task = shapes
+    task.save_examples(finished.folder)
+    checkpoint.link_best(finished.folder, 7)
+    quantize_run(load_run(name, "cpu"), "int8", workspace / "small", evaluate=False)
+    (workspace / "shapes").rename(workspace / "moved")
+    code, out, err = program("sample", "small", "--query", "circle")
+    assert code == 0 and "image, the best of" in out, err
+
+
 def test_training_does_not_go_on_from_it(tmp_path, text):
     run_dir, out = tmp_path / "run", tmp_path / "small"
     config = tiny("v1-tiny", data=text)
