@@ -5,6 +5,7 @@ program with exit code 2. Every other exception is a bug of nanods and keeps its
 """
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -36,9 +37,12 @@ OS_ERROR_FIXES = {
 }
 
 
+BROKEN_PIPE = 128 + 13  # 13 is SIGPIPE, which Windows lacks
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`. Turn a mistake of the user into one message and exit code 2, and
-    Ctrl-C into exit code 130.
+    """Run a program's `main`. Turn a mistake of the user into one message and exit code 2, Ctrl-C
+    into exit code 130, and a reader of stdout that has closed it (`| head`) into exit code 141.
 
     Characters that the terminal or file behind stdout cannot take (LANG=C, say) are printed as "?".
     """
@@ -47,8 +51,13 @@ def run(main: Callable[[], None]) -> None:
     try:
         refuse_undecodable(sys.argv[1:])
         main()
+        print(end="", flush=True)
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:
+        # Python would flush stdout once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
     except OSError as error:
         if error.errno not in OS_ERROR_FIXES:
             raise

@@ -2,6 +2,7 @@
 module that Windows lacks."""
 
 import ast
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,6 +60,18 @@ def test_characters_that_stdout_cannot_take_are_replaced():
 def test_ctrl_c_ends_without_a_traceback():
     shown = run_python("def main():\n    raise KeyboardInterrupt\n\nrun(main)")
     assert (shown.returncode, shown.stdout, shown.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_closes_stdout_ends_the_program_quietly(lines):
+    """Also where Python writes to the pipe only as the program ends."""
+    code = f"run(lambda: [print('a line') for _ in range({lines})] and None)"
+    words = [sys.executable, "-c", f"from nanods.errors import run\n{code}"]
+    pipe, closed = os.pipe()
+    os.close(pipe)
+    shown = subprocess.run(words, stdout=closed, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(closed)
+    assert (shown.returncode, shown.stderr) == (141, b"")
 
 
 def test_a_word_that_is_not_utf8_gets_a_message():
