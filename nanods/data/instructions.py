@@ -290,6 +290,8 @@ def read_file(flag: str, name: str) -> tuple[str, list[Example]]:
         text = decode_text(name, Path(name).read_bytes())
     except OSError as error:
         raise UserError(f"{flag} {name}: cannot be read ({error.strerror})") from None
+    except UserError as error:
+        raise UserError(str(error).replace("--data", flag, 1)) from error
     examples = []
     for number, line in enumerate(lines(text), start=1):
         if line.strip():

@@ -102,7 +102,10 @@ def load_text(
     if val_data is not None:
         if Path(val_data).resolve() == Path(name_or_path).resolve():
             raise UserError(f"--val-data {val_data}: the same as --data; leave it out, or give one")
-        val_text, val_source = validation_text(val_data)
+        try:
+            val_text, val_source = validation_text(val_data)
+        except UserError as error:
+            raise UserError(str(error).replace("--data", "--val-data", 1)) from error
     fraction = 0.0 if val_data is not None else val_fraction
     if is_sharded_source(name_or_path):
         shards = load_shards(name_or_path, vocab_size, tokenizer_for, fraction)

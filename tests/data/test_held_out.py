@@ -169,11 +169,17 @@ def test_val_data_may_be_a_folder_or_a_table():
 
 @pytest.mark.parametrize(
     ("val_data", "message"),
-    [("text.txt", "the same as --data"), ("nowhere", "neither a file nor"), ("empty.txt", "empty")],
+    [
+        ("text.txt", "the same as --data"),
+        ("nowhere", "neither a file nor"),
+        ("empty.txt", "^--val-data empty.txt: the file is empty"),
+        ("corpus", "^--val-data corpus/a.jsonl: the line at byte 0"),
+    ],
 )
 def test_val_data_that_cannot_be_used(val_data, message):
     Path("text.txt").write_text("Training.\n" * 9)
     Path("empty.txt").touch()
+    write({"a.jsonl": "{"})
     with pytest.raises(UserError, match=message):
         load_text("text.txt", val_data=val_data)
 

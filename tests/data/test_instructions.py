@@ -223,6 +223,13 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, row, reason):
         load_instructions(write(tmp_path / "y.jsonl", good), name)
 
 
+def test_a_file_for_validation_that_is_no_text_is_named_by_its_flag(tmp_path):
+    name = write(tmp_path / "x.jsonl", {"prompt": "a", "answer": "b"})
+    (tmp_path / "val.jsonl").write_bytes(b"{\0}")
+    with pytest.raises(UserError, match=r"^--val-data .*val.jsonl: a binary file"):
+        load_instructions(name, str(tmp_path / "val.jsonl"))
+
+
 def test_equal_prompts_are_held_out_together(tmp_path):
     rows = [{"prompt": f"{i // 2}", "answer": f"{i}", "task": f"t{i % 4 // 2}"} for i in range(80)]
     data = load_instructions(write(tmp_path / "x.jsonl", *rows), val_fraction=0.1)
