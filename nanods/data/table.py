@@ -78,6 +78,8 @@ def parse_csv(source: str, text: str, delimiter: str) -> Table:
         raise UserError(
             f"--data {source}, line {reader.line_num:,}: not CSV ({error}); fix it"
         ) from error
+    if names is None:
+        raise UserError(f"--data {source}: all cells are empty. Write a header such as image,text")
     others = [name.strip() for name, column in zip(names, columns, strict=True) if not column]
     return Table(set(filter(None, columns)), rows, others)
 

@@ -265,6 +265,7 @@ MISTAKES = {
         "image,text,split\na.jpg,x,train\nb.jpg,y,holdout\n",
         "line 3: the split 'holdout' is unknown; write one of train, training, valid",
     ),
+    "no words": (" \n,,,\n", "all cells are empty. Write a header such as image,text"),
     "header alone": ("image,text\n", "no row can be used. It has no rows"),
     "nothing left": (
         "image,text\nx.jpg,one\n,two\na.jpg,\n",
