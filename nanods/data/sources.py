@@ -525,6 +525,7 @@ def csv_columns(path: Path) -> list[str]:
 
 def column_names(header: str) -> tuple[list[str], str]:
     """Return the names in the header of a table, and what separates them."""
+    csv.field_size_limit(2**31 - 1)  # of characters in a cell; Python's own is 131,072
     separator = max(",;\t", key=header.count)
     row = next(csv.reader([header], delimiter=separator), [])
     return [name.strip() for name in row], separator
@@ -541,7 +542,6 @@ def read_csv(path: Path) -> Iterator[str]:
 
     Raises UserError if there is no such column, and for rows that cannot be read.
     """
-    csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding=csv_encoding(path), newline="") as file:
             names, separator = column_names(file.readline())
