@@ -325,6 +325,8 @@ def read_example(row: object) -> Example:
     else:
         messages = [("user", row.get("prompt")), ("assistant", row.get("answer"))]
     check_messages(messages)
+    # JSON can hold lone surrogates ("\\ud800"), which UTF-8 cannot encode: they become "?".
+    messages = ((role, said.encode(errors="replace").decode()) for role, said in messages)
     return Example(task, tuple(messages))
 
 

@@ -187,6 +187,12 @@ def test_the_three_forms_of_a_line(tmp_path):
     assert [example.answer for example in data.val] == ["d"] and data.validation == val
 
 
+def test_lone_surrogates_become_question_marks(tmp_path):
+    row = {"prompt": "a\ud800b", "answer": "\udfff"}
+    data = load_instructions(write(tmp_path / "x.jsonl", row), write(tmp_path / "v.jsonl", row))
+    assert data.train[0].messages == (("user", "a?b"), ("assistant", "?"))
+
+
 def test_other_files_are_no_instructions(tmp_path):
     assert not is_instructions(write(tmp_path / "a.jsonl", {"text": "a"}))
     assert not is_instructions(write(tmp_path / "a.txt", {"prompt": "a", "answer": "b"}))
