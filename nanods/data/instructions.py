@@ -297,7 +297,7 @@ def read_file(flag: str, name: str) -> tuple[str, list[Example]]:
         if line.strip():
             try:
                 examples.append(read_example(json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{flag} {name}: line {number:,}: {error}; fix or delete this line"
                 ) from None

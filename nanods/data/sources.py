@@ -505,7 +505,7 @@ def read_jsonl(path: str, json_lines: Iterable[tuple[str, str]]) -> Iterator[str
             text = json.loads(line)["text"]
             if text is not None and not isinstance(text, str):
                 raise TypeError(f"a {type(text).__name__}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"--data {path}: {where} is no JSON object with a string "
                 f'"text" ({type(error).__name__}: {error}); fix or delete this line'

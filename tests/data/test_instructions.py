@@ -204,6 +204,7 @@ def test_other_files_are_no_instructions(tmp_path):
     ("row", "reason"),
     [
         ("{", "line 3: .*fix or delete"),
+        ("[" * 100_000, "line 3: maximum recursion depth .*fix or delete"),
         ("[1]", 'line 3: not an object with "prompt" and "answer"'),
         ({"question": "a"}, "line 3: not an object"),
         ({"prompt": "a", "answer": " "}, "line 3: the answer is empty"),

@@ -109,6 +109,7 @@ def test_fineweb_is_streamed_once(monkeypatch):
         ),
         ("a.jsonl", b'{"body": "abc"}\n', r'no JSON object with a string "text" .KeyError'),
         ("a.jsonl", b'{"text": 7}\n', r'no JSON object with a string "text" .TypeError: a int'),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "line at byte 0 is no JSON object.*RecursionError"),
         ("a.csv", b"x" * 200_000 + b"\n", "no .*text.* to read"),
         ("a.jsonl", b'["text"]\n', r'no JSON object with a string "text"'),
         ("a.parquet", b"PAR1 or not", r"a\.parquet: not a readable Parquet file"),
