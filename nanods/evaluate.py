@@ -23,7 +23,6 @@ import tyro
 from nanods.config import Config
 from nanods.data.caption_dataset import CaptionDataset
 from nanods.data.captions import read_captions
-from nanods.data.download import write_atomic
 from nanods.data.instructions import NAME as INSTRUCTIONS
 from nanods.data.instructions import is_instructions
 from nanods.data.sources import validation_text
@@ -36,6 +35,7 @@ from nanods.data.text import (
     unknown_corpus,
 )
 from nanods.errors import UserError, run
+from nanods.files import write_and_rename
 from nanods.flags import parse_args
 from nanods.training.contrastive_checks import describe_standard_error
 from nanods.training.contrastive_data import GENERATED_DATA, load_dataset, missing_modalities
@@ -72,7 +72,7 @@ def main() -> None:
     if to_stdout:
         print(text, end="")
     elif args.json:
-        write_atomic(args.json, lambda file: file.write(text.encode()))
+        write_and_rename(args.json, lambda file: file.write(text.encode()))
         print(f"wrote      {args.json}")
 
 

@@ -14,7 +14,8 @@ def write_and_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
     `path`. Each writer has a temporary file with a unique name: of several writers the last rename
     wins, and their contents never mix.
 
-    Raises OSError if the folder cannot be written; a file that is already there is untouched then.
+    Raises OSError with a file's name if the folder cannot be written; a file that is there already
+    is untouched then.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -24,6 +25,9 @@ def write_and_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         if temporary.is_file():
             temporary.unlink()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -322,6 +323,20 @@ def test_a_user_mistake_gets_exit_code_2_and_a_fix(program, workspace, mistake):
     assert fix in " ".join((out + err).split())
     assert "Traceback" not in err
     assert not list((workspace / "runs").glob("*/step_*"))
+
+
+def test_a_file_that_cannot_be_written_is_named(train_tiny, monkeypatch):
+    real = Path.replace
+
+    def replace(temporary, path):
+        if path.name == "metrics.jsonl":
+            raise OSError(27, "File too large")
+        return real(temporary, path)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    code, _, err = train_tiny("v0-tiny", "--steps", 2, "--out-dir", "run")
+    assert code == 2 and "run/metrics.jsonl: the file system or `ulimit -f` refuses a file" in err
+    assert "NANODS_DATA" not in err
 
 
 def test_a_run_of_another_configuration_is_not_touched(train_tiny, workspace):

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from nanods.config import Config
-from nanods.data.download import write_atomic
+from nanods.files import write_and_rename
 from nanods.training.commands import tensorboard_command
 from nanods.training.task import Task
 from nanods.training.tensorboard_log import TensorBoardLog
@@ -41,7 +41,7 @@ class MetricsLog:
         if is_main_process:
             path = config.run_dir / "metrics.jsonl"
             before = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomic(path, lambda file: file.write(before.encode()))
+            write_and_rename(path, lambda file: file.write(before.encode()))
             self.file = path.open("a", encoding="utf-8")
             if config.tensorboard:
                 self.tensorboard = TensorBoardLog(config.run_dir, rows)

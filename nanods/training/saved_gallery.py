@@ -12,9 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from nanods.data.download import write_atomic
 from nanods.data.examples import Examples
 from nanods.errors import UserError
+from nanods.files import write_and_rename
 
 FILE = "gallery.safetensors"
 PRESENT = "present."  # begins the name of a mask in it
@@ -52,7 +52,7 @@ def save_gallery(run_dir: Path, gallery: Examples, train_text: str) -> None:
     words = sorted(set(words_of(train_text)))
     metadata = {"captions": json.dumps(gallery.captions), "words": json.dumps(words)}
     data = save(arrays, metadata)
-    write_atomic(run_dir / FILE, lambda file: file.write(data))
+    write_and_rename(run_dir / FILE, lambda file: file.write(data))
 
 
 def load_gallery(run_dir: Path) -> SavedGallery | None:

@@ -34,6 +34,15 @@ def test_a_gallery_comes_back_as_the_model_read_it(tmp_path):
         load_gallery(tmp_path)
 
 
+def test_a_gallery_that_cannot_be_written_is_named(tmp_path):
+    """And not taken for a file of the data folder, which is elsewhere."""
+    (tmp_path / "run").write_text("no folder")
+    gallery = Examples(np.array([0]), ["a"])
+    with pytest.raises(OSError, match="File exists") as caught:
+        save_gallery(tmp_path / "run", gallery, "")
+    assert caught.value.filename == str(tmp_path / "run")
+
+
 def test_words_have_no_case_and_a_script_without_blanks_has_characters():
     text = "The CAFÉ, don't; 42 \u4e00\u53ea\u732b \ud55c\uad6d \u304b\u306a"
     words = ["the", "café", "don", "t", "42", "\u4e00", "\u53ea", "\u732b", "\ud55c\uad6d"]
