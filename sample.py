@@ -519,4 +519,4 @@ def folder_galleries(folder: Path, config: Config) -> dict[str, Gallery]:
 
 
 if __name__ == "__main__":
-    run_distributed(main)
+    run_distributed(main, "and copy the run there")

@@ -157,4 +157,4 @@ def train(run: Run, processes: ProcessGroups) -> None:
 
 
 if __name__ == "__main__":
-    run_distributed(main)
+    run_distributed(main, "with --out-dir")

@@ -17,32 +17,27 @@ class UserError(Exception):
 
 # Errors of the operating system that the user can fix: errno -> what is wrong, and how to fix it.
 OS_ERROR_FIXES = {
-    errno.ENOSPC: "the disk is full: free some space, or choose another disk with --out-dir",
-    errno.EDQUOT: (
-        "your disk quota is used up: free some space, or choose another disk with --out-dir"
-    ),
+    errno.ENOSPC: "the disk is full: free some space, or choose another disk",
+    errno.EDQUOT: "your disk quota is used up: free some space, or choose another disk",
     errno.EFBIG: (
-        "the file system or `ulimit -f` refuses a file of this size: "
-        "choose another disk with --out-dir"
+        "the file system or `ulimit -f` refuses a file of this size: choose another disk"
     ),
-    errno.EACCES: ("permission denied: choose a folder that you may write to with --out-dir"),
-    errno.EPERM: "permission denied: choose a folder that you may write to with --out-dir",
-    errno.EROFS: "the file system is read-only: choose another folder with --out-dir",
-    errno.ENOTDIR: (
-        "a file exists where a folder is needed: move it, or choose another folder with --out-dir"
-    ),
-    errno.EEXIST: (
-        "a file exists where a folder is needed: move it, or choose another folder with --out-dir"
-    ),
+    errno.EACCES: "permission denied: choose a folder that you may write to",
+    errno.EPERM: "permission denied: choose a folder that you may write to",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOTDIR: "a file exists where a folder is needed: move it, or choose another folder",
+    errno.EEXIST: "a file exists where a folder is needed: move it, or choose another folder",
 }
 
 
 BROKEN_PIPE = 128 + 13  # 13 is SIGPIPE, which Windows lacks
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], how_to_choose: str = "") -> None:
     """Run a program's `main`. Turn a mistake of the user into one message and exit code 2, Ctrl-C
     into exit code 130, and a reader of stdout that has closed it (`| head`) into exit code 141.
+
+    `how_to_choose`: how the program is told to write to another folder, such as "with --out-dir".
 
     Characters that the terminal or file behind stdout cannot take (LANG=C, say) are printed as "?".
     """
@@ -62,7 +57,7 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in OS_ERROR_FIXES:
             raise
         path = f"{error.filename}: " if error.filename else ""
-        fail(f"{path}{OS_ERROR_FIXES[error.errno]}")
+        fail(f"{path}{OS_ERROR_FIXES[error.errno]} {how_to_choose}".rstrip())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

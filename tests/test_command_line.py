@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanods.config import PRESETS, resolve_resume, typed_flags
-from nanods.errors import UserError
+from nanods.errors import OS_ERROR_FIXES, UserError, run
 
 ROOT = Path(__file__).parents[1]
 V1 = PRESETS["v1-tiny"]
@@ -72,6 +72,19 @@ def test_a_reader_that_closes_stdout_ends_the_program_quietly(lines):
     shown = subprocess.run(words, stdout=closed, stderr=subprocess.PIPE, cwd=ROOT)
     os.close(closed)
     assert (shown.returncode, shown.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("number", OS_ERROR_FIXES)
+def test_an_error_of_the_system_names_no_flag_but_the_programs_own(number, capsys):
+    def main():
+        raise OSError(number, "", "runs/x")
+
+    for how_to_choose, flags in (("", []), ("with --out", ["--out"])):
+        with pytest.raises(SystemExit) as end:
+            run(main, how_to_choose)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.startswith("error: runs/x: ")
+        assert [word for word in err.split() if word.startswith("--")] == flags
 
 
 def test_a_word_that_is_not_utf8_gets_a_message():

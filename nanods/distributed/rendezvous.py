@@ -158,8 +158,9 @@ def mark_started() -> None:
 # ---- how they exit -----------------------------------------------------------------------------
 
 
-def run_distributed(main: Callable[[], None]) -> None:
-    """Run the `main` of a program of one or several processes, and exit.
+def run_distributed(main: Callable[[], None], how_to_choose: str) -> None:
+    """Run the `main` of a program of one or several processes, and exit. `how_to_choose` is that of
+    errors.run.
 
     One process calls errors.run. Of several, one reports an error for all, and each exits at once,
     by os._exit: process groups have threads, which PyTorch's caches keep alive and which sometimes
@@ -167,11 +168,11 @@ def run_distributed(main: Callable[[], None]) -> None:
     can mean to wait for dead processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        run(main)
+        run(main, how_to_choose)
         return
     code = 0
     try:
-        run(lambda: report_once(main))
+        run(lambda: report_once(main), how_to_choose)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:

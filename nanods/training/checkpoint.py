@@ -141,7 +141,7 @@ def write_folder(run_dir: Path, step: int, write_files: Callable[[Path], None], 
             write_files(temporary)
         except SafetensorError as error:  # safetensors wraps the operating system's errors
             raise UserError(
-                f"{final} cannot be written ({error}): free some space, or choose another --out-dir"
+                f"{final} cannot be written ({error}): free some space, or choose another disk"
             ) from None
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)

@@ -42,7 +42,7 @@ def main() -> None:
     args = parse_args(Args, __doc__)
     finished = load_run(args.run, "cpu")
     out = args.out or finished.folder.with_name(f"{finished.folder.name}-{args.to}")
-    with lock_run_directory(out):
+    with lock_run_directory(out, "--out"):
         if checkpoint.list_checkpoints(out):
             raise UserError(f"--out {out}: a run is there already; choose another folder")
         quantize_run(finished, args.to, out, args.evaluate)
@@ -107,4 +107,4 @@ def print_evaluations(finished: FinishedRun, models: dict[str, nn.Module]) -> No
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "with --out")

@@ -91,8 +91,10 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 
 
 @contextlib.contextmanager
-def lock_run_directory(run_dir: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from training in the same run directory.
+def lock_run_directory(
+    run_dir: Path, flag: str = "--out-dir", wait: bool = False
+) -> Iterator[None]:
+    """Keep other processes from training in the same run directory, which `flag` chooses.
 
     If one does, raises UserError, naming it, or waits until it ends. Reading (sample.py) needs no
     lock. The lock file is beside the directory, which may be renamed: RUNS/.NAME.lock. On NFS see
@@ -109,11 +111,11 @@ def lock_run_directory(run_dir: Path, wait: bool = False) -> Iterator[None]:
             stack.enter_context(lock(lock_file if can_be_renamed else path / ".lock", wait))
         except LockHeldError as holder:
             raise UserError(
-                f"--out-dir {run_dir}: another training writes there ({holder}); wait until it "
-                "ends, stop it, or choose another --out-dir"
+                f"{flag} {run_dir}: another training writes there ({holder}); wait until it "
+                f"ends, stop it, or choose another {flag}"
             ) from None
         except OSError as error:
-            raise unwritable(run_dir, error) from None
+            raise unwritable(run_dir, flag, error) from None
         yield
 
 
@@ -122,9 +124,9 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def unwritable(run_dir: Path, error: OSError) -> UserError:
+def unwritable(run_dir: Path, flag: str, error: OSError) -> UserError:
     return UserError(
-        f"--out-dir {run_dir}: cannot be made ({error.strerror}); choose a folder that you may "
+        f"{flag} {run_dir}: cannot be made ({error.strerror}); choose a folder that you may "
         "write to"
     )
 
@@ -142,7 +144,7 @@ def prepare_run_directory(run_dir: Path) -> None:
             )
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(run_dir, error) from None
+        raise unwritable(run_dir, "--out-dir", error) from None
 
 
 class StopSignal:

@@ -8,6 +8,7 @@ import torch
 
 from nanods.build import build_model
 from nanods.config import PRESETS, to_dict
+from nanods.data.lock import lock
 from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError, run
 from nanods.training import checkpoint
@@ -121,5 +122,8 @@ def test_the_command_line(tmp_path, text, monkeypatch, capsys):
     assert checkpoint.list_checkpoints(tmp_path / "run-fp8")
     assert exit_code(run_dir, "--to", "fp8", "--no-evaluate") == 2
     assert "a run is there already" in capsys.readouterr().err
+    with lock(tmp_path / ".other.lock"):
+        assert exit_code(run_dir, "--out", tmp_path / "other", "--no-evaluate") == 2
+    assert "or choose another --out\n" in capsys.readouterr().err
     assert exit_code(tmp_path / "no-such-run") == 2
     assert exit_code(run_dir, "--to", "int5") == 2
