@@ -325,6 +325,14 @@ def test_a_user_mistake_gets_exit_code_2_and_a_fix(program, workspace, mistake):
     assert not list((workspace / "runs").glob("*/step_*"))
 
 
+def test_a_run_in_the_current_folder_is_not_touched(train_tiny, workspace):
+    assert train_tiny("v0-tiny", "--steps", 2, "--out-dir", ".")[0] == 0
+    before = weights(workspace)
+    code, _, err = train_tiny("v0-tiny", "--steps", 3, "--out-dir", ".")
+    assert code == 2 and "--out-dir .: a run is there already" in err and "Traceback" not in err
+    assert weights(workspace) == before
+
+
 def test_a_file_that_cannot_be_written_is_named(train_tiny, monkeypatch):
     real = Path.replace
 

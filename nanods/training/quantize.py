@@ -41,7 +41,10 @@ class Args:
 def main() -> None:
     args = parse_args(Args, __doc__)
     finished = load_run(args.run, "cpu")
-    out = args.out or finished.folder.with_name(f"{finished.folder.name}-{args.to}")
+    folder = finished.folder
+    if not folder.name.strip("."):  # "." and "..": not the run's name
+        folder = folder.resolve()
+    out = args.out or folder.with_name(f"{folder.name}-{args.to}")
     with lock_run_directory(out, "--out"):
         if checkpoint.list_checkpoints(out):
             raise UserError(f"--out {out}: a run is there already; choose another folder")

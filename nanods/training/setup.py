@@ -136,6 +136,11 @@ def prepare_run_directory(run_dir: Path) -> None:
     try:
         has_run = checkpoint.list_checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists()
         if run_dir.is_dir() and has_run:
+            if not run_dir.name.strip("."):  # "." and "..": after the renaming, another folder
+                raise UserError(
+                    f"--out-dir {run_dir}: a run is there already, and cannot be renamed from "
+                    "inside: train from another folder, or choose another --out-dir"
+                )
             aside = run_dir.with_name(f"{run_dir.name}.{datetime.now():%Y%m%d-%H%M%S-%f}")
             run_dir.rename(aside)
             print(

@@ -125,5 +125,8 @@ def test_the_command_line(tmp_path, text, monkeypatch, capsys):
     with lock(tmp_path / ".other.lock"):
         assert exit_code(run_dir, "--out", tmp_path / "other", "--no-evaluate") == 2
     assert "or choose another --out\n" in capsys.readouterr().err
+    monkeypatch.chdir(run_dir)
+    assert exit_code(".", "--no-evaluate") == 0
+    assert checkpoint.list_checkpoints(tmp_path / "run-int8")
     assert exit_code(tmp_path / "no-such-run") == 2
     assert exit_code(run_dir, "--to", "int5") == 2
