@@ -182,6 +182,7 @@ def generate(args: Args, model: GPT, tokenizer) -> None:
     """Print continuations of the prompt, token by token."""
     text = read_prompt(args.prompt)
     prompt = torch.tensor([tokenizer.encode(text).tolist()], device=args.device)
+    report_unread_tokens(prompt.shape[1], model.config.context_length)
     for number in range(args.num_samples):
         if args.num_samples > 1:
             print(f"---- sample {number + 1}")
@@ -239,13 +240,17 @@ def chat(args: Args, finished: FinishedRun, is_asked: bool) -> None:
     for text in [read_prompt(args.prompt)] if is_asked else questions():
         messages.append(("user", text))
         tokens = prompt_tokens(messages, tokenizer)
-        context = finished.config.model.context_length
-        if len(tokens) > context:
-            print(f"notice     only the last {context} tokens are read")
+        report_unread_tokens(len(tokens), model.config.context_length)
         prompt = torch.tensor([tokens], device=args.device)
         tokens = new_tokens(args, model, prompt, args.seed + len(messages) // 2, stop=[end])
         answer = print_tokens(args, tokenizer, takewhile(lambda token: token != end, tokens))
         messages.append(("assistant", answer))
+
+
+def report_unread_tokens(tokens: int, context_length: int) -> None:
+    """Print that the beginning of a prompt is not read, if it is longer than the context."""
+    if tokens > context_length:
+        print(f"notice     only the last {context_length} tokens are read")
 
 
 def questions() -> Iterator[str]:

@@ -276,6 +276,9 @@ def test_sampling_streams_text_and_is_reproducible(train_tiny, program, workspac
     assert program(*asked)[1] == first
     code, out, _ = program(*asked, "--num-samples", 2, "--top-p", 0.9, "--seed", 3)
     assert code == 0 and "sample 1" in out and "sample 2" in out
+    for length, said in ((32, False), (33, True)):
+        _, out, _ = program("sample", "v1-tiny", "--prompt", "x" * length, "--max-new-tokens", 1)
+        assert out.startswith("notice     only the last 32 tokens are read\n") == said
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
