@@ -268,7 +268,8 @@ def choose_micro_batch(
     processes: ProcessGroups,
 ) -> int:
     """Return the micro-batch: as requested, as saved, or the largest that should fit in the memory
-    of every process."""
+    of every process. A saved one that does not divide the examples of each process, which may be
+    other processes now, becomes smaller."""
     local_batch_size = config.batch_size // processes.batch_shards
     if config.micro_batch:
         micro_batch = config.micro_batch
@@ -279,6 +280,13 @@ def choose_micro_batch(
         largest = largest_micro_batch(config, processes.mesh, device, teacher)
         micro_batch = processes.min_over_processes(largest)
     micro_batch = min(micro_batch, local_batch_size)
+    if saved and local_batch_size % micro_batch:
+        divisor = math.gcd(micro_batch, local_batch_size)
+        print(
+            f"notice     micro-batches of {divisor}: the run's {micro_batch} does not divide the "
+            f"{local_batch_size} examples of each process"
+        )
+        return divisor
     if local_batch_size % micro_batch:
         raise UserError(
             f"--micro-batch {micro_batch} does not divide the {local_batch_size} examples of each "

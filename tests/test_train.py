@@ -5,12 +5,17 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from nanods.config import PRESETS
 from nanods.data.lock import lock
+from nanods.errors import UserError
+from nanods.run import choose_micro_batch
 from nanods.training import checkpoint
 from tests.conftest import Killed
 
@@ -326,6 +331,22 @@ def test_a_user_mistake_gets_exit_code_2_and_a_fix(program, workspace, mistake):
     assert fix in " ".join((out + err).split())
     assert "Traceback" not in err
     assert not list((workspace / "runs").glob("*/step_*"))
+
+
+@pytest.mark.parametrize("requested", [None, 4])
+def test_a_micro_batch_that_does_not_divide_becomes_smaller_if_the_run_is_resumed(
+    requested, capsys
+):
+    """As --resume refuses another one."""
+    config = replace(PRESETS["v0-tiny"], batch_size=12, micro_batch=requested)
+    saved = checkpoint.Checkpoint(Path("run"), {"micro_batch": 4})
+    two = SimpleNamespace(batch_shards=2)
+    assert choose_micro_batch(config, None, None, saved, two) == 2
+    message = "micro-batches of 2: the run's 4 does not divide the 6 examples of each process"
+    assert message in capsys.readouterr().out
+    assert choose_micro_batch(config, None, None, saved, SimpleNamespace(batch_shards=1)) == 4
+    with pytest.raises(UserError, match="--micro-batch 4 does not divide the 6 examples"):
+        choose_micro_batch(replace(config, micro_batch=4), None, None, None, two)
 
 
 def test_a_run_in_the_current_folder_is_not_touched(train_tiny, workspace):
