@@ -260,7 +260,8 @@ class InstructionTask:
             lines.append(f"{task} {train:,} + {val:,} ({self.weights.get(task, 0):.3g})")
         described = (
             f"{data.name}: rows of each task for training + validation (share of the batch): "
-            f"{', '.join(lines)}, sha256 {data.sha256[:12]}\nvalidation {self.validation}"
+            f"{', '.join(lines)}, sha256 {data.sha256[:12]}\n"
+            f"validation {self.validation}; {self.describe_evaluation()}"
         )
         if self.cuts.prompts or self.cuts.answers:
             described += (
@@ -270,6 +271,14 @@ class InstructionTask:
         if data.name == NAME and self.started_on in ("pydocs", None):
             described += f"\nnotice     {self.notice()}"
         return described
+
+    def describe_evaluation(self) -> str:
+        rows = self.data.val_rows
+        held = sum(map(len, rows.values()))
+        read = sum(len(batch) for task in rows for batch in self.validation_batches(task))
+        if read == held:
+            return "each evaluation reads all of it"
+        return f"each evaluation reads {read:,} of {held:,} rows, spread evenly (--eval-tokens)"
 
     def notice(self) -> str:
         if self.config.init_from:

@@ -206,3 +206,12 @@ def test_what_is_cut_and_mixed_is_said_before_the_first_step():
     cuts = words.split("\n")[-1]
     assert cuts.startswith("cut        of 47 examples") and "--context-length 12" in cuts
     assert "cut " not in task_of(T=64).describe_data()
+
+
+@pytest.mark.parametrize(
+    ("eval_tokens", "said"),
+    [(10_000, "reads all of it"), (33, "reads 2 of 12 rows, spread evenly (--eval-tokens)")],
+)
+def test_how_much_an_evaluation_reads_is_said(eval_tokens, said):
+    words = task_of(eval_tokens=eval_tokens).describe_data().split("\n")
+    assert f"validation some; each evaluation {said}" in words
