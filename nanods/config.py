@@ -89,7 +89,7 @@ class Config:
     """Upcycling: noise on each expert's copy, in multiples of the weights' root mean square."""
     stage: Literal["pretrain", "finetune"] = "pretrain"
     """finetune: go on from --init-from with other defaults: a quarter of the preset's steps and
-    learning rates, --data instructions, and --out-dir runs/PRESET-finetuned."""
+    learning rates, --out-dir runs/PRESET-finetuned, and for V0 to V2 --data instructions."""
     mix: str | None = None
     """Instructions: how often each task is drawn for a row of a batch, as TASK=WEIGHT between
     commas, such as doctest=0.99,plain=0.01. Default: all tasks alike."""
@@ -346,6 +346,8 @@ def finetune(config: Config, typed: Collection[str]) -> Config:
         "expert_lr": config.expert_lr / 4,
         "out_dir": Path("runs") / f"{config.preset}-finetuned",
     }
+    if config.multimodal.modalities:
+        del defaults["data"]  # V3 reads no instructions
     new = {name: v for name, v in defaults.items() if name.replace("_", "-") not in typed}
     words = [f"--{name.replace('_', '-')} {value}" for name, value in new.items()]
     print(f"stage      finetune: {' '.join(words) or 'nothing but what you have set'}")

@@ -48,6 +48,13 @@ def test_a_command_writes_the_flags_whose_default_is_not_the_presets(flags):
     assert parse(retry_command(config, lr=0.02)) == replace(config, lr=0.02)
 
 
+def test_v3_is_fine_tuned_on_its_own_data_unless_others_are_named():
+    words = ["v3-tiny", *FINETUNE]
+    assert from_command_line("", words).data == "scenes"
+    assert from_command_line("", [*words, "--data", "birds"]).data == "birds"
+    assert from_command_line("", ["v0-tiny", *FINETUNE]).data == "instructions"
+
+
 @pytest.mark.parametrize("preset", FLAGS)
 def test_a_printed_command_keeps_the_flags_of_the_run(preset):
     config = from_command_line("", [preset, *FLAGS[preset]])
