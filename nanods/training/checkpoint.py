@@ -167,10 +167,7 @@ def fsync(path: Path) -> None:
     """
     if os.name != "posix":
         return
-    is_windows = os.name == "nt"
-    if is_windows and path.is_dir():
-        return  # Windows opens no folders, and syncs only files that are open for writing
-    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
