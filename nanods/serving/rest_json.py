@@ -6,7 +6,6 @@ OpenAI's API that this server does not have are refused, unless their value has 
 """
 
 import base64
-import binascii
 import json
 import time
 import uuid
@@ -173,7 +172,7 @@ def read_item(text: str):
         return messages.Input(text=text)
     try:
         return messages.Input(**{name: base64.b64decode(data, validate=True)})
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or a character that is not ASCII
         raise HTTPException(400, f"a data URL is not base64: {error}") from None
 
 

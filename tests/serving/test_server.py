@@ -704,6 +704,7 @@ def test_embeddings_and_search(monkeypatch):
             for route, body in (
                 ("embeddings", {"input": "data:image/png;base64,AAAA"}),
                 ("embeddings", {"input": "data:image/png;base64,%%"}),
+                ("embeddings", {"input": "data:image/png;base64,\u00e9"}),
                 ("embeddings", {"input": ["a"] * 300}),
                 ("embeddings", {"input": bomb}),
                 ("embeddings", {"input": [png(images[0])] * 3 + [bomb]}),
