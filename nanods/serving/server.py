@@ -122,7 +122,10 @@ async def serve(
     )
     for model in models.values():
         model.thread.start()
-    options = [("grpc.max_send_message_length", settings.max_body)]
+    options = [
+        ("grpc.max_send_message_length", settings.max_body),
+        ("grpc.enable_http_proxy", 0),  # this machine is reached without a proxy
+    ]
     target = address(settings.host, grpc_port)
     async with grpc.aio.insecure_channel(target, options) as channel:
         app = make_app(channel, settings.token, settings.max_body, settings.timeout, monitor)

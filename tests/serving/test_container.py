@@ -63,6 +63,15 @@ def test_its_health_check_asks_the_port_that_it_exposes():
         exec(program.replace(f":{Args.port}", f":{free_port()}"), {})
 
 
+def test_its_health_check_asks_no_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://no-such-proxy.invalid")
+    monkeypatch.setenv("no_proxy", "")
+    (check,) = arguments("HEALTHCHECK")
+    _, _, program = json.loads(check[check.index("[") :])
+    with pytest.raises(URLError, match="refused"):
+        exec(program.replace(f":{Args.port}", f":{free_port()}"), {})
+
+
 def test_a_linter_finds_nothing():
     beside_python = Path(sys.executable).parent
     hadolint = shutil.which("hadolint", path=beside_python) or shutil.which("hadolint")

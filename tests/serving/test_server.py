@@ -632,6 +632,18 @@ def test_a_token_is_asked_for_on_both_sides():
         running.close()
 
 
+def test_a_proxy_is_not_asked_for_the_servers_own_calls(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    running = Running([language_model("base", finished_run("v0-tiny"), slots=1, max_waiting=2)])
+    try:
+        assert httpx.get(f"{running.url}/v1/models", trust_env=False).status_code == 200
+    finally:
+        running.close()
+
+
 def test_stopping_answers_what_was_accepted_and_refuses_what_is_new():
     model = language_model("base", finished_run("v0-tiny"), slots=2, max_waiting=50)
     slow(model, 0.01)
