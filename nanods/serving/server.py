@@ -124,6 +124,7 @@ async def serve(
         model.thread.start()
     options = [
         ("grpc.max_send_message_length", settings.max_body),
+        ("grpc.max_receive_message_length", -1),  # the images of a search exceed gRPC's 4 MiB
         ("grpc.enable_http_proxy", 0),  # this machine is reached without a proxy
     ]
     target = address(settings.host, grpc_port)

@@ -726,5 +726,9 @@ def test_embeddings_and_search(monkeypatch):
             ):
                 refused = client.post(f"/v1/{route}", json={"model": "space"} | body)
                 assert refused.status_code == 400, (route, body, refused.text)
+            monkeypatch.setattr("nanods.serving.grpc_server.png_url", lambda image: "a" * 3_000_000)
+            body = {"model": "space", "query": "a boat", "modality": "text", "top": 2}
+            answer = client.post("/v1/search", json=body)
+            assert answer.status_code == 200 and len(answer.content) > 6_000_000, answer.text[:99]
     finally:
         running.close()
