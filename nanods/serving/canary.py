@@ -11,6 +11,7 @@ Shapes: B texts, T tokens, Q examples of a gallery, M width of the common space.
 import functools
 import math
 from collections.abc import Callable
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -27,16 +28,23 @@ CANARY_EXAMPLES = 64  # of a gallery
 
 
 @torch.no_grad()
-def canary_texts(model: GPT, B: int = 8, T: int = 128, seed: int = 0) -> Tensor:
-    """Draw the texts that `bits_per_token` is to measure again and again, from the model: (B, T).
+def canary_texts(
+    model: GPT,
+    B: int = 8,
+    T: int = 128,
+    seed: int = 0,
+    is_closed: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Draw the texts that `bits_per_token` is to measure again and again, from the model: (B, T),
+    or fewer tokens where `is_closed` becomes true meanwhile.
 
     A model's own texts are the likeliest to it on average: whatever changes the model makes them
     less likely (the Kullback-Leibler divergence is not negative). And no data is needed.
     """
     T = min(T, model.config.context_length)
     start = torch.zeros(B, 1, dtype=torch.long, device=model.embedding.weight.device)
-    tokens = [start.squeeze(1), *model.generate(start, T - 1, seed=seed)]
-    return torch.stack(tokens, dim=1)
+    drawn = takewhile(lambda _: not is_closed(), model.generate(start, T - 1, seed=seed))
+    return torch.stack([start.squeeze(1), *drawn], dim=1)
 
 
 @torch.no_grad()
@@ -55,8 +63,11 @@ def partner_distance(embeddings: dict[str, Tensor]) -> float:
     return float(np.mean([1 - (first * other).sum(dim=-1).mean().item() for other in others]))
 
 
-def canary(model: ServedModel) -> Callable[[], float] | None:
-    """Return the function that measures a model's quality, where lower is better.
+def canary(
+    model: ServedModel, is_closed: Callable[[], bool] = lambda: False
+) -> Callable[[], float] | None:
+    """Return the function that measures a model's quality, where lower is better. Once `is_closed`
+    it ends soon, with a value that means nothing.
 
     V0 to V2: the bits per token of texts that the model has drawn itself, at the first call. V3:
     the distance between the embeddings of one example in two modalities, on average over examples
@@ -64,7 +75,7 @@ def canary(model: ServedModel) -> Callable[[], float] | None:
     """
     network = model.finished.model
     if isinstance(model.worker, Engine):
-        texts = functools.cache(lambda: canary_texts(network))
+        texts = functools.cache(lambda: canary_texts(network, is_closed=is_closed))
         return lambda: bits_per_token(network, texts())
     if model.gallery is None or len(model.gallery.embeddings) < 2:
         return None

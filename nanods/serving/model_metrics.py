@@ -66,18 +66,20 @@ def loads_by_layer(worker: Engine | Embedder) -> Iterator[tuple[str, list[int]]]
             yield (str(layer) if trunk == "shared" else f"{trunk} {layer}"), row
 
 
-def watch_models(monitor: Monitor, models: dict[str, ServedModel], canary_minutes: float) -> None:
-    """Add the models' metrics and traffic to the monitor. Start their canaries, unless
-    `canary_minutes` is 0; `Monitor.close` ends them.
-
-    Raises UserError for a damaged reference of traffic.
-    """
+def watch_models(monitor: Monitor, models: dict[str, ServedModel]) -> None:
+    """Add the models' metrics and traffic to the monitor. Raises UserError for a damaged reference
+    of traffic."""
     for name in models:
         monitor.watch_traffic(name)
     monitor.registry.register(ModelMetrics(models))
-    for name, model in models.items() if canary_minutes else ():
-        measure = canary(model)
+
+
+def start_canaries(monitor: Monitor, models: dict[str, ServedModel], minutes: float) -> None:
+    """Start the models' canaries, one measurement every so many minutes; `Monitor.close` ends
+    them."""
+    for name, model in models.items():
+        measure = canary(model, monitor.closed.is_set)
         if measure is None:
             print(f"notice     {name} has no canary: it has no gallery of partners")
         else:
-            monitor.start(monitor.run_canary, name, measure, 60 * canary_minutes)
+            monitor.watch_quality(name, measure, 60 * minutes)

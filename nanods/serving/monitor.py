@@ -88,6 +88,7 @@ class Monitor:
         self.is_worse: dict[str, bool] = {}  # by model: is its last canary worse than the first?
         self.closed = threading.Event()
         self.threads: list[threading.Thread] = []
+        self.canaries: list[threading.Thread] = []
 
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -210,15 +211,24 @@ class Monitor:
             self.is_worse[model] = not value <= limit  # NaN counts as worse
             self.set_alarm("quality", any(self.is_worse.values()), value, limit, model=model)
 
+    def watch_quality(self, model: str, measure: Callable[[], float], seconds: float) -> None:
+        """Start the canary of a model: `run_canary`, in a thread of its own."""
+        args = (model, measure, seconds)
+        self.canaries.append(threading.Thread(target=self.run_canary, args=args, daemon=True))
+        self.canaries[-1].start()
+
     def run_canary(self, model: str, measure: Callable[[], float], seconds: float) -> None:
         """Measure a model at once and then every so many seconds, until `close`. An error counts as
-        the worst value. For a thread of its own."""
+        the worst value, and what `close` interrupts does not count."""
         while True:
             try:
-                value = measure()
+                value, reason = measure(), None
             except Exception as error:
-                print(f"warning: the canary of {model} failed ({error})", file=sys.stderr)
-                value = math.nan
+                value, reason = math.nan, error
+            if self.closed.is_set():
+                return
+            if reason:
+                print(f"warning: the canary of {model} failed ({reason})", file=sys.stderr)
             self.check_canary(model, value)
             if self.closed.wait(seconds):
                 return
@@ -228,14 +238,17 @@ class Monitor:
         return generate_latest(self.registry)
 
     def close(self, timeout: float = WEBHOOK_TIMEOUT) -> None:
-        """End the threads. Each gets `timeout` seconds to finish: a canary its measurement, the
-        webhook's the alarms that wait, a new reference its file."""
+        """End the threads. Each gets `timeout` seconds to finish: the webhook's the alarms that
+        wait, a new reference its file. A canary gets the time that it needs, since a process that
+        exits while PyTorch computes in a thread is aborted."""
         self.closed.set()
         if self.outbox is not None:
             with suppress(queue.Full):
                 self.outbox.put(None, timeout=timeout)
         for thread in self.threads:
             thread.join(timeout)
+        for thread in self.canaries:
+            thread.join()
 
     # ---- alarms ----------------------------------------------------------------------------------
 

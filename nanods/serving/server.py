@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanods.errors import UserError
 from nanods.serving.grpc_server import Service, address, start_grpc
-from nanods.serving.model_metrics import watch_models
+from nanods.serving.model_metrics import start_canaries, watch_models
 from nanods.serving.models import ServedModel
 from nanods.serving.monitor import Monitor
 from nanods.serving.rest import make_app
@@ -115,13 +115,15 @@ async def serve(
     """Serve until `stop` is set, then drain. `on_ready(port, grpc_port)` is called once both
     servers answer. Raises UserError if a port is taken, or a reference of traffic is damaged."""
     listener = bind(settings.host, settings.port)
-    watch_models(monitor, models, settings.canary_minutes)
+    watch_models(monitor, models)
     service = Service(models, settings.timeout, monitor)
     grpc_server, healthy, grpc_port = await start_grpc(
         service, settings.host, settings.grpc_port, settings.token, settings.max_body
     )
     for model in models.values():
         model.thread.start()
+    if settings.canary_minutes:  # now that no port can be refused any more
+        start_canaries(monitor, models, settings.canary_minutes)
     options = [
         ("grpc.max_send_message_length", settings.max_body),
         ("grpc.max_receive_message_length", -1),  # the images of a search exceed gRPC's 4 MiB

@@ -244,14 +244,33 @@ def test_the_canary_is_asked_on_schedule_and_an_error_counts_as_the_worst_value(
 
     def measure():
         asked.append(len(asked))
-        if len(asked) == 3:
+        if len(asked) == 4:
             monitor.close()
+            raise RuntimeError("interrupted")
+        if len(asked) == 3:
             raise RuntimeError("out of memory")
         return 2.0
 
     monitor.run_canary("v2", measure, seconds=0.01)
-    assert asked == [0, 1, 2] and monitor.firing["quality"]
-    assert "the canary of v2 failed (out of memory)" in capsys.readouterr().err
+    assert asked == [0, 1, 2, 3] and monitor.firing["quality"]
+    error = capsys.readouterr().err
+    assert "the canary of v2 failed (out of memory)" in error and "interrupted" not in error
+
+
+def test_closing_interrupts_a_canary_and_waits_for_it():
+    assert canary_texts(make_gpt(), is_closed=lambda: True).shape == (8, 1)
+    monitor, measures, measured = Monitor(), threading.Event(), []
+
+    def measure():
+        measures.set()
+        time.sleep(0.2)
+        measured.append(5.0)
+        return 5.0
+
+    monitor.watch_quality("v2", measure, seconds=600)
+    assert measures.wait(20)
+    monitor.close(timeout=0.01)
+    assert measured and not monitor.first_canary
 
 
 # ---- service -------------------------------------------------------------------------------------

@@ -675,6 +675,16 @@ def test_stopping_answers_what_was_accepted_and_refuses_what_is_new():
     listener.close()
 
 
+def test_a_taken_grpc_port_is_named_before_a_canary_computes():
+    models = {"base": language_model("base", finished_run("v0-tiny"), slots=1, max_waiting=2)}
+    monitor = Monitor()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        settings = Settings(port=0, grpc_port=other.getsockname()[1])
+        with pytest.raises(UserError, match=r"--grpc-port \d+: it is taken"):
+            asyncio.run(serve(models, settings, monitor, asyncio.Event(), print))
+    assert not monitor.canaries and not monitor.threads
+
+
 def png(pixels):
     """Return a PNG as a data URL: pixels (3, height, width) in 0 .. 1."""
     file = io.BytesIO()
