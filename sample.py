@@ -136,11 +136,6 @@ def check_args(args: Args) -> None:
             f"--temperature {args.temperature}: must be 0 (always the likeliest token), or 1e-6 or "
             "more"
         )
-    present = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(args.device)
-    if present and not present.is_available():
-        raise UserError(
-            f"--device {args.device}: PyTorch finds none on this machine; leave the flag out"
-        )
     if args.labels is not None and args.labels_file:
         raise UserError("--labels and --labels-file: give one of them")
     if args.labels is not None or args.labels_file:

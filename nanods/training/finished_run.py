@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from nanods.config import PRESETS, Config, from_dict
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_json
 from nanods.errors import UserError
@@ -38,7 +40,13 @@ def find_run(name: str) -> Path:
 
 
 def load_run(name: str, device: str) -> FinishedRun:
-    """Return the run in a directory, or of a preset. Raises UserError if there is none."""
+    """Return the run in a directory, or of a preset. Raises UserError if there is none, or if this
+    machine does not have the device."""
+    present = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device)
+    if present and not present.is_available():
+        raise UserError(
+            f"--device {device}: PyTorch finds none on this machine; leave the flag out"
+        )
     folder = find_run(name)
     saved = checkpoint.load(folder)
     config = from_dict(saved.state["config"])

@@ -45,6 +45,9 @@ def test_mistakes_at_the_start_say_how_to_correct_them(serving, monkeypatch):
     ):
         code, error = serving(*words)
         assert code == 2 and message in error and "Traceback" not in error
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, error = serving("v2-tiny", "--device", "cuda")
+    assert code == 2 and "--device cuda: PyTorch finds none on this machine; leave the" in error
     monkeypatch.setenv("NANODS_TOKEN", "secret")
     assert "no such run" in serving("v2-tiny", "--host", "0.0.0.0")[1]
 
