@@ -13,7 +13,6 @@ Several processes split the attention heads between them (docs/SCALING.md):
 """
 
 import codecs
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from nanods.data.sound import RATE, samples_of, wav_seconds, write_wav
 from nanods.distributed.rendezvous import run_distributed
 from nanods.errors import UserError
 from nanods.files import write_and_rename
-from nanods.flags import parse_args
+from nanods.flags import from_environment, parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
 from nanods.training.contrastive_data import encode_captions, held_out_examples, model_inputs
@@ -115,7 +114,7 @@ def main() -> None:
         if is_v3:
             does, other = "retrieves and classifies, and generates no text", "a run of V0 to V2"
         raise UserError(f"{finished.folder} {does}: drop {' and '.join(useless)}, or name {other}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if from_environment("WORLD_SIZE", 1) > 1:
         if args.chat and "prompt" not in typed:
             raise UserError("--chat: only one process can read what you type; give a --prompt")
         split_model(args, finished.model)
@@ -148,7 +147,7 @@ def check_args(args: Args) -> None:
 
 def is_main_process() -> bool:
     """Return whether this process writes files: one of several does."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return from_environment("RANK", 0) == 0
 
 
 def split_model(args: Args, model: GPT | Multimodal) -> None:
@@ -158,7 +157,7 @@ def split_model(args: Args, model: GPT | Multimodal) -> None:
     from nanods.distributed.process_groups import ProcessGroups
     from nanods.distributed.tensor_parallel import all_reduced_numbers
 
-    P = int(os.environ["WORLD_SIZE"])
+    P = from_environment("WORLD_SIZE", 1)
     processes = ProcessGroups(f"tp={P}", mesh_reason=f"1/{P} of the heads each")
     if args.device != processes.device:
         raise UserError(f"--device {args.device}: several processes need {processes.device} here")

@@ -27,6 +27,7 @@ from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.rendezvous import mark_started, run_distributed
 from nanods.distributed.sharding import clip_grad_norm
 from nanods.errors import UserError
+from nanods.flags import from_environment
 from nanods.planner import cli as planner
 from nanods.planner.search import choose_mesh
 from nanods.run import (
@@ -56,7 +57,7 @@ def main() -> None:
     config = ladder.from_command_line(
         "Train one preset of nanods. With --plan: what it would need (--plan --help)."
     )
-    mesh, reason = choose_mesh(config, int(os.environ.get("WORLD_SIZE", 1)))
+    mesh, reason = choose_mesh(config, from_environment("WORLD_SIZE", 1))
     processes = ProcessGroups(mesh, config.model.moe.n_expert, reason)
     if processes.restarted:  # torchrun has started the processes again, since one had died
         config = replace(config, resume=True)

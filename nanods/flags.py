@@ -1,9 +1,11 @@
 """The range of every numeric flag, of every program, checked before work begins.
 
 A number out of range would end in an overflow after hours, or in a loss that never moves. A new
-numeric flag needs one more entry in `RANGES`.
+numeric flag needs one more entry in `RANGES`, and a number that is read from the environment one in
+`ENVIRONMENT_RANGES`.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TypeVar
@@ -115,6 +117,16 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 """The smallest and the largest value of each flag."""
 
+ENVIRONMENT_RANGES = {
+    "NANODS_TIMEOUT": (1, 10**6),  # seconds
+    # Launchers set these (nanods/distributed/rendezvous.py).
+    "WORLD_SIZE": (1, 2**16),
+    "LOCAL_WORLD_SIZE": (1, 2**16),
+    "RANK": (0, 2**16),
+    "LOCAL_RANK": (0, 2**16),
+    "MASTER_PORT": (0, 65_535),
+}
+
 
 def check_ranges(flags: Mapping[str, object]) -> None:
     """Raise ValueError, naming the flag, if a number among the values is out of its range.
@@ -152,3 +164,18 @@ def refuse_out_of_range(args: object) -> None:
         check_ranges({name.replace("_", "-"): value for name, value in asdict(args).items()})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def from_environment(name: str, default: float) -> float:
+    """Return the number in an environment variable, of the type of the default. Raises UserError
+    for a text that is none, and for a number out of range."""
+    text = os.environ.get(name) or default
+    low, high = ENVIRONMENT_RANGES[name]
+    try:
+        number = type(default)(text)
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        kind = "whole number" if isinstance(default, int) else "number"
+        raise UserError(f"{name}={text}: must be a {kind} from {low} to {high:,}; or unset it")
+    return number

@@ -9,8 +9,8 @@ from dataclasses import is_dataclass, replace
 import pytest
 
 from nanods.config import PRESETS, Config, flatten, from_command_line
-from nanods.errors import run
-from nanods.flags import RANGES, check_ranges
+from nanods.errors import UserError, run
+from nanods.flags import RANGES, check_ranges, from_environment
 
 BENCHES = ("adapt", "arithmetic", "attention", "experts", "labels", "ladder", "long_text", "moe")
 BENCHES += ("multimodal", "recall", "scale", "time_to_loss", "from_bigram")
@@ -117,3 +117,22 @@ def test_each_program_checks_before_work_begins(monkeypatch, tmp_path, capsys, m
 
 def test_flatten_names_the_flags_as_the_command_line_does():
     assert numeric_fields(Config) <= flatten(from_command_line("", ["v2-tiny"])).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "texts"),
+    [
+        ("NANODS_TIMEOUT", 600.0, ("soon", "0", "-1", "nan", "inf")),
+        ("WORLD_SIZE", 1, ("two", "0", "2.0")),
+        ("MASTER_PORT", 0, ("abc", "70000")),
+    ],
+)
+def test_a_number_in_the_environment_has_a_range_too(monkeypatch, name, default, texts):
+    for text in texts:
+        monkeypatch.setenv(name, text)
+        with pytest.raises(UserError, match=rf"{name}={text}: must be a .*number from \d to \d+"):
+            from_environment(name, default)
+    monkeypatch.setenv(name, "7")
+    assert from_environment(name, default) == 7
+    monkeypatch.setenv(name, "")
+    assert from_environment(name, default) == default

@@ -32,7 +32,7 @@ from torch.distributed.run import run as torchrun
 
 from nanods import config as ladder
 from nanods.distributed.mesh import Mesh
-from nanods.distributed.rendezvous import TIMEOUT_SECONDS, first_line, refuse_port_in_use
+from nanods.distributed.rendezvous import first_line, refuse_port_in_use, timeout_seconds
 from nanods.errors import UserError, run
 from nanods.flags import check_ranges
 
@@ -62,7 +62,7 @@ def main() -> None:
     except (RendezvousError, dist.DistError) as error:
         refuse_port_in_use(error, endpoint, "--rdzv-endpoint or --master-port")
         raise UserError(
-            f"the machines did not connect at {endpoint} within {TIMEOUT_SECONDS:g} s "
+            f"the machines did not connect at {endpoint} within {timeout_seconds():g} s "
             f"({first_line(error)}): run the same command on each of --nnodes {arguments.nnodes} "
             "machines, with --rdzv-endpoint a free port of the first machine. "
             "NANODS_TIMEOUT=900 makes them wait 900 s"
@@ -86,9 +86,9 @@ def numbers_of_processes(arguments: Namespace) -> tuple[int, int]:
 
 def with_timeouts(rdzv_conf: str) -> str:
     """Return torchrun's --rdzv-conf with our timeouts before it: the last of two values counts."""
+    seconds = timeout_seconds()
     settings = (
-        f"timeout={TIMEOUT_SECONDS:.0f},join_timeout={TIMEOUT_SECONDS:.0f},"
-        f"read_timeout={min(60, TIMEOUT_SECONDS):.0f}"
+        f"timeout={seconds:.0f},join_timeout={seconds:.0f},read_timeout={min(60, seconds):.0f}"
     )
     return f"{settings},{rdzv_conf}" if rdzv_conf else settings
 
@@ -116,7 +116,7 @@ def exit_if_port_in_use(endpoint: str) -> None:
         socket.create_connection((address, int(port)), timeout=5).close()
     except (OSError, ValueError):
         return  # the port is free: this machine or another one will listen there
-    seconds = min(10, TIMEOUT_SECONDS)
+    seconds = min(10, timeout_seconds())
     timeout = timedelta(seconds=seconds)
     connection = ThreadPoolExecutor(1).submit(
         dist.TCPStore, address, int(port), is_master=False, timeout=timeout

@@ -44,6 +44,7 @@ from nanods.distributed.rendezvous import rendezvous
 from nanods.distributed.sharding import broadcast_parameters
 from nanods.distributed.tensor_parallel import split_heads
 from nanods.errors import UserError
+from nanods.flags import from_environment
 
 
 class ProcessGroups:
@@ -61,8 +62,8 @@ class ProcessGroups:
         `mesh_reason` says why this mesh was chosen, for the log. Raises UserError if the mesh does
         not fit the number of processes or of experts, or if a process does not connect.
         """
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = from_environment("WORLD_SIZE", 1)
+        self.rank = from_environment("RANK", 0)
         self.is_main_process = self.rank == 0
         self.mesh = Mesh.parse(mesh, self.world_size, n_expert)
         self.mesh_reason = mesh_reason
@@ -74,7 +75,7 @@ class ProcessGroups:
         if self.world_size > 1:
             kind = "cuda" if torch.cuda.is_available() else "cpu"
             if kind == "cuda":
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+                torch.cuda.set_device(from_environment("LOCAL_RANK", 0))
             self.restarted = rendezvous("nccl" if kind == "cuda" else "gloo")
             self.device_mesh = init_device_mesh(
                 kind, self.mesh.sizes, mesh_dim_names=self.mesh.axes

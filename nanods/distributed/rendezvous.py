@@ -28,10 +28,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from nanods.errors import UserError, run
+from nanods.flags import from_environment
 
-# How long a process waits for the others before it exits with an error.
-TIMEOUT_SECONDS = float(os.environ.get("NANODS_TIMEOUT") or 600)
-TIMEOUT = timedelta(seconds=TIMEOUT_SECONDS)
 CONNECTION_LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|[Tt]imed out|timeout|ncclRemoteError"
 )
@@ -40,47 +38,53 @@ CONNECTION_LOST = re.compile(
 stores: dict[str, dist.Store] = {}
 
 
+def timeout_seconds() -> float:
+    """Return how long a process waits for the others before it exits with an error."""
+    return from_environment("NANODS_TIMEOUT", 600.0)
+
+
 def rendezvous(backend: str) -> bool:
     """Connect to the other processes; return whether they were started again after a failure.
 
     They were if an earlier attempt has called `mark_started`. Raises UserError if a process does
     not connect in time, or the port is in use.
     """
-    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+    address, port = os.environ.get("MASTER_ADDR", ""), from_environment("MASTER_PORT", 0)
+    timeout = timedelta(seconds=timeout_seconds())
     try:
         if port and os.environ.get("RANK") != "0":
             wait_for_port(address, port)
-        store, rank, world_size = connect_to_store()
-        store.set_timeout(TIMEOUT)
+        store, rank, world_size = connect_to_store(timeout)
+        store.set_timeout(timeout)
         stores.clear()
         stores["run"] = store
         restarted = store.check(["started"])
         stores["attempt"] = dist.PrefixStore(attempt_number(store, rank, world_size), store)
         dist.init_process_group(
-            backend, timeout=TIMEOUT, store=stores["attempt"], rank=rank, world_size=world_size
+            backend, timeout=timeout, store=stores["attempt"], rank=rank, world_size=world_size
         )
         return restarted
     except (RuntimeError, ValueError, OSError) as error:  # a missing process, a port in use
         refuse_port_in_use(error, f"{address}:{port}", "MASTER_PORT, or --rdzv-endpoint")
         raise UserError(
             f"the {os.environ.get('WORLD_SIZE')} processes did not connect at {address}:{port} "
-            f"within {TIMEOUT_SECONDS:g} s ({first_line(error)}): start all of them at the same "
+            f"within {timeout_seconds():g} s ({first_line(error)}): start all of them at the same "
             "time, on every machine with the same endpoint, a free port of the first machine. "
             "NANODS_TIMEOUT=900 makes them wait 900 s"
         ) from None
 
 
-def connect_to_store() -> tuple[dist.Store, int, int]:
+def connect_to_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the run's key-value store, this process's rank and the number of processes.
 
-    Raises TimeoutError after TIMEOUT_SECONDS. PyTorch itself would wait without limit if a program
-    that is not a store listens on the port.
+    Raises TimeoutError after the timeout. PyTorch itself would wait without limit if a program that
+    is not a store listens on the port.
     """
 
     def connect() -> tuple[dist.Store, int, int]:
-        return next(dist.rendezvous("env://", timeout=TIMEOUT))
+        return next(dist.rendezvous("env://", timeout=timeout))
 
-    return ThreadPoolExecutor(1).submit(connect).result(TIMEOUT_SECONDS + 2)
+    return ThreadPoolExecutor(1).submit(connect).result(timeout.total_seconds() + 2)
 
 
 def refuse_port_in_use(error: Exception, endpoint: str, flags: str) -> None:
@@ -98,14 +102,14 @@ def first_line(error: Exception) -> str:
 
 
 def wait_for_port(address: str, port: int) -> None:
-    """Wait until a program listens on a port. Raises OSError after TIMEOUT_SECONDS.
+    """Wait until a program listens on a port. Raises OSError after `timeout_seconds`.
 
     PyTorch would wait too, but print a stack of C++ when it gives up.
     """
-    end = time.monotonic() + TIMEOUT_SECONDS
+    end = time.monotonic() + timeout_seconds()
     while True:
         try:
-            socket.create_connection((address, port), timeout=TIMEOUT_SECONDS).close()
+            socket.create_connection((address, port), timeout=timeout_seconds()).close()
             return
         except OSError:
             if time.monotonic() > end:
@@ -133,9 +137,9 @@ def attempt_number(store: dist.Store, rank: int, world_size: int) -> str:
 def answer_all_ranks(store: dist.Store, number: str, world_size: int) -> None:
     """Give the number of the attempt to each other rank, until all have received it.
 
-    Raises RuntimeError after TIMEOUT_SECONDS.
+    Raises RuntimeError after `timeout_seconds`.
     """
-    end = time.monotonic() + TIMEOUT_SECONDS
+    end = time.monotonic() + timeout_seconds()
     while True:
         received = store.add(f"answers received in attempt {number}", 0)
         if received >= world_size - 1:
@@ -167,7 +171,7 @@ def run_distributed(main: Callable[[], None], how_to_choose: str) -> None:
     abort Python's own exit ("terminate called without an active exception"); and to close a group
     can mean to wait for dead processes.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE") in (None, "", "1"):
         run(main, how_to_choose)
         return
     code = 0
@@ -194,7 +198,7 @@ def report_once(main: Callable[[], None]) -> None:
         failure = connection_failure(error)
         if failure:
             error = UserError(
-                f"another process was lost ({failure}; the timeout is {TIMEOUT_SECONDS:g} s, "
+                f"another process was lost ({failure}; the timeout is {timeout_seconds():g} s, "
                 "set by NANODS_TIMEOUT), so this process exits too. The saved checkpoints are "
                 "intact: the same command with --resume continues from the last one"
             )

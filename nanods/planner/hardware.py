@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from nanods.errors import UserError
+from nanods.flags import from_environment
 from nanods.training.muon import fast_bf16
 
 GPUS_PER_NODE = 8  # GPUs in one machine, connected by NVLink
@@ -110,7 +111,7 @@ def main_memory() -> float:
         half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     else:
         half = 4 * 2**30  # Windows does not say without further packages: assume 8 GiB
-    return half / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return half / from_environment("LOCAL_WORLD_SIZE", 1)
 
 
 def local_device() -> tuple[str, float]:

@@ -1,6 +1,5 @@
 """The commands that a run prints: quoted for the shell, with the flags of the run."""
 
-import os
 import shlex
 import shutil
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from nanods import config as ladder
 from nanods.config import Config
+from nanods.flags import from_environment
 
 MAX_WORDS = 60  # columns of a prompt or query in a printed command
 
@@ -37,10 +37,10 @@ def retry_command(config: Config, **changes) -> str:
 
 def train_program() -> list[str]:
     """Return the words that start train.py, by as many processes as this run has."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = from_environment("WORLD_SIZE", 1)
     if processes == 1:
         return [python(), "train.py"]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    local = from_environment("LOCAL_WORLD_SIZE", processes)
     machines = ["--standalone"]
     if processes > local:
         machines = ["--nnodes", str(processes // local), "--rdzv-endpoint", "FIRST_NODE:29500"]

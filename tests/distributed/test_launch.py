@@ -14,7 +14,13 @@ import pytest
 import torch.distributed as dist
 
 from nanods.data.text import load_text
-from nanods.distributed.rendezvous import attempt_number, connection_failure
+from nanods.distributed.process_groups import ProcessGroups
+from nanods.distributed.rendezvous import (
+    attempt_number,
+    connection_failure,
+    rendezvous,
+    run_distributed,
+)
 from tests.distributed.processes import free_port
 from tests.distributed.test_meshes import FLAGS, SIZE, STEPS, TEXT
 
@@ -186,6 +192,24 @@ def test_a_process_waits_for_a_stopped_one_no_longer_than_the_timeout(folder, mo
     finally:
         stopped.kill()
         stopped.communicate()
+
+
+def test_a_variable_that_is_no_number_is_a_mistake_of_the_user(monkeypatch, capsys):
+    """Also in a process of its own, which run_distributed ends."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    run_distributed(ProcessGroups)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, text in (("NANODS_TIMEOUT", "soon"), ("MASTER_PORT", "abc")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, text)
+            run_distributed(lambda: rendezvous("gloo"))
+    assert codes == [2, 2, 2]
+    error = capsys.readouterr().err
+    for start in ("WORLD_SIZE=two", "NANODS_TIMEOUT=soon", "MASTER_PORT=abc"):
+        assert f"error: {start}: must be a" in error
+    assert "Traceback" not in error
 
 
 # ---- data shards -------------------------------------------------------------------------------
