@@ -124,20 +124,25 @@ def local_device() -> tuple[str, float]:
 def this_machine() -> tuple[Device, int]:
     """Return the device of this machine and how many there are: CUDA's GPUs, or one CPU.
 
-    Its speed is measured with a few large matrix products, which takes a second or less.
+    Its speed is measured with a few large matrix products, which takes a second or less. A GPU that
+    is not in the table is assumed to have the links of an RTX 4090.
     """
     kind, memory = local_device()
+    link, network, bandwidth, source = 0.0, 0.0, 0.0, "measured here"
     if kind == "cuda":
-        name, number, link = torch.cuda.get_device_name(0), torch.cuda.device_count(), 64e9
+        name, number = torch.cuda.get_device_name(0), torch.cuda.device_count()
+        for gpu in GPUS.values():  # a GPU of the table: "a100" in "nvidiaa100-sxm4-80gb"
+            if gpu.name.split("-")[0] in name.lower().replace(" ", ""):
+                link, network, bandwidth = gpu.link, gpu.network, gpu.bandwidth
+                break
+        else:
+            gpu = GPUS["rtx4090-24gb"]
+            link, network = gpu.link, gpu.network
+            source += f"; its links to other GPUs are assumed to be those of {gpu.name}"
     else:
-        name, number, link = f"this CPU (threads: {torch.get_num_threads()})", 1, 0.0
-    network, bandwidth = 0.0, 0.0
-    for gpu in GPUS.values():  # a GPU of the table: "a100" in "nvidiaa100-sxm4-80gb"
-        if gpu.name.split("-")[0] in name.lower().replace(" ", ""):
-            link, network, bandwidth = gpu.link, gpu.network, gpu.bandwidth
-            break
+        name, number = f"this CPU (threads: {torch.get_num_threads()})", 1
     flops = measure_flops(torch.device(kind))
-    return Device(name, memory, flops, bandwidth, link, network, "measured here", kind), number
+    return Device(name, memory, flops, bandwidth, link, network, source, kind), number
 
 
 def measure_flops(device: torch.device) -> float:

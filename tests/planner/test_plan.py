@@ -16,7 +16,7 @@ from nanods.build import build_meta_model
 from nanods.config import PRESETS
 from nanods.distributed.mesh import Mesh
 from nanods.errors import UserError
-from nanods.planner import search
+from nanods.planner import hardware, search
 from nanods.planner.capacity import cache_bytes, served_sequences
 from nanods.planner.cli import format_plan, read_load
 from nanods.planner.cost import (
@@ -342,6 +342,20 @@ def test_an_impossible_mesh_is_refused_and_idle_gpus_are_counted():
     with pytest.raises(UserError, match="no experts"):
         plan(job_of("v1-full", mesh=Mesh.of(ep=512)))
     assert "1,024 GPUs have no sequence" in format_plan(plan(job_of(gpus=2048)))
+
+
+@pytest.mark.parametrize(("preset", "gpus"), [("v1-small", 16), ("v2-full", 1)])
+def test_a_gpu_that_is_not_in_the_table_is_assumed_to_have_the_links_of_another(
+    monkeypatch, preset, gpus
+):
+    """Both for so many GPUs, and in the suggestions for a model that does not fit."""
+    monkeypatch.setattr(hardware, "local_device", lambda: ("cuda", 24e9))
+    monkeypatch.setattr(hardware, "measure_flops", lambda device: 1e14)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: "NVIDIA L4")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    device, _ = hardware.this_machine()
+    report = format_plan(plan(make_job(PRESETS[preset], device, gpus)))
+    assert "its links to other GPUs are assumed to be those of rtx4090-24gb" in report
 
 
 def test_the_package_runs_as_a_program():
