@@ -36,12 +36,13 @@ from nanods.bench.runs import flags_from_dict, write_json
 from nanods.bench.stored_runs import Summarise, machine_of, train_all
 from nanods.data.download import write_atomic
 from nanods.data.text import load_text
-from nanods.errors import run
+from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.gpt import GPT
 from nanods.training import checkpoint
 
 DIGITS = {"+": 3, "*": 2}  # of each operand
+MAX_HELD_OUT = 1027  # products; there are more sums
 MAX_ANSWER_LENGTH = max(DIGITS["+"] + 1, 2 * DIGITS["*"]) + 1  # digits and the end of the line
 CLAIMED_RATIO = 1.22  # the article's claim: V2's accuracy over V1's in mathematics; in the plot
 
@@ -264,6 +265,11 @@ def print_summary(summary: dict) -> None:
 
 def main() -> None:
     args = parse_args(Args, __doc__)
+    if args.held_out > MAX_HELD_OUT:
+        raise UserError(
+            f"--held-out {args.held_out}: only {MAX_HELD_OUT:,} products are held out; give at "
+            "most so many"
+        )
     data = write_training_text(args)
     sha256 = load_text(str(data)).sha256  # prepares the text once, before the processes start
     jobs = {}

@@ -19,6 +19,7 @@ from nanods.bench.arithmetic import (
     to_text,
     training_problems,
 )
+from nanods.errors import UserError
 from nanods.gpt import GPT, GPTConfig
 
 KINDS = pytest.mark.parametrize("kind", list(DIGITS))
@@ -106,6 +107,15 @@ def test_the_same_seed_gives_the_same_problems():
     assert first != training_problems(200, seed=1)
     first = held_out_problems("*", 200)
     assert first == held_out_problems("*", 200) != held_out_problems("*", 200, seed=1)
+
+
+def test_more_held_out_problems_than_there_are_are_refused_before_training(monkeypatch):
+    products = (Problem(a, "*", b) for a in range(10, 100) for b in range(10, 100))
+    assert sum(map(is_held_out, products)) == arithmetic.MAX_HELD_OUT
+    monkeypatch.setattr(arithmetic, "write_training_text", None)  # what comes next
+    monkeypatch.setattr("sys.argv", ["arithmetic", "--held-out", "1028"])
+    with pytest.raises(UserError, match="--held-out 1028: only 1,027 products are held out"):
+        arithmetic.main()
 
 
 # ---- accuracy ------------------------------------------------------------------------------------
