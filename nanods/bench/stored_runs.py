@@ -249,13 +249,15 @@ def find_missing(
             n_elsewhere += is_elsewhere
             is_newer |= entry.get("code") != store.code
             entry["code"] = store.code
-    for needed in dict.fromkeys(job.needs for job in missing):
-        if needed is None or needed in missing:
-            continue
-        out = needed.folder_in(runs, bench)
-        if needed.name not in store.entries or not has_weights(needed, store, out):
+    for job in list(missing):
+        needed = job.needs
+        while needed and needed not in missing:
+            out = needed.folder_in(runs, bench)
+            if needed.name in store.entries and has_weights(needed, store, out):
+                break
             print(f"missing    {out}, which other runs need: trained again", flush=True)
             missing.insert(0, needed)
+            needed = needed.needs
     n_kept = len(jobs) - sum(job in missing for job in jobs)
     elsewhere = f" ({n_elsewhere} of another machine)" if n_elsewhere else ""
     print(f"runs       {bench}: {n_kept} kept{elsewhere}, {len(missing)} to train", flush=True)

@@ -266,6 +266,16 @@ def test_weights_that_are_gone_are_trained_again_if_a_run_needs_them(tmp_path, t
     assert "which other runs need: trained again" in capsys.readouterr().out
 
 
+def test_so_are_those_that_the_needed_one_needs(tmp_path, trainings):
+    base, child = base_and_child(tmp_path)
+    start = child.folder_in(tmp_path / "runs", "demo")
+    grandchild = Job("grandchild", ("v0-tiny", "--init-from", str(start)), needs=child)
+    train(tmp_path, [base, child])
+    shutil.rmtree(tmp_path / "runs")
+    train(tmp_path, [base, child, grandchild])
+    assert [name for name, _ in trainings[2:]] == ["base", "child", "grandchild"]
+
+
 # ---- functions -----------------------------------------------------------------------------------
 
 
