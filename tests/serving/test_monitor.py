@@ -410,6 +410,9 @@ def test_rules_and_dashboard_name_metrics_that_exist():
     assert {"nanods_alarm", "nanods_requests_total", "nanods_drift_level"} <= used
     page = set(re.findall(r"nanods_\w+", (FOLDER / "page.html").read_text(encoding="utf-8")))
     assert page and page <= families
+    for absent in re.findall(r"absent\((nanods_\w+)\)", " ".join(expressions)):
+        fresh = Monitor().metrics().decode()
+        assert f"\n{absent}{{" in fresh, "a server that nobody has asked yet is not down"
     for rule in rules:
         assert rule["alert"] and rule["annotations"]["summary"]
         assert rule["labels"]["severity"] in ("page", "ticket")
