@@ -61,6 +61,11 @@ class Args:
 def main() -> None:
     args = parse_args(Args, __doc__)
     token = os.environ.get("NANODS_TOKEN") or None
+    if token and not (token.isascii() and token.isprintable() and token == token.strip()):
+        raise UserError(
+            "NANODS_TOKEN: no HTTP header can hold this token; choose one of printable ASCII "
+            "characters, without blanks at its ends"
+        )
     if not args.runs:
         raise UserError("name a run to serve: python -m nanods.serving v2-tiny")
     if not token and not is_loopback(args.host):

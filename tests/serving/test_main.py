@@ -48,6 +48,10 @@ def test_mistakes_at_the_start_say_how_to_correct_them(serving, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, error = serving("v2-tiny", "--device", "cuda")
     assert code == 2 and "--device cuda: PyTorch finds none on this machine; leave the" in error
+    for token in ("gehe\u00edm", "secret\n", " secret"):
+        monkeypatch.setenv("NANODS_TOKEN", token)
+        code, error = serving("v2-tiny")
+        assert code == 2 and "NANODS_TOKEN: no HTTP header can hold" in error and token not in error
     monkeypatch.setenv("NANODS_TOKEN", "secret")
     assert "no such run" in serving("v2-tiny", "--host", "0.0.0.0")[1]
 
