@@ -87,5 +87,6 @@ def canary(
     inputs = {
         name: x[rows].to(device)
         for name, x in model_inputs(examples, config, model.finished.tokenizer).items()
+        if name in model.gallery.embeddings
     }
     return lambda: partner_distance(embed(network, inputs)[0])

@@ -78,11 +78,14 @@ class Gallery:
         The examples may be those of `held_out_examples` (nanods/training/contrastive_data.py).
         """
         self.examples = examples
-        self.rows: dict[str, np.ndarray] = {}  # by modality: which examples have it
-        self.embeddings: dict[str, Tensor] = {}  # by modality: theirs, (Q, M), on the CPU
+        # By modality that an example has:
+        self.rows: dict[str, np.ndarray] = {}  # which ones have it
+        self.embeddings: dict[str, Tensor] = {}  # theirs, (Q, M), on the CPU
         device = next(model.parameters()).device
         for name, inputs in model_inputs(examples, config, tokenizer).items():
             rows = np.flatnonzero(examples.has(name))
+            if not len(rows):
+                continue
             if name == "text":
                 keys = [caption_key(examples.captions[row]) for row in rows]
                 rows = rows[np.sort(np.unique(keys, return_index=True)[1])]

@@ -71,6 +71,14 @@ def test_what_an_example_lacks_and_equal_captions_are_not_found(model, examples)
         gallery.search(query, "video", 1)
 
 
+def test_a_modality_that_no_example_has_is_left_out(model, examples):
+    silent = replace(examples, present=examples.present | {"audio": np.zeros(6, bool)})
+    gallery = Gallery(model, silent, CONFIG, TOKENIZER)
+    assert list(gallery.embeddings) == list(gallery.rows) == ["text", "image"]
+    with pytest.raises(UserError, match="there is no audio to search, but text and image"):
+        gallery.search(torch.ones(CONFIG.multimodal.width), "audio", 1)
+
+
 def png(pixels):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
