@@ -39,6 +39,7 @@ from nanods.serving.rest_json import (
     ChatRequest,
     CompletionRequest,
     EmbeddingsRequest,
+    Offsets,
     SearchRequest,
     chat_choice,
     completion_choice,
@@ -116,7 +117,7 @@ async def stream(
     request: Request,
     call,
     around: dict,
-    choice: Callable[[Any, int], dict],
+    choice: Callable[[Any], dict],
     include_usage: bool,
 ) -> StreamingResponse:
     """Return the replies of a call as server-sent events.
@@ -126,12 +127,11 @@ async def stream(
     first = await unless_disconnected(request, call.read())
 
     async def events() -> AsyncIterator[bytes]:
-        reply, characters, new_tokens = first, 0, 0
+        reply, new_tokens = first, 0
         try:
             while reply is not grpc.aio.EOF:
-                yield event(around | {"choices": [choice(reply, characters)]})
+                yield event(around | {"choices": [choice(reply)]})
                 prompt_tokens, new_tokens = reply.prompt_tokens, new_tokens + reply.new_tokens
-                characters += len(reply.text)
                 reply = await call.read()
             if include_usage:
                 yield event(around | {"choices": [], "usage": usage(prompt_tokens, new_tokens)})
@@ -265,9 +265,9 @@ def make_app(
             if len(requests) > 1:
                 raise HTTPException(400, "stream: send one prompt")
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            call = stub.GenerateStream(requests[0], **options)
+            call, offsets = stub.GenerateStream(requests[0], **options), Offsets()
             return await stream(
-                request, call, around, lambda r, n: completion_choice(r, start=n), with_usage
+                request, call, around, lambda r: completion_choice(r, offsets=offsets), with_usage
             )
         calls = [stub.Generate(one, **options) for one in requests]
         replies = await unless_disconnected(request, all_replies(calls))
@@ -286,7 +286,7 @@ def make_app(
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
             call = stub.GenerateStream(body.request(), **options)
             return await stream(
-                request, call, around, lambda r, _: chat_choice(r, "delta"), with_usage
+                request, call, around, lambda r: chat_choice(r, "delta"), with_usage
             )
         reply = await unless_disconnected(request, stub.Generate(body.request(), **options))
         return envelope("chat.completion", body.model) | {

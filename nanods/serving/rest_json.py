@@ -6,6 +6,7 @@ OpenAI's API that this server does not have are refused, unless their value has 
 """
 
 import base64
+import codecs
 import json
 import time
 import uuid
@@ -192,19 +193,32 @@ def shown(token) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token)
 
 
-def completion_logprobs(reply, start: int) -> dict | None:
-    """Return a reply's tokens as /v1/completions shows them; `start`: characters before them."""
+class Offsets:
+    """Where the tokens of one answer begin in its text, one token after another."""
+
+    def __init__(self) -> None:
+        # A character may take several tokens: the decoder returns it when it is whole.
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.characters = 0  # that the decoder has returned
+
+    def next(self, token) -> int:
+        """Return the characters before the one that has the token's first byte."""
+        self.characters += len(self.decoder.decode(token.token[:1]))
+        is_part = bool(self.decoder.getstate()[0])  # of a character that is not yet whole
+        start = self.characters + is_part - 1
+        self.characters += len(self.decoder.decode(token.token[1:]))
+        return start
+
+
+def completion_logprobs(reply, offsets: Offsets) -> dict | None:
+    """Return a reply's tokens as /v1/completions shows them."""
     if not reply.tokens:
         return None
-    texts = [shown(token) for token in reply.tokens]
-    offsets = [start]
-    for text in texts[:-1]:
-        offsets.append(offsets[-1] + len(text))
     return {
-        "tokens": texts,
+        "tokens": [shown(token) for token in reply.tokens],
         "token_logprobs": [token.logprob for token in reply.tokens],
         "top_logprobs": [{shown(t): t.logprob for t in token.top} for token in reply.tokens],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(token) for token in reply.tokens],
     }
 
 
@@ -218,11 +232,12 @@ def chat_logprobs(reply) -> dict | None:
     return {"content": content} if content else None
 
 
-def completion_choice(reply, index: int = 0, start: int = 0) -> dict:
+def completion_choice(reply, index: int = 0, offsets: Offsets | None = None) -> dict:
+    """Return an answer, or with `offsets` the next part of one."""
     return {
         "index": index,
         "text": reply.text,
-        "logprobs": completion_logprobs(reply, start),
+        "logprobs": completion_logprobs(reply, offsets or Offsets()),
         "finish_reason": reply.finish or None,
         **traces(reply),
     }

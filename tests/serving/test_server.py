@@ -235,6 +235,17 @@ def test_several_prompts_stops_and_logprobs(client, server):
     assert choice["finish_reason"] == "stop"
 
 
+def test_offsets_count_characters_also_where_a_token_is_a_part_of_one(openai):
+    settings = {"model": "base", "prompt": "a", "max_tokens": 60, "seed": 1, "logprobs": 0}
+    (whole,) = openai.completions.create(**settings).choices
+    tokens, offsets = whole.logprobs.tokens, whole.logprobs.text_offset
+    ascii = [i for i, token in enumerate(tokens) if len(token) == 1]
+    assert 10 < len(ascii) < 50, "the others are parts of characters"
+    assert all(whole.text[offsets[i]] == tokens[i] for i in ascii)
+    parts = openai.completions.create(**settings, stream=True)
+    assert [i for part in parts for i in part.choices[0].logprobs.text_offset] == offsets
+
+
 @pytest.mark.parametrize(
     ("name", "route"), [("base", "completions"), ("tuned", "chat/completions")]
 )
