@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import matplotlib
@@ -118,7 +118,7 @@ def curves(
     """Draw lines (x, y) by name, and horizontal reference lines (`marks`) by name."""
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    for (name, (x, y)), colour in zip(lines.items(), COLOURS[: len(lines)], strict=True):
+    for (name, (x, y)), colour in zip(lines.items(), cycle(COLOURS), strict=False):
         axes.plot(x, y, "o-", markersize=3, color=colour, label=name)
     for name, height in (marks or {}).items():
         axes.axhline(height, color=GREY, linestyle="--", linewidth=1)

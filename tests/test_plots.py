@@ -95,6 +95,13 @@ def test_spread_labels_moves_only_labels_that_are_too_close():
     assert mm.spread_labels([1, 1, 0.99], 0.1, 0, 1) == pytest.approx([0.9, 1, 0.8])
 
 
+def test_more_lines_than_colours_begin_with_the_first_colour_again():
+    names = [str(i) for i in range(len(plots.COLOURS) + 1)]
+    (axes,) = plots.curves({name: ([0, 1], [0, 1]) for name in names}, "x", "y").axes
+    assert [line.get_label() for line in axes.lines] == names
+    assert axes.lines[-1].get_color() == plots.COLOURS[0]
+
+
 def test_flattening_a_plane_keeps_all_distances_between_modalities_too():
     plane = np.linalg.qr(RANDOM.normal(size=(6, 2)))[0].T  # two directions of unit length
     embeddings = {
