@@ -24,7 +24,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ VARIANTS = {"v1": ("v1-tiny", {}), "v1-2f": ("v1-tiny", {"hidden-ratio": 8}), "v
 class Args:
     seeds: int = 3
     """Runs of each variant, with other initial weights and batches but the same text."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
     """Which of v1, v1-2f and v2 to run."""
     steps: int = 500
     """Optimizer steps of 2,048 tokens."""

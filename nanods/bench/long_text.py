@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanods import plots
+from nanods.attention import Method
 from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
 from nanods.bench.stored_runs import machine_of, train_all
@@ -31,7 +32,7 @@ SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
 class Args:
     steps: int = 80
     """Optimizer steps of the dense run, and of the sparse runs at equal steps."""
-    methods: tuple[str, ...] = ("tile",)
+    methods: tuple[Method, ...] = ("tile",)
     """Selection methods of the sparse runs."""
     results: Path = Path("results")
     """Where to write the table and the plot."""

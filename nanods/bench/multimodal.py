@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from statistics import mean, median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class Args:
     """Directory of the table and the picture."""
     runs: Path = Path("runs")
     """Directory of the runs; an unfinished one is resumed."""
-    only: tuple[str, ...] = tuple(VARIANTS)
+    only: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
     """Variants to run."""
 
 

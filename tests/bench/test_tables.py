@@ -79,6 +79,17 @@ def test_a_bench_makes_its_table_from_stored_runs(tmp_path, monkeypatch, name):
         assert job.needs is None or str(job.needs.folder_in(tmp_path / "runs", name)) in job.words
 
 
+@pytest.mark.parametrize(
+    ("name", "flag"), [("multimodal", "only"), ("arithmetic", "variants"), ("long_text", "methods")]
+)
+def test_an_unknown_choice_is_refused_before_anything_is_trained(monkeypatch, capsys, name, flag):
+    bench = importlib.import_module(f"nanods.bench.{name}")
+    monkeypatch.setattr("sys.argv", [name, f"--{flag}", "foo"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert f"--{flag}" in capsys.readouterr().err
+
+
 def test_the_variants_of_the_v3_bench_can_be_chosen(tmp_path, monkeypatch):
     from nanods.bench import multimodal
 
