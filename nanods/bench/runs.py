@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -107,6 +107,18 @@ def measure_parts(
         table = {"machines": machines, **table}
         write_json(path, table)
     return table
+
+
+def is_subset(bench: str, chosen: Collection[str], variants: Collection[str]) -> bool:
+    """Return whether variants of a bench were left out, and say that its table, which `make docs`
+    needs as a whole, is not changed then."""
+    left_out = [name for name in variants if name not in chosen]
+    if left_out:
+        print(
+            f"notice     left out: {', '.join(left_out)}; so {bench}.json is not changed. The "
+            f"results of the runs are in runs/{bench}.json beside it"
+        )
+    return bool(left_out)
 
 
 def read_json(path: Path) -> dict:

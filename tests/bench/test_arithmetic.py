@@ -193,3 +193,11 @@ def test_the_table_and_the_plot_are_written(tmp_path, monkeypatch, capsys):
     assert table["verdict"]["v2 against v1"]["*"] == {"points": 0.0, "ratio": 1.0}
     assert (tmp_path / "arithmetic.png").stat().st_size > 10_000
     assert "v2 against v1-2f: both +0.0 points" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["arithmetic", "--variants", "v1-2f", "v2", *flags])
+    arithmetic.main()
+    assert json.loads((tmp_path / "arithmetic.json").read_text()) == table
+    said = capsys.readouterr().out
+    assert (
+        "v2 against v1-2f: both +0.0 points" in said
+        and "left out: v1; so arithmetic.json is" in said
+    )
