@@ -121,12 +121,14 @@ def litserve_server(run: Path) -> Iterator[Server]:
     with started(*command, stdout=subprocess.DEVNULL) as process:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and process.poll() is None:
+            is_ready = False
             with suppress(OSError):
                 connection = http.client.HTTPConnection("127.0.0.1", port)
                 connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    yield Server(process.pid, port)
-                    return
+                is_ready = connection.getresponse().status == 200
+            if is_ready:
+                yield Server(process.pid, port)
+                return
             time.sleep(0.2)
         raise UserError("LitServe has not started; its message is above")
 

@@ -4,9 +4,11 @@ import http.client
 import math
 import os
 import time
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +120,23 @@ def test_clients_send_every_request_once(server):
     while time.process_time() < cpu + 0.1:
         pass
     assert server.cpu_seconds() - start > 0.05
+
+
+def test_what_fails_beside_a_litserve_server_is_not_suppressed(server, monkeypatch):
+    from nanods.bench import serve_http
+
+    @contextmanager
+    def started(*command, **pipes):
+        yield SimpleNamespace(pid=1, poll=lambda: None)
+
+    ready = SimpleNamespace(
+        request=lambda *_: None, getresponse=lambda: SimpleNamespace(status=200)
+    )
+    monkeypatch.setattr(serve_http, "started", started)
+    monkeypatch.setattr(http.client, "HTTPConnection", lambda *_: ready)
+    lost = pytest.raises(ConnectionResetError, match="the server is lost")
+    with lost, serve_http.litserve_server(Path("run")):
+        raise ConnectionResetError("the server is lost")
 
 
 def test_rest_and_grpc_are_called_equally_often(server, monkeypatch):
