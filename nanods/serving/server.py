@@ -6,6 +6,7 @@ and waits for them up to `grace` seconds: first for HTTP, then for gRPC.
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -98,10 +99,13 @@ def bind(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port}: {error.strerror}; stop the program that has it, or "
-            "choose another port (0: any that is free)"
-        ) from None
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            fix = "give a name or an address of this machine, or leave --host out"
+        elif error.errno == errno.EACCES:
+            fix = "choose a port of 1024 or more (0: any that is free)"
+        else:
+            fix = "stop the program that has it, or choose another port (0: any that is free)"
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; {fix}") from None
     return listener
 
 

@@ -4,6 +4,7 @@ the unchanged `openai` client, limits, errors, clients that leave, and how it st
 
 import asyncio
 import base64
+import errno
 import io
 import json
 import math
@@ -684,6 +685,19 @@ def test_stopping_answers_what_was_accepted_and_refuses_what_is_new():
     with pytest.raises(UserError, match="stop the program that has it"):
         bind("127.0.0.1", running.port)
     listener.close()
+
+
+def test_a_host_or_a_port_that_cannot_be_had_is_named_with_its_own_fix(monkeypatch):
+    for host in ("no-such-host.invalid", "192.0.2.1"):  # an address of documents alone
+        with pytest.raises(UserError, match=rf"--host {host} .*an address of this machine, or"):
+            bind(host, 0)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(UserError, match=r"--port 80: Permission denied; choose a port of 1024"):
+        bind("127.0.0.1", 80)
 
 
 def test_a_taken_grpc_port_is_named_before_a_canary_computes():
