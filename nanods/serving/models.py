@@ -5,6 +5,7 @@ A language model (V0 to V2) has an engine (nanods/serving/engine.py), a model of
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -43,8 +44,11 @@ class ServedModel:
     @property
     def created(self) -> float:
         """When the run was last saved, in seconds since 1970; 0 if it was never saved."""
-        folder = Path(self.finished.folder)
-        return max((path.stat().st_mtime for path in folder.glob("*")), default=0.0)
+        times = [0.0]
+        for path in Path(self.finished.folder).glob("*"):
+            with suppress(OSError):  # it has gone meanwhile, or is a link to nowhere
+                times.append(path.stat().st_mtime)
+        return max(times)
 
 
 def language_model(name: str, finished: FinishedRun, slots: int, max_waiting: int) -> ServedModel:

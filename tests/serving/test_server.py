@@ -213,6 +213,16 @@ def test_the_openai_client_lists_models(openai):
     assert card["active_parameters"] <= card["parameters"]
 
 
+def test_a_run_was_created_when_its_newest_file_was(tmp_path):
+    run = replace(finished_run("v0-tiny"), folder=tmp_path)
+    model = language_model("base", run, slots=1, max_waiting=2)
+    assert model.created == 0
+    (tmp_path / "state.json").touch()
+    os.utime(tmp_path / "state.json", (5, 5))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert model.created == 5
+
+
 def test_several_prompts_stops_and_logprobs(client, server):
     prompts = ["a", "bc", "d"]
     texts = [expected(server, prompt, 12, temperature=0) for prompt in prompts]
