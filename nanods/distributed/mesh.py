@@ -54,6 +54,8 @@ class Mesh:
         try:
             for part in text.split(","):
                 axis, size = part.split("=")
+                if axis in sizes:
+                    raise UserError(f"--mesh {text}: {axis} is there twice; give each axis once")
                 sizes[axis] = int(size)
         except ValueError:
             raise UserError(f"--mesh {text}: write it as dp=2 or dp=2,ep=2") from None

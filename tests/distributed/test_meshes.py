@@ -291,6 +291,7 @@ def test_a_mesh_is_parsed_or_refused_with_a_suggestion():
         ("ep=2,dp=2", 4, "the choices are dp=N, ep=N, dp=N,ep=N, fsdp=N"),
         ("pp=2", 2, "the choices are.*fsdp=N, fsdp=N,ep=N, tp=N"),
         ("dp=0", 0, "each N at least 1"),
+        ("dp=2,dp=4", 4, "dp is there twice; give each axis once"),
         ("dp", 2, "write it as dp=2"),
         ("dp=two", 2, "write it as dp=2"),
     ):
