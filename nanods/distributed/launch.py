@@ -47,7 +47,7 @@ def main() -> None:
     sys.argv = [arguments.training_script, *arguments.training_script_args]
     if Path(sys.argv[0]).name == "train.py" and "--plan" not in sys.argv:
         config = ladder.from_command_line("Train one preset of nanods, by several processes.")
-        world_size = nodes * local_processes
+        world_size = nodes * local_processes if nodes else None
         Mesh.parse(config.mesh, world_size, config.model.moe.n_expert)
     arguments.rdzv_conf = with_timeouts(arguments.rdzv_conf)
     endpoint = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
@@ -69,19 +69,19 @@ def main() -> None:
         ) from None
 
 
-def numbers_of_processes(arguments: Namespace) -> tuple[int, int]:
-    """Return the processes on this machine and the most machines. Raises UserError for a number out
-    of range."""
+def numbers_of_processes(arguments: Namespace) -> tuple[int, int | None]:
+    """Return the processes on this machine and the number of machines, None where it is left open
+    (--nnodes 1:2). Raises UserError for a number out of range."""
     try:
         local_processes = determine_local_world_size(arguments.nproc_per_node)
-        nodes = parse_min_max_nnodes(arguments.nnodes)[1]
-        flags = {"nproc-per-node": local_processes, "nnodes": nodes}
+        fewest, most = parse_min_max_nnodes(arguments.nnodes)
+        flags = {"nproc-per-node": local_processes, "nnodes": (fewest, most)}
         for name in ("node_rank", "max_restarts", "master_port", "monitor_interval"):
             flags[name.replace("_", "-")] = getattr(arguments, name)
         check_ranges(flags)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    return local_processes, nodes
+    return local_processes, most if fewest == most else None
 
 
 def with_timeouts(rdzv_conf: str) -> str:

@@ -21,6 +21,7 @@ from nanods.distributed.rendezvous import (
     rendezvous,
     run_distributed,
 )
+from nanods.errors import UserError
 from tests.distributed.processes import free_port
 from tests.distributed.test_meshes import FLAGS, SIZE, STEPS, TEXT
 
@@ -123,6 +124,25 @@ def error_message(process):
 def test_an_error_of_all_processes_is_reported_once(folder, flags, message):
     process = launch("--standalone", "--nproc-per-node", "2", flags=flags)
     assert re.search(message, error_message(process) or "")
+
+
+def test_a_mesh_is_checked_early_only_where_the_number_of_machines_is_known(folder, monkeypatch):
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")
+    from nanods.distributed import launch
+
+    def call(nnodes):
+        words = ["--nnodes", nnodes, "--nproc-per-node", "1", "train.py", "v0-tiny", "--mesh"]
+        monkeypatch.setattr(sys, "argv", ["launch", *words, "dp=1"])
+        monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")
+        launch.main()
+
+    started = []
+    monkeypatch.setattr(launch, "torchrun", started.append)
+    with pytest.raises(UserError, match="--mesh dp=1 needs 1 processes, but there are 2"):
+        call("2")
+    call("1:2")
+    call("1")
+    assert len(started) == 2
 
 
 # ---- missing processes and wrong ports ---------------------------------------------------------
