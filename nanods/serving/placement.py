@@ -78,6 +78,7 @@ def parse_rules(rules: Iterable[str]) -> dict[str, Place]:
             raise UserError(f"--place {rule}: write PATTERN=DEVICE:FORMAT; formats are {known}")
         if format == "int8" and device != "cpu":
             raise UserError(f"--place {rule}: INT8 layers run on the CPU; write cpu:int8")
+        places.pop(pattern, None)  # the later rule comes later in the order, too
         places[pattern] = Place(device, format)
     return places
 
@@ -294,7 +295,7 @@ def compare(
     `make_model` returns a new model on meta; `memory` in bytes and `bandwidth` in bytes per second,
     by device.
     """
-    whole = next(iter(rules.values()))
+    whole = resolve(make_model(), rules)[""]
     options = {f"all on {device}": {"*": Place(device, whole.format)} for device in memory}
     table = {}
     for name, option in {"the rules": rules, **options}.items():

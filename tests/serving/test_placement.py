@@ -262,6 +262,8 @@ def test_later_rules_win_and_parts_follow_what_contains_them():
     assert places["head"] == Place("cuda:0", "bf16")
     assert places["blocks.0.mlp.gate"] == Place("cpu", "int8")
     assert places["blocks.3.mlp.gate"] == places["blocks.3.attention"] == Place("cpu", "fp32")
+    again = parse_rules(["*=cpu:bf16", "head=cpu:fp32", "*=cpu:fp64"])
+    assert set(resolve(make_gpt(V2), again).values()) == {Place("cpu", "fp64")}
 
 
 @pytest.mark.parametrize(
@@ -317,6 +319,12 @@ def test_moving_the_experts_pays_only_where_the_model_does_not_fit():
         fitting = {name: seconds for name, (_, seconds, fits) in table.items() if fits}
         choices.append(min(fitting, key=fitting.get))
     assert choices == ["all on cuda", "the rules", "all on cpu"]
+
+
+def test_all_on_one_device_has_the_format_of_the_whole_model():
+    rules, plenty = parse_rules(["head=cpu:fp32", "*=cuda:bf16"]), {"cuda": 1e12, "cpu": 1e12}
+    of_option, _, _ = compare(make_meta, rules, plenty, plenty)["all on cuda"]
+    assert of_option.stored == {"cuda": 2 * sum(p.numel() for p in make_meta().parameters())}
 
 
 def test_the_command_says_what_to_choose(monkeypatch, capsys):
