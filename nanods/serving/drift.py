@@ -55,6 +55,7 @@ def join_blocks(
 
     scores (R,); its end is followed by its start, so that every score is equally likely.
     """
+    block = min(block, STREAM)
     starts = random.integers(0, len(scores), (streams, -(-STREAM // block), 1))
     places = (starts + np.arange(block)) % len(scores)  # (S, blocks, block)
     return scores[places].reshape(streams, -1)[:, :STREAM]

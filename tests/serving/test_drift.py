@@ -1,5 +1,7 @@
 """The traffic alarm: its sums, its threshold, false alarms and planted changes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,16 @@ def test_blocks_are_pieces_of_the_reference_in_their_order():
     assert set(np.unique(steps)) <= {1, -299}
     counts = np.bincount(streams.flatten(), minlength=300)
     assert counts.min() > 0.6 * counts.mean(), "every score is about equally likely"
+
+
+def test_of_long_blocks_only_what_the_streams_need_is_drawn():
+    scores, streams = np.arange(10**6), []
+    tracemalloc.start()
+    for block in (10_000, 500_000):
+        streams.append(join_blocks(scores, block, 4, np.random.default_rng(0)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(*streams) and peak < 5 * streams[0].nbytes
 
 
 def test_the_threshold_rises_with_what_neighbours_have_in_common():
