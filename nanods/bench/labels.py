@@ -20,6 +20,7 @@ repeated (stored_runs.py).
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -31,6 +32,7 @@ from nanods import plots
 from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
 from nanods.bench.stored_runs import machine_of, train_all
+from nanods.data.download import write_atomic
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
 from nanods.training.contrastive_task import ContrastiveTask
@@ -91,7 +93,7 @@ def write_shapes(folder: Path, per_class: int) -> None:
                 image = draw_shape(name, random)
                 path = folder / split / name / f"{i:04}.png"
                 if not path.exists():
-                    image.save(path)
+                    write_atomic(path, partial(image.save, format="PNG"))
 
 
 def draw_shape(name: str, random: np.random.Generator) -> Image.Image:

@@ -26,6 +26,21 @@ def test_shapes_differ_by_class_and_are_drawn_once(tmp_path):
     assert (tmp_path / "train/ring/0000.png").stat().st_mtime_ns == first
 
 
+def test_an_image_whose_writing_was_interrupted_is_written_again(tmp_path, monkeypatch):
+    def interrupted(self, file, **options):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(labels.Image.Image, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            labels.write_shapes(tmp_path, 4)
+    labels.write_shapes(tmp_path, 4)
+    assert len(list(tmp_path.rglob("*.png"))) == 10 * (4 + 2)
+    for path in tmp_path.rglob("*.png"):
+        labels.Image.open(path).load()
+
+
 def test_the_command_line_of_a_run_is_accepted(tmp_path):
     config = labels.seed_job(labels.Args(runs=tmp_path), 1).config
     assert (config.seed, config.multimodal.image_size, config.dtype) == (1, 64, "fp32")
