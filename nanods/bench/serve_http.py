@@ -71,9 +71,10 @@ def started(*command: str, **pipes) -> Iterator[subprocess.Popen]:
     Raises UserError where there is no /proc."""
     if not Path("/proc/self/stat").exists():
         raise UserError("http, rest and litserve read CPU seconds from /proc: run them on Linux")
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    changed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    changed["NANODS_TOKEN"] = ""  # the clients below send none
     process = subprocess.Popen(
-        [sys.executable, *command], env=os.environ | one_thread, process_group=0, **pipes
+        [sys.executable, *command], env=os.environ | changed, process_group=0, **pipes
     )
     try:
         yield process

@@ -3,6 +3,7 @@
 import http.client
 import math
 import os
+import subprocess
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -120,6 +121,16 @@ def test_clients_send_every_request_once(server):
     while time.process_time() < cpu + 0.1:
         pass
     assert server.cpu_seconds() - start > 0.05
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU seconds are Linux's")
+def test_a_measured_server_asks_for_no_token(server, monkeypatch):
+    from nanods.bench import serve_http
+
+    monkeypatch.setenv("NANODS_TOKEN", "secret")
+    program = "import os; print(os.environ['NANODS_TOKEN'], os.environ['OMP_NUM_THREADS'])"
+    with serve_http.started("-c", program, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read() == " 1\n"
 
 
 def test_what_fails_beside_a_litserve_server_is_not_suppressed(server, monkeypatch):
