@@ -13,6 +13,8 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
       -c constraints.txt '.[serve]' \
     && useradd --create-home --uid 1000 nanods
 
+# In the container the port is always 8000, which the health check asks: choose the one outside by
+# -p 9000:8000, not by --port.
 USER 1000
 WORKDIR /app
 EXPOSE 8000 50051
