@@ -7,9 +7,9 @@
 tokens, 2 sequences per step. The dense run takes --steps steps. Each sparse variant (blocks of 64,
 8 selected and the current one) runs twice: for the same number of steps as dense, and for as many
 steps as fit into the time of the dense run. Each run has its complete learning rate schedule. Time
-is CPU time on one thread, without the evaluations. One seed, so differences of a few thousandths of
-a bit mean nothing. Finished runs are stored and not repeated (stored_runs.py), unless the machine
-is another one.
+is CPU time on one thread, without the evaluations; in the picture it is wall-clock time. One seed,
+so differences of a few thousandths of a bit mean nothing. Finished runs are stored and not repeated
+(stored_runs.py), unless the machine is another one.
 """
 
 from dataclasses import dataclass
@@ -113,7 +113,9 @@ def main() -> None:
     for name, result in runs.items():
         _, seconds, bpb = zip(*result["step_seconds_val_bpb"], strict=True)
         lines[name] = (seconds, bpb)
-    figure = plots.curves(lines, "seconds of training, one thread", "bits per byte", {})
+    figure = plots.curves(
+        lines, "seconds of training (wall-clock time), one thread", "bits per byte", {}
+    )
     plots.save(figure, args.results / "long_text.png")
 
 
