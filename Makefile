@@ -246,13 +246,13 @@ lessons: .venv/dev
 notebook: .venv/dev
 	.venv/bin/jupyter lab $(ARGS) lessons
 
-# ARGS=my_answers.py grades that file instead of the exercise file. The grader exits with 1 where
+# ARGS=my_answers.py grades that file instead of the exercise file. The grader exits with 3 where
 # steps are open or wrong: it says which, and make adds no error of its own.
 check-00 check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08: check-%: .venv/base
-	@$(PY) lessons/exercises/check_$*.py $(ARGS) || test $$? = 1
+	@$(PY) lessons/exercises/check_$*.py $(ARGS) || test $$? = 3
 
 progress: .venv/base
-	@$(PY) lessons/exercises/progress.py $(ARGS) || test $$? = 1
+	@$(PY) lessons/exercises/progress.py $(ARGS) || test $$? = 3
 
 # By up to four processes, each of which runs whole files. ARGS="-n 0" runs them all in one.
 test: .venv/dev

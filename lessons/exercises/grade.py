@@ -454,4 +454,4 @@ def main(steps: list[Step], arguments: list[str] | None = None) -> int:
         return 2
     results = [asdict(result) for result in results]
     print("\n".join(sandbox.report(results)))
-    return 1 if sandbox.open_steps(results) else 0
+    return sandbox.OPEN if sandbox.open_steps(results) else 0

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sandbox import grade, print_safely
+from sandbox import OPEN, grade, print_safely
 
 FOLDER = Path(__file__).parent
 MARKS = {"ok": "#", "wrong": "x", "not done": "."}
@@ -39,7 +39,7 @@ def describe(file: Path, results: list[dict], unusable: str) -> tuple[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print a line for each lesson as soon as it is graded. Return 0 if all exercises pass but for
-    bonuses, 1 if not, 2 if a file cannot be read."""
+    bonuses, 3 if not, 2 if a file cannot be read."""
     parser = argparse.ArgumentParser(description="Show which exercises pass.")
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="of your answers")
     folder = parser.parse_args(arguments).folder.resolve()
@@ -48,16 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
         print_safely(f"{folder}: there are no exercises in this folder")
         return 2
     print_safely("# passes    x wrong    . not done")
-    next_step, status = "", 0
+    next_step, statuses = "", {0}
     for file in files:
         results, _, unusable = grade(FOLDER / f"steps_{file.stem[:2]}.py", file)
         line, advice = describe(file, results, unusable)
         print_safely(line)
         next_step = next_step or advice
         is_open = any(r["verdict"] != "ok" and not r["optional"] for r in results)
-        status = max(status, 2 if unusable else int(is_open))
+        statuses.add(2 if unusable else OPEN if is_open else 0)
     print_safely(f"next: {next_step}" if next_step else "All exercises pass.")
-    return status
+    return 2 if 2 in statuses else max(statuses)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ CLOCK_FACTOR = 6
 GRACE = 3.0  # the worker reports the line of an endless loop itself, if it still can
 START_LIMIT = 300.0  # seconds in which a worker must import torch
 MAX_PRINTED = 10_000  # characters of the answer's own output that are shown
+OPEN = 3  # exit status where steps are open or wrong; Python's own is 1 after a traceback
 LOADING = -1  # the number of the "step" in which the file is loaded
 
 
@@ -135,7 +136,7 @@ def grade(
 def main(stubs: str, arguments: list[str] | None = None) -> int:
     """Grade the file named on the command line, print one line a step, return the exit status.
 
-    `stubs` is the name of the exercise file. Status 0: all steps pass; 1: some do not; 2: the file
+    `stubs` is the name of the exercise file. Status 0: all steps pass; 3: some do not; 2: the file
     cannot be loaded.
     """
     folder = Path(__file__).parent
@@ -156,7 +157,7 @@ def main(stubs: str, arguments: list[str] | None = None) -> int:
         return 2
     for line in report(results):
         print_safely(line)
-    return 0 if not open_steps(results) else 1
+    return OPEN if open_steps(results) else 0
 
 
 def open_steps(results: list[dict]) -> list[str]:

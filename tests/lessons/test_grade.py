@@ -109,7 +109,7 @@ def test_the_stubs_fail_and_print_the_first_line_of_each_docstring(run_grader, l
         pytest.skip("the stubs have been edited")
     status, lines = run_grader(lesson.stubs, lesson)
     stubs = grade.load_file(lesson.stubs)
-    assert status == 1
+    assert status == sandbox.OPEN
     assert lines[-1] == f"Open exercises: {', '.join(lesson.required)}"
     for line, name in zip(lines[:-1], lesson.names, strict=True):
         assert "not done yet: " + getattr(stubs, name).__doc__.splitlines()[0] in line
@@ -136,7 +136,7 @@ def test_a_bonus_may_be_undone_but_not_wrong(run_grader, lesson):
         status, lines = run_grader(undone, lesson)
         assert status == 0
         assert lines[-1] == f"All exercises pass. Not done: the bonus {name}."
-        assert run_grader(replace_body(source, name, "return 1"), lesson)[0] == 1
+        assert run_grader(replace_body(source, name, "return 1"), lesson)[0] == sandbox.OPEN
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_a_bonus_may_be_undone_but_not_wrong(run_grader, lesson):
 def test_each_required_step_must_be_done(run_grader, lesson, name):
     undone = replace_body(lesson.solutions.read_text(), name, "raise NotImplementedError")
     status, lines = run_grader(undone, lesson)
-    assert status == 1
+    assert status == sandbox.OPEN
     assert "not done yet" in lines[lesson.names.index(name)]
     assert name in lines[-1]
 
 
 def test_a_wrong_step_does_not_stop_the_others(run_grader):
     status, lines = run_grader(replace_body(SOLUTIONS.read_text(), STEP_1, "return q"))
-    assert status == 1
+    assert status == sandbox.OPEN
     passed = [line.endswith("OK") or line.endswith("OK (bonus)") for line in lines[:-1]]
     assert passed == [False] + [True] * 5
 
@@ -179,7 +179,7 @@ def test_a_not_implemented_error_of_torch_is_not_a_stub(run_grader):
 def test_a_missing_function_is_reported(run_grader):
     source = SOLUTIONS.read_text()
     status, lines = run_grader(source.replace("def dense_attention", "def dense"))
-    assert status == 1
+    assert status == sandbox.OPEN
     assert "dense_attention  is not in the file" in lines[0]
     assert run_grader(source.replace("def select_for_tile", "def bonus"))[0] == 0
 
@@ -218,7 +218,7 @@ def test_each_command_grades_the_file_of_its_lesson(lesson, monkeypatch, capsys)
     command = FOLDER / f"check_{lesson.stubs.name[:2]}.py"
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(command), run_name="__main__")
-    assert ended.value.code == 1
+    assert ended.value.code == sandbox.OPEN
     assert graded == [Path(lesson.grader.__file__), lesson.stubs]
     assert capsys.readouterr().out == "1 a  ?\nOpen exercises: a\n"
 
@@ -246,7 +246,7 @@ def test_an_answer_that_ends_hangs_or_floods_the_grader_is_reported(tmp_path, mo
     path = tmp_path / "my answers.py"
     path.write_text(MISBEHAVING, encoding="utf-8")
     monkeypatch.setattr(sandbox.grade, "__defaults__", (0.5,))
-    assert sandbox.main(LESSON_01.stubs.name, [str(path)]) == 1
+    assert sandbox.main(LESSON_01.stubs.name, [str(path)]) == sandbox.OPEN
     printed, *_, cut, first, second, third, _, _, _, left = capsys.readouterr().out.splitlines()
     assert printed == "printed \N{GREEK SMALL LETTER ALPHA}"
     assert re.search(r"your file printed [\d,]+ bytes more, which are not shown", cut)

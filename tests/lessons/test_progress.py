@@ -18,7 +18,7 @@ def test_it_counts_what_passes_and_names_what_is_wrong_first(tmp_path, capsys):
     text = replace_body(text, "answer_mask", "    raise NotImplementedError")
     text = replace_body(text, "ewc_penalty", "    return (weight - old).sum()")
     (tmp_path / "07_adapt.py").write_text(text, encoding="utf-8")
-    assert progress.main([str(tmp_path)]) == 1
+    assert progress.main([str(tmp_path)]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["07", "adapt", ".###x#", "4", "of", "6"]
     assert lines[2].startswith("next: 07 ewc_penalty: ")
