@@ -80,10 +80,11 @@ def iterate_product(X: Tensor, steps: int) -> Tensor:
     squares the singular values, and each step multiplies the rounding of small ones by a^2.
     """
     a, b, c = COEFFICIENTS
-    identity = torch.eye(X.size(-2), dtype=X.dtype, device=X.device)
 
     def factor(A: Tensor) -> Tensor:
-        return torch.baddbmm(A, A, A, beta=b, alpha=c) + a * identity
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        return P
 
     A = X @ X.mT  # (N, R, R)
     P = Q = factor(A)

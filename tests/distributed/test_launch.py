@@ -219,12 +219,12 @@ def test_a_variable_that_is_no_number_is_a_mistake_of_the_user(monkeypatch, caps
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setenv("WORLD_SIZE", "two")
-    run_distributed(ProcessGroups)
+    run_distributed(ProcessGroups, "")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, text in (("NANODS_TIMEOUT", "soon"), ("MASTER_PORT", "abc")):
         with monkeypatch.context() as patched:
             patched.setenv(name, text)
-            run_distributed(lambda: rendezvous("gloo"))
+            run_distributed(lambda: rendezvous("gloo"), "")
     assert codes == [2, 2, 2]
     error = capsys.readouterr().err
     for start in ("WORLD_SIZE=two", "NANODS_TIMEOUT=soon", "MASTER_PORT=abc"):
