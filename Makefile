@@ -15,7 +15,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: distill-v1 distill-v3
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
-.PHONY: bench-arithmetic bench-experts bench-labels bench-emoji bench-compress bench-adapt
+.PHONY: bench-arithmetic bench-balance bench-experts bench-labels bench-emoji bench-compress bench-adapt
 .PHONY: bench-ablations bench-serve results docs
 .PHONY: lessons notebook progress
 .PHONY: check-00 check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08
@@ -64,6 +64,7 @@ help:
 	@echo '  make bench-long-text   V1 against dense attention at 4,096 tokens                10 min'
 	@echo '  make bench-arithmetic  V2 against V1 on sums and products                        12 min'
 	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
+	@echo '  make bench-balance     what evens the load of experts, each at its best          25 min'
 	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
 	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         60 min'
 	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed")   5 hours'
@@ -206,6 +207,9 @@ bench-arithmetic: .venv/base
 
 bench-ablations: .venv/base
 	$(PY) -m nanods.bench.ablations $(ARGS)
+
+bench-balance: .venv/base
+	$(PY) -m nanods.bench.balance $(ARGS)
 
 bench-experts: .venv/base
 	$(PY) -m nanods.bench.experts $(ARGS)

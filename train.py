@@ -119,7 +119,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
         scaler.update()
         load = metrics.pop("load", None)  # (L, E): tokens of each layer's experts
         if load is not None:
-            model.update_bias(load)
+            model.update_bias(load, lr / config.lr)
         run.step += 1
         done = time.perf_counter()
         run.seconds += done - start

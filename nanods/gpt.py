@@ -424,11 +424,6 @@ class GPT(nn.Module):
             total, active = total + block_total, active + block_active
         return total, active
 
-    def idle_parameters(self) -> int:
-        """Return the number of parameters in the experts that a token does not use."""
-        counts = [block.count_parameters() for block in self.blocks]
-        return sum(total - active for total, active in counts)
-
     def flops_per_token(self, T: int | None = None) -> float:
         """Return the operations to train on one token, forward and backward.
 
@@ -444,11 +439,12 @@ class GPT(nn.Module):
         return self.config.context_length * self.flops_per_token()
 
     @torch.no_grad()
-    def update_bias(self, load: Tensor) -> None:
-        """Update the routers' selection biases from one optimizer step's load (L, E)."""
+    def update_bias(self, load: Tensor, lr_multiplier: float = 1.0) -> None:
+        """Update the routers' selection biases from one optimizer step's load (L, E), by less where
+        the learning rate is a small share of its peak."""
         if self.config.moe.bias_rate:
             for block, row in zip(self.blocks, load, strict=True):
-                block.mlp.update_bias(row)
+                block.mlp.update_bias(row, lr_multiplier)
 
     # ---- generation ------------------------------------------------------------------------------
 
@@ -471,9 +467,9 @@ class GPT(nn.Module):
         or after `max_new_tokens`. Row b draws from its own random stream (seed, b), so its text
         does not depend on the other rows.
 
-        When a row is full (`context_length`), all rows keep the last half of their context and read
-        it again as a prompt. So the cost per token stays bounded, and each token sees at least half
-        a context.
+        When a row is full (`context_length`), it keeps the last half of its context, and all rows
+        are read again as prompts. So the cost per token stays bounded, and each token sees at least
+        half a context.
         """
         B, T = tokens.shape
         context, device = self.config.context_length, tokens.device

@@ -21,8 +21,8 @@ No assignment is dropped unless capacity_factor is set, and then in training onl
 limit a token's output can depend on later tokens and on other rows of the batch, which generation
 cannot reproduce (tests/test_moe_layer.py shows both).
 
-Left out on purpose, as exercises: sigmoid scores, router noise, shared and fine-grained experts
-(DeepSeekMoE, arXiv:2401.06066).
+Left out on purpose, as exercises: router noise, shared and fine-grained experts (DeepSeekMoE,
+arXiv:2401.06066).
 
 Pinned by tests/test_moe.py (the functions), tests/test_moe_layer.py (the layer, alone and in a GPT)
 and tests/test_moe_kernel.py (the fast routes equal experts_loop).
@@ -37,6 +37,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from nanods.moe_kernel import count_assignments, run_experts, sort_by_expert, squared_relu
 
@@ -49,6 +50,9 @@ class MoEConfig:
     """Number of experts that each token uses (K); at most n_expert."""
     normalise: bool = True
     """Whether the weights of a token's experts are divided by their sum, so that they sum to 1."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become scores, of which the largest are selected and are the weights.
+    softmax: the experts compete. sigmoid: each expert by itself (DeepSeek-V3)."""
     capacity_factor: float | None = None
     """Most assignments per expert in training, in multiples of an even share; the rest are dropped.
     None: no limit."""
@@ -60,8 +64,8 @@ class MoEConfig:
     z_coefficient: float = 0.001
     """Weight of the router z-loss, averaged over the layers, in the training loss. 0: off."""
     bias_rate: float = 0.0
-    """How far each optimizer step moves an expert's selection bias towards an even load. 0: no
-    bias."""
+    """How far each optimizer step moves an expert's selection bias towards an even load. It falls
+    with the learning rate; this is its peak. 0: no bias."""
 
     def __post_init__(self) -> None:
         E, K = self.n_expert, self.top_k
@@ -146,7 +150,7 @@ class MLP(nn.Module):
 
 
 def router_logits(x: Tensor, gate: Tensor) -> Tensor:
-    """Return the router's score of each expert for each token: x (N, C), gate (E, C) -> (N, E).
+    """Return the router's logit of each expert for each token: x (N, C), gate (E, C) -> (N, E).
 
     Computed in fp32, or fp64 if x is fp64: in bf16 rounding would decide between experts with
     similar scores.
@@ -157,27 +161,36 @@ def router_logits(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def select_experts(
-    logits: Tensor, top_k: int, bias: Tensor | None = None, normalise: bool = True
+    logits: Tensor,
+    top_k: int,
+    bias: Tensor | None = None,
+    normalise: bool = True,
+    scores: str = "softmax",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select the top_k experts of each token from the router's logits (N, E).
 
     Returns weights (N, K), experts (N, K), probabilities (N, E) and margin (N,): the difference
     between the scores of the last selected expert and of the next one, or 1 if every expert is
-    selected. `bias` (E,) is added to the probabilities for the selection only; the weights do not
-    contain it.
+    selected. `bias` (E,) is added to the scores for the selection only; the weights do not contain
+    it.
+
+    `scores`: "softmax" of the logits, which are the probabilities too, or "sigmoid". Then the
+    probabilities are the scores divided by their sum (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
     """
     n_expert = logits.size(-1)
+    if scores == "sigmoid":
+        logits = logsigmoid(logits)  # softmax(logsigmoid(x)) is sigmoid(x) divided by the sum
     probs = logits.softmax(dim=-1)
-    scores = probs.detach() if bias is None else probs.detach() + bias
-    best, experts = scores.topk(min(top_k + 1, n_expert), dim=-1)  # one more, for the margin
+    score = logits.exp() if scores == "sigmoid" else probs
+    ranked = score.detach() if bias is None else score.detach() + bias
+    best, experts = ranked.topk(min(top_k + 1, n_expert), dim=-1)  # one more, for the margin
     experts = experts[:, :top_k]
     if top_k < n_expert:
         margin = best[:, top_k - 1] - best[:, top_k]
     else:
         margin = torch.ones_like(best[:, 0])
-    weights = probs.gather(-1, experts)
-    if normalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+    # A division by the sum would be 0 / 0 where a bias selects improbable experts alone.
+    weights = logits.gather(-1, experts).softmax(dim=-1) if normalise else score.gather(-1, experts)
     return weights, experts, probs, margin
 
 
@@ -320,6 +333,7 @@ class MoE(nn.Module):
             raise ValueError(f"top_k = {config.top_k} must lie between 1 and n_expert = {n_expert}")
         self.top_k = config.top_k
         self.normalise = config.normalise
+        self.scores = config.scores
         self.capacity_factor = config.capacity_factor
         self.priority = config.priority
         self.bias_rate = config.bias_rate
@@ -352,7 +366,9 @@ class MoE(nn.Module):
         rows = x.reshape(-1, C)  # (N, C)
         logits = router_logits(rows, self.gate.weight)
         bias = self.bias if self.bias_rate else None
-        weights, selected, probs, margin = select_experts(logits, self.top_k, bias, self.normalise)
+        weights, selected, probs, margin = select_experts(
+            logits, self.top_k, bias, self.normalise, self.scores
+        )
         if valid is not None:
             valid = valid.reshape(-1)  # (N,)
             selected = selected.masked_fill(~valid[:, None], E)
@@ -391,15 +407,16 @@ class MoE(nn.Module):
         return (self.capacity_factor * n_assignments / E).ceil()
 
     @torch.no_grad()
-    def update_bias(self, load: Tensor) -> None:
+    def update_bias(self, load: Tensor, lr_multiplier: float = 1.0) -> None:
         """Raise the selection bias of underused experts by bias_rate, lower that of overused ones.
 
         An expert is underused if its load is below the mean. Call this once after each optimizer
-        step, with the load (E,) summed over the step's micro-batches and processes. DeepSeek-V3,
-        arXiv:2412.19437.
+        step, with the load (E,) summed over the step's micro-batches and processes, and the
+        learning rate as a share of its peak: the length of the move falls with it, so that the
+        selection settles. DeepSeek-V3, arXiv:2412.19437.
         """
         load = load.to(self.bias)
-        self.bias += self.bias_rate * (load.mean() - load).sign()
+        self.bias += self.bias_rate * lr_multiplier * (load.mean() - load).sign()
 
     def count_parameters(self) -> tuple[int, int]:
         """Return the number of parameters, in all and used by one token: without E - K experts."""
@@ -421,7 +438,8 @@ class MoE(nn.Module):
         """
         E, F, C = self.up.shape
         K = self.top_k * imbalance
-        router = [4 * C, 8 * E, 32 * self.top_k]  # normalised x, probabilities, choices and weights
+        scores = 16 * E if self.scores == "sigmoid" else 8 * E  # with what its gradient needs
+        router = [4 * C, scores, 32 * self.top_k]  # normalised x, scores, choices and weights
         if device == "cuda":  # experts_grouped
             return [*router, itemsize * K * C, itemsize * K * F, itemsize * K * F, 4 * K * C]
         return [*router, itemsize * K * F]  # experts_sorted

@@ -373,7 +373,7 @@ class Multimodal(nn.Module):
         return embeddings, stats
 
     @torch.no_grad()
-    def update_bias(self, load: Tensor) -> None:
+    def update_bias(self, load: Tensor, lr_multiplier: float = 1.0) -> None:
         """Update the routers' biases as GPT does.
 
         load: (L, E) of the shared trunk; of separate trunks one after the other, (trunks * L, E).
@@ -381,7 +381,7 @@ class Multimodal(nn.Module):
         if self.trunk.moe.bias_rate:
             blocks = [block for trunk in self.trunks.values() for block in trunk]
             for block, layer_load in zip(blocks, load, strict=True):
-                block.mlp.update_bias(layer_load)
+                block.mlp.update_bias(layer_load, lr_multiplier)
 
     # ---- cost ------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Shapes: N tokens, K experts per token, E experts, S steps, L layers.
 """
 
 from collections.abc import Sequence
+from statistics import mean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -130,6 +131,14 @@ def frame(
 
 # ---- balance -------------------------------------------------------------------------------------
 
+BALANCED_BY = {
+    "none": "nothing",
+    "capacity": "a capacity",
+    "loss": "the load-balancing loss",
+    "bias": "a bias, softmax scores",
+    "bias, sigmoid": "a bias, sigmoid scores",
+}
+
 
 def loads_and_kinds(runs: dict[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
     """Draw for each run, by name, its load over time and what kind of tokens each expert gets.
@@ -154,34 +163,47 @@ def loads_and_kinds(runs: dict[str, tuple[np.ndarray, np.ndarray]], title: str) 
     return figure
 
 
-def balance_table(bench: dict) -> tuple[list[str], list[list[object]]]:
-    """Return the head and the rows of a table of results/experts.json: what evens the load.
+def balance_table(balance: dict) -> tuple[list[str], list[list[object]]]:
+    """Return the head and the rows of a table of results/balance.json: each cure at its best."""
+    rows = []
+    for cure, best in balance["best"].items():
+        runs = best["runs"]
+        numbers = [name for name, value in runs[0].items() if isinstance(value, int | float)]
+        means = {name: mean(run[name] for run in runs) for name in numbers}
+        cells = [f"{means['val_load_max_over_mean']:.2f}", f"{means['val_load_min_over_mean']:.2f}"]
+        cells += [f"{means['dropped']:.0%}", f"{means['spikes']:.1f}", f"{means['val_bpb']:.3f}"]
+        tried = len(balance["tried"][cure])
+        rows.append([BALANCED_BY[cure], f"{best['strength']:g}", tried, len(runs), *cells])
+    head = ["balanced by", "strength", "strengths tried", "seeds", "busiest / mean"]
+    return [*head, "idlest / mean", "dropped", "spikes of the loss", "bits per byte"], rows
 
-    All runs in it train V2 from scratch for the same number of steps; other runs are left out.
-    Every variant whose name begins with "bias" has a row; if there is one only, its rate was not
-    tuned.
+
+def balance_against_loss(balance: dict, title: str = "") -> Figure:
+    """Draw each run of results/balance.json of a cure that was tried at several strengths: its
+    busiest expert's load and its bits per byte.
+
+    The runs of one seed are joined by a line; those of the best strength with other seeds are
+    hollow.
     """
-    steps, rows = bench["steps"]["short"], []
-    names = {"none of them": "none", "scratch": "load-balancing loss", "capacity alone": "capacity"}
-    biases = [name for name in bench["runs"] if name.startswith("bias")]
-    names |= dict.fromkeys(biases, "bias")
-    settings = {"capacity alone": "moe.capacity-factor"}
-    settings |= dict.fromkeys(biases, "moe.bias-rate")
-    for name, label in names.items():
-        runs, summary = bench["runs"][name], bench["summary"][name]
-        if any(run["step"] != steps for run in runs):
-            continue
-        words = runs[0]["command"].split()
-        if name in settings:
-            label += f" {words[words.index('--' + settings[name]) + 1]}"
-        if biases == [name]:
-            label += " (**not tuned yet**)"
-        mean = {key: value["mean"] for key, value in summary.items()}
-        cells = [f"{mean['val_load_max_over_mean']:.2f}", f"{mean['val_load_min_over_mean']:.2f}"]
-        cells += [f"{mean['dropped']:.0%}", f"{mean['spikes']:.1f}", f"{mean['val_bpb']:.3f}"]
-        rows.append([label, len(runs), *cells])
-    head = [f"balancing, {steps} steps each", "seeds", "busiest / mean", "idlest / mean", "dropped"]
-    return [*head, "spikes of the loss", "bits per byte"], rows
+    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    several = {cure: tried for cure, tried in balance["tried"].items() if len(tried) > 1}
+    for (cure, tried), colour in zip(several.items(), (BLUE, ORANGE, COLOURS[3]), strict=True):
+        x = [run["val_load_max_over_mean"] for run in tried.values()]
+        y = [run["val_bpb"] for run in tried.values()]
+        axes.plot(x, y, "o-", color=colour, linewidth=1, label=BALANCED_BY[cure])
+        for strength, *point in zip(tried, x, y, strict=True):
+            label = f"{float(strength):g}"
+            where = {"xytext": (5, 5), "textcoords": "offset points"}
+            axes.annotate(label, point, fontsize=9, color=colour, **where)
+        for run in balance["best"][cure]["runs"][1:]:
+            point = [run["val_load_max_over_mean"]], [run["val_bpb"]]
+            axes.plot(*point, "o", markerfacecolor="none", color=colour)
+    axes.set(xlabel="busiest expert / mean load (1: even)", ylabel="bits per byte on validation")
+    axes.set(xlim=(1, None), title=title)
+    axes.margins(y=0.12)
+    axes.legend(frameon=False)
+    return figure
 
 
 def load_histories(runs: dict[str, np.ndarray], last_step: int, title: str) -> Figure:

@@ -61,6 +61,49 @@ def test_route_selects_the_most_probable_experts_and_the_bias_changes_only_the_s
         assert torch.equal(weights, probs.gather(-1, experts))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(2, 8), st.integers(1, 8), st.booleans(), st.integers(0, 99))
+def test_sigmoid_scores_select_and_weigh_each_expert_by_itself(N, E, top_k, normalise, seed):
+    K, generator = min(top_k, E), torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(N, E, generator=generator, dtype=torch.float64)
+    bias = torch.randn(E, generator=generator, dtype=torch.float64)
+    weights, experts, probs, margin = select_experts(logits, K, bias, normalise, "sigmoid")
+    for n in range(N):
+        score = [1 / (1 + math.exp(-logit)) for logit in logits[n].tolist()]
+        biased = [a + b for a, b in zip(score, bias.tolist(), strict=True)]
+        ranking = sorted(range(E), key=lambda e: -biased[e])
+        assert experts[n].tolist() == ranking[:K]
+        total = sum(score[e] for e in ranking[:K]) if normalise else 1
+        assert weights[n].tolist() == pytest.approx([score[e] / total for e in ranking[:K]])
+        assert probs[n].tolist() == pytest.approx([value / sum(score) for value in score])
+        expected_margin = biased[ranking[K - 1]] - biased[ranking[K]] if K < E else 1
+        assert margin[n].item() == pytest.approx(expected_margin)
+
+
+def test_one_experts_sigmoid_score_ignores_the_other_logits():
+    logits, raised = torch.zeros(1, 4), torch.tensor([[0.0, 0, 0, 9]])
+    for scores, equal in (("sigmoid", True), ("softmax", False)):
+        bias = torch.tensor([1.0, 0, 0, -1])
+        before, after = (
+            select_experts(x, 1, bias, normalise=False, scores=scores)[0] for x in (logits, raised)
+        )
+        assert torch.equal(before, after) == equal
+
+
+def test_probabilities_and_weights_are_finite_where_scores_are_0():
+    logits = torch.full((2, 4), -200.0) + torch.tensor([0.0, 1, 2, 3])
+    assert (logits.sigmoid() == 0).all()
+    weights, _, probs, _ = select_experts(logits, 2, scores="sigmoid")
+    assert (probs - logits.softmax(-1)).abs().max() < 1e-6
+    assert (weights.sum(-1) - 1).abs().max() < 1e-6
+    # The bias selects two experts whose scores are 0.
+    logits, bias = torch.tensor([[0.0, -200, -201, -202]]), torch.tensor([-2.0, 0, 0, -1])
+    for scores in ("softmax", "sigmoid"):
+        weights, experts, _, _ = select_experts(logits, 2, bias, scores=scores)
+        by_expert = dict(zip(experts[0].tolist(), weights[0].tolist(), strict=True))
+        assert by_expert == pytest.approx({1: math.e / (1 + math.e), 2: 1 / (1 + math.e)})
+
+
 def test_routing_is_computed_in_fp32_at_least():
     x, gate = torch.randn(300, 16), torch.randn(8, 16)
     exact = route(x.double(), gate.double(), 2)

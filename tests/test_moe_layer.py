@@ -298,6 +298,8 @@ def test_the_bias_moves_by_its_rate_towards_an_even_load():
     assert layer.bias.tolist() == [-0.25, 0.25, 0, 0.25]
     layer.update_bias(torch.tensor([0, 0, 0, 3]))  # mean 0.75
     assert layer.bias.tolist() == [0, 0.5, 0.25, 0]
+    layer.update_bias(torch.tensor([0, 0, 0, 4]), lr_multiplier=0.5)
+    assert layer.bias.tolist() == [0.125, 0.625, 0.375, -0.125]
     before = layer.bias.clone()
     for training in (True, False):
         layer.train(training)(random_input())
@@ -319,6 +321,20 @@ def test_the_bias_changes_the_selection_and_not_the_weights():
     assert_close(stats["balance_loss"], load_balancing_loss(probs, experts))
     layer.bias_rate = 0
     assert torch.equal(layer(x)[0], random_layer()(x)[0]), "with bias_rate 0 the bias is ignored"
+
+
+def test_sigmoid_scores_reach_the_weights_and_the_stats():
+    layer, x = random_layer(scores="sigmoid"), random_input()
+    y, stats = layer(x, inspect=True)
+    rows, experts = x.flatten(0, 1), stats["experts"].flatten(0, 1)
+    scores = (rows @ layer.gate.weight.T).sigmoid()
+    assert torch.equal(experts, scores.topk(layer.top_k).indices)
+    weights = scores.gather(-1, experts)
+    weights = weights / weights.sum(-1, keepdim=True)
+    assert_close(y.flatten(0, 1), experts_loop(rows, weights, experts, layer.up, layer.out))
+    probs = scores / scores.sum(-1, keepdim=True)
+    assert_close(stats["importance"], probs.mean(dim=0))
+    assert_close(stats["balance_loss"], load_balancing_loss(probs, experts))
 
 
 def test_the_bias_evens_a_skewed_load():
@@ -375,17 +391,15 @@ def test_padding_of_a_gpt_is_not_counted():
 @pytest.mark.parametrize(("E", "K"), [(1, 2), (4, 2), (4, 4), (5, 1)])
 def test_parameters_are_counted_as_they_are_used(E, K):
     model = GPT(replace(DENSE, moe=MoEConfig(E, K, normalise=K > 1)))
-    total = active = idle = 0
+    total = active = 0
     for name, parameter in model.named_parameters():
         used = parameter.numel()
         if name == "embedding.weight":
             used = DENSE.n_embd
         elif name.endswith((".mlp.up", ".mlp.out")):
             used = sum(expert.numel() for expert in parameter[:K])
-            idle += parameter.numel() - used
         total, active = total + parameter.numel(), active + used
     assert model.count_parameters() == (total, active)
-    assert model.idle_parameters() == idle
 
 
 def test_flops_equal_the_counted_ones():
@@ -421,6 +435,7 @@ def test_the_settings_reach_the_layers():
     options = {
         "top_k": 3,
         "normalise": False,
+        "scores": "sigmoid",
         "capacity_factor": 2.5,
         "priority": "slot",
         "bias_rate": 0.5,
@@ -437,3 +452,5 @@ def test_the_bias_of_each_layer_follows_its_load():
     expected = torch.tensor([[-0.1, 0.1, 0, 0], [0.1, -0.1, 0.1, 0.1]])
     for block, unchanged, row in zip(model.blocks, without_bias.blocks, expected, strict=True):
         assert torch.equal(block.mlp.bias, row) and (unchanged.mlp.bias == 0).all()
+    model.update_bias(load, lr_multiplier=0.5)
+    assert_close(torch.stack([block.mlp.bias for block in model.blocks]), 1.5 * expected)

@@ -1,45 +1,9 @@
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
 from nanods import plots_experts
 from nanods.plots import ORANGE
-
-RESULTS = Path(__file__).parents[1] / "results" / "experts.json"
-
-
-def with_biases(rates, steps=400):
-    """Return the results, with one run of the bias at each rate in place of those they have."""
-    bench = json.loads(RESULTS.read_text())
-    run, summary = bench["runs"]["bias"][0], bench["summary"]["bias"]
-    for part in ("runs", "summary"):
-        bench[part] = {k: v for k, v in bench[part].items() if not k.startswith("bias")}
-    for rate in rates:
-        command = f"train.py v2-tiny --moe.bias-rate {rate} --steps {steps}"
-        bench["runs"][f"bias {rate}"] = [run | {"command": command, "step": steps}]
-        bench["summary"][f"bias {rate}"] = summary
-    return bench
-
-
-def test_the_table_of_cures_says_if_the_bias_was_not_tuned():
-    head, rows = plots_experts.balance_table(with_biases([0.001]))
-    assert all(len(row) == len(head) for row in rows)
-    assert [row[0] for row in rows] == [
-        "none",
-        "load-balancing loss",
-        "capacity 1.25",
-        "bias 0.001 (**not tuned yet**)",
-    ]
-    _, rows = plots_experts.balance_table(with_biases([0.001, 0.01]))
-    assert [row[0] for row in rows[3:]] == ["bias 0.001", "bias 0.01"]
-
-
-def test_runs_of_another_length_are_not_in_the_table_of_cures():
-    _, rows = plots_experts.balance_table(with_biases([0.001], steps=1500))
-    assert len(rows) == 3
 
 
 @pytest.mark.parametrize("n_flips", [0, 1, 2])

@@ -58,7 +58,8 @@ def test_capacity_drops_in_training_and_never_in_validation(train_tiny, workspac
     assert limited["val_loss"] == pytest.approx(free["val_loss"], abs=1e-6)
 
 
-def test_the_bias_is_updated_once_per_step_whatever_the_micro_batches(train_tiny, workspace):
+def test_the_bias_moves_once_per_step_by_the_learning_rates_share(train_tiny, workspace):
+    """Whatever the micro-batches. Over 5 steps the share is 1, 0.8, 0.6, 0.4, 0.2; the sum is 3."""
     for name, size in (("whole", 4), ("parts", 1)):
         flags = (
             "--moe.bias-rate",
@@ -77,8 +78,8 @@ def test_the_bias_is_updated_once_per_step_whatever_the_micro_batches(train_tiny
     whole, parts = (checkpoint.load(workspace / name).model for name in ("whole", "parts"))
     assert max((whole[k] - parts[k]).abs().max() for k in whole) < 1e-9
     for name in ("blocks.0.mlp.bias", "blocks.1.mlp.bias"):
-        moves = whole[name] / 0.01
-        assert moves.abs().max() <= 5 and torch.allclose(moves, moves.round()) and moves.any()
+        moves = whole[name] / (0.2 * 0.01)
+        assert torch.allclose(moves, moves.round()) and 0 < moves.abs().max() <= 15.001
 
 
 def test_upcycling_starts_where_the_dense_run_ended(train_tiny, workspace):
@@ -118,8 +119,18 @@ def test_a_run_starts_from_another_of_the_same_architecture(train_tiny, workspac
             f"more-{preset}",
         )
         code, out, err = train_tiny(preset, *flags)
-        assert code == 0 and "copied" not in out, err
+        assert code == 0 and "copied" not in out and "notice" not in out, err
         assert abs(rows_of(workspace / f"more-{preset}")[0]["val_loss"] - ended) <= 1e-6
+    changed = ("--moe.scores", "sigmoid", "--moe.bias-rate", 0.01, "--attention.top-blocks", 1)
+    start = ("--steps", 1, "--init-from", "runs/v2-tiny", "--out-dir", "changed")
+    code, out, err = train_tiny("v2-tiny", *start, *changed)
+    assert code == 0, err
+    for words in (
+        "notice     that run had attention.top-blocks 2 (now 1)",
+        "moe.scores softmax (now sigmoid)",
+        "moe.bias-rate 0.0 (now 0.01): the same weights give other outputs now",
+    ):
+        assert words in out
 
 
 def test_a_router_that_starves_experts_raises_an_alarm(train_tiny, workspace, monkeypatch):

@@ -9,7 +9,7 @@ Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thr
 are stored and not repeated (stored_runs.py), unless the machine is another one. The unchanged
 presets v1-tiny and v2-tiny run in runs/ladder (`make results`).
 
-    balance     v2-tiny with the load-balancing loss; without it; STEPS steps with the bias alone
+    balance     v2-tiny with the load-balancing loss; without it (more cures: balance.py)
     quality     V2 against V1 with hidden width 2F (equal active FLOPs) and against unchanged V1, at
                 equal tokens; against V1 at equal time
     upcycling   STEPS more steps from a trained V1: as V2, as V1, as V1 for as long as V2 took; and
@@ -44,7 +44,7 @@ from nanods.training.inspection import chosen_experts
 STEPS = 400  # of the short runs: upcycling and stability
 WITHOUT_LOSSES = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
 FULL_STEPS = PRESETS["v2-tiny"].steps
-MAX_SEEDS = {"none": 1, "bias": 1}  # of these variants; V1 at equal time has one seed as well
+MAX_SEEDS = {"none": 1}  # of this variant; V1 at equal time has one seed as well
 SPIKE_WINDOW = 50  # a spike is compared with this many steps before it
 HISTORY_WINDOW = 50  # steps averaged into one column of the load's history
 
@@ -80,7 +80,6 @@ def variants(start: Path) -> dict[str, tuple[str, dict]]:
         "all three": ("v2-tiny", warm_start | capacity),
         "capacity alone": ("v2-tiny", WITHOUT_LOSSES | capacity | {"steps": STEPS}),
         "none of them": ("v2-tiny", WITHOUT_LOSSES | {"steps": STEPS}),
-        "bias": ("v2-tiny", WITHOUT_LOSSES | {"moe.bias-rate": 0.001, "steps": STEPS}),
     }
 
 

@@ -183,6 +183,7 @@ def attention_results() -> list[Result]:
 
 def expert_results() -> list[Result]:
     moe, experts, arithmetic = load("moe"), load("experts"), load("arithmetic")
+    balance = load("balance")
     gaps, summary = experts["gaps"], experts["summary"]
 
     def gap(name: str) -> str:
@@ -192,6 +193,12 @@ def expert_results() -> list[Result]:
         row = summary[name]
         largest = row["val_load_max_over_mean"]["mean"]
         return f"{largest:.2f} and {row['val_load_entropy']['mean']:.3f}"
+
+    def balanced(cure: str) -> str:
+        row = balance["best"][cure]
+        busiest = [run["val_load_max_over_mean"] for run in row["runs"]]
+        words = f"{each(busiest, 2)} and {each(row['above_loss'], 3)}"
+        return f"{cure} at {row['strength']:g}: {words}"
 
     right = {name: 100 * row["both"]["mean"] for name, row in arithmetic["variants"].items()}
     return [
@@ -215,6 +222,13 @@ def expert_results() -> list[Result]:
             "the balancing loss; without (1 seed)",
             f"{load_of('loss')}; {load_of('none')}",
             "experts",
+        ),
+        Result(
+            "make bench-balance",
+            "v2-tiny with 2 layers, 300 steps, each cure at its best strength: load of the busiest "
+            "expert over the mean, and bits per byte above the balancing loss, by seed",
+            "; ".join(balanced(cure) for cure in ("loss", "bias", "bias, sigmoid")),
+            "balance",
         ),
         Result(
             "make bench-experts",

@@ -24,8 +24,8 @@ MAY_DIFFER = ("pairs", "temperature", "hard-batches", "entropy-coefficient", "mi
 
 
 def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
-    """Load the last weights of the run `config.init_from` into `model`. Returns what was done, in
-    words.
+    """Load the last weights of the run `config.init_from` into `model`. Returns what was done, and
+    which settings have changed, in words.
 
     Where the run has plain MLPs and the model has experts, each MLP is copied to all experts of its
     layer; the routers' gates keep their own initialisation. Raises UserError where sizes, tokenizer
@@ -60,7 +60,26 @@ def warm_start(config: Config, model: nn.Module, tokenizer: str) -> str:
             f"take a dense run, or --moe.n-expert {source_experts}"
         )
     checkpoint.restore_model(model, weights, saved.path)
+    if changed := changed_settings(config, source):
+        done += f"\nnotice     that run had {changed}: the same weights give other outputs now"
     return done
+
+
+def changed_settings(config: Config, source: Config) -> str:
+    """Return in which settings of attention and routing, which no weight's size shows, the run of
+    configuration `source` differs from `config`, in words; "" if in none."""
+    has, wants = flatten(source), flatten(config)
+    fields = []
+    if {source.model.attention.kind, config.model.attention.kind} != {"dense"}:
+        fields += [name for name in wants if name.startswith("attention.")]
+    if source.model.moe.n_expert > 1:
+        fields += ["moe.top-k", "moe.normalise", "moe.scores"]
+        if (source.model.moe.bias_rate == 0) != (config.model.moe.bias_rate == 0):
+            fields.append("moe.bias-rate")
+    changed = [
+        f"{name} {has[name]} (now {wants[name]})" for name in fields if has[name] != wants[name]
+    ]
+    return ", ".join(changed)
 
 
 def check_sizes(config: Config, source: Config, named_by: str) -> None:

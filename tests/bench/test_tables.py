@@ -32,7 +32,7 @@ FIGURES = {  # of a run; each bench reads some of them
 }
 BENCHES = {  # name -> (runs with one seed, some of the keys of its table)
     "ladder": (4, {"machine", "v2-tiny/pydocs"}),
-    "experts": (14, {"machine", "data", "gaps", "summary", "domains", "runs"}),
+    "experts": (13, {"machine", "data", "gaps", "summary", "domains", "runs"}),
     "multimodal": (7, {"machine", "pipeline", "shared against separate", "summary", "runs"}),
     "long_text": (3, {"machine", "data", "seeds", "differences", "runs"}),
     "labels": (1, {"machine", "data", "summary", "logistic regression on pixels", "runs"}),
