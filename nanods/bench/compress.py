@@ -135,7 +135,7 @@ def measure_formats(job: Job, out: Path, rows: list[dict]) -> dict:
     result["bytes"] = {name: size_of(model) for name, model in formats.items()}
     result["parameters"] = finished.model.count_parameters()[0]
     result["cpu_seconds"] = rows[-1]["cpu_seconds"]
-    if job.name.startswith("v1-tiny"):
+    if job.words[0] == "v1-tiny" and "student" not in job.name:
         result["by_bits"] = quality_by_bits(task, finished.model, ALL_BITS)
     return result
 

@@ -137,7 +137,9 @@ def compression_figures():
     qat = bench["qat"]
     lost_8 = mean(run["8"] - fp32 for run, fp32 in zip(qat["by_bits"], qat["trained"], strict=True))
     closed = {bits: qat[f"{bits} bits"]["mean_closed"] for bits in (4, 2)}
-    sizes = bench["sizes"]
+    sizes, v3, v1 = bench["sizes"], bench["distill-v3"], bench["distill-v1"]
+    kept = {key: mean(v3[key]) / v3["teacher"] for key in ("taught", "alone, equal time")}
+    by_seed = [100 * (a - b) for a, b in zip(v3["taught"], v3["alone"], strict=True)]
     fp8_lost = [
         f"{sizes[preset]['lost']['fp8']:.4f}" for preset in ("v0-tiny", "v1-tiny", "v2-tiny")
     ]
@@ -173,6 +175,14 @@ def compression_figures():
             f"{smaller('v1-tiny')} and `v3-tiny` {smaller('v3-tiny')}",
             "lose " + ", ".join(fp8_lost[:2]) + f" and {fp8_lost[2]} bits per byte",
             f"goes from {recall['fp32']:.4f} to {recall['fp8']:.4f}",
+        ],
+        "D.5": [
+            f"its recall@1 is {mean(v3['alone']):.3f} alone and {mean(v3['taught']):.3f} with the "
+            f"teacher (by seed {', '.join(f'{x:+.1f}' for x in by_seed)} points), "
+            f"{kept['taught']:.0%} of the teacher's {v3['teacher']:.3f}",
+            f"reaches {mean(v3['alone, equal time']):.3f}, or {kept['alone, equal time']:.0%}",
+            f"{mean(v1['taught']):.3f} bits per byte, alone {mean(v1['alone']):.3f}, and alone for "
+            f"the same time {mean(v1['alone, equal time']):.3f}",
         ],
     }
 
