@@ -37,7 +37,7 @@ def run(main: Callable[[], None], how_to_choose: str = "") -> None:
     """Run a program's `main`. Turn a mistake of the user into one message and exit code 2, Ctrl-C
     into exit code 130, and a reader of stdout that has closed it (`| head`) into exit code 141.
 
-    `how_to_choose`: how the program is told to write to another folder, such as "with --out-dir".
+    `how_to_choose`: how the user makes the program write elsewhere, such as "with --out-dir".
 
     Characters that the terminal or file behind stdout cannot take (LANG=C, say) are printed as "?".
     """
@@ -50,7 +50,7 @@ def run(main: Callable[[], None], how_to_choose: str = "") -> None:
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:
-        # Python would flush stdout once more as it ends.
+        # Otherwise Python flushes stdout again as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except OSError as error:

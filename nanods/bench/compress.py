@@ -66,7 +66,7 @@ V3_TEACHER = ("v3-tiny", "--moe.n-expert", "16", "--multimodal.entropy-coefficie
 # As `make distill-v3`, for a quarter of the steps. With more the student needs no teacher: alone it
 # has recall@1 0.81 after 250 steps and 0.94 after 400 (seed 0).
 V3_STUDENT = ("v3-tiny", "--n-layer", "2", "--n-embd", "64", "--steps", "200")
-# A fifth of v1-tiny's steps: the whole comparison takes an hour of CPU time so.
+# A fifth of v1-tiny's steps, so that the comparison takes no more than an hour of CPU time.
 V1_STUDENT = ("v1-tiny", "--steps", "400", "--eval-every", "400")
 
 
@@ -135,7 +135,7 @@ def measure_formats(job: Job, out: Path, rows: list[dict]) -> dict:
     result["bytes"] = {name: size_of(model) for name, model in formats.items()}
     result["parameters"] = finished.model.count_parameters()[0]
     result["cpu_seconds"] = rows[-1]["cpu_seconds"]
-    if job.words[0] == "v1-tiny" and "student" not in job.name:
+    if job == trained("v1-tiny", finished.config.seed):  # qat compares these
         result["by_bits"] = quality_by_bits(task, finished.model, ALL_BITS)
     return result
 
@@ -194,15 +194,12 @@ def compare_formats(result: dict) -> dict:
     """Add to a run's qualities and sizes: what is lost, and how many times smaller it is."""
     quality, sizes = result["quality"], dict(result["bytes"])
     sizes["bf16"] = sizes["fp32"] // 2
-    rises = result["metric"] == "val_bpb"  # the loss rises with rounding, recall falls
+    sign = 1 if result["metric"] == "val_bpb" else -1  # recall falls, loss rises
     smaller = {
         name: {other: sizes[other] / sizes[name] for other in ("fp32", "bf16")}
         for name in ("int8", "fp8")
     }
-    lost = {}
-    for name in ("int8", "fp8"):
-        better, worse = quality["fp32"], quality[name]
-        lost[name] = worse - better if rises else better - worse
+    lost = {name: sign * quality[name] - sign * quality["fp32"] for name in ("int8", "fp8")}
     return {**result, "bytes": sizes, "lost": lost, "times_smaller": smaller}
 
 

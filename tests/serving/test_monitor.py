@@ -412,7 +412,7 @@ def test_rules_and_dashboard_name_metrics_that_exist():
     assert page and page <= families
     for absent in re.findall(r"absent\((nanods_\w+)\)", " ".join(expressions)):
         fresh = Monitor().metrics().decode()
-        assert f"\n{absent}{{" in fresh, "a server that nobody has asked yet is not down"
+        assert f"\n{absent}{{" in fresh, "a server without requests so far is not down"
     for rule in rules:
         assert rule["alert"] and rule["annotations"]["summary"]
         assert rule["labels"]["severity"] in ("page", "ticket")
