@@ -42,7 +42,7 @@ import torch
 from nanods import plots, plots_adapt
 from nanods.bench.jobs import Job
 from nanods.bench.runs import write_json
-from nanods.bench.stored_runs import machine_of, train_all
+from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.instructions import NAME, PLAIN
 from nanods.errors import run
@@ -75,15 +75,9 @@ STEP_SECONDS, RUN_SECONDS = 0.7, 50  # CPU time on the machine of results/, for 
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(TrainingArgs):
     seeds: int = 3
     """Seeds of the weights and the batches."""
-    jobs: int = 2
-    """Runs at a time, one thread each."""
-    results: Path = Path("results")
-    """Where the table and the pictures go."""
-    runs: Path = Path("runs")
-    """Where the runs go; an unfinished one is resumed."""
 
 
 # ---- the runs ------------------------------------------------------------------------------------

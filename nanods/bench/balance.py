@@ -25,7 +25,7 @@ from nanods import plots, plots_experts
 from nanods.bench.experts import WITHOUT_LOSSES, run_figures
 from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
-from nanods.bench.stored_runs import machine_of, train_all
+from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.data.text import load_text
 from nanods.errors import run
 from nanods.flags import parse_args
@@ -56,15 +56,9 @@ CURES: dict[str, tuple[dict, str, tuple[float, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(TrainingArgs):
     seeds: int = 3
     """Seeds of each cure at its best strength."""
-    jobs: int = 2
-    """Runs at a time, one thread each."""
-    results: Path = Path("results")
-    """Where to write the table and the picture."""
-    runs: Path = Path("runs")
-    """Directory of the runs; an unfinished one is resumed."""
 
 
 def job_of(cure: str, strength: float, seed: int) -> Job:

@@ -43,7 +43,7 @@ from nanods import plots, plots_compress
 from nanods.bench.compress_speed import describe_processor, part_leak, part_speed
 from nanods.bench.jobs import Job
 from nanods.bench.runs import measure_parts
-from nanods.bench.stored_runs import train_all
+from nanods.bench.stored_runs import TrainingArgs, train_all
 from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.quantize import fake_quantize_model, grid_scale, quantize, round_to_grid
@@ -71,17 +71,11 @@ V1_STUDENT = ("v1-tiny", "--steps", "400", "--eval-every", "400")
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(TrainingArgs):
     only: Literal["all", "speed", "leak", "sizes", "qat", "distill-v3", "distill-v1"] = "all"
     """One part; the results of the other parts stay as they are."""
     seeds: int = 3
     """Seeds of qat and the distillations."""
-    jobs: int = 2
-    """Runs at a time, one thread each."""
-    results: Path = Path("results")
-    """Where to write the table and the pictures."""
-    runs: Path = Path("runs")
-    """Directory of the runs; an unfinished one is resumed."""
 
 
 # ---- runs ----------------------------------------------------------------------------------------

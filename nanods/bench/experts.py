@@ -33,7 +33,7 @@ import torch
 from nanods import plots
 from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
-from nanods.bench.stored_runs import machine_of, train_all
+from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.text import load_text
 from nanods.errors import run
@@ -50,15 +50,9 @@ HISTORY_WINDOW = 50  # steps averaged into one column of the load's history
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(TrainingArgs):
     seeds: int = 3
     """Seeds of each variant, except those in MAX_SEEDS."""
-    jobs: int = 2
-    """Runs at a time, one thread each."""
-    results: Path = Path("results")
-    """Folder for the table and the plot."""
-    runs: Path = Path("runs")
-    """Folder for the runs; an unfinished one is resumed."""
 
 
 def variants(start: Path) -> dict[str, tuple[str, dict]]:

@@ -44,7 +44,7 @@ from nanods.bench.runs import (
     update_expected,
     write_json,
 )
-from nanods.bench.stored_runs import machine_of, train_all
+from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS, from_dict
 from nanods.data import scenes
 from nanods.data.random_bits import random_bits
@@ -75,15 +75,9 @@ FACT_COUNTS = (
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(TrainingArgs):
     seeds: int = 3
     """Seeds of each variant; experts, balanced, longer and random get one."""
-    jobs: int = 2
-    """Runs at a time, one thread each."""
-    results: Path = Path("results")
-    """Directory of the table and the picture."""
-    runs: Path = Path("runs")
-    """Directory of the runs; an unfinished one is resumed."""
     only: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
     """Variants to run. Only all of them make the table and the picture."""
 

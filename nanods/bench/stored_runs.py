@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 
@@ -51,6 +52,18 @@ SECONDS_BETWEEN_REPORTS = 60
 
 Summarise = Callable[[Job, Path, list[dict]], dict]
 """Maps a job, its run directory and the rows of its metrics to the result to store."""
+
+
+@dataclass(frozen=True)
+class TrainingArgs:
+    """The flags of a bench that trains."""
+
+    jobs: int = 2
+    """Runs at a time, one thread each."""
+    results: Path = Path("results")
+    """Where to write the table and the pictures."""
+    runs: Path = Path("runs")
+    """Directory of the runs; an unfinished one is resumed."""
 
 
 # ---- the store -----------------------------------------------------------------------------------
