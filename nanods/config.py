@@ -57,6 +57,11 @@ class Config:
     """Share of the steps, the first ones, in which the learning rate rises from zero."""
     decay: float = 1.0
     """Share of the steps, the last ones, in which the learning rate falls to zero."""
+    short_context: float = 0.0
+    """V0 to V2 on text: share of the steps, the first ones, that cut each window into `short_parts`
+    shorter ones. Attention then costs less, and most of what a model learns first is near."""
+    short_parts: int = 2
+    """Windows that each one is cut into by --short-context; must divide context-length."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay
     on matrices only."""
@@ -167,6 +172,12 @@ class Config:
             raise ValueError(
                 f"--micro-batch {self.micro_batch} does not divide --batch-size {self.batch_size}: "
                 "choose a divisor"
+            )
+
+        if self.short_context and self.model.context_length % self.short_parts:
+            raise ValueError(
+                f"--short-parts {self.short_parts} does not divide --context-length "
+                f"{self.model.context_length}: choose a divisor"
             )
 
     @property
@@ -320,6 +331,9 @@ def without_effect(config: Config) -> dict[str, str]:
         (config.quantize == "off", "there is no --quantize", ("quantize-from",)),
         (config.quantize_from >= config.steps, "the run ends before it begins", ("quantize",)),
         (config.init_from is None, "there is no --init-from", ("init-noise",)),
+        (config.short_context == 0, "there is no --short-context", ("short-parts",)),
+        (bool(config.multimodal.modalities), "V3 reads no windows of a text", ("short-",)),
+        (config.data == "instructions", "examples are read whole", ("short-",)),
         (config.optimizer == "adamw", "AdamW updates all weights", ("momentum", "expert-")),
     )
     switches = ("moe.n-expert", "attention.kind", "multimodal.modalities")

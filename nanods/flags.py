@@ -32,6 +32,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "lr": RATE,
     "warmup": (0, 1),
     "decay": (0, 1),
+    "short-context": (0, 1),
+    "short-parts": (1, 1024),
     "momentum": (0, 0.99999),
     "weight-decay": (0, 1000),
     "clip": (1e-12, 1e12),

@@ -298,6 +298,10 @@ MISTAKES = {
     "momentum of one": (["v1-tiny", "--momentum", "1"], "--momentum"),
     "heads that do not divide": (["v1-tiny", "--n-head", "7"], "multiple"),
     "micro-batch that does not divide": (["v1-tiny", "--micro-batch", "3"], "divisor"),
+    "parts that do not divide the context": (
+        ["v0-tiny", "--short-context", "0.5", "--short-parts", "3"],
+        "choose a divisor",
+    ),
     "no such device": (["v1-tiny", "--device", "cuda"], "leave the flag out"),
     "unknown data": (["v1-tiny", "--data", "shakespear"], "did you mean shakespeare"),
     "missing file": (["v1-tiny", "--data", "no/such.txt"], "no such data set or file"),

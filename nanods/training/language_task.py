@@ -60,10 +60,20 @@ class LanguageTask:
     # ---- batches and loss ------------------------------------------------------------------------
 
     def batch(self, step: int, rows: slice = slice(None)) -> Tensor:
-        """Return windows of the training text, (batch_size, T + 1), or the `rows` of them."""
+        """Return windows of the training text, (batch_size, T + 1), or the `rows` of them.
+
+        Each of the first steps cuts them into p shorter ones, (p batch_size, T / p + 1), where the
+        configuration says so: the same tokens, each predicted from those of its own part.
+        """
         starts = self.window_starts(step)[rows]
         text = [self.data.train[start : start + self.T + 1] for start in starts]
-        return torch.from_numpy(np.stack(text).astype(np.int64)).to(self.device)
+        windows = torch.from_numpy(np.stack(text).astype(np.int64)).to(self.device)
+        return cut(windows, self.parts(step))
+
+    def parts(self, step: int) -> int:
+        """Return into how many parts a step cuts its windows."""
+        is_short = step < self.config.short_context * self.config.steps
+        return self.config.short_parts if is_short else 1
 
     def window_starts(self, step: int) -> np.ndarray:
         """Return where the windows of a batch begin, (batch_size,).
@@ -78,8 +88,9 @@ class LanguageTask:
         return random.integers(0, total - self.T, size=config.batch_size)
 
     def micro_batches(self, model: nn.Module, batch: Tensor, size: int) -> list[MicroBatch]:
-        """Split windows (B, T + 1) into micro-batches of `size`."""
-        parts = batch.split(size)
+        """Split windows into micro-batches of `size` windows of T + 1 tokens, or of as many tokens
+        in shorter ones."""
+        parts = batch.split(size * (self.T // (batch.size(1) - 1)))
         return [MicroBatch(part, len(parts)) for part in parts]
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -211,6 +222,13 @@ class LanguageTask:
         words = first_words(validation_text)
         command = sample_command(self.config.run_dir, *(flag("prompt", words) if words else []))
         return f"sample     {text}\n\nnext       {command}"
+
+
+def cut(windows: Tensor, parts: int) -> Tensor:
+    """Cut each window into parts that overlap by one token, which is the target of one and the
+    input of the next: (B, T + 1) -> (parts B, T / parts + 1)."""
+    T = (windows.size(1) - 1) // parts
+    return windows.unfold(1, T + 1, T).flatten(0, 1)
 
 
 def eval_batch_size(config: Config) -> int:

@@ -50,6 +50,31 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not torch.equal(task_of(seed=1).batch(3), later[3])
 
 
+def test_short_windows_hold_the_tokens_of_the_long_ones_until_their_share_of_the_steps_is_over():
+    long, short = task_of(steps=10), task_of(steps=10, short_context=0.3, short_parts=4)
+    for step in range(10):
+        whole, batch = long.batch(step), short.batch(step)
+        if step >= 3:
+            assert torch.equal(whole, batch)
+            continue
+        assert batch.shape == (12, 3)
+        assert torch.equal(batch[:, :-1].reshape(3, 8), whole[:, :-1])
+        assert torch.equal(batch[:, 1:].reshape(3, 8), whole[:, 1:])
+        assert torch.equal(short.batch(step, slice(1, 2)), batch[4:8])
+
+
+def test_a_micro_batch_has_as_many_tokens_in_short_windows():
+    short, model = task_of(steps=10, short_context=0.5, short_parts=4), Bigram()
+    batch = short.batch(0)
+    one = short.micro_batches(model, batch, 3)
+    several = short.micro_batches(model, batch, 1)
+    assert [part.windows.shape for part in one] == [(12, 3)]
+    assert [part.windows.shape for part in several] == [(4, 3)] * 3
+    whole = cross_entropy(model(batch[:, :-1])[0], batch[:, 1:])
+    losses = [short.loss(model, part)[0] for part in several]
+    torch.testing.assert_close(sum(losses), whole.double(), check_dtype=False)
+
+
 def test_every_window_of_the_text_can_be_sampled():
     task = task_of(train=12)  # T + 1 = 9: four windows
     text = torch.from_numpy(task.data.train.astype(np.int64))
