@@ -50,6 +50,12 @@ def test_an_environment_is_set_up_once(clone):
     assert "venv" not in log and log.endswith("train.py v0-tiny\n")
 
 
+def test_help_is_printed_to_its_end(clone):
+    made = make(clone, "help")
+    assert made.returncode == 0 and not made.stderr
+    assert "make train-v0" in made.stdout and "make clean" in made.stdout
+
+
 def test_a_moved_clone_builds_its_environment_anew_and_says_so(clone):
     (clone / "moved").touch()  # the environment's Python finds nanods elsewhere
     made = make(clone, "train-v0")
