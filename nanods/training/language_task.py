@@ -90,7 +90,8 @@ class LanguageTask:
     def micro_batches(self, model: nn.Module, batch: Tensor, size: int) -> list[MicroBatch]:
         """Split windows into micro-batches of `size` windows of T + 1 tokens, or of as many tokens
         in shorter ones."""
-        parts = batch.split(size * (self.T // (batch.size(1) - 1)))
+        context = self.config.model.context_length
+        parts = batch.split(size * (context // (batch.size(1) - 1)))
         return [MicroBatch(part, len(parts)) for part in parts]
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
