@@ -242,7 +242,7 @@ def contrastive_model() -> Diagram:
         0.0: ("sound (log-mel)\n(B, 32, 32)", "groups of frames"),
     }
     draw_box(
-        axes, 5.55, 1.2, "one trunk:\nblocks of V1 or V2,\nno causal mask", True, 1.75, 3.3, 10
+        axes, 5.55, 1.2, "one trunk:\nblocks of V0 or V2,\nno causal mask", True, 1.75, 3.3, 10
     )
     for y, (kind, cut) in rows.items():
         draw_box(axes, 0.75, y, kind, False, 1.4, 0.8, 9.5)

@@ -205,6 +205,13 @@ def best_state(run_dir: Path) -> dict | None:
     return None
 
 
+def find_file(run_dir: Path, name: str) -> Path | None:
+    """Return a file that is in a run's directory; None if there is none. RUN/best is a part of RUN,
+    so its files are found there."""
+    folders = (run_dir, run_dir.parent) if run_dir.name == BEST else (run_dir,)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
 def newest_step(run_dir: Path) -> int:
     """Return the step of the newest whole checkpoint."""
     paths = list_checkpoints(run_dir)

@@ -98,11 +98,9 @@ def make(
         how = f"{config.ewc_fisher}, of {len(sequences):,} sequences of {source.data}"
     trace = sum(F.sum().item() for F in fisher.values())
     held, also = Consolidation(weights, fisher), ""
-    folder = Path(config.ewc)
-    for run_dir in (folder, folder.parent) if folder.name == checkpoint.BEST else (folder,):
-        if (run_dir / FILE).exists():  # RUN/best is a part of RUN
-            held = consolidate(load(run_dir, device, dtype), held)
-            also = "; and what that run held"
+    if path := checkpoint.find_file(Path(config.ewc), FILE):
+        held = consolidate(load(path.parent, device, dtype), held)
+        also = "; and what that run held"
     print(f"ewc        {saved.path}: Fisher information {how}, trace {trace:.6g}{also}")
     return held
 

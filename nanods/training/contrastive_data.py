@@ -18,7 +18,8 @@ from nanods.data.examples import ExampleDataset
 from nanods.data.scenes import SceneData
 from nanods.errors import UserError
 from nanods.multimodal import MODALITIES, MultimodalConfig
-from nanods.training.saved_gallery import SavedGallery, load_gallery, words_of
+from nanods.training.checkpoint import find_file
+from nanods.training.saved_gallery import FILE, SavedGallery, load_gallery, words_of
 
 
 def load_dataset(config: Config) -> ExampleDataset:
@@ -97,9 +98,8 @@ MAX_GALLERY = 512  # held-out examples among which each is to be found
 def held_out_examples(config: Config, run_dir: Path) -> SavedGallery:
     """Return the run's held-out examples and the words of its training captions: from the run's
     directory, or generated again. Raises UserError if they are nowhere."""
-    for folder in (run_dir, run_dir.parent):  # RUN/best is a part of RUN
-        if saved := load_gallery(folder):
-            return saved
+    if path := find_file(run_dir, FILE):
+        return load_gallery(path.parent)
     try:
         data = load_dataset(config)
     except UserError as error:

@@ -83,9 +83,7 @@ def quantize_run(finished: FinishedRun, format: str, out: Path, evaluate: bool =
         save_file(weights, folder / checkpoint.FILES[0])
         save_file({}, folder / checkpoint.FILES[1])  # no optimizer: training cannot go on
 
-    folders = (finished.folder, finished.folder.parent)  # RUN/best is a part of RUN
-    galleries = [folder / saved_gallery.FILE for folder in folders]
-    if gallery := next(filter(Path.is_file, galleries), None):
+    if gallery := checkpoint.find_file(finished.folder, saved_gallery.FILE):
         data = gallery.read_bytes()
         write_and_rename(out / saved_gallery.FILE, lambda file: file.write(data))
     checkpoint.write_checkpoint(out, state["step"], state | {"format": format}, write_tensors)
