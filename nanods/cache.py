@@ -23,8 +23,7 @@ class Cache:
     row's length are never read, because a query at position p sees only the keys 0..p, and new
     tokens overwrite them. For block attention the cache also stores a summary of each block, so
     that a step reads only the summaries and the selected blocks, and for the method "tile" the
-    selection of each tile. N-gram embeddings need the tokens themselves: `tokens` (B,
-    context_length).
+    selection of each tile.
     """
 
     def __init__(
@@ -54,16 +53,9 @@ class Cache:
             top_blocks = self.attention.top_blocks
             self.summaries = per_layer(N, D if self.attention.pool == "mean" else 2 * D)
             self.tile_selections = per_layer(N, top_blocks, fill=-1, dtype=torch.long)
-        self.tokens = torch.zeros(B, T, dtype=torch.long, device=device)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)
         # max(lengths) as a Python number, so that slicing does not wait for the GPU.
         self.max_length = 0
-
-    def put_tokens(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Store tokens (B, T) at `positions` (B, T) and return those of all positions, (B,
-        context_length), for embeddings that also depend on earlier tokens."""
-        self.tokens.scatter_(1, positions, tokens)
-        return self.tokens
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) at `positions` (B, T) and return all keys and values so far.
@@ -109,7 +101,6 @@ class Cache:
         rows = copy(self)
         for name in ("keys", "values", "summaries", "tile_selections"):
             setattr(rows, name, [tensor[: len(lengths)] for tensor in getattr(self, name)])
-        rows.tokens = self.tokens[: len(lengths)]
         rows.lengths = torch.tensor(lengths, device=self.lengths.device)
         rows.max_length = max(lengths)
         return rows
@@ -119,7 +110,6 @@ class Cache:
 
         What the row holds beyond them stays, and is never read.
         """
-        self.tokens[row, :length] = source.tokens[source_row, :length]
         blocks = -(-length // self.size)
         sizes = {"keys": length, "values": length, "summaries": blocks, "tile_selections": blocks}
         for name, n in sizes.items():

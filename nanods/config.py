@@ -331,8 +331,6 @@ def without_effect(config: Config) -> dict[str, str]:
         (config.quantize == "off", "there is no --quantize", ("quantize-from",)),
         (config.quantize_from >= config.steps, "the run ends before it begins", ("quantize",)),
         (config.init_from is None, "there is no --init-from", ("init-noise",)),
-        (config.model.ngrams == 1, "there are no n-grams (--ngrams 1)", ("ngram-rows",)),
-        (bool(config.multimodal.modalities), "V3's text has none", ("ngram",)),
         (config.short_context == 0, "there is no --short-context", ("short-parts",)),
         (bool(config.multimodal.modalities), "V3 reads no windows of a text", ("short-",)),
         (config.data == "instructions", "examples are read whole", ("short-",)),

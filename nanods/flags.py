@@ -55,8 +55,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "hidden-ratio": (1, 1024),
     "context-length": SIZE,
     "vocab-size": SIZE,
-    "ngrams": (1, 64),
-    "ngram-rows": SIZE,
     "rope-base": (1, 1e12),
     "query-gain": (1e-6, 10_000),
     "attention.top-k": SIZE,

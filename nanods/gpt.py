@@ -39,7 +39,6 @@ from nanods.attention import (
 )
 from nanods.cache import Cache
 from nanods.moe import MoEConfig, feed_forward
-from nanods.ngrams import NgramEmbedding
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,6 @@ class GPTConfig:
     """Longest sequence that the model reads, in tokens (T)."""
     vocab_size: int = 256
     """Tokens in the vocabulary (V). 256: bytes. More: a BPE trained on the data (extra `bpe`)."""
-    ngrams: int = 1
-    """Longest n-gram that has embeddings of its own, beside the token's: 2 for pairs of tokens, 3
-    also for triples (nanods/ngrams.py). 1: none."""
-    ngram_rows: int = 16_384
-    """Rows in the table of each n; the n-grams share them by a hash."""
     rope_base: float = 1_000.0
     """RoPE's slowest pair of channels turns once in about 2 pi x this many tokens."""
     query_gain: float = 2.0
@@ -69,8 +63,7 @@ class GPTConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        sizes = ("n_layer", "n_head", "n_embd", "hidden_ratio", "context_length", "vocab_size")
-        for name in (*sizes, "ngrams", "ngram_rows"):
+        for name in ("n_layer", "n_head", "n_embd", "hidden_ratio", "context_length", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not self.rope_base > 1 or not self.query_gain > 0:
@@ -344,9 +337,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.ngrams = None
-        if config.ngrams > 1:
-            self.ngrams = NgramEmbedding(config.ngrams, config.ngram_rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.initialise()
@@ -388,11 +378,7 @@ class GPT(nn.Module):
         valid = None
         if lengths is not None:
             valid = torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T)
-        x = self.embedding(tokens)  # (B, T, C)
-        if self.ngrams is not None:
-            known = tokens if cache is None else cache.put_tokens(tokens, positions)
-            x = x + self.ngrams(known, positions)
-        x = rms_norm(x)
+        x = rms_norm(self.embedding(tokens))  # (B, T, C)
         rope = rope_cos_sin(
             positions, self.config.n_embd // self.config.n_head, x.dtype, self.config.rope_base
         )
@@ -429,13 +415,13 @@ class GPT(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """Return the number of parameters, in all and used by one token.
 
-        A token uses one row of each embedding, and the experts that are chosen for it.
+        A token uses one row of the embedding, and the experts that are chosen for it.
         """
         total = self.embedding.weight.numel() + self.head.weight.numel()
         active = self.config.n_embd + self.head.weight.numel()
-        for layer in (*self.blocks, *([self.ngrams] if self.ngrams else [])):
-            layer_total, layer_active = layer.count_parameters()
-            total, active = total + layer_total, active + layer_active
+        for block in self.blocks:
+            block_total, block_active = block.count_parameters()
+            total, active = total + block_total, active + block_active
         return total, active
 
     def flops_per_token(self, T: int | None = None) -> float:

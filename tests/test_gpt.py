@@ -33,7 +33,6 @@ CONFIGS = {
         for method in ("flat", "tile", "tree", "window")
         for pool in ("mean", "bound")
     },
-    "n-grams": replace(DENSE, ngrams=4, ngram_rows=40),
     "experts": replace(DENSE, moe=MoEConfig(n_expert=4, top_k=2)),
     "sparse experts": replace(
         DENSE,

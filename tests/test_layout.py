@@ -65,7 +65,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
         "nanods.plots_serving",
     ),
     ("nanods.plots_text",),
-    ("nanods.cache", "nanods.ngrams", *(f"nanods.{name}" for name in CONCEPTS)),
+    ("nanods.cache", *(f"nanods.{name}" for name in CONCEPTS)),
     ("nanods.attention_kernel", "nanods.moe_kernel", "nanods.flags"),
     ("nanods.errors", "nanods.files"),
 )

@@ -17,8 +17,6 @@ TRUNK_FIELDS = (
     "vocab-size",
     "rope-base",
     "query-gain",
-    "ngrams",
-    "ngram-rows",
 )
 """Fields of GPTConfig that must be those of the other run."""
 MAY_DIFFER = ("pairs", "temperature", "hard-batches", "entropy-coefficient", "min-experts")

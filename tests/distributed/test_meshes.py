@@ -35,7 +35,7 @@ EXPERTS = ["--moe.n-expert", "4", "--moe.bias-rate", "0.01"]
 FLAGS = {
     "v0-tiny": [
         *("--data", "text.txt", "--clip", "0.05"),  # gradients are clipped at every step
-        *("--ngrams", "3", "--ngram-rows", "50", "--short-context", "0.5"),
+        *("--short-context", "0.5"),
     ],
     "v1-tiny": ["--data", "text.txt", "--attention.block-size", "8"],
     "v2-tiny": ["--data", "text.txt", "--attention.block-size", "8", "--clip", "0.05", *EXPERTS],
