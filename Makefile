@@ -16,7 +16,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: plan-v0 plan-v1 plan-v2 plan-v3 quantize-v0 quantize-v1 quantize-v2 quantize-v3
 .PHONY: bench bench-v1 bench-v2 bench-v3 bench-scale bench-recall bench-long-text
 .PHONY: bench-arithmetic bench-balance bench-experts bench-labels bench-emoji bench-compress bench-adapt
-.PHONY: bench-ablations bench-serve results docs
+.PHONY: bench-ablations bench-serve speedrun results docs
 .PHONY: lessons notebook progress
 .PHONY: check-00 check-01 check-02 check-03 check-04 check-05 check-06 check-07 check-08
 .PHONY: test test-slow lint format clean
@@ -56,6 +56,7 @@ help:
 	@echo 'Measure (writes results/; a stopped bench keeps its finished runs: start it again to continue)'
 	@echo '  make bench             loss over time; the cache; a GPT grown from a bigram table 15 min'
 	@echo '  make bench-ablations   what each idea of the trunk is worth, left out alone      10 min'
+	@echo '  make speedrun          tinyshakespeare to a given loss on 3 seeds: join in      30 min'
 	@echo '  make bench-v1          sparse against dense attention: time, memory, recall      12 min'
 	@echo '  make bench-v2          the MoE layer against one MLP and other packages          15 min'
 	@echo '  make bench-v3          what V3 retrieves, and which part contributes how much    50 min'
@@ -207,6 +208,9 @@ bench-arithmetic: .venv/base
 
 bench-ablations: .venv/base
 	$(PY) -m nanods.bench.ablations $(ARGS)
+
+speedrun: .venv/base
+	$(PY) -m nanods.bench.speedrun $(ARGS)
 
 bench-balance: .venv/base
 	$(PY) -m nanods.bench.balance $(ARGS)
