@@ -58,10 +58,11 @@ class Config:
     decay: float = 1.0
     """Share of the steps, the last ones, in which the learning rate falls to zero."""
     short_context: float = 0.0
-    """V0 to V2 on text: share of the steps, the first ones, that cut each window into `short_parts`
-    shorter ones. Attention then costs less, and most of what a model learns first is near."""
+    """V0 to V2 on text: for this share of the steps, from the start, each window is cut into
+    `short_parts` shorter ones. Attention then costs less, and what a model learns first depends
+    mostly on near tokens. 0: never."""
     short_parts: int = 2
-    """Windows that each one is cut into by --short-context; must divide context-length."""
+    """Into how many parts --short-context cuts each window; must divide context-length."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay
     on matrices only."""

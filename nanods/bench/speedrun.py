@@ -1,14 +1,14 @@
 """The speedrun: train on tinyshakespeare to nanoGPT's loss with as little CPU time as possible.
 
     python -m nanods.bench.speedrun                         the newest entry; `make speedrun`
-    python -m nanods.bench.speedrun --entry v0-tiny        an older one, to compare on your machine
+    python -m nanods.bench.speedrun --entry v0-tiny         an older one, to compare on your machine
     python -m nanods.bench.speedrun --data FILE             where there is no network
     python -m nanods.bench.speedrun --nanogpt DIR           first nanoGPT's recipe, in your clone
 
 Trains v0-tiny with the flags of an entry on each seed, one thread a run, and prints CPU-seconds,
 tokens and steps, whether every seed has reached TARGET, and a row for lessons/SPEEDRUN.md, which
 has the rules. Adds the figures to results/speedrun.json. Evaluations do not count as time. To
-join, change the model or the optimizer, or add an entry below.
+join, add an entry below; code that it needs gets a flag that is off by default.
 """
 
 import os
@@ -22,6 +22,7 @@ from statistics import mean, median
 from nanods.bench.jobs import Job
 from nanods.bench.runs import describe_machine, flags_from_dict, read_json, write_json
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
+from nanods.config import PRESETS
 from nanods.data.text import SHAKESPEARE_SHA256, load_text
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
@@ -58,12 +59,12 @@ class Args(TrainingArgs):
     data/shakespeare_char/prepare.py), whose recipe for a laptop is timed first."""
 
 
-# ---- an entry -----------------------------------------------------------------------------------
+# ---- an entry ------------------------------------------------------------------------------------
 
 
 def entry_job(name: str, seed: int, data: str = "shakespeare") -> Job:
     """Return the run of an entry with a seed."""
-    steps = ENTRIES[name].get("steps", 2000)
+    steps = ENTRIES[name].get("steps", PRESETS["v0-tiny"].steps)
     flags = {"data": data, "device": "cpu", "eval-every": steps} | ENTRIES[name] | {"seed": seed}
     return Job(f"{name}, seed {seed}", ("v0-tiny", *flags_from_dict(flags)))
 
@@ -96,10 +97,12 @@ def table_row(name: str, entry: dict) -> str:
 
 
 def time_nanogpt(clone: Path) -> dict:
-    """Train nanoGPT's recipe for a laptop on one thread and return its last validation loss, and
-    the seconds of its steps: the median step times their number, so evaluations do not count.
+    """Train nanoGPT's recipe for a laptop on one thread. Return its last validation loss and the
+    seconds of its steps: the median step times their number, so evaluations do not count.
 
-    Raises UserError if the clone is not one, or if its training fails."""
+    It prints the time of a step by the clock, which on one thread is CPU time if nothing else runs.
+    Raises UserError if the clone is not one, or if its training fails.
+    """
     if not (clone / "config" / "train_shakespeare_char.py").exists():
         raise UserError(
             f"--nanogpt {clone}: no nanoGPT there; clone https://github.com/karpathy/nanoGPT"
