@@ -23,7 +23,8 @@ class Cache:
     row's length are never read, because a query at position p sees only the keys 0..p, and new
     tokens overwrite them. For block attention the cache also stores a summary of each block, so
     that a step reads only the summaries and the selected blocks, and for the method "tile" the
-    selection of each tile.
+    selection of each tile. For the convolutions it stores their newest inputs, `recent`: per layer
+    one tensor (B, width - 1, C), which the convolution updates (nanods/conv.py).
     """
 
     def __init__(
@@ -31,28 +32,31 @@ class Cache:
         attention: AttentionConfig,
         n_layer: int,
         shape: tuple[int, int, int, int],
+        recent: tuple[int, int],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Allocate keys and values of `shape` (B, H, context_length, D) for each layer."""
+        """Allocate keys and values of `shape` (B, H, context_length, D) for each layer, and the
+        inputs of its convolution, `recent` (width - 1, C)."""
         B, H, T, D = shape
         self.attention = attention
         self.size = attention.block_size if attention.kind == "block" else 1
         N = -(-T // self.size)  # full blocks, so that splitting the keys into blocks copies nothing
 
         def per_layer(*shape: int, fill: float = 0, dtype: torch.dtype = dtype) -> list[Tensor]:
-            """Return one tensor (B, H, *shape) per layer, filled with `fill`."""
+            """Return one tensor (B, *shape) per layer, filled with `fill`."""
             return [
-                torch.full((B, H, *shape), fill, device=device, dtype=dtype) for _ in range(n_layer)
+                torch.full((B, *shape), fill, device=device, dtype=dtype) for _ in range(n_layer)
             ]
 
-        self.keys = per_layer(N * self.size, D)
-        self.values = per_layer(N * self.size, D)
+        self.keys = per_layer(H, N * self.size, D)
+        self.values = per_layer(H, N * self.size, D)
+        self.recent = per_layer(*recent)
         self.summaries, self.tile_selections = [], []
         if self.attention.kind == "block":
             top_blocks = self.attention.top_blocks
-            self.summaries = per_layer(N, D if self.attention.pool == "mean" else 2 * D)
-            self.tile_selections = per_layer(N, top_blocks, fill=-1, dtype=torch.long)
+            self.summaries = per_layer(H, N, D if self.attention.pool == "mean" else 2 * D)
+            self.tile_selections = per_layer(H, N, top_blocks, fill=-1, dtype=torch.long)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)
         # max(lengths) as a Python number, so that slicing does not wait for the GPU.
         self.max_length = 0
@@ -99,17 +103,19 @@ class Cache:
         each row: a forward pass changes the `lengths` of the result, not of this cache.
         """
         rows = copy(self)
-        for name in ("keys", "values", "summaries", "tile_selections"):
+        for name in ("keys", "values", "recent", "summaries", "tile_selections"):
             setattr(rows, name, [tensor[: len(lengths)] for tensor in getattr(self, name)])
         rows.lengths = torch.tensor(lengths, device=self.lengths.device)
         rows.max_length = max(lengths)
         return rows
 
     def copy_row(self, row: int, source: "Cache", source_row: int, length: int) -> None:
-        """Overwrite a row by the first `length` tokens of a row of another cache, or of this one.
+        """Overwrite a row by a row of another cache, or of this one, that holds `length` tokens.
 
         What the row holds beyond them stays, and is never read.
         """
+        for ours, theirs in zip(self.recent, source.recent, strict=True):
+            ours[row] = theirs[source_row]
         blocks = -(-length // self.size)
         sizes = {"keys": length, "values": length, "summaries": blocks, "tile_selections": blocks}
         for name, n in sizes.items():

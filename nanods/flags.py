@@ -54,6 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "n-embd": (2, 2**20),
     "hidden-ratio": (1, 1024),
     "context-length": SIZE,
+    "conv-width": (1, 64),
     "vocab-size": SIZE,
     "rope-base": (1, 1e12),
     "query-gain": (1e-6, 10_000),

@@ -6,6 +6,7 @@ A GPT (Radford et al. 2019) with what has become standard since, each with its s
     RMSNorm         x / rms(x) before each layer, here without weights    arXiv:1910.07467
     QK-norm         normalise queries and keys, to bound the scores       arXiv:2010.04245
     squared ReLU    max(0, x)^2 in the MLP (nanods/moe.py)                arXiv:2109.08668
+    convolution     the MLP also reads the tokens just before; optional   nanods/conv.py
     no biases; output projections start at zero, so each block starts as the identity
 
 V0 and V1 differ in one field of `GPTConfig`, `attention`; V1 and V2 in another, `moe`. Every layer
@@ -38,6 +39,7 @@ from nanods.attention import (
     topk_attention,
 )
 from nanods.cache import Cache
+from nanods.conv import CausalConv
 from nanods.moe import MoEConfig, feed_forward
 
 
@@ -53,6 +55,9 @@ class GPTConfig:
     """Hidden width of the MLP, and of each expert (F), in multiples of n_embd."""
     context_length: int = 256
     """Longest sequence that the model reads, in tokens (T)."""
+    conv_width: int = 1
+    """Tokens that an MLP, or the experts, read at once: each and those just before it, in a causal
+    convolution (nanods/conv.py). 1: each token alone."""
     vocab_size: int = 256
     """Tokens in the vocabulary (V). 256: bytes. More: a BPE trained on the data (extra `bpe`)."""
     rope_base: float = 1_000.0
@@ -63,7 +68,8 @@ class GPTConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "hidden_ratio", "context_length", "vocab_size"):
+        sizes = ("n_layer", "n_head", "n_embd", "hidden_ratio", "context_length", "vocab_size")
+        for name in (*sizes, "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not self.rope_base > 1 or not self.query_gain > 0:
@@ -274,6 +280,7 @@ class Block(nn.Module):
         super().__init__()
         C, F = config.n_embd, config.hidden_ratio * config.n_embd
         self.attention = Attention(config, causal)
+        self.conv = CausalConv(C, config.conv_width) if config.conv_width > 1 else None
         self.mlp = feed_forward(C, F, config.moe)
 
     def forward(
@@ -290,7 +297,11 @@ class Block(nn.Module):
             rms_norm(x), positions, rope, cache, layer, inspect, valid
         )
         x = x + y
-        y, mlp_stats = self.mlp(rms_norm(x), valid, inspect)
+        y = rms_norm(x)
+        if self.conv is not None:
+            recent = cache.recent[layer] if cache is not None else None
+            y = self.conv(y, recent, positions, valid)
+        y, mlp_stats = self.mlp(y, valid, inspect)
         return x + y, attention_stats | mlp_stats
 
     # ---- cost ------------------------------------------------------------------------------------
@@ -299,7 +310,8 @@ class Block(nn.Module):
         """Return the number of parameters, in all and used by one token."""
         attention, attention_active = self.attention.count_parameters()
         mlp, mlp_active = self.mlp.count_parameters()
-        return attention + mlp, attention_active + mlp_active
+        conv = self.conv.gain.numel() if self.conv is not None else 0
+        return attention + conv + mlp, attention_active + conv + mlp_active
 
     def flops_per_token(self, T: int) -> float:
         """Return the operations to train on one token of a sequence of T tokens."""
@@ -318,8 +330,10 @@ class Block(nn.Module):
 
         The arguments are those of Attention.activation_bytes and MoE.activation_bytes.
         """
-        attention = self.attention.activation_bytes(T, device, itemsize, tp, masked)
-        return attention + self.mlp.activation_bytes(device, itemsize, tp, imbalance)
+        kept = self.attention.activation_bytes(T, device, itemsize, tp, masked)
+        if self.conv is not None:
+            kept += self.conv.activation_bytes()
+        return kept + self.mlp.activation_bytes(device, itemsize, tp, imbalance)
 
     def backward_bytes(self, itemsize: int, tp: int = 1, imbalance: float = 1.0) -> list[float]:
         """Return the bytes per token of the gradients held during backward, where they are most."""
@@ -344,10 +358,11 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Draw matrices with standard deviation 1/sqrt(input width).
 
-        Matrices that write to the residual stream or to the logits start at zero.
+        Matrices that write to the residual stream or to the logits start at zero, and so do the
+        convolutions' gains.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith(("out.weight", "mlp.out")) or name == "head.weight":
+            if name.endswith(("out.weight", "mlp.out", "conv.gain")) or name == "head.weight":
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=self.config.n_embd**-0.5)
@@ -396,7 +411,8 @@ class GPT(nn.Module):
         c, weight = self.config, self.embedding.weight
         n_head = self.blocks[0].attention.n_head  # fewer than c.n_head with tensor parallelism
         shape = (B, n_head, c.context_length, c.n_embd // c.n_head)
-        return Cache(c.attention, c.n_layer, shape, weight.device, weight.dtype)
+        recent = (c.conv_width - 1, c.n_embd)
+        return Cache(c.attention, c.n_layer, shape, recent, weight.device, weight.dtype)
 
     # ---- cost ------------------------------------------------------------------------------------
 

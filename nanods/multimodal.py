@@ -333,11 +333,12 @@ class Multimodal(nn.Module):
     def initialise(self) -> None:
         """Initialise matrices as GPT does: normal with standard deviation 1/sqrt(input width).
 
-        The trunk's output projections, which write to the residual stream, start at zero.
+        The trunk's output projections, which write to the residual stream, start at zero, and so do
+        its convolutions' gains.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("trunks"):
-                if name.endswith(("out.weight", "mlp.out")):
+                if name.endswith(("out.weight", "mlp.out", "conv.gain")):
                     nn.init.zeros_(parameter)
                 else:
                     nn.init.normal_(parameter, std=self.trunk.n_embd**-0.5)

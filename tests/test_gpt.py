@@ -33,6 +33,7 @@ CONFIGS = {
         for method in ("flat", "tile", "tree", "window")
         for pool in ("mean", "bound")
     },
+    "convolution": replace(DENSE, conv_width=4),
     "experts": replace(DENSE, moe=MoEConfig(n_expert=4, top_k=2)),
     "sparse experts": replace(
         DENSE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "nanods").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"])
-CONCEPTS = ("attention", "moe", "contrastive", "quantize", "ewc")
+CONCEPTS = ("attention", "conv", "moe", "contrastive", "quantize", "ewc")
 
 
 def imports(path):

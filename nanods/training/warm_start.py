@@ -14,6 +14,7 @@ TRUNK_FIELDS = (
     "n-head",
     "n-embd",
     "hidden-ratio",
+    "conv-width",
     "vocab-size",
     "rope-base",
     "query-gain",

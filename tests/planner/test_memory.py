@@ -35,6 +35,7 @@ SMALL = ["--n-layer", "2", "--n-embd", "24", "--n-head", "2", "--batch-size", "4
 SMALL += ["--dtype", "fp32"]
 MODELS = {
     "v1": ["v1-tiny", *SMALL],
+    "v1 with a convolution": ["v1-tiny", *SMALL, "--conv-width", "4"],
     "v2": ["v2-tiny", *SMALL, "--moe.n-expert", "3", "--hidden-ratio", "3"],
     "v2, experts updated by AdamW": [
         *("v2-tiny", *SMALL, "--moe.n-expert", "5"),

@@ -28,7 +28,15 @@ ALL = CONFIGS | {
         DENSE, moe=MoEConfig(n_expert=4, top_k=2, capacity_factor=0.5)
     )
 }
-MAIN = ("dense", "flat-mean", "tile-bound", "experts", "sparse experts", "experts with a capacity")
+MAIN = (
+    "dense",
+    "convolution",
+    "flat-mean",
+    "tile-bound",
+    "experts",
+    "sparse experts",
+    "experts with a capacity",
+)
 CONTEXT = DENSE.context_length
 decode = bytes  # token i is byte i
 
