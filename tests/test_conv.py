@@ -1,5 +1,5 @@
-"""The causal convolution: it equals a padded depthwise conv1d, starts as the identity, and gives the
-same in pieces as at once, whatever the cache held before."""
+"""The causal convolution: it equals a padded depthwise conv1d, starts as the identity, and gives
+the same in pieces as at once, whatever the cache held before."""
 
 import pytest
 import torch
