@@ -5,13 +5,13 @@ to find the token by its position. A depthwise convolution gives the last few to
 
     y_t = x_t + gain_1 * x_(t-1) + gain_2 * x_(t-2) + ...
 
-with one gain per channel and distance. So `width` - 1 vectors of parameters and as many products a
-channel, next to the 8 C^2 weights of an MLP. It is the token shift of RWKV's channel mixing (Peng
-et al. 2023, arXiv:2305.13048) and a Canon layer at position C (Allen-Zhu 2025, arXiv:2512.17351).
+with one gain per channel and distance: (`width` - 1) C parameters, and as many products a token,
+next to the 8 C^2 weights of an MLP. It is the token shift of RWKV's channel mixing (Peng et al.
+2023, arXiv:2305.13048) and a Canon layer at position C (Allen-Zhu 2025, arXiv:2512.17351).
 What it gains is in LOG.md and lessons/SPEEDRUN.md.
 
 Pinned by tests/test_conv.py, and by tests/test_gpt.py for cached decoding. Left out on purpose: a
-convolution before attention or inside it, which gained less (LOG.md).
+convolution before attention or inside it, where it gained less or was not tried (LOG.md).
 
 Shapes: B batch, T tokens, C width, K = `width` - 1 earlier tokens.
 """
@@ -52,7 +52,7 @@ class CausalConv(nn.Module):
             before = torch.where(exists[..., None], recent.to(x.dtype), 0)
         x_all = torch.cat([before, x], dim=1)  # (B, K + T, C)
         if recent is not None:
-            lengths = x.new_full((B,), T).long() if valid is None else valid.sum(dim=1)
+            lengths = torch.full((B,), T, device=x.device) if valid is None else valid.sum(dim=1)
             newest = lengths[:, None] + torch.arange(K, device=x.device)  # (B, K)
             recent.copy_(x_all.gather(1, newest[..., None].expand(-1, -1, C)))
         y = x
