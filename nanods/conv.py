@@ -1,13 +1,14 @@
 """A short causal convolution: each token also reads the few tokens before it.
 
-An MLP sees one token at a time; what stands before it, it learns through attention only, which has
-to find the token by its position. A depthwise convolution gives the last few tokens to it directly,
+An MLP reads one token. Earlier tokens reach it only through attention, which must first learn to
+find the previous one by its position. A depthwise convolution hands the last few over directly:
 
     y_t = x_t + gain_1 * x_(t-1) + gain_2 * x_(t-2) + ...
 
 with one gain per channel and distance: (`width` - 1) C parameters, and as many products a token,
-next to the 8 C^2 weights of an MLP. It is the token shift of RWKV's channel mixing (Peng et al.
-2023, arXiv:2305.13048) and a Canon layer at position C (Allen-Zhu 2025, arXiv:2512.17351).
+next to the 8 C^2 weights of an MLP. It resembles the token shift of RWKV's channel mixing (Peng
+et al. 2023, arXiv:2305.13048), and is a Canon layer before the MLP (Allen-Zhu 2025,
+arXiv:2512.17351), where the token itself has weight 1.
 What it gains is in LOG.md and lessons/SPEEDRUN.md.
 
 Pinned by tests/test_conv.py, and by tests/test_gpt.py for cached decoding. Left out on purpose: a
@@ -63,7 +64,7 @@ class CausalConv(nn.Module):
     # ---- cost ------------------------------------------------------------------------------------
 
     def activation_bytes(self) -> list[float]:
-        """Return the bytes per token kept for backward, tensor by tensor: the input joined to what
-        stands before it, and the output. The input itself is kept by the layer before."""
+        """Return the bytes per token kept for backward, tensor by tensor: the input, and the input
+        joined to what stands before it. The MLP counts the output."""
         C = self.gain.size(1)
         return [4 * C, 4 * C]

@@ -55,15 +55,15 @@ class GPTConfig:
     """Hidden width of the MLP, and of each expert (F), in multiples of n_embd."""
     context_length: int = 256
     """Longest sequence that the model reads, in tokens (T)."""
-    conv_width: int = 1
-    """Tokens that an MLP, or the experts, read at once: each and those just before it, in a causal
-    convolution (nanods/conv.py). 1: each token alone."""
     vocab_size: int = 256
     """Tokens in the vocabulary (V). 256: bytes. More: a BPE trained on the data (extra `bpe`)."""
     rope_base: float = 1_000.0
     """RoPE's slowest pair of channels turns once in about 2 pi x this many tokens."""
     query_gain: float = 2.0
     """Length of the normalised queries: scores reach query_gain x sqrt(width of a head)."""
+    conv_width: int = 1
+    """Tokens that an MLP, or the experts, read at once: each and those just before it, in a causal
+    convolution (nanods/conv.py). 1: each token alone."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
 

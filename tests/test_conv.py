@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanods.build import build_model
+from nanods.config import from_command_line
 from nanods.conv import CausalConv
 
 
@@ -21,6 +23,13 @@ def inputs(B, T, seed, C=6):
 def test_it_starts_as_the_identity():
     x = inputs(2, 5, seed=1)
     assert torch.equal(CausalConv(6, 4).double()(x), x)
+
+
+@pytest.mark.parametrize("preset", ["v0-tiny", "v3-tiny"])
+def test_a_new_models_gains_are_zero(preset):
+    model = build_model(from_command_line("", [preset, "--conv-width", "4"]))
+    gains = [p for name, p in model.named_parameters() if name.endswith("conv.gain")]
+    assert len(gains) > 2 and not any(gain.any() for gain in gains)
 
 
 @pytest.mark.parametrize("width", [2, 4])
@@ -44,6 +53,16 @@ def test_pieces_give_what_the_whole_gives_in_rows_that_held_another_text(width, 
         pieces.append(conv(x[:, start : start + size], recent, positions))
         start += size
     assert (torch.cat(pieces, dim=1) - conv(x)).abs().max() < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [300, 299])
+def test_long_texts_in_bf16_are_counted_exactly(length):
+    conv, x = conv_of(4).bfloat16(), inputs(1, 300, seed=6).bfloat16()
+    recent = torch.zeros(1, 3, 6).bfloat16()
+    valid = torch.arange(300)[None] < length if length < 300 else None
+    conv(x, recent, torch.arange(300)[None], valid)
+    assert torch.equal(recent, x[:, length - 3 : length])
 
 
 @torch.no_grad()

@@ -26,13 +26,14 @@ def cache_bytes(config: Config) -> int:
     m, attention = config.model, config.model.attention
     if config.multimodal.modalities:
         return 0
+    recent = 2 * m.n_embd * (m.conv_width - 1)  # inputs that the convolution keeps
     if attention.kind != "block":
-        return m.n_layer * 4 * m.n_embd * m.context_length  # keys and values
+        return m.n_layer * (4 * m.n_embd * m.context_length + recent)  # keys and values
     N = -(-m.context_length // attention.block_size)  # blocks; the cache holds whole ones
     keys_and_values = 4 * m.n_embd * N * attention.block_size
     summaries = N * (2 if attention.pool == "bound" else 1) * m.n_embd * 2
     selections = N * m.n_head * attention.top_blocks * 8  # a tile's selection, in int64
-    return m.n_layer * (keys_and_values + summaries + selections)
+    return m.n_layer * (keys_and_values + summaries + selections + recent)
 
 
 def served_sequences(config: Config, cost: ModelCost, device: Device, gpus: int) -> int:

@@ -217,7 +217,8 @@ def add_hooks(
 
 
 def place_caches(model: GPT, places: dict[str, Place]) -> None:
-    """Make `model.new_cache` allocate each layer's keys and values where its attention is."""
+    """Make `model.new_cache` allocate each layer's keys and values where its attention is, and the
+    inputs that its convolution keeps where that is."""
     new_cache = model.new_cache
 
     def placed_cache(B: int):
@@ -225,6 +226,10 @@ def place_caches(model: GPT, places: dict[str, Place]) -> None:
         for tensors in (cache.keys, cache.values, cache.summaries, cache.tile_selections):
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = move(tensor, places[f"blocks.{layer}.attention"])
+        for layer, block in enumerate(model.blocks):
+            if block.conv is not None:
+                place = places[f"blocks.{layer}.conv"]
+                cache.recent[layer] = move(cache.recent[layer], place)
         return cache
 
     model.new_cache = placed_cache

@@ -158,6 +158,7 @@ def test_a_new_layer_is_planned_by_what_it_reports(monkeypatch):
 
 MEASURED = [
     ["v1-tiny"],
+    ["v1-tiny", "--batch-size", "32", "--conv-width", "4"],
     ["v1-tiny", "--batch-size", "32"],
     ["v1-tiny", "--n-embd", "384", "--n-layer", "6"],
     ["v2-tiny"],

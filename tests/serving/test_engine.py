@@ -132,7 +132,7 @@ def test_what_other_requests_left_in_the_cache_is_never_read(name):
     for fill in (0, 1e3):
         engine, tokens = engine_of(name, slots=2), []
         for cache in (engine.cache, engine.reader):
-            for tensor in (*cache.keys, *cache.values, *cache.summaries):
+            for tensor in (*cache.keys, *cache.values, *cache.summaries, *cache.recent):
                 tensor.copy_(fill * torch.randn_like(tensor))
             for tensor in cache.tile_selections:
                 tensor.fill_(1 if fill else -1)

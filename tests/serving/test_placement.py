@@ -40,6 +40,7 @@ from tests.test_multimodal import MOE_TRUNK, make_inputs, make_model
 DENSE = GPTConfig(4, 2, 16, 4, 16, 20, attention=AttentionConfig("dense"))
 V1 = replace(DENSE, attention=AttentionConfig("block", block_size=4, top_blocks=2))
 V2 = replace(V1, moe=MoEConfig(n_expert=4))
+CONVOLUTION = replace(V2, conv_width=3)
 TOKENS = torch.randint(0, 20, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -100,9 +101,10 @@ SPLITS = {
 }
 
 
+@pytest.mark.parametrize("config", [V2, CONVOLUTION], ids=["V2", "convolution"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_model_in_pieces_computes_what_it_did_whole(split, monkeypatch):
-    model = make_gpt(V2)
+def test_a_model_in_pieces_computes_what_it_did_whole(split, config, monkeypatch):
+    model = make_gpt(config)
     expected, expected_text = logits(model), generated(model)
     rules = parse_rules(["*=a:fp64", *SPLITS[split]])
     devices = PseudoDevices(monkeypatch)
@@ -196,10 +198,11 @@ def test_the_parts_of_v3(part, monkeypatch):
 # ---- in a server ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("config", [V2, CONVOLUTION], ids=["V2", "convolution"])
 @pytest.mark.parametrize("split", ["experts", "attention"])
-def test_the_engine_gives_the_tokens_of_a_whole_model(split, monkeypatch):
+def test_the_engine_gives_the_tokens_of_a_whole_model(split, config, monkeypatch):
     """Three requests in two slots: rows are copied between caches, and contexts fill."""
-    model, whole = make_gpt(V2), make_gpt(V2)
+    model, whole = make_gpt(config), make_gpt(config)
     rules = parse_rules(["*=a:fp64", *SPLITS[split]])
     devices = PseudoDevices(monkeypatch)
     place(model, rules)

@@ -10,9 +10,10 @@ from nanods.build import build_meta_model
 from nanods.config import from_command_line
 from nanods.training.parameter_groups import optimizer_of
 
-ADAMW_NAMES = ("embedding.weight", "position_embedding", "head.weight", "gate.weight")
+ADAMW_NAMES = ("embedding.weight", "position_embedding", "head.weight", "gate.weight", "conv.gain")
 MODELS = (
     ["v0-tiny"],
+    ["v0-tiny", "--conv-width", "4"],
     ["v1-tiny"],
     ["v2-tiny"],
     ["v3-tiny"],
