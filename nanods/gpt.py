@@ -62,8 +62,8 @@ class GPTConfig:
     query_gain: float = 2.0
     """Length of the normalised queries: scores reach query_gain x sqrt(width of a head)."""
     conv_width: int = 1
-    """Tokens that an MLP, or the experts, read at once: each and those just before it, in a causal
-    convolution (nanods/conv.py). 1: each token alone."""
+    """Tokens that an MLP, or an expert, reads: its own and the conv_width - 1 before it, through a
+    causal convolution (nanods/conv.py). 1: its own only."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -344,6 +344,11 @@ class Block(nn.Module):
         return [layer.tensor_parallel_parameters() for layer in (self.attention, self.mlp)]
 
 
+STARTS_AT_ZERO = ("out.weight", "mlp.out", "conv.gain")
+"""How the names of a block's parameters that start at zero end, so that each block starts as the
+identity: what writes to the residual stream, and the convolution's gains."""
+
+
 class GPT(nn.Module):
     optimizers: ClassVar = {"head.weight": "adamw"}
 
@@ -358,11 +363,10 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Draw matrices with standard deviation 1/sqrt(input width).
 
-        Matrices that write to the residual stream or to the logits start at zero, and so do the
-        convolutions' gains.
+        STARTS_AT_ZERO names those of a block that start at zero; so does the head.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith(("out.weight", "mlp.out", "conv.gain")) or name == "head.weight":
+            if name.endswith(STARTS_AT_ZERO) or name == "head.weight":
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=self.config.n_embd**-0.5)

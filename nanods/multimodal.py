@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanods.contrastive import Temperature
-from nanods.gpt import Block, GPTConfig, rms_norm, rope_cos_sin
+from nanods.gpt import STARTS_AT_ZERO, Block, GPTConfig, rms_norm, rope_cos_sin
 
 GRID_BASE = 100.0  # RoPE's base on grids: the slowest of 8 pairs turns once in about 350 positions
 N_MELS = 32  # mel bands, as in nanods/data/sound.py
@@ -333,12 +333,11 @@ class Multimodal(nn.Module):
     def initialise(self) -> None:
         """Initialise matrices as GPT does: normal with standard deviation 1/sqrt(input width).
 
-        The trunk's output projections, which write to the residual stream, start at zero, and so do
-        its convolutions' gains.
+        What GPT's blocks start at zero, the trunk's do.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("trunks"):
-                if name.endswith(("out.weight", "mlp.out", "conv.gain")):
+                if name.endswith(STARTS_AT_ZERO):
                     nn.init.zeros_(parameter)
                 else:
                     nn.init.normal_(parameter, std=self.trunk.n_embd**-0.5)
