@@ -110,9 +110,9 @@ class Cache:
         return rows
 
     def copy_row(self, row: int, source: "Cache", source_row: int, length: int) -> None:
-        """Overwrite a row by a row of another cache, or of this one, that holds `length` tokens.
+        """Overwrite a row by a row of `length` tokens, of another cache or of this one.
 
-        What the row holds beyond them stays, and is never read.
+        What the row holds beyond `length` stays, and is never read.
         """
         for ours, theirs in zip(self.recent, source.recent, strict=True):
             ours[row] = theirs[source_row]

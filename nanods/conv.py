@@ -1,20 +1,20 @@
 """A short causal convolution: each token also reads the few tokens before it.
 
 An MLP reads one token. Earlier tokens reach it only through attention, which must first learn to
-find the previous one by its position. A depthwise convolution hands the last few over directly:
+find the previous one. A depthwise convolution hands the last few over directly:
 
     y_t = x_t + gain_1 * x_(t-1) + gain_2 * x_(t-2) + ...
 
 with one gain per channel and distance: (`width` - 1) C parameters, and as many products a token,
 next to the 8 C^2 weights of an MLP. It resembles the token shift of RWKV's channel mixing (Peng
-et al. 2023, arXiv:2305.13048), and is a Canon layer before the MLP (Allen-Zhu 2025,
-arXiv:2512.17351), where the token itself has weight 1.
-What it gains is in LOG.md and lessons/SPEEDRUN.md.
+et al. 2023, arXiv:2305.13048). It is a Canon layer before the MLP (Allen-Zhu 2025,
+arXiv:2512.17351); here the token itself keeps weight 1. What it gains is in LOG.md and
+lessons/SPEEDRUN.md.
 
 Pinned by tests/test_conv.py, and by tests/test_gpt.py for cached decoding. Left out on purpose: a
-convolution before attention or inside it, where it gained less or was not tried (LOG.md).
+convolution before attention, or of keys and values. Both gained less (LOG.md).
 
-Shapes: B batch, T tokens, C width, K = `width` - 1 earlier tokens.
+Shapes: B batch, T tokens, C channels, K = `width` - 1 earlier tokens.
 """
 
 from typing import ClassVar
@@ -48,7 +48,7 @@ class CausalConv(nn.Module):
         (B, T, C), K = x.shape, len(self.gain)
         before = x.new_zeros(B, K, C)
         if recent is not None:
-            # A row that begins anew still has the inputs of its last text: nothing stands before 0.
+            # The row may still hold inputs of an earlier text: before position 0 there are zeros.
             exists = positions[:, :1] + torch.arange(-K, 0, device=x.device) >= 0  # (B, K)
             before = torch.where(exists[..., None], recent.to(x.dtype), 0)
         x_all = torch.cat([before, x], dim=1)  # (B, K + T, C)
@@ -65,6 +65,6 @@ class CausalConv(nn.Module):
 
     def activation_bytes(self) -> list[float]:
         """Return the bytes per token kept for backward, tensor by tensor: the input, and the input
-        joined to what stands before it. The MLP counts the output."""
+        joined to what stands before it. The MLP's own count includes the output."""
         C = self.gain.size(1)
         return [4 * C, 4 * C]

@@ -27,7 +27,7 @@ passes and what is next. Difficulty is that of the exercises, from 1 to 5.
 AFTER = """\
 
 What a popular article claims about all this, claim by claim, with a measurement for each:
-[ARTICLE.md](ARTICLE.md). How little time a GPT needs to a given loss, and how you take part:
+[ARTICLE.md](ARTICLE.md). How little time a GPT needs to reach a given loss, and how to take part:
 [SPEEDRUN.md](SPEEDRUN.md).
 """
 

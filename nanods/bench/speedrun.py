@@ -35,8 +35,8 @@ ENTRIES: dict[str, dict[str, object]] = {
     "short windows first": {"short-context": 0.5, "steps": 1700},
     "convolution before the MLP": {"conv-width": 4, "short-context": 0.5, "steps": 1100},
 }
-"""The flags of each entry over the preset v0-tiny, oldest first. One is a record if three seeds
-reach the target in less time than with those before it."""
+"""The flags of each entry over the preset v0-tiny, oldest first. An entry is a record if all three
+seeds reach the target and their mean time is below that of every earlier record."""
 
 NANOGPT_STEPS = 2000
 NANOGPT_RECIPE = (  # what its README proposes for a laptop; a line for each step
@@ -54,7 +54,7 @@ class Args(TrainingArgs):
     seeds: int = 3
     """Seeds of the entry; a record needs three."""
     data: str = "shakespeare"
-    """The text, or a file that has it."""
+    """tinyshakespeare: its name, or a file that holds it."""
     nanogpt: Path | None = None
     """A clone of github.com/karpathy/nanoGPT, with its data prepared (python
     data/shakespeare_char/prepare.py), whose recipe for a laptop is timed first."""
@@ -101,7 +101,7 @@ def time_nanogpt(clone: Path) -> dict:
     """Train nanoGPT's recipe for a laptop on one thread. Return its last validation loss and the
     seconds of its steps: the median step times their number, so evaluations do not count.
 
-    It prints the time of a step by the clock, which on one thread is CPU time if nothing else runs.
+    nanoGPT prints wall-clock time; on one thread this is CPU time if nothing else runs.
     Raises UserError if the clone is not one, or if its training fails.
     """
     if not (clone / "config" / "train_shakespeare_char.py").exists():

@@ -217,8 +217,8 @@ def add_hooks(
 
 
 def place_caches(model: GPT, places: dict[str, Place]) -> None:
-    """Make `model.new_cache` allocate each layer's keys and values where its attention is, and the
-    inputs that its convolution keeps where that is."""
+    """Make `model.new_cache` allocate each layer's keys and values where its attention is, and its
+    convolution's newest inputs where the convolution is."""
     new_cache = model.new_cache
 
     def placed_cache(B: int):
