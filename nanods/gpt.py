@@ -363,7 +363,7 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Draw matrices with standard deviation 1/sqrt(input width).
 
-        STARTS_AT_ZERO names those of a block that start at zero; so does the head.
+        The head starts at zero, and in each block what STARTS_AT_ZERO names.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(STARTS_AT_ZERO) or name == "head.weight":

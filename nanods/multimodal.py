@@ -333,7 +333,7 @@ class Multimodal(nn.Module):
     def initialise(self) -> None:
         """Initialise matrices as GPT does: normal with standard deviation 1/sqrt(input width).
 
-        What GPT's blocks start at zero, the trunk's do.
+        In the trunk, what STARTS_AT_ZERO names starts at zero.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("trunks"):
