@@ -158,6 +158,8 @@ class Config:
     """Steps between two evaluations."""
     save_every: int = 250
     """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep, the newest ones, beside the best."""
     tensorboard: bool = False
     """Also write the metrics and pictures as TensorBoard event files into out-dir (the extra
     tensorboard)."""
@@ -432,6 +434,7 @@ RUNTIME_ONLY_FIELDS = (
     "out-dir",
     "device",
     "save-every",
+    "keep-checkpoints",
     "compile",
     "mesh",
     "activation-checkpointing",

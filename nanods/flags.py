@@ -29,6 +29,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "micro-batch": SIZE,
     "eval-every": COUNT,
     "save-every": COUNT,
+    "keep-checkpoints": COUNT,
     "lr": RATE,
     "warmup": (0, 1),
     "decay": (0, 1),

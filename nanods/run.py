@@ -384,7 +384,7 @@ def format_duration(seconds: float) -> str:
 
 def save_run(run: Run, processes: ProcessGroups) -> None:
     """Write a checkpoint of the run. Every process must call it."""
-    write_checkpoint(run, run.config.run_dir, checkpoint.KEEP, processes)
+    write_checkpoint(run, run.config.run_dir, run.config.keep_checkpoints, processes)
 
 
 def keep_best(run: Run, processes: ProcessGroups) -> None:

@@ -1,9 +1,10 @@
 """Are experts better at arithmetic? V2 against V1 on addition and multiplication.
 
-    python -m nanods.bench.arithmetic          about 12 minutes on 2 cores; `make bench-arithmetic`
+    python -m nanods.bench.arithmetic          about 60 minutes on 2 cores; `make bench-arithmetic`
     python -m nanods.bench.arithmetic --seeds 1 --variants v1-2f v2
 
-The first writes results/arithmetic.json and results/arithmetic.png.
+The first writes results/arithmetic.json, and two pictures: arithmetic.png has the accuracy of each
+run after its last step, arithmetic_sums.png that of the sums at each checkpoint.
 
 The training text is lines like `347+582=929` and `47*83=3901`, half of each. One in 8 pairs of
 operands is held out, (a, b) and (b, a) together, and only these are tested. The model completes
@@ -17,9 +18,14 @@ width 4 C), v1-2f (8 C, the active FLOPs of v2, which uses 2 experts of 4 C) and
 dense in all three: the question is about experts, and a context of 64 is too short for sparse
 attention. Two runs at a time, one thread each. Finished runs are stored and not repeated
 (stored_runs.py).
+
+A run has learnt to add at the first of its checkpoints, one every SAVE_EVERY steps, that does
+LEARNT of the held-out sums right. A run that never gets there has not had enough steps, which says
+nothing about where its model would end.
 """
 
 import hashlib
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +50,8 @@ from nanods.training import checkpoint
 DIGITS = {"+": 3, "*": 2}  # of each operand
 MAX_HELD_OUT = 1027  # products; there are more sums
 MAX_ANSWER_LENGTH = max(DIGITS["+"] + 1, 2 * DIGITS["*"]) + 1  # digits and the end of the line
+LEARNT = 0.95  # of the held-out sums
+SAVE_EVERY = 100  # steps
 CLAIMED_RATIO = 1.22  # the article's claim: V2's accuracy over V1's in mathematics; in the plot
 
 SIZE = {"context-length": 64, "batch-size": 32, "attention.kind": "dense", "device": "cpu"}
@@ -52,11 +60,11 @@ VARIANTS = {"v1": ("v1-tiny", {}), "v1-2f": ("v1-tiny", {"hidden-ratio": 8}), "v
 
 @dataclass(frozen=True)
 class Args:
-    seeds: int = 3
+    seeds: int = 5
     """Runs of each variant, with other initial weights and batches but the same text."""
     variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
     """Which of v1, v1-2f and v2 to run. Only all of them make the table and the picture."""
-    steps: int = 500
+    steps: int = 1000
     """Optimizer steps of 2,048 tokens."""
     lines: int = 120_000
     """Problems in the training text."""
@@ -171,15 +179,24 @@ def variant_job(args: Args, data: Path, variant: str, seed: int) -> Job:
     with other tests."""
     preset, variant_flags = VARIANTS[variant]
     flags = SIZE | variant_flags | {"data": data, "steps": args.steps, "eval-every": args.steps}
-    flags |= {"save-every": 100, "seed": seed}
+    flags |= {"save-every": SAVE_EVERY, "keep-checkpoints": args.steps, "seed": seed}
     name = f"{data.stem}-{variant}-{args.steps}-{args.held_out}-{seed}"
     return Job(name, (preset, *flags_from_dict(flags)))
 
 
 def make_summarise(args: Args) -> Summarise:
-    """Return the function that tests a trained model: its time, accuracies and size."""
+    """Return the function that tests a trained model: its time, accuracies and size, and the
+    accuracy of the sums at its checkpoints. All of these but the last are then deleted."""
+    sums = held_out_problems("+", args.held_out)
+
+    def sums_at_checkpoint(folder: Path) -> list[float]:
+        saved = checkpoint.read(folder)
+        right = accuracy(checkpoint.load_model(saved), sums, args.units_first)
+        return [saved.state["step"], saved.state["cpu_seconds"], right]
 
     def summarise_run(job: Job, out: Path, rows: list[dict]) -> dict:
+        folders = checkpoint.list_checkpoints(out)
+        curve = [sums_at_checkpoint(folder) for folder in folders]
         model = checkpoint.load_model(checkpoint.load(out))
         scores = {}
         for kind in DIGITS:
@@ -188,10 +205,16 @@ def make_summarise(args: Args) -> Summarise:
         scores["both"] = statistics.mean(scores.values())
         last = rows[-1]
         words = ", ".join(f"{kind} {value:.1%}" for kind, value in scores.items())
+        learnt = learnt_at(curve)
+        words += f"; {LEARNT:.0%} of the sums after {learnt[0]} steps" if learnt else ""
         print(f"{job.name}: {words}; {last['cpu_seconds']:.0f} CPU-seconds", flush=True)
         total, active = model.count_parameters()
+        for folder in folders[:-1]:
+            shutil.rmtree(folder)
         return {
             "score": scores,
+            "step_cpu_seconds_sums": curve,
+            "learnt": learnt,
             "seconds": last["seconds"],
             "cpu_seconds": last["cpu_seconds"],
             "val_loss": last["val_loss"],
@@ -203,13 +226,20 @@ def make_summarise(args: Args) -> Summarise:
     return summarise_run
 
 
+def learnt_at(curve: Sequence[Sequence[float]]) -> list[float] | None:
+    """Return the step and the CPU-seconds of the first checkpoint [step, seconds, accuracy] that
+    has learnt to add; None if none has."""
+    return next(([step, seconds] for step, seconds, right in curve if right >= LEARNT), None)
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
 def summarise(runs: Sequence[dict]) -> dict:
     """Summarise each variant over its seeds, and compare V2 with both V1s.
 
-    Each accuracy has mean, min and max. The verdict has V2's lead in percentage points, and its
+    Each accuracy has mean, min and max. "learnt" has the step and CPU-seconds at which each run had
+    learnt to add, null where it had not. The verdict has V2's lead in percentage points, and its
     ratio to V1 unless V1 has 0.
     """
     kinds = ("both", *DIGITS)
@@ -218,6 +248,7 @@ def summarise(runs: Sequence[dict]) -> dict:
         variant_runs = [row for row in runs if row["variant"] == variant]
         cpu_seconds = statistics.mean(row["cpu_seconds"] for row in variant_runs)
         table[variant] = {"seeds": len(variant_runs), "cpu_seconds": cpu_seconds}
+        table[variant]["learnt"] = [row["learnt"] for row in variant_runs]
         for kind in kinds:
             values = [row["score"][kind] for row in variant_runs]
             table[variant][kind] = {
@@ -250,7 +281,32 @@ def draw(runs: Sequence[dict], variants: dict[str, dict]) -> Figure:
     return plots.dot_plot(dots, targets, "fraction of held-out problems whose answer is right")
 
 
+def draw_sums(runs: Sequence[dict]) -> Figure:
+    """Draw each run's accuracy of sums over its steps, one colour a variant."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    colours = dict(zip(VARIANTS, plots.COLOURS, strict=False))
+    labelled = set()
+    for row in runs:
+        steps, _, right = zip(*row["step_cpu_seconds_sums"], strict=True)
+        variant = row["variant"]
+        label = None if variant in labelled else variant
+        axes.plot(steps, right, "o-", markersize=3, alpha=0.7, color=colours[variant], label=label)
+        labelled.add(variant)
+    axes.axhline(LEARNT, color=plots.GREY, linestyle="--", linewidth=1)
+    axes.set(xlabel="optimizer step", ylabel="fraction of held-out sums that is right")
+    axes.legend(frameon=False)
+    return figure
+
+
 def print_summary(summary: dict) -> None:
+    for variant, row in summary["variants"].items():
+        learnt = sorted(at for at in row["learnt"] if at)
+        words = ", ".join(f"{step:,.0f} ({seconds:.0f} s)" for step, seconds in learnt)
+        print(
+            f"{variant:5} learnt to add in {len(learnt)} of {row['seeds']} runs, after steps "
+            f"(CPU-seconds): {words or 'none'}"
+        )
     for kind in ("both", *DIGITS):
         for variant, row in summary["variants"].items():
             mean, low, high = (f"{row[kind][name]:.1%}" for name in ("mean", "min", "max"))
@@ -304,6 +360,7 @@ def main() -> None:
     }
     write_json(args.results / "arithmetic.json", table)
     plots.save(draw(runs, summary["variants"]), args.results / "arithmetic.png")
+    plots.save(draw_sums(runs), args.results / "arithmetic_sums.png")
 
 
 if __name__ == "__main__":

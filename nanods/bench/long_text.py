@@ -1,121 +1,205 @@
 """Compare dense and block attention on text of 4,096 tokens: results/long_text.json and .png.
 
-    python -m nanods.bench.long_text             about 10 minutes on one thread
-    python -m nanods.bench.long_text --steps 50
+    python -m nanods.bench.long_text             about 60 minutes on 2 cores; `make bench-long-text`
+    python -m nanods.bench.long_text --seeds 1 --steps 50
 
-`make bench-long-text` runs the first line. Data pydocs, the tiny preset with a context of 4,096
-tokens, 2 sequences per step. The dense run takes --steps steps. Each sparse variant (blocks of 64,
-8 selected and the current one) runs twice: for the same number of steps as dense, and for as many
-steps as fit into the time of the dense run. Each run has its complete learning rate schedule. Time
-is CPU time on one thread, without the evaluations; in the picture it is wall-clock time. One seed,
-so differences of a few thousandths of a bit mean nothing. Finished runs are stored and not repeated
-(stored_runs.py), unless the machine is another one.
+Data pydocs; a small model with a context of 4,096 tokens, one sequence per step. The dense runs
+take --steps steps. Each sparse variant (blocks of 64, 8 selected and the current one) runs twice:
+for the same number of steps as dense, and for as many steps as fit into the time of the dense runs.
+Each run has its complete learning rate schedule. Time is CPU time on one thread, without the
+evaluations.
+
+Does a model use what stands far back? The same pieces of held-out text are read at the end of
+windows of several lengths: at positions 0 to 511 of a window, so with 256 tokens before them on
+average, up to positions 3,584 to 4,095. If the loss of these falls with longer windows, the far
+text helped. Finished runs are stored and not repeated (stored_runs.py), unless the machine is
+another one.
 """
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
 
 from nanods import plots
-from nanods.attention import Method
 from nanods.bench.jobs import Job
-from nanods.bench.runs import flags_from_dict, write_json
-from nanods.bench.stored_runs import machine_of, train_all
+from nanods.bench.runs import flags_from_dict, is_subset, write_json
+from nanods.bench.stored_runs import Summarise, TrainingArgs, machine_of, train_all
 from nanods.data.text import load_text
 from nanods.errors import run
 from nanods.flags import parse_args
+from nanods.gpt import GPT
+from nanods.training import checkpoint
+from nanods.training.language_task import cross_entropy
 
-SIZE = {"context-length": 4096, "batch-size": 2, "device": "cpu", "dtype": "auto", "seed": 0}
+SIZE = {"n-layer": 2, "n-head": 4, "n-embd": 128, "context-length": 4096, "batch-size": 1}
 SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
+METHODS = ("tile", "flat")
+
+PIECE = 512  # tokens whose loss is measured
+WINDOWS = (512, 1024, 2048, 4096)  # their last PIECE tokens are the same text
+N_PIECES = 40
 
 
 @dataclass(frozen=True)
-class Args:
-    steps: int = 80
-    """Optimizer steps of the dense run, and of the sparse runs at equal steps."""
-    methods: tuple[Method, ...] = ("tile",)
-    """Selection methods of the sparse runs."""
-    results: Path = Path("results")
-    """Where to write the table and the plot."""
-    runs: Path = Path("runs")
-    """Where to write the runs; an unfinished one is resumed."""
+class Args(TrainingArgs):
+    seeds: int = 3
+    """Runs of each variant, with other initial weights and batches."""
+    steps: int = 600
+    """Optimizer steps of the dense runs, and of the sparse runs at equal steps."""
+    methods: tuple[Literal[*METHODS], ...] = ("tile",)
+    """Selection methods of the sparse runs. Only the default makes the table and the picture."""
 
 
-def length_job(preset: str, flags: dict, steps: int) -> Job:
+def length_job(preset: str, flags: dict, steps: int, seed: int) -> Job:
     """Return the run of a preset with some flags for so many steps."""
-    name = "-".join(map(str, (preset, *flags.values(), steps)))
-    schedule = {"steps": steps, "eval-every": -(-steps // 4), "save-every": 10}
-    return Job(name, (preset, *flags_from_dict(SIZE | flags | schedule)))
+    name = "-".join(map(str, (preset, *flags.values(), steps, seed)))
+    schedule = {"steps": steps, "eval-every": -(-steps // 4), "save-every": 50, "seed": seed}
+    device = {"device": "cpu", "dtype": "auto"}
+    return Job(name, (preset, *flags_from_dict(SIZE | flags | schedule | device)))
 
 
-def run_figures(job: Job, out: Path, rows: list[dict]) -> dict:
-    """Return the times and the validation curve of a run.
+# ---- the loss of the same text in windows of several lengths -------------------------------------
 
-    The curve has one entry [step, seconds, bits per byte] per validation.
+
+@torch.no_grad()
+def bits_by_window(model: GPT, text: np.ndarray) -> dict[str, float]:
+    """Return the bits per token of the same pieces of a text, by the length of the window that they
+    end. The pieces are evenly spread over the text, all after its first WINDOWS[-1] tokens.
+
+    The model runs in eval mode.
     """
-    curve = [[row["step"], row["seconds"], row["val_bpb"]] for row in rows if "val_bpb" in row]
-    steps, seconds, val_bpb = curve[-1]
-    print(f"{job.name}: {seconds:.0f} s, {val_bpb:.4f} bits per byte", flush=True)
+    model.eval()
+    tokens = torch.from_numpy(text.astype(np.int64))
+    ends = np.linspace(WINDOWS[-1], len(text) - 1, N_PIECES).astype(int)
+    bits = {}
+    for length in WINDOWS:
+        losses = []
+        for end in ends:
+            window = tokens[None, end - length : end + 1]
+            logits, _ = model(window[:, :-1])
+            losses.append(cross_entropy(logits[:, -PIECE:], window[:, -PIECE:]).item())
+        bits[str(length)] = statistics.mean(losses) / math.log(2)
+    return bits
+
+
+def make_summarise(text: np.ndarray) -> Summarise:
+    """Return the function that reads the times and validation curve of a run, one entry [step,
+    CPU-seconds, bits per byte] per validation, and measures bits_by_window on the text."""
+
+    def summarise_run(job: Job, out: Path, rows: list[dict]) -> dict:
+        evaluated = [row for row in rows if "val_bpb" in row]
+        curve = [[row["step"], row["cpu_seconds"], row["val_bpb"]] for row in evaluated]
+        steps, seconds, val_bpb = curve[-1]
+        model = checkpoint.load_model(checkpoint.load(out))
+        by_window = bits_by_window(model, text)
+        print(
+            f"{job.name}: {seconds:.0f} CPU-seconds, {val_bpb:.4f} bits per byte; at the end of a "
+            f"window of {WINDOWS[0]} {by_window[str(WINDOWS[0])]:.4f}, of {WINDOWS[-1]} "
+            f"{by_window[str(WINDOWS[-1])]:.4f}",
+            flush=True,
+        )
+        return {
+            "steps": steps,
+            "cpu_seconds": seconds,
+            "val_bpb": val_bpb,
+            "step_cpu_seconds_val_bpb": curve,
+            "bits_by_window": by_window,
+        }
+
+    return summarise_run
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def each(values: Sequence[float]) -> dict:
+    return {"mean": statistics.mean(values), "each": list(values)}
+
+
+def minus(runs: Sequence[dict], others: Sequence[dict]) -> dict:
+    """Return the differences in bits per byte, seed by seed."""
+    pairs = zip(runs, others, strict=True)
+    return each([run["val_bpb"] - other["val_bpb"] for run, other in pairs])
+
+
+def compare(dense: list[dict], equal_steps: list[dict], equal_time: list[dict]) -> dict:
+    """Return the differences of sparse runs to the dense ones, seed by seed."""
     return {
-        "steps": steps,
-        "seconds": seconds,
-        "cpu_seconds": rows[-1]["cpu_seconds"],
-        "val_bpb": val_bpb,
-        "step_seconds_val_bpb": curve,
+        "speed": median_seconds(dense) / median_seconds(equal_steps),
+        "bpb_minus_dense_at_equal_steps": minus(equal_steps, dense),
+        "bpb_minus_dense_at_equal_time": minus(equal_time, dense),
+        "time_over_dense_at_equal_time": median_seconds(equal_time) / median_seconds(dense),
     }
 
 
-def compare(dense: dict, equal_steps: dict, equal_time: dict) -> dict[str, float]:
-    """Return the differences of two sparse runs to the dense run."""
-    return {
-        "speed": dense["cpu_seconds"] / equal_steps["cpu_seconds"],
-        "bpb_minus_dense_at_equal_steps": equal_steps["val_bpb"] - dense["val_bpb"],
-        "bpb_minus_dense_at_equal_time": equal_time["val_bpb"] - dense["val_bpb"],
-        "time_over_dense_at_equal_time": equal_time["cpu_seconds"] / dense["cpu_seconds"],
-    }
+def median_seconds(runs: Sequence[dict]) -> float:
+    return statistics.median(run["cpu_seconds"] for run in runs)
+
+
+def far_gain(runs: Sequence[dict]) -> dict:
+    """Return by how many bits per byte the same text is easier at the end of the longest window
+    than in the shortest, seed by seed."""
+    first, last = str(WINDOWS[0]), str(WINDOWS[-1])
+    return each([run["bits_by_window"][first] - run["bits_by_window"][last] for run in runs])
 
 
 def main() -> None:
     args = parse_args(Args, __doc__)
-    sha256 = load_text("pydocs").sha256  # prepared before the first run
+    text = load_text("pydocs")  # prepared before the first run
 
-    def train(jobs: list[Job]) -> dict[str, dict]:
-        where = {"results": args.results, "runs": args.runs, "workers": 1, "same_machine": True}
-        return train_all("long_text", jobs, run_figures, **where)
+    def train(jobs: list[Job]) -> list[dict]:
+        where = {"results": args.results, "runs": args.runs, "workers": args.jobs}
+        results = train_all("long_text", jobs, make_summarise(text.val), **where, same_machine=True)
+        return [results[job.name] for job in jobs]
 
+    def jobs_of(preset: str, flags: dict, steps: int) -> list[Job]:
+        return [length_job(preset, flags, steps, seed) for seed in range(args.seeds)]
+
+    all_jobs = {"dense": jobs_of("v0-tiny", {}, args.steps)}
     flags = {method: SPARSE | {"attention.method": method} for method in args.methods}
-    dense_job = length_job("v0-tiny", {}, args.steps)
-    jobs = {method: length_job("v1-tiny", flags[method], args.steps) for method in args.methods}
-    results = train([dense_job, *jobs.values()])
-    dense = results[dense_job.name]
-    equal_steps = {method: results[job.name] for method, job in jobs.items()}
-    longer_jobs = {}
-    for method, result in equal_steps.items():
-        steps = round(args.steps * dense["cpu_seconds"] / result["cpu_seconds"])
-        longer_jobs[method] = length_job("v1-tiny", flags[method], steps)
-    results = train(list(longer_jobs.values()))
-    runs, differences = {"dense": dense}, {}
-    for method, job in longer_jobs.items():
-        runs[f"{method}, equal steps"] = equal_steps[method]
-        runs[f"{method}, equal time"] = results[job.name]
-        differences[method] = compare(dense, equal_steps[method], results[job.name])
-        words = (f"{name} {value:+.4f}" for name, value in differences[method].items())
-        print(f"{method}: {', '.join(words)}", flush=True)
-    all_jobs = [dense_job, *jobs.values(), *longer_jobs.values()]
+    for method in args.methods:
+        all_jobs[f"{method}, equal steps"] = jobs_of("v1-tiny", flags[method], args.steps)
+    results = train(list(chain(*all_jobs.values())))
+    n = args.seeds
+    runs = {name: results[i * n : (i + 1) * n] for i, name in enumerate(all_jobs)}
+    dense, differences = runs["dense"], {}
+    for method in args.methods:
+        equal_steps = runs[f"{method}, equal steps"]
+        steps = round(args.steps * median_seconds(dense) / median_seconds(equal_steps))
+        name = f"{method}, equal time"
+        all_jobs[name] = jobs_of("v1-tiny", flags[method], steps)
+        runs[name] = train(all_jobs[name])
+        differences[method] = compare(dense, equal_steps, runs[name])
+    for name, gain in ((name, far_gain(rows)) for name, rows in runs.items()):
+        print(f"{name}: far text gains {gain['mean']:.4f} bits per byte", flush=True)
+    if is_subset("long_text", args.methods, ("tile",)):
+        return
     table = {
-        "machine": machine_of("long_text", all_jobs, args.results),
-        "data": {"name": "pydocs", "sha256": sha256},
-        "seeds": 1,
+        "machine": machine_of("long_text", list(chain(*all_jobs.values())), args.results),
+        "data": {"name": "pydocs", "sha256": text.sha256},
+        "seeds": args.seeds,
+        "size": SIZE | SPARSE,
         "differences": differences,
+        "far_gain": {name: far_gain(rows) for name, rows in runs.items()},
         "runs": runs,
     }
     write_json(args.results / "long_text.json", table)
     lines = {}
-    for name, result in runs.items():
-        _, seconds, bpb = zip(*result["step_seconds_val_bpb"], strict=True)
-        lines[name] = (seconds, bpb)
-    figure = plots.curves(
-        lines, "seconds of training (wall-clock time), one thread", "bits per byte", {}
-    )
+    for name, rows in runs.items():
+        label = f"{name}: {rows[0]['steps']:,} steps"
+        windows = list(map(int, rows[0]["bits_by_window"]))
+        lines[label] = (
+            windows,
+            [statistics.mean(row["bits_by_window"][str(w)] for row in rows) for w in windows],
+        )
+    figure = plots.curves(lines, "tokens in the window that the text ends", "bits per byte")
     plots.save(figure, args.results / "long_text.png")
 
 

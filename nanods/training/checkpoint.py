@@ -193,7 +193,11 @@ def load(
     files and tell the others.
     """
     step = on_main_process(lambda: newest_step(run_dir))
-    path = run_dir / f"step_{step:06d}"
+    return read(run_dir / f"step_{step:06d}")
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in the folder RUN/step_NNNNNN, which must be whole."""
     return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 

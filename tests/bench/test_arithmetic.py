@@ -153,7 +153,9 @@ def test_a_model_that_never_ends_its_line_is_cut_off_and_wrong():
 def test_the_summary_compares_v2_with_both_v1s():
     def run(variant, seed, plus, times):
         scores = {"+": plus, "*": times, "both": (plus + times) / 2}
-        return {"variant": variant, "seed": seed, "score": scores, "cpu_seconds": 60.0}
+        learnt = [100, 30.0] if plus > 0.7 else None
+        figures = {"score": scores, "learnt": learnt, "cpu_seconds": 60.0}
+        return {"variant": variant, "seed": seed} | figures
 
     runs = [
         run("v1", 0, 0.4, 0.0),
@@ -164,6 +166,8 @@ def test_the_summary_compares_v2_with_both_v1s():
     summary = arithmetic.summarise(runs)
     assert summary["variants"]["v1"]["+"] == {"mean": 0.5, "min": 0.4, "max": 0.6}
     assert summary["variants"]["v1"]["seeds"] == 2
+    assert summary["variants"]["v1"]["learnt"] == [None, None]
+    assert summary["variants"]["v2"]["learnt"] == [[100, 30.0]]
     verdict = summary["verdict"]
     assert verdict["v2 against v1"]["+"]["ratio"] == pytest.approx(1.5)
     assert verdict["v2 against v1"]["*"]["ratio"] is None, "v1 has 0: there is no ratio"
@@ -177,7 +181,11 @@ def test_the_table_and_the_plot_are_written(tmp_path, monkeypatch, capsys):
             assert Path(job.config.data).read_text().count("\n") == 300
             seed = job.config.seed
             score = {"+": 0.5, "*": 0.25 + 0.1 * seed, "both": 0.375 + 0.05 * seed}
-            stored[job.name] = {"score": score, "cpu_seconds": 60.0}
+            curve = [[0, 0.0, 0.0], [100, 6.0, 0.5], [200, 12.0, 0.96], [300, 18.0, 0.9]]
+            learnt = arithmetic.learnt_at(curve)
+            assert learnt == [200, 12.0] and arithmetic.learnt_at(curve[:2]) is None
+            figures = {"learnt": learnt, "step_cpu_seconds_sums": curve, "cpu_seconds": 60.0}
+            stored[job.name] = {"score": score} | figures
         return stored
 
     monkeypatch.setattr(arithmetic, "train_all", train_all)
@@ -192,7 +200,10 @@ def test_the_table_and_the_plot_are_written(tmp_path, monkeypatch, capsys):
     assert set(table["verdict"]) == {"v2 against v1", "v2 against v1-2f"}
     assert table["verdict"]["v2 against v1"]["*"] == {"points": 0.0, "ratio": 1.0}
     assert (tmp_path / "arithmetic.png").stat().st_size > 10_000
-    assert "v2 against v1-2f: both +0.0 points" in capsys.readouterr().out
+    assert (tmp_path / "arithmetic_sums.png").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert "v2 against v1-2f: both +0.0 points" in said
+    assert "v2    learnt to add in 2 of 2 runs, after steps (CPU-seconds): 200 (12 s)" in said
     monkeypatch.setattr("sys.argv", ["arithmetic", "--variants", "v1-2f", "v2", *flags])
     arithmetic.main()
     assert json.loads((tmp_path / "arithmetic.json").read_text()) == table
