@@ -4,7 +4,8 @@
 
 The last model of from_bigram.py, in its size, on the same windows for the same steps. Each arm
 replaces one function or one setting. The table has by how much the validation loss
-rises, in bits per byte.
+rises, in bits per byte. One arm adds an idea that the presets leave out, the convolution of
+nanods/conv.py, and the loss falls.
 
 The learning rate was chosen for the whole model only, except for AdamW, which needs another one:
 the best of ADAMW_RATES with the first seed.
@@ -62,6 +63,11 @@ def start_at_random() -> nn.Module:
     return model
 
 
+def with_convolution() -> nn.Module:
+    """Return a model whose MLPs also read the three tokens before theirs."""
+    return WholeGPT(conv_width=4)
+
+
 GPT_STEP = STEPS["the whole GPT, Muon"]
 FUNCTIONS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "RoPE (no positions)": lambda: patch.object(gpt, "apply_rope", lambda x, rope: x),
@@ -72,6 +78,9 @@ FUNCTIONS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
 SETTINGS: dict[str, Step] = {
     "outputs that start at zero": replace(GPT_STEP, make=start_at_random),
     "falling learning rate": replace(GPT_STEP, decay=0.0),
+}
+ADDED: dict[str, Step] = {
+    "added: convolution before the MLP": replace(GPT_STEP, make=with_convolution),
 }
 MUON = "Muon (AdamW)"
 
@@ -129,22 +138,29 @@ def main() -> None:
     tuned = {rate: measure(MUON, step, seeds=1)[0] for rate, step in adamw.items()}
     best = min(tuned, key=tuned.get)
     arms[MUON] = measure(MUON, adamw[best])
-    lost = {
-        arm: [value - w for value, w in zip(values, whole, strict=True)]
-        for arm, values in sorted(arms.items(), key=lambda arm: -mean(arm[1]))
-    }
+    added = {arm: measure(arm, step) for arm, step in ADDED.items()}
+
+    def minus_whole(arms: dict[str, list[float]]) -> dict[str, list[float]]:
+        by_loss = sorted(arms.items(), key=lambda arm: -mean(arm[1]))
+        return {
+            arm: [value - w for value, w in zip(values, whole, strict=True)]
+            for arm, values in by_loss
+        }
+
+    lost, gained = minus_whole(arms), minus_whole(added)
     table = {
         "machine": machine_of("ablations", done, args.results),
         "steps": args.steps,
         "seeds": args.seeds,
         "adamw_lr": {"chosen": best, "val_bpb": tuned},
-        "val_bpb": {WHOLE: whole, **arms},
+        "val_bpb": {WHOLE: whole, **arms, **added},
         "lost": lost,
+        "gained": gained,
     }
     write_json(args.results / "ablations.json", table)
     figure = plots.dot_plot(
-        lost,
-        dict.fromkeys(lost, 0.0),
+        lost | gained,
+        dict.fromkeys(lost | gained, 0.0),
         f"bits per byte worse after {args.steps} steps",
         "What the trunk loses without each idea",
         "nothing left out",

@@ -137,9 +137,10 @@ class Heads(Positions):
 class WholeGPT(nn.Module):
     """nanods/gpt.py in the same size, with logits alone as its output."""
 
-    def __init__(self) -> None:
+    def __init__(self, conv_width: int = 1) -> None:
         super().__init__()
-        self.gpt = GPT(GPTConfig(n_layer=N_LAYER, n_head=H, n_embd=C, context_length=T))
+        size = {"n_layer": N_LAYER, "n_head": H, "n_embd": C, "context_length": T}
+        self.gpt = GPT(GPTConfig(**size, conv_width=conv_width))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.gpt(tokens)[0]

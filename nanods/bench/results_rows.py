@@ -127,9 +127,11 @@ def ablations_result() -> Result:
     table = load("ablations")
     return Result(
         "make bench-ablations",
-        f"that GPT with one idea left out, {table['steps']} steps, {table['seeds']} seeds "
+        f"that GPT with one idea left out or added, {table['steps']} steps, {table['seeds']} seeds "
         f"({SECOND_MACHINE}): bits per byte worse, by idea",
-        "; ".join(f"{idea}: {each(lost, 3)}" for idea, lost in table["lost"].items()),
+        "; ".join(
+            f"{idea}: {each(lost, 3)}" for idea, lost in (table["lost"] | table["gained"]).items()
+        ),
         "ablations",
     )
 

@@ -7,6 +7,7 @@ import torch
 
 from nanods import gpt, moe
 from nanods.bench.ablations import (
+    ADDED,
     FUNCTIONS,
     GPT_STEP,
     SETTINGS,
@@ -27,10 +28,10 @@ def whole():
     return losses(WHOLE)
 
 
-@pytest.mark.parametrize("arm", [*FUNCTIONS, *SETTINGS])
+@pytest.mark.parametrize("arm", [*FUNCTIONS, *SETTINGS, *ADDED])
 def test_each_arm_trains_another_model_on_the_same_batches(whole, arm):
     functions = gpt.apply_rope, gpt.rms_norm, moe.squared_relu
-    of_arm = losses(arm, SETTINGS.get(arm, GPT_STEP))
+    of_arm = losses(arm, (SETTINGS | ADDED).get(arm, GPT_STEP))
     assert (gpt.apply_rope, gpt.rms_norm, moe.squared_relu) == functions
     # A head of zeros gives all bytes the same probability.
     starts_at_zero = arm != "outputs that start at zero"
