@@ -33,6 +33,10 @@ def metrics(out):
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
+def kept_steps(out):
+    return [int(path.name.removeprefix("step_")) for path in checkpoint.list_checkpoints(out)]
+
+
 def weights(out):
     return checkpoint.load(out).path.joinpath("model.safetensors").read_bytes()
 
@@ -118,6 +122,15 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert weights(workspace / "cut") == weights(workspace / "whole")
     code, out, _ = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
     assert code == 0 and "finished" in out
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(train_tiny, workspace):
+    flags = ("--steps", 8, "--save-every", 2, "--out-dir", "out")
+    assert train_tiny("v0-tiny", *flags, "--keep-checkpoints", 3)[0] == 0
+    assert kept_steps(workspace / "out") == [4, 6, 8]
+    code, _, err = train_tiny("v0-tiny", *flags, "--keep-checkpoints", 0)
+    assert code == 2 and "--keep-checkpoints" in err
+    assert kept_steps(workspace / "out") == [4, 6, 8]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
