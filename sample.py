@@ -95,7 +95,8 @@ class Args:
 
 
 GENERATING = (
-    "prompt", "num-samples", "max-new-tokens", "temperature", "top-k", "top-p", "stop", "chat",
+    "prompt", "num-samples", "max-new-tokens", "temperature", "top-k", "top-p", "stop", "seed",
+    "chat",
 )  # fmt: skip
 RETRIEVING = (
     "query", "image", "audio", "gallery", "top", "labels", "labels-file", "prompt-template",

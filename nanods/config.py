@@ -300,6 +300,8 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
     except ValueError as error:
         raise UserError(str(error)) from None
     typed = typed_flags(sys.argv[1:] if args is None else args)
+    val_data = config.val_data and fill_in_home(config.val_data)
+    config = replace(config, data=fill_in_home(config.data), val_data=val_data)
     if config.resume:
         return config
     if config.optimizer == "adamw" and "lr" not in typed:
@@ -313,6 +315,11 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
         if name in typed:
             print(f"notice     --{name} has no effect: {reason}")
     return config
+
+
+def fill_in_home(path: str) -> str:
+    """Replace the ~ that some shells leave in `make train-v1 DATA=~/my.txt` or `--data=~/my.txt`."""
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
 def without_effect(config: Config) -> dict[str, str]:

@@ -24,6 +24,8 @@ OS_ERROR_FIXES = {
     ),
     errno.EACCES: "permission denied: choose a folder that you may write to",
     errno.EPERM: "permission denied: choose a folder that you may write to",
+    errno.EIO: "the disk cannot be read or written here: check it, or choose another disk",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.ENOTDIR: "a file exists where a folder is needed: move it, or choose another folder",
     errno.EEXIST: "a file exists where a folder is needed: move it, or choose another folder",

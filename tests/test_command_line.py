@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanods.config import PRESETS, resolve_resume, typed_flags
+from nanods.config import PRESETS, from_command_line, resolve_resume, typed_flags
 from nanods.errors import OS_ERROR_FIXES, UserError, run
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,13 @@ def run_python(code, *words, **environment):
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), **environment},
     )
+
+
+def test_the_home_folder_that_a_shell_left_as_it_is_is_filled_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = from_command_line("", ["v1-tiny", "--data", "~/a text", "--val-data", "~/b"])
+    assert (config.data, config.val_data) == (f"{tmp_path}/a text", f"{tmp_path}/b")
+    assert from_command_line("", ["v1-tiny"]).data == V1.data
 
 
 def test_characters_that_stdout_cannot_take_are_replaced():

@@ -273,6 +273,7 @@ def test_bad_queries_are_refused_with_a_fix(trained, program, workspace):
         (("--gallery", "nowhere"), "no such folder"),
         (("--top", 0), "--top 0: must be at least 1"),
         # Typed with its default: what was asked for is not ignored.
+        (("--seed", 0), "no text: drop --seed"),
         (("--temperature", 0.8, "--prompt=def"), "no text: drop --prompt and --temperature"),
     ):
         code, _, err = program("sample", "v3-tiny", *flags)
