@@ -318,7 +318,7 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
 
 
 def fill_in_home(path: str) -> str:
-    """Replace the ~ that some shells leave in `make train-v1 DATA=~/my.txt` or `--data=~/my.txt`."""
+    """Replace the ~ that some shells leave in `make train-v1 DATA=~/a.txt` or `--data=~/a.txt`."""
     return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
