@@ -11,8 +11,8 @@ evaluations.
 
 Does a model use what stands far back? The same pieces of held-out text are read at the end of
 windows of several lengths: at positions 0 to 511 of a window, so with 256 tokens before them on
-average, up to positions 3,584 to 4,095. If the loss of these falls with longer windows, the far
-text helped. Finished runs are stored and not repeated (stored_runs.py), unless the machine is
+average, up to positions 3,584 to 4,095. If their loss falls with longer windows, the far text
+helped. Finished runs are stored and not repeated (stored_runs.py), unless the machine is
 another one.
 """
 
@@ -143,11 +143,10 @@ def median_seconds(runs: Sequence[dict]) -> float:
     return statistics.median(run["cpu_seconds"] for run in runs)
 
 
-def far_gain(runs: Sequence[dict]) -> dict:
-    """Return by how many bits per byte the same text is easier at the end of the longest window
-    than in the shortest, seed by seed."""
-    first, last = str(WINDOWS[0]), str(WINDOWS[-1])
-    return each([run["bits_by_window"][first] - run["bits_by_window"][last] for run in runs])
+def mean_by_window(runs: Sequence[dict]) -> dict[str, float]:
+    """Return the bits per byte of the same text by the window that it ends, mean over the seeds."""
+    windows = runs[0]["bits_by_window"]
+    return {w: statistics.mean(run["bits_by_window"][w] for run in runs) for w in windows}
 
 
 def main() -> None:
@@ -177,8 +176,10 @@ def main() -> None:
         all_jobs[name] = jobs_of("v1-tiny", flags[method], steps)
         runs[name] = train(all_jobs[name])
         differences[method] = compare(dense, equal_steps, runs[name])
-    for name, gain in ((name, far_gain(rows)) for name, rows in runs.items()):
-        print(f"{name}: far text gains {gain['mean']:.4f} bits per byte", flush=True)
+    by_window = {name: mean_by_window(rows) for name, rows in runs.items()}
+    for name, bits in by_window.items():
+        words = ", ".join(f"{int(window):,}: {value:.4f}" for window, value in bits.items())
+        print(f"{name}: bits per byte at the end of a window of {words}", flush=True)
     if is_subset("long_text", args.methods, ("tile",)):
         return
     table = {
@@ -187,18 +188,14 @@ def main() -> None:
         "seeds": args.seeds,
         "size": SIZE | SPARSE,
         "differences": differences,
-        "far_gain": {name: far_gain(rows) for name, rows in runs.items()},
+        "by_window": by_window,
         "runs": runs,
     }
     write_json(args.results / "long_text.json", table)
     lines = {}
-    for name, rows in runs.items():
-        label = f"{name}: {rows[0]['steps']:,} steps"
-        windows = list(map(int, rows[0]["bits_by_window"]))
-        lines[label] = (
-            windows,
-            [statistics.mean(row["bits_by_window"][str(w)] for row in rows) for w in windows],
-        )
+    for name, bits in by_window.items():
+        label = f"{name}: {runs[name][0]['steps']:,} steps"
+        lines[label] = (list(map(int, bits)), list(bits.values()))
     figure = plots.curves(lines, "tokens in the window that the text ends", "bits per byte")
     plots.save(figure, args.results / "long_text.png")
 

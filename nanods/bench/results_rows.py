@@ -141,8 +141,10 @@ def attention_results() -> list[Result]:
     faster = attention["time"]["times_faster"]
     longer = attention["time"]["sparse_65536_over_dense_16384"]
     found = {name: 100 * entry["mean"] for name, entry in recall["summary"].items()}
-    gain = long_text["differences"]["tile"]
-    dense_steps = long_text["runs"]["dense"]["steps"]
+    gain, by_window = long_text["differences"]["tile"], long_text["by_window"]
+    dense_steps, V1_steps = (
+        long_text["runs"][name][0]["steps"] for name in ("dense", "tile, equal time")
+    )
     return [
         Result(
             "make bench-v1",
@@ -174,10 +176,20 @@ def attention_results() -> list[Result]:
         ),
         Result(
             "make bench-long-text",
-            f"pydocs at 4,096 tokens, V1 minus dense, bits per byte, 1 seed. Dense has "
-            f"{dense_steps} steps and is still on its first plateau: read it as speed, not quality",
-            f"{gain['bpb_minus_dense_at_equal_steps']:+.3f} at equal steps, "
-            f"{gain['bpb_minus_dense_at_equal_time']:+.3f} at equal time",
+            f"pydocs at 4,096 tokens, 2 layers, {long_text['seeds']} seeds ({SECOND_MACHINE}): V1 "
+            f"minus dense, bits per byte, after {dense_steps} steps each; after the time of the "
+            f"dense steps, in which V1 takes {V1_steps}",
+            "; ".join(
+                each(gain[f"bpb_minus_dense_at_equal_{what}"]["each"], 3)
+                for what in ("steps", "time")
+            ),
+            "long_text",
+        ),
+        Result(
+            "make bench-long-text",
+            "the same text at the end of windows of 512, 1,024, 2,048 and 4,096 tokens: bits per "
+            "byte, dense; V1, equal time",
+            "; ".join(each(by_window[name].values(), 3) for name in ("dense", "tile, equal time")),
             "long_text",
         ),
     ]

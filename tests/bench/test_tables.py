@@ -34,7 +34,7 @@ BENCHES = {  # name -> (runs with one seed, some of the keys of its table)
     "ladder": (4, {"machine", "v2-tiny/pydocs"}),
     "experts": (13, {"machine", "data", "gaps", "summary", "domains", "runs"}),
     "multimodal": (7, {"machine", "pipeline", "shared against separate", "summary", "runs"}),
-    "long_text": (3, {"machine", "data", "seeds", "differences", "far_gain", "runs"}),
+    "long_text": (3, {"machine", "data", "seeds", "differences", "by_window", "runs"}),
     "labels": (1, {"machine", "data", "summary", "logistic regression on pixels", "runs"}),
     "time_to_loss": (2, {"machine", "runs"}),
 }
