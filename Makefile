@@ -62,7 +62,7 @@ help:
 	@echo '  make bench-v3          what V3 retrieves, and which part contributes how much    50 min'
 	@echo '  make bench-scale       two processes against one                                  4 min'
 	@echo '  make bench-recall      associative recall by each selection method               20 min'
-	@echo '  make bench-long-text   V1 against dense attention at 4,096 tokens                10 min'
+	@echo '  make bench-long-text   V1 against dense attention at 4,096 tokens                50 min'
 	@echo '  make bench-arithmetic  V2 against V1 on sums and products                        12 min'
 	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
 	@echo '  make bench-balance     what evens the load of experts, each at its best          25 min'

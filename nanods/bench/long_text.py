@@ -1,6 +1,6 @@
 """Compare dense and block attention on text of 4,096 tokens: results/long_text.json and .png.
 
-    python -m nanods.bench.long_text             about 60 minutes on 2 cores; `make bench-long-text`
+    python -m nanods.bench.long_text             about 50 minutes on 2 cores; `make bench-long-text`
     python -m nanods.bench.long_text --seeds 1 --steps 50
 
 Data pydocs; a small model with a context of 4,096 tokens, one sequence per step. The dense runs
