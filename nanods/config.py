@@ -159,7 +159,7 @@ class Config:
     save_every: int = 250
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
-    """How many checkpoints to keep, the newest ones, beside the best."""
+    """Newest checkpoints to keep, besides the best one."""
     tensorboard: bool = False
     """Also write the metrics and pictures as TensorBoard event files into out-dir (the extra
     tensorboard)."""
@@ -289,6 +289,8 @@ PRESETS = {config.preset: config for version in (V0, V1, V2, V3) for config in v
 ADAMW_LR = 0.003  # the peak rate of --optimizer adamw, where --lr is not given
 OTHER_DEFAULTS = ("data", "steps", "lr", "expert-lr", "out-dir")
 """Flags for which --optimizer adamw or --stage finetune have other defaults than the preset."""
+PATHS = ("data", "val_data", "init_from", "teacher", "ewc", "out_dir")
+"""Fields that may hold a path."""
 
 
 def from_command_line(description: str, args: list[str] | None = None) -> Config:
@@ -300,8 +302,7 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
     except ValueError as error:
         raise UserError(str(error)) from None
     typed = typed_flags(sys.argv[1:] if args is None else args)
-    val_data = config.val_data and fill_in_home(config.val_data)
-    config = replace(config, data=fill_in_home(config.data), val_data=val_data)
+    config = replace(config, **{name: expand_home(getattr(config, name)) for name in PATHS})
     if config.resume:
         return config
     if config.optimizer == "adamw" and "lr" not in typed:
@@ -317,9 +318,10 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
     return config
 
 
-def fill_in_home(path: str) -> str:
+def expand_home(path: str | Path | None) -> str | Path | None:
     """Replace the ~ that some shells leave in `make train-v1 DATA=~/a.txt` or `--data=~/a.txt`."""
-    return str(Path(path).expanduser()) if path.startswith("~/") else path
+    starts_at_home = path is not None and str(path).startswith("~/")
+    return type(path)(Path(path).expanduser()) if starts_at_home else path
 
 
 def without_effect(config: Config) -> dict[str, str]:

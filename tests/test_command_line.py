@@ -54,8 +54,10 @@ def run_python(code, *words, **environment):
 
 def test_the_home_folder_that_a_shell_left_as_it_is_is_filled_in(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = from_command_line("", ["v1-tiny", "--data", "~/a text", "--val-data", "~/b"])
+    flags = ["--data", "~/a text", "--val-data", "~/b", "--out-dir", "~/c"]
+    config = from_command_line("", ["v1-tiny", *flags])
     assert (config.data, config.val_data) == (f"{tmp_path}/a text", f"{tmp_path}/b")
+    assert config.out_dir == tmp_path / "c" and config.init_from is None
     assert from_command_line("", ["v1-tiny"]).data == V1.data
 
 

@@ -4,8 +4,8 @@
 
 The last model of from_bigram.py, in its size, on the same windows for the same steps. Each arm
 replaces one function or one setting. The table has by how much the validation loss
-rises, in bits per byte. One arm adds an idea that the presets leave out, the convolution of
-nanods/conv.py, and the loss falls.
+rises, in bits per byte. One arm instead adds an idea that the presets leave out, the convolution of
+nanods/conv.py.
 
 The learning rate was chosen for the whole model only, except for AdamW, which needs another one:
 the best of ADAMW_RATES with the first seed.
@@ -138,32 +138,32 @@ def main() -> None:
     tuned = {rate: measure(MUON, step, seeds=1)[0] for rate, step in adamw.items()}
     best = min(tuned, key=tuned.get)
     arms[MUON] = measure(MUON, adamw[best])
-    added = {arm: measure(arm, step) for arm, step in ADDED.items()}
+    with_more = {arm: measure(arm, step) for arm, step in ADDED.items()}
 
-    def minus_whole(arms: dict[str, list[float]]) -> dict[str, list[float]]:
-        by_loss = sorted(arms.items(), key=lambda arm: -mean(arm[1]))
+    def minus_whole(val_bpb: dict[str, list[float]]) -> dict[str, list[float]]:
+        by_loss = sorted(val_bpb.items(), key=lambda arm: -mean(arm[1]))
         return {
             arm: [value - w for value, w in zip(values, whole, strict=True)]
             for arm, values in by_loss
         }
 
-    lost, gained = minus_whole(arms), minus_whole(added)
+    lost, added = minus_whole(arms), minus_whole(with_more)
     table = {
         "machine": machine_of("ablations", done, args.results),
         "steps": args.steps,
         "seeds": args.seeds,
         "adamw_lr": {"chosen": best, "val_bpb": tuned},
-        "val_bpb": {WHOLE: whole, **arms, **added},
+        "val_bpb": {WHOLE: whole, **arms, **with_more},
         "lost": lost,
-        "gained": gained,
+        "added": added,
     }
     write_json(args.results / "ablations.json", table)
     figure = plots.dot_plot(
-        lost | gained,
-        dict.fromkeys(lost | gained, 0.0),
+        lost | added,
+        dict.fromkeys(lost | added, 0.0),
         f"bits per byte worse after {args.steps} steps",
-        "What the trunk loses without each idea",
-        "nothing left out",
+        "Each idea left out alone, and one added",
+        "the whole model",
     )
     plots.save(figure, args.results / "ablations.png")
 

@@ -1,19 +1,17 @@
 """Compare dense and block attention on text of 4,096 tokens: results/long_text.json and .png.
 
     python -m nanods.bench.long_text             about 50 minutes on 2 cores; `make bench-long-text`
-    python -m nanods.bench.long_text --seeds 1 --steps 50
+    python -m nanods.bench.long_text --seeds 1 --steps 50 --results /tmp/long_text
 
 Data pydocs; a small model with a context of 4,096 tokens, one sequence per step. The dense runs
 take --steps steps. Each sparse variant (blocks of 64, 8 selected and the current one) runs twice:
 for the same number of steps as dense, and for as many steps as fit into the time of the dense runs.
 Each run has its complete learning rate schedule. Time is CPU time on one thread, without the
-evaluations.
+evaluations; two runs at a time share the machine's memory, which changes it by some percent.
 
-Does a model use what stands far back? The same pieces of held-out text are read at the end of
-windows of several lengths: at positions 0 to 511 of a window, so with 256 tokens before them on
-average, up to positions 3,584 to 4,095. If their loss falls with longer windows, the far text
-helped. Finished runs are stored and not repeated (stored_runs.py), unless the machine is
-another one.
+Does far text help? The same pieces of 512 held-out tokens are predicted as the last of a window of
+512, 1,024, 2,048 or 4,096 tokens. Finished runs are stored and not repeated (stored_runs.py),
+unless the machine is another one.
 """
 
 import math
@@ -54,7 +52,7 @@ class Args(TrainingArgs):
     steps: int = 600
     """Optimizer steps of the dense runs, and of the sparse runs at equal steps."""
     methods: tuple[Literal[*METHODS], ...] = ("tile",)
-    """Selection methods of the sparse runs. Only the default makes the table and the picture."""
+    """Selection methods of the sparse runs. Without tile there is no table and no picture."""
 
 
 def length_job(preset: str, flags: dict, steps: int, seed: int) -> Job:
@@ -70,8 +68,8 @@ def length_job(preset: str, flags: dict, steps: int, seed: int) -> Job:
 
 @torch.no_grad()
 def bits_by_window(model: GPT, text: np.ndarray) -> dict[str, float]:
-    """Return the bits per token of the same pieces of a text, by the length of the window that they
-    end. The pieces are evenly spread over the text, all after its first WINDOWS[-1] tokens.
+    """Return the bits per token of the same pieces of a text, by the length of the window in which
+    they come last. The pieces are evenly spread over the text, each with a whole longest window.
 
     The model runs in eval mode.
     """
@@ -119,23 +117,26 @@ def make_summarise(text: np.ndarray) -> Summarise:
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def each(values: Sequence[float]) -> dict:
+def mean_and_each(values: Sequence[float]) -> dict:
     return {"mean": statistics.mean(values), "each": list(values)}
-
-
-def minus(runs: Sequence[dict], others: Sequence[dict]) -> dict:
-    """Return the differences in bits per byte, seed by seed."""
-    pairs = zip(runs, others, strict=True)
-    return each([run["val_bpb"] - other["val_bpb"] for run, other in pairs])
 
 
 def compare(dense: list[dict], equal_steps: list[dict], equal_time: list[dict]) -> dict:
     """Return the differences of sparse runs to the dense ones, seed by seed."""
+
+    def minus_dense(runs: list[dict]) -> dict:
+        pairs = zip(runs, dense, strict=True)
+        return mean_and_each([run["val_bpb"] - other["val_bpb"] for run, other in pairs])
+
+    def time_over_dense(runs: list[dict]) -> list[float]:
+        pairs = zip(runs, dense, strict=True)
+        return [run["cpu_seconds"] / other["cpu_seconds"] for run, other in pairs]
+
     return {
-        "speed": median_seconds(dense) / median_seconds(equal_steps),
-        "bpb_minus_dense_at_equal_steps": minus(equal_steps, dense),
-        "bpb_minus_dense_at_equal_time": minus(equal_time, dense),
-        "time_over_dense_at_equal_time": median_seconds(equal_time) / median_seconds(dense),
+        "speed": mean_and_each([1 / ratio for ratio in time_over_dense(equal_steps)]),
+        "bpb_minus_dense_at_equal_steps": minus_dense(equal_steps),
+        "bpb_minus_dense_at_equal_time": minus_dense(equal_time),
+        "time_over_dense_at_equal_time": mean_and_each(time_over_dense(equal_time)),
     }
 
 
@@ -144,7 +145,7 @@ def median_seconds(runs: Sequence[dict]) -> float:
 
 
 def mean_by_window(runs: Sequence[dict]) -> dict[str, float]:
-    """Return the bits per byte of the same text by the window that it ends, mean over the seeds."""
+    """Return the mean of bits_by_window over the seeds."""
     windows = runs[0]["bits_by_window"]
     return {w: statistics.mean(run["bits_by_window"][w] for run in runs) for w in windows}
 
@@ -179,7 +180,7 @@ def main() -> None:
     by_window = {name: mean_by_window(rows) for name, rows in runs.items()}
     for name, bits in by_window.items():
         words = ", ".join(f"{int(window):,}: {value:.4f}" for window, value in bits.items())
-        print(f"{name}: bits per byte at the end of a window of {words}", flush=True)
+        print(f"{name}: bits per byte of the same text, windows of {words}", flush=True)
     if is_subset("long_text", args.methods, ("tile",)):
         return
     table = {
@@ -196,7 +197,7 @@ def main() -> None:
     for name, bits in by_window.items():
         label = f"{name}: {runs[name][0]['steps']:,} steps"
         lines[label] = (list(map(int, bits)), list(bits.values()))
-    figure = plots.curves(lines, "tokens in the window that the text ends", "bits per byte")
+    figure = plots.curves(lines, "length of the window in tokens", "bits per byte")
     plots.save(figure, args.results / "long_text.png")
 
 

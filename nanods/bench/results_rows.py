@@ -130,7 +130,7 @@ def ablations_result() -> Result:
         f"that GPT with one idea left out or added, {table['steps']} steps, {table['seeds']} seeds "
         f"({SECOND_MACHINE}): bits per byte worse, by idea",
         "; ".join(
-            f"{idea}: {each(lost, 3)}" for idea, lost in (table["lost"] | table["gained"]).items()
+            f"{idea}: {each(lost, 3)}" for idea, lost in (table["lost"] | table["added"]).items()
         ),
         "ablations",
     )
@@ -142,6 +142,7 @@ def attention_results() -> list[Result]:
     longer = attention["time"]["sparse_65536_over_dense_16384"]
     found = {name: 100 * entry["mean"] for name, entry in recall["summary"].items()}
     gain, by_window = long_text["differences"]["tile"], long_text["by_window"]
+    windows = ", ".join(f"{int(window):,}" for window in by_window["dense"])
     dense_steps, V1_steps = (
         long_text["runs"][name][0]["steps"] for name in ("dense", "tile, equal time")
     )
@@ -177,8 +178,8 @@ def attention_results() -> list[Result]:
         Result(
             "make bench-long-text",
             f"pydocs at 4,096 tokens, 2 layers, {long_text['seeds']} seeds ({SECOND_MACHINE}): V1 "
-            f"minus dense, bits per byte, after {dense_steps} steps each; after the time of the "
-            f"dense steps, in which V1 takes {V1_steps}",
+            f"minus dense, bits per byte, after {dense_steps} steps each; after equal time "
+            f"({V1_steps:,} steps of V1)",
             "; ".join(
                 each(gain[f"bpb_minus_dense_at_equal_{what}"]["each"], 3)
                 for what in ("steps", "time")
@@ -187,8 +188,8 @@ def attention_results() -> list[Result]:
         ),
         Result(
             "make bench-long-text",
-            "the same text at the end of windows of 512, 1,024, 2,048 and 4,096 tokens: bits per "
-            "byte, dense; V1, equal time",
+            f"the same held-out text last in windows of {windows} tokens: bits per byte, mean of "
+            "the seeds, dense; V1, equal time",
             "; ".join(each(by_window[name].values(), 3) for name in ("dense", "tile, equal time")),
             "long_text",
         ),
@@ -281,7 +282,8 @@ def expert_results() -> list[Result]:
         ),
         Result(
             "make bench-arithmetic",
-            "sums with held-out operands, 3 seeds: V2; V1 with MLPs of twice the width; V1 "
+            "sums and products with held-out operands, 3 seeds: V2; V1 with MLPs of twice the "
+            "width; V1 "
             "(dense attention in all; one of V2's seeds had not learnt to carry)",
             f"{right['v2']:.1f}%, {right['v1-2f']:.1f}%, {right['v1']:.1f}% right",
             "arithmetic",

@@ -21,6 +21,7 @@ from nanods.bench.arithmetic import (
 )
 from nanods.errors import UserError
 from nanods.gpt import GPT, GPTConfig
+from nanods.training import checkpoint
 
 KINDS = pytest.mark.parametrize("kind", list(DIGITS))
 ORDERS = pytest.mark.parametrize("units_first", [True, False], ids=["units first", "units last"])
@@ -212,3 +213,19 @@ def test_the_table_and_the_plot_are_written(tmp_path, monkeypatch, capsys):
         "v2 against v1-2f: both +0.0 points" in said
         and "left out: v1; so arithmetic.json is" in said
     )
+
+
+def test_the_curve_has_the_scheduled_checkpoints_and_survives_their_deletion(tmp_path):
+    for step in (0, 100, 137, 200, 250):  # 137: where the run was interrupted
+        weights = {"w": torch.full((2,), float(step))}
+        checkpoint.save(tmp_path, step, weights, {}, {"step": step, "cpu_seconds": step / 10}, 9)
+    seen = []
+
+    def right(saved):
+        seen.append(saved.state["step"])
+        return saved.state["step"] / 250
+
+    curve = arithmetic.sums_curve(tmp_path, 250, right)
+    assert curve == [[0, 0.0, 0.0], [100, 10.0, 0.4], [200, 20.0, 0.8], [250, 25.0, 1.0]]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_000250"]
+    assert arithmetic.sums_curve(tmp_path, 250, right) == curve and len(seen) == 4
