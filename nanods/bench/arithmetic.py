@@ -227,18 +227,20 @@ def sums_curve(
 
     It is written to OUT/sums.json before, from where a second call reads it.
     """
-    path = out / "sums.json"
-    if not path.exists():
+    path, (*earlier, newest) = out / "sums.json", checkpoint.list_checkpoints(out)
+    curve = read_json(path).get("step_cpu_seconds_sums")
+    state = checkpoint.read(newest).state
+    if not curve or curve[-1][:2] != [state["step"], state["cpu_seconds"]]:  # not of this run
         curve = []
-        for folder in checkpoint.list_checkpoints(out):
+        for folder in (*earlier, newest):
             saved = checkpoint.read(folder)
             step = saved.state["step"]
             if step % SAVE_EVERY == 0 or step == steps:
                 curve.append([step, saved.state["cpu_seconds"], right(saved)])
         write_json(path, {"step_cpu_seconds_sums": curve})
-    for folder in checkpoint.list_checkpoints(out)[:-1]:
+    for folder in earlier:
         shutil.rmtree(folder)
-    return read_json(path)["step_cpu_seconds_sums"]
+    return curve
 
 
 def learnt_at(curve: Sequence[Sequence[float]]) -> list[float] | None:

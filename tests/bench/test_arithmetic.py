@@ -229,3 +229,6 @@ def test_the_curve_has_the_scheduled_checkpoints_and_survives_their_deletion(tmp
     assert curve == [[0, 0.0, 0.0], [100, 10.0, 0.4], [200, 20.0, 0.8], [250, 25.0, 1.0]]
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_000250"]
     assert arithmetic.sums_curve(tmp_path, 250, right) == curve and len(seen) == 4
+    # Another run in the same folder has another curve.
+    checkpoint.save(tmp_path, 250, {}, {}, {"step": 250, "cpu_seconds": 30.0}, 9)
+    assert arithmetic.sums_curve(tmp_path, 250, right) == [[250, 30.0, 1.0]]
