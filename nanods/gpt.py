@@ -345,8 +345,8 @@ class Block(nn.Module):
 
 
 STARTS_AT_ZERO = ("out.weight", "mlp.out", "conv.gain")
-"""How the names of a block's parameters that start at zero end, so that each block starts as the
-identity: what writes to the residual stream, and the convolution's gains."""
+"""Endings of the names of a block's parameters that start at zero: what writes to the residual
+stream, and the convolution's gains. So each block starts as the identity."""
 
 
 class GPT(nn.Module):

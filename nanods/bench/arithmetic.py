@@ -188,21 +188,20 @@ def variant_job(args: Args, data: Path, variant: str, seed: int) -> Job:
 def make_summarise(args: Args) -> Summarise:
     """Return the function that tests a trained model: its time, accuracies and size, and the
     accuracy of the sums at its checkpoints."""
-    problems = {kind: held_out_problems(kind, args.held_out) for kind in DIGITS}
+    sums, products = (held_out_problems(kind, args.held_out) for kind in "+*")
 
-    def right(saved: checkpoint.Checkpoint, kind: str) -> float:
-        return accuracy(checkpoint.load_model(saved), problems[kind], args.units_first)
+    def sums_right(saved: checkpoint.Checkpoint) -> float:
+        return accuracy(checkpoint.load_model(saved), sums, args.units_first)
 
     def summarise_run(job: Job, out: Path, rows: list[dict]) -> dict:
-        curve = sums_curve(out, job.config.steps, lambda saved: right(saved, "+"))
-        saved = checkpoint.load(out)
-        scores = {"+": curve[-1][2], "*": right(saved, "*")}
+        curve = sums_curve(out, job.config.steps, sums_right)
+        model = checkpoint.load_model(checkpoint.load(out))
+        scores = {"+": curve[-1][2], "*": accuracy(model, products, args.units_first)}
         scores["both"] = statistics.mean(scores.values())
         last, learnt = rows[-1], learnt_at(curve)
         words = ", ".join(f"{kind} {value:.1%}" for kind, value in scores.items())
         words += f"; {LEARNT:.0%} of the sums after {learnt[0]} steps" if learnt else ""
         print(f"{job.name}: {words}; {last['cpu_seconds']:.0f} CPU-seconds", flush=True)
-        model = checkpoint.load_model(saved)
         total, active = model.count_parameters()
         return {
             "score": scores,
@@ -225,7 +224,7 @@ def sums_curve(
     """Return [step, CPU-seconds, accuracy of the sums] of a run at each checkpoint that its
     schedule asks for, not those of an interruption, and delete all but the last.
 
-    It is written to OUT/sums.json before, from where a second call reads it.
+    Before deleting, it writes the curve to OUT/sums.json; a second call reads that.
     """
     path, (*earlier, newest) = out / "sums.json", checkpoint.list_checkpoints(out)
     curve = read_json(path).get("step_cpu_seconds_sums")

@@ -32,7 +32,7 @@ import torch
 
 from nanods import plots
 from nanods.bench.jobs import Job
-from nanods.bench.runs import flags_from_dict, write_json
+from nanods.bench.runs import flags_from_dict, mean_and_each, write_json
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.text import load_text
@@ -216,7 +216,7 @@ def summarise(runs: list[dict]) -> dict:
 def gap(runs: dict[str, list[dict]], a: str, b: str) -> dict:
     """Return the bits per byte of variant a minus those of b: seed by seed, and the mean."""
     each = [x["val_bpb"] - y["val_bpb"] for x, y in zip(runs[a], runs[b], strict=False)]
-    return {"mean": mean(each), "each": each}
+    return mean_and_each(each)
 
 
 def preset_job(name: str, preset: str, seed: int) -> Job:

@@ -27,7 +27,7 @@ import torch
 
 from nanods import plots
 from nanods.bench.jobs import Job
-from nanods.bench.runs import flags_from_dict, is_subset, write_json
+from nanods.bench.runs import flags_from_dict, is_subset, mean_and_each, write_json
 from nanods.bench.stored_runs import Summarise, TrainingArgs, machine_of, train_all
 from nanods.data.text import load_text
 from nanods.errors import run
@@ -115,10 +115,6 @@ def make_summarise(text: np.ndarray) -> Summarise:
 
 
 # ---- the table -----------------------------------------------------------------------------------
-
-
-def mean_and_each(values: Sequence[float]) -> dict:
-    return {"mean": statistics.mean(values), "each": list(values)}
 
 
 def compare(dense: list[dict], equal_steps: list[dict], equal_time: list[dict]) -> dict:

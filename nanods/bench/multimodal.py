@@ -27,7 +27,7 @@ captions in which one fact has another value (six shapes, eight colours, two siz
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,7 @@ from nanods.bench.runs import (
     expected_entry,
     flags_from_dict,
     is_subset,
+    mean_and_each,
     median_seconds,
     update_expected,
     write_json,
@@ -208,11 +209,6 @@ def scenes_per_second(size: int = 128, turns: int = 20) -> float:
     steps = count()
     seconds = median_seconds({"scenes": lambda: scenes.batch(next(steps), size)}, turns)
     return size / seconds["scenes"]
-
-
-def mean_and_each(values: list[float]) -> dict:
-    """Return a metric's mean over the seeds, and its values."""
-    return {"mean": mean(values), "each": values}
 
 
 def summary(runs: list[dict]) -> dict:

@@ -164,6 +164,11 @@ def expected_entry(sha256: str, metric: str, values: Sequence[float]) -> dict:
     return {"sha256": sha256, metric: round(mean, 4), "tolerance": round(tolerance, 4)}
 
 
+def mean_and_each(values: list[float]) -> dict:
+    """Return a metric's mean over the seeds, and its values."""
+    return {"mean": statistics.mean(values), "each": values}
+
+
 def add_exponents(table: dict[str, dict[str, float]], beyond: int = 0) -> dict:
     """Fit the exponent of each curve {name: {T: value}}, over lengths T of at least `beyond`.
 

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from nanods.config import Config
 from nanods.distributed.expert_parallel import local_expert_stacks
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local
@@ -54,7 +55,7 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict,
     processes: ProcessGroups,
-    keep: int = checkpoint.KEEP,
+    keep: int = Config.keep_checkpoints,
 ) -> None:
     """Write the files of training.checkpoint.save from the parts of all processes.
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanods.build import build_model
-from nanods.config import from_dict
+from nanods.config import Config, from_dict
 from nanods.data.download import file_sha256
 from nanods.errors import UserError
 from nanods.gpt import GPT
@@ -38,7 +38,6 @@ from nanods.quantize import FORMATS, fake_quantize_model, quantize
 from nanods.training.distill import PROJECTION
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-KEEP = 2
 BEST = "best"
 TRAINING_ONLY = f"{PROJECTION}."
 """How the names of weights begin that only training needs: a student's map to its teacher's space.
@@ -71,7 +70,7 @@ def save(
     model: dict[str, Tensor],
     optimizer: dict[str, Tensor],
     state: dict,
-    keep: int = KEEP,
+    keep: int = Config.keep_checkpoints,
 ) -> None:
     """Write RUN/step_NNNNNN and delete all other checkpoints but the last `keep - 1`.
 
@@ -91,7 +90,7 @@ def write_checkpoint(
     step: int,
     state: dict,
     write_tensors: Callable[[Path], None],
-    keep: int = KEEP,
+    keep: int = Config.keep_checkpoints,
 ) -> None:
     """Do what `save` does, where `write_tensors(folder)` writes the two files of tensors."""
 
@@ -205,7 +204,7 @@ def best_state(run_dir: Path) -> dict | None:
     """Return the state of the checkpoint in RUN/best, or None if there is none."""
     for path in reversed(list_checkpoints(run_dir / BEST)):
         with contextlib.suppress(OSError, ValueError):
-            return json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return read(path).state
     return None
 
 
