@@ -6,8 +6,8 @@
 Writes results/experts.json and results/experts.png.
 
 Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thread. Finished runs
-are stored and not repeated (stored_runs.py), unless the machine is another one. The unchanged
-presets v1-tiny and v2-tiny run in runs/ladder (`make results`).
+are stored and not repeated (stored_runs.py). The unchanged presets v1-tiny and v2-tiny run in
+runs/ladder (`make results`).
 
     balance     v2-tiny with the load-balancing loss; without it (more cures: balance.py)
     quality     V2 against V1 with hidden width 2F (equal active FLOPs) and against unchanged V1, at
@@ -18,12 +18,15 @@ presets v1-tiny and v2-tiny run in runs/ladder (`make results`).
                 capacity alone; none of them
     domains     how much of a trained V2's selection the byte and the kind of text explain
 
-Time is CPU time of training on one thread, without evaluations.
+Time is CPU time of training on one thread, without evaluations; the times that are compared are of
+one machine. A run at equal time has as many steps as its variant makes in that time; it may be of
+another machine, so its own time is left out of the table.
 """
 
 import ast
 import inspect
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median
 
@@ -33,7 +36,7 @@ import torch
 from nanods import plots
 from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, mean_and_each, write_json
-from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
+from nanods.bench.stored_runs import Machines, TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.text import load_text
 from nanods.errors import run
@@ -44,7 +47,7 @@ from nanods.training.inspection import chosen_experts
 STEPS = 400  # of the short runs: upcycling and stability
 WITHOUT_LOSSES = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
 FULL_STEPS = PRESETS["v2-tiny"].steps
-MAX_SEEDS = {"none": 1}  # of this variant; V1 at equal time has one seed as well
+MAX_SEEDS = {"none": 1}  # of this variant
 SPIKE_WINDOW = 50  # a spike is compared with this many steps before it
 HISTORY_WINDOW = 50  # steps averaged into one column of the load's history
 
@@ -247,15 +250,16 @@ def list_jobs(args: Args) -> dict[str, list[Job]]:
 def list_equal_time_jobs(args: Args, runs: dict[str, list[dict]]) -> dict[str, list[Job]]:
     """Return the runs of V1 for as long as V2 took, from the figures of the others."""
     label, steps = "v1, equal time", equal_time_steps(runs["v1"], runs["loss"])
-    jobs = {label: [variant_job(args, "v1", 0, label, steps=steps)]}
+    seeds = range(args.seeds)
+    jobs = {label: [variant_job(args, "v1", seed, label, steps=steps) for seed in seeds]}
     label, steps = "continued, equal time", equal_time_steps(runs["continued"], runs["upcycled"])
-    jobs[label] = [
-        variant_job(args, "continued", seed, label, steps=steps) for seed in range(args.seeds)
-    ]
+    jobs[label] = [variant_job(args, "continued", seed, label, steps=steps) for seed in seeds]
     return jobs
 
 
-def train_variants(args: Args, jobs: dict[str, list[Job]]) -> dict[str, list[dict]]:
+def train_variants(
+    args: Args, jobs: dict[str, list[Job]], machines: Machines
+) -> dict[str, list[dict]]:
     """Train what is not stored. Return the figures of each run by variant."""
     results = train_all(
         "experts",
@@ -264,7 +268,7 @@ def train_variants(args: Args, jobs: dict[str, list[Job]]) -> dict[str, list[dic
         args.results,
         args.runs,
         workers=args.jobs,
-        same_machine=True,
+        machines=machines,
     )
     runs = {}
     for name, of_variant in jobs.items():
@@ -276,9 +280,13 @@ def main() -> None:
     args = parse_args(Args, __doc__)
     sha256 = load_text("pydocs").sha256  # prepares the text before the first run
     jobs = list_jobs(args)
-    runs = train_variants(args, jobs)
+    runs = train_variants(args, jobs, machines="one")
     equal_time_jobs = list_equal_time_jobs(args, runs)
-    runs |= train_variants(args, equal_time_jobs)
+    equal_time_runs = train_variants(args, equal_time_jobs, machines="any")
+    for run_of_variant in chain(*equal_time_runs.values()):
+        for name in ("cpu_seconds", "optimizer_share_of_time"):
+            run_of_variant.pop(name, None)
+    runs |= equal_time_runs
     domains = runs["loss"][0].pop("domains")
     all_jobs = [job for of_variant in (jobs | equal_time_jobs).values() for job in of_variant]
     gaps = {

@@ -143,7 +143,7 @@ def main() -> None:
 
     jobs = [entry_job(args.entry, seed, args.data) for seed in range(args.seeds)]
     runs = train_all(
-        "speedrun", jobs, summarise, args.results, args.runs, args.jobs, same_machine=True
+        "speedrun", jobs, summarise, args.results, args.runs, args.jobs, machines="this"
     )
     machine = machine_of("speedrun", jobs, args.results)
     entry = {"flags": ENTRIES[args.entry], "runs": list(runs.values()), "machine": machine}

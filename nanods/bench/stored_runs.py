@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
+from typing import Literal
 
 import torch
 
@@ -52,6 +53,11 @@ SECONDS_BETWEEN_REPORTS = 60
 
 Summarise = Callable[[Job, Path, list[dict]], dict]
 """Maps a job, its run directory and the rows of its metrics to the result to store."""
+
+Machines = Literal["any", "one", "this"]
+"""On which machines stored results may have been measured. "one": their times are compared with
+each other, so if they come from several, or some are trained now, those of another machine than
+this are stale. "this": their times stand for this machine, so those of another are stale."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +169,13 @@ def train_all(
     results: Path = Path("results"),
     runs: Path = Path("runs"),
     workers: int = 2,
-    same_machine: bool = False,
+    machines: Machines = "any",
 ) -> dict[str, dict]:
     """Return the result of each job by its name, in their order, with the "command" of the run.
 
     Trains those not yet stored: `workers` runs of train.py at a time. A FunctionJob trains in this
     process, and needs no `summarise`. Prints which results are kept, which are stale and why, how
     far the runs are and about how long the rest will take.
-
-    `same_machine`: the results' times are compared, so those of another machine are stale.
 
     After Ctrl-C, SIGTERM or an error the unfinished runs save and stop, and the same command
     continues. If this process is killed, the runs it had started go on; the next start waits for
@@ -181,7 +185,7 @@ def train_all(
     with lock_store(results / "runs" / f".{bench}.lock"), catch_signals():
         store = Store(results / "runs" / f"{bench}.json")
         try:
-            missing = find_missing(bench, jobs, store, runs, same_machine)
+            missing = find_missing(bench, jobs, store, runs, machines)
             for job in missing:
                 if isinstance(job, Job):  # one of a bench that was killed goes on without it
                     with lock_run_directory(job.folder_in(runs, bench), wait=True):
@@ -240,26 +244,30 @@ def find_missing(
     jobs: Sequence[Job | FunctionJob],
     store: Store,
     runs: Path,
-    same_machine: bool,
+    machines: Machines,
 ) -> list[Job | FunctionJob]:
     """Return the jobs to train, in their order: those not stored, the stale ones, and those whose
     weights another one needs and are gone."""
-    missing, n_elsewhere, machine = [], 0, describe_machine()
+    this_machine = describe_machine()
+    stale = find_stale(jobs, store, this_machine if machines == "this" else None)
+    will_be_of = [
+        store.entries[job.name]["machine"]
+        if job.name in store.entries and job.name not in stale
+        else this_machine
+        for job in jobs
+    ]
+    if machines == "one" and any(machine != will_be_of[0] for machine in will_be_of):
+        stale = find_stale(jobs, store, this_machine)
+    for name, reason in stale.items():
+        print(f"stale      {bench}, {name}: {reason}; trained again", flush=True)
+    missing, n_elsewhere = [], 0
     is_newer = False  # the code, than what a kept result was stored with
     for job in jobs:
         entry = store.entries.get(job.name)
-        reason = store.why_stale(entry, job) if entry else None
-        if entry and job.needs in missing:
-            reason = reason or f"{job.needs.name}, from which it starts, is trained again"
-        is_elsewhere = bool(entry) and entry["machine"] != machine
-        if is_elsewhere and same_machine:
-            reason = reason or "it was measured on another machine or version of PyTorch"
-        if reason:
-            print(f"stale      {bench}, {job.name}: {reason}; trained again", flush=True)
-        if entry is None or reason:
+        if entry is None or job.name in stale:
             missing.append(job)
         else:
-            n_elsewhere += is_elsewhere
+            n_elsewhere += entry["machine"] != this_machine
             is_newer |= entry.get("code") != store.code
             entry["code"] = store.code
     for job in list(missing):
@@ -277,6 +285,27 @@ def find_missing(
     if is_newer:
         store.write()
     return missing
+
+
+def find_stale(
+    jobs: Sequence[Job | FunctionJob], store: Store, machine: dict | None
+) -> dict[str, str]:
+    """Return the names of the jobs whose stored results are stale, and why.
+
+    If `machine` is given, those of all other machines are."""
+    stale = {}
+    for job in jobs:
+        entry = store.entries.get(job.name)
+        if entry is None:
+            continue
+        reason = store.why_stale(entry, job)
+        if job.needs and (job.needs.name in stale or job.needs.name not in store.entries):
+            reason = reason or f"{job.needs.name}, from which it starts, is trained again"
+        if machine and entry["machine"] != machine:
+            reason = reason or "it was measured on another machine or version of PyTorch"
+        if reason:
+            stale[job.name] = reason
+    return stale
 
 
 # ---- the folders of the runs ---------------------------------------------------------------------

@@ -209,7 +209,9 @@ def test_the_probe_is_computed_only_where_the_code_has_changed(tmp_path, trainin
     assert probed == ["a"] and len(trainings) == 2
 
 
-def test_times_of_another_machine_are_stale_where_times_are_compared(tmp_path, trainings, capsys):
+def test_times_of_another_machine_are_stale_where_they_stand_for_this_one(
+    tmp_path, trainings, capsys
+):
     train(tmp_path, JOBS)
     edit_store(tmp_path, lambda a: a["machine"].update(cpu="another"))
     train(tmp_path, JOBS)
@@ -217,9 +219,28 @@ def test_times_of_another_machine_are_stale_where_times_are_compared(tmp_path, t
     machine = machine_of("demo", JOBS, tmp_path / "results")
     assert machine["cpu"].startswith("another, ") and machine["threads"] == 1
     leave_run(tmp_path / "runs/demo/a", step=3, steps=5)
-    train(tmp_path, JOBS, same_machine=True)
+    train(tmp_path, JOBS, machines="this")
     assert "a: it was measured on another machine" in capsys.readouterr().out
     assert [name for name, *_ in trainings] == ["a", "b", "a"]
+
+
+def test_times_that_are_compared_come_from_one_machine(tmp_path, trainings, capsys):
+    def move(entry):
+        entry["machine"].update(cpu="another")
+
+    a, b = JOBS
+    train(tmp_path, [a])
+    edit_store(tmp_path, move, a.name)
+    train(tmp_path, [a], machines="one")
+    assert [name for name, *_ in trainings] == ["a"], "one machine, if not this one"
+    leave_run(tmp_path / "runs/demo/a", step=3, steps=5)
+    train(tmp_path, JOBS, machines="one")
+    assert "a: it was measured on another machine" in capsys.readouterr().out
+    assert [name for name, *_ in trainings] == ["a", "a", "b"], "b is trained on this one"
+    edit_store(tmp_path, move, a.name)
+    leave_run(tmp_path / "runs/demo/a", step=3, steps=5)
+    train(tmp_path, JOBS, machines="one")
+    assert [name for name, *_ in trainings] == ["a", "a", "b", "a"], "two machines"
 
 
 def test_rounding_does_not_make_a_result_stale():

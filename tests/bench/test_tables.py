@@ -45,7 +45,7 @@ def test_a_bench_makes_its_table_from_stored_runs(tmp_path, monkeypatch, name):
     bench = importlib.import_module(f"nanods.bench.{name}")
     jobs = []
 
-    def train_all(bench, some_jobs, summarise, results, runs, workers=2, same_machine=False):
+    def train_all(bench, some_jobs, summarise, results, runs, workers=2, machines="any"):
         jobs.extend(some_jobs)
         results = {}
         for job in some_jobs:  # V1 is faster, so it makes more steps in the same time
