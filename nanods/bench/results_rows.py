@@ -344,7 +344,8 @@ def multimodal_results() -> list[Result]:
         ),
         Result(
             "make bench-v3",
-            "the same where batches are drawn at random, without hard negatives (1 seed)",
+            "the same where batches are drawn at random, without hard negatives "
+            f"({len(table['runs']['random'])} seeds, two of them: {SECOND_MACHINE})",
             facts("random"),
             "multimodal",
         ),
