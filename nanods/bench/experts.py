@@ -1,13 +1,13 @@
 """What experts gain and cost in training.
 
     python -m nanods.bench.experts             about 3 hours on 2 cores, two runs at a time
-    python -m nanods.bench.experts --seeds 1   a third of that; also `make bench-experts`
+    python -m nanods.bench.experts --seeds 1   a third of that
 
-Writes results/experts.json and results/experts.png.
+The first is `make bench-experts`. Writes results/experts.json and results/experts.png.
 
 Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thread. Finished runs
-are stored and not repeated (stored_runs.py). The unchanged presets v1-tiny and v2-tiny run in
-runs/ladder (`make results`).
+are stored and not repeated (stored_runs.py), unless their times would come from several machines.
+The unchanged presets v1-tiny and v2-tiny run in runs/ladder (`make results`).
 
     balance     v2-tiny with the load-balancing loss; without it (more cures: balance.py)
     quality     V2 against V1 with hidden width 2F (equal active FLOPs) and against unchanged V1, at
@@ -18,9 +18,9 @@ runs/ladder (`make results`).
                 capacity alone; none of them
     domains     how much of a trained V2's selection the byte and the kind of text explain
 
-Time is CPU time of training on one thread, without evaluations; the times that are compared are of
-one machine. A run at equal time has as many steps as its variant makes in that time; it may be of
-another machine, so its own time is left out of the table.
+Time is CPU time of training on one thread, without evaluations. A run at equal time has as many
+steps as V1 makes in V2's time, by the times of the other runs. It may run on another machine than
+these, so the table leaves its own time out.
 """
 
 import ast
@@ -249,11 +249,13 @@ def list_jobs(args: Args) -> dict[str, list[Job]]:
 
 def list_equal_time_jobs(args: Args, runs: dict[str, list[dict]]) -> dict[str, list[Job]]:
     """Return the runs of V1 for as long as V2 took, from the figures of the others."""
-    label, steps = "v1, equal time", equal_time_steps(runs["v1"], runs["loss"])
-    seeds = range(args.seeds)
-    jobs = {label: [variant_job(args, "v1", seed, label, steps=steps) for seed in seeds]}
-    label, steps = "continued, equal time", equal_time_steps(runs["continued"], runs["upcycled"])
-    jobs[label] = [variant_job(args, "continued", seed, label, steps=steps) for seed in seeds]
+    jobs = {}
+    for name, slower in (("v1", "loss"), ("continued", "upcycled")):
+        steps = equal_time_steps(runs[name], runs[slower])
+        jobs[f"{name}, equal time"] = [
+            variant_job(args, name, seed, f"{name}, {steps} steps", steps=steps)
+            for seed in range(args.seeds)
+        ]
     return jobs
 
 
@@ -283,9 +285,9 @@ def main() -> None:
     runs = train_variants(args, jobs, machines="one")
     equal_time_jobs = list_equal_time_jobs(args, runs)
     equal_time_runs = train_variants(args, equal_time_jobs, machines="any")
-    for run_of_variant in chain(*equal_time_runs.values()):
+    for equal_time_run in chain(*equal_time_runs.values()):
         for name in ("cpu_seconds", "optimizer_share_of_time"):
-            run_of_variant.pop(name, None)
+            equal_time_run.pop(name, None)
     runs |= equal_time_runs
     domains = runs["loss"][0].pop("domains")
     all_jobs = [job for of_variant in (jobs | equal_time_jobs).values() for job in of_variant]

@@ -152,7 +152,7 @@ def main() -> None:
 
     def train(jobs: list[Job]) -> list[dict]:
         where = {"results": args.results, "runs": args.runs, "workers": args.jobs}
-        results = train_all("long_text", jobs, make_summarise(text.val), **where, machines="one")
+        results = train_all("long_text", jobs, make_summarise(text.val), **where, machines="this")
         return [results[job.name] for job in jobs]
 
     def jobs_of(preset: str, flags: dict, steps: int) -> list[Job]:

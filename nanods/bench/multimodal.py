@@ -22,7 +22,7 @@ no training example has. Finished runs are stored and not repeated (stored_runs.
 `facts` is zero-shot classification by prompts: an example is compared with its own caption and with
 captions in which one fact has another value (six shapes, eight colours, two sizes, four relations).
 `pipeline` compares the scenes that one core renders per second with those that training consumes.
-Compare the CPU-seconds of runs of one machine only: `machine` names all of the table's.
+The runs of a variant may come from several machines; its mean time is then left out.
 """
 
 from dataclasses import dataclass
@@ -213,10 +213,16 @@ def scenes_per_second(size: int = 128, turns: int = 20) -> float:
 
 
 def summary(runs: list[dict]) -> dict:
-    """Return the mean over the seeds, and each seed's value, of all metrics that are numbers."""
+    """Return the mean over the seeds, and each seed's value, of all metrics that are numbers.
+
+    The speeds of several machines have no mean.
+    """
+    left_out = {"seed"}
+    if len({run["machine"] for run in runs}) > 1:
+        left_out |= {"cpu_seconds", "examples_per_second"}
     table = {}
     for name, value in runs[0].items():
-        if isinstance(value, int | float) and name != "seed":
+        if isinstance(value, int | float) and name not in left_out:
             table[name] = mean_and_each([run[name] for run in runs])
     table["facts"] = {}
     for fact, modalities in runs[0]["facts"].items():
@@ -267,7 +273,9 @@ def main() -> None:
     rendered = {name: result.pop("scenes_per_second") for name, result in results.items()}
     runs = {name: [] for name in args.only}
     for (name, seed), job in jobs.items():
-        runs[name].append({"seed": seed} | results[job.name])
+        machine = machine_of("multimodal", [job], args.results)
+        words = f"{machine['cpu']}, {machine['dtype']}"
+        runs[name].append({"seed": seed, "machine": words} | results[job.name])
     if is_subset("multimodal", args.only, VARIANTS):
         return
 

@@ -55,9 +55,12 @@ Summarise = Callable[[Job, Path, list[dict]], dict]
 """Maps a job, its run directory and the rows of its metrics to the result to store."""
 
 Machines = Literal["any", "one", "this"]
-"""On which machines stored results may have been measured. "one": their times are compared with
-each other, so if they come from several, or some are trained now, those of another machine than
-this are stale. "this": their times stand for this machine, so those of another are stale."""
+"""Which stored results a call of train_all keeps, by the machine that measured them.
+
+"any": all. "this": only those of this machine, because their times stand for it. "one": all, if
+with the runs that are trained now they come from one machine; else only those of this machine,
+because their times are compared with each other.
+"""
 
 
 @dataclass(frozen=True)
@@ -185,12 +188,12 @@ def train_all(
     with lock_store(results / "runs" / f".{bench}.lock"), catch_signals():
         store = Store(results / "runs" / f"{bench}.json")
         try:
-            missing = find_missing(bench, jobs, store, runs, machines)
+            missing, for_weights = find_missing(bench, jobs, store, runs, machines)
             for job in missing:
                 if isinstance(job, Job):  # one of a bench that was killed goes on without it
                     with lock_run_directory(job.folder_in(runs, bench), wait=True):
                         pass
-            Trainings(bench, missing, summarise, store, runs).run(workers)
+            Trainings(bench, missing, for_weights, summarise, store, runs).run(workers)
         except KeyboardInterrupt:
             n_stored = sum(job.name in store.entries for job in jobs)
             print(
@@ -245,18 +248,18 @@ def find_missing(
     store: Store,
     runs: Path,
     machines: Machines,
-) -> list[Job | FunctionJob]:
+) -> tuple[list[Job | FunctionJob], set[str]]:
     """Return the jobs to train, in their order: those not stored, the stale ones, and those whose
-    weights another one needs and are gone."""
+    weights another one needs and are gone; and the names of these, if their results are kept."""
     this_machine = describe_machine()
     stale = find_stale(jobs, store, this_machine if machines == "this" else None)
-    will_be_of = [
+    measured_on = [  # what is missing will be measured on this machine
         store.entries[job.name]["machine"]
         if job.name in store.entries and job.name not in stale
         else this_machine
         for job in jobs
     ]
-    if machines == "one" and any(machine != will_be_of[0] for machine in will_be_of):
+    if machines == "one" and any(machine != measured_on[0] for machine in measured_on):
         stale = find_stale(jobs, store, this_machine)
     for name, reason in stale.items():
         print(f"stale      {bench}, {name}: {reason}; trained again", flush=True)
@@ -270,6 +273,7 @@ def find_missing(
             n_elsewhere += entry["machine"] != this_machine
             is_newer |= entry.get("code") != store.code
             entry["code"] = store.code
+    for_weights = set()
     for job in list(missing):
         needed = job.needs
         while needed and needed not in missing:
@@ -278,13 +282,16 @@ def find_missing(
                 break
             print(f"missing    {out}, which other runs need: trained again", flush=True)
             missing.insert(0, needed)
+            entry = store.entries.get(needed.name)
+            if entry and store.why_stale(entry, needed) is None:
+                for_weights.add(needed.name)
             needed = needed.needs
     n_kept = len(jobs) - sum(job in missing for job in jobs)
     elsewhere = f" ({n_elsewhere} of another machine)" if n_elsewhere else ""
     print(f"runs       {bench}: {n_kept} kept{elsewhere}, {len(missing)} to train", flush=True)
     if is_newer:
         store.write()
-    return missing
+    return missing, for_weights
 
 
 def find_stale(
@@ -299,7 +306,7 @@ def find_stale(
         if entry is None:
             continue
         reason = store.why_stale(entry, job)
-        if job.needs and (job.needs.name in stale or job.needs.name not in store.entries):
+        if job.needs and job.needs.name in stale:
             reason = reason or f"{job.needs.name}, from which it starts, is trained again"
         if machine and entry["machine"] != machine:
             reason = reason or "it was measured on another machine or version of PyTorch"
@@ -336,12 +343,13 @@ class Trainings:
         self,
         bench: str,
         jobs: Sequence[Job | FunctionJob],
+        for_weights: set[str],
         summarise: Summarise | None,
         store: Store,
         runs: Path,
     ) -> None:
         self.bench, self.summarise, self.store, self.runs = bench, summarise, store, runs
-        self.waiting = list(jobs)
+        self.waiting, self.for_weights = list(jobs), for_weights
         self.running: dict[Job, Popen] = {}
         self.count, self.done = len(jobs), 0
         self.start = self.last_report = time.monotonic()
@@ -409,10 +417,13 @@ class Trainings:
         return self.summarise(job, out, rows)
 
     def put(self, job: Job | FunctionJob, command: str, result: dict) -> None:
-        self.store.put(job, command, result)
+        """Store a result; not that of a run of which only the weights were missing."""
+        if job.name not in self.for_weights:
+            self.store.put(job, command, result)
         self.done += 1
         self.trained += 1 - self.begun_at[job.name]
-        print(f"stored     {self.bench}, {job.name}: {self.progress()}", flush=True)
+        verb = "trained" if job.name in self.for_weights else "stored "
+        print(f"{verb}    {self.bench}, {job.name}: {self.progress()}", flush=True)
 
     def report(self) -> None:
         """Print how far the running ones are."""

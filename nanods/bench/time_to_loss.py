@@ -60,7 +60,7 @@ def main() -> None:
     args = parse_args(Args, __doc__)
     jobs = [length_job(steps) for steps in args.steps]
     runs = train_all(
-        "time_to_loss", jobs, loss_curve, args.results, args.runs, workers=1, machines="one"
+        "time_to_loss", jobs, loss_curve, args.results, args.runs, workers=1, machines="this"
     )
     machine = machine_of("time_to_loss", jobs, args.results)
     write_json(args.results / "time_to_loss.json", {"machine": machine, "runs": runs})

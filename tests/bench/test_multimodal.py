@@ -88,12 +88,20 @@ def test_the_command_line_accepts_each_variant():
     assert not separate.multimodal.shared and separate.multimodal.hard_batches
 
 
+def a_run(seed, machine="A"):
+    facts = {"shape": {"image": 0.1 * seed}}
+    figures = {"val_recall1": 0.5 + seed, "cpu_seconds": 9.0, "facts": facts}
+    return {"seed": seed, "machine": machine, "command": "x"} | figures
+
+
 def test_the_summary_keeps_every_seed():
-    runs = [
-        {"seed": s, "val_recall1": 0.5 + s, "facts": {"shape": {"image": 0.1 * s}}, "command": "x"}
-        for s in (0, 1)
-    ]
-    table = summary(runs)
+    table = summary([a_run(0), a_run(1)])
     assert table["val_recall1"] == {"mean": 1.0, "each": [0.5, 1.5]}
     assert table["facts"]["shape"]["image"]["each"] == [0, 0.1]
+    assert table["cpu_seconds"]["mean"] == 9
     assert "seed" not in table and "command" not in table
+
+
+def test_the_times_of_two_machines_have_no_mean():
+    table = summary([a_run(0), a_run(1, "B")])
+    assert "val_recall1" in table and "cpu_seconds" not in table

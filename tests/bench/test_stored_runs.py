@@ -228,7 +228,7 @@ def test_times_that_are_compared_come_from_one_machine(tmp_path, trainings, caps
     def move(entry):
         entry["machine"].update(cpu="another")
 
-    a, b = JOBS
+    a, _ = JOBS
     train(tmp_path, [a])
     edit_store(tmp_path, move, a.name)
     train(tmp_path, [a], machines="one")
@@ -282,9 +282,12 @@ def test_weights_that_are_gone_are_trained_again_if_a_run_needs_them(tmp_path, t
     shutil.rmtree(tmp_path / "runs/other/base")
     train(tmp_path, [base])
     assert [name for name, _ in trainings] == ["base"]
+    edit_store(tmp_path, lambda entry: entry["machine"].update(cpu="another"), "base")
     train(tmp_path, [child])
     assert [name for name, _ in trainings] == ["base", "base", "child"]
     assert "which other runs need: trained again" in capsys.readouterr().out
+    machine = machine_of("demo", [base], tmp_path / "results")
+    assert machine["cpu"] == "another", "the result is still the first one"
 
 
 def test_so_are_those_that_the_needed_one_needs(tmp_path, trainings):

@@ -30,6 +30,7 @@ FIGURES = {  # of a run; each bench reads some of them
     "bits_by_window": {"512": 2.0, "4096": 1.9},
     "step_cpu_seconds_val_loss": [[1, 1.0, 3.0], [2, 2.0, 2.5]],
 }
+MACHINE = {"cpu": "a CPU", "dtype": "fp32"}
 BENCHES = {  # name -> (runs with one seed, some of the keys of its table)
     "ladder": (4, {"machine", "v2-tiny/pydocs"}),
     "experts": (13, {"machine", "data", "gaps", "summary", "domains", "runs"}),
@@ -56,7 +57,7 @@ def test_a_bench_makes_its_table_from_stored_runs(tmp_path, monkeypatch, name):
         sha256, val = "hash", None
 
     monkeypatch.setattr(bench, "train_all", train_all)
-    monkeypatch.setattr(bench, "machine_of", lambda name, jobs, results: {"threads": 1})
+    monkeypatch.setattr(bench, "machine_of", lambda name, jobs, results: MACHINE)
     if hasattr(bench, "load_text"):
         monkeypatch.setattr(bench, "load_text", lambda name: Text)
     flags = ["--results", str(tmp_path), "--runs", str(tmp_path / "runs")]
@@ -70,7 +71,10 @@ def test_a_bench_makes_its_table_from_stored_runs(tmp_path, monkeypatch, name):
 
     count, keys = BENCHES[name]
     table = json.loads((tmp_path / f"{name}.json").read_text())
-    assert keys <= table.keys() and table["machine"]["threads"] == 1
+    assert keys <= table.keys() and table["machine"] == MACHINE
+    if name == "experts":
+        assert "cpu_seconds" in table["summary"]["loss"]
+        assert "cpu_seconds" not in table["summary"]["v1, equal time"]
     assert len(jobs) == len({job.name for job in jobs}) == count
     folders = {job.folder_in(tmp_path / "runs", name) for job in jobs}
     assert len(folders) == count, "each run has a folder of its own"
@@ -100,7 +104,7 @@ def test_the_variants_of_the_v3_bench_can_be_chosen_and_leave_the_table(
         return {job.name: dict(FIGURES) for job in jobs}
 
     monkeypatch.setattr(multimodal, "train_all", train_all)
-    monkeypatch.setattr(multimodal, "machine_of", lambda *_: {})
+    monkeypatch.setattr(multimodal, "machine_of", lambda *_: MACHINE)
     words = ["--only", "emergent", "--seeds", "2", "--jobs", "1", "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["multimodal", *words])
     multimodal.main()
