@@ -227,7 +227,9 @@ def expert_results() -> list[Result]:
         ),
         Result(
             "make bench-experts",
-            "bits per byte: V2 minus V1, equal time, 1 seed",
+            "bits per byte: V2 minus V1 for as many steps as fit into V2's time, "
+            f"{len(gaps['V2 minus V1, equal time']['each'])} seeds (V1's seeds 1 and 2: "
+            f"{SECOND_MACHINE}; all else bf16)",
             gap("V2 minus V1, equal time"),
             "experts",
         ),
@@ -345,7 +347,7 @@ def multimodal_results() -> list[Result]:
         Result(
             "make bench-v3",
             "the same where batches are drawn at random, without hard negatives "
-            f"({len(table['runs']['random'])} seeds, two of them: {SECOND_MACHINE})",
+            f"({len(table['runs']['random'])} seeds; seeds 1 and 2: {SECOND_MACHINE})",
             facts("random"),
             "multimodal",
         ),
