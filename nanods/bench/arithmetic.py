@@ -1,6 +1,6 @@
 """Are experts better at arithmetic? V2 against V1 on addition and multiplication.
 
-    python -m nanods.bench.arithmetic          about 60 minutes on 2 cores; `make bench-arithmetic`
+    python -m nanods.bench.arithmetic          about 90 minutes on 2 cores; `make bench-arithmetic`
     python -m nanods.bench.arithmetic --seeds 1 --variants v1-2f v2
 
 The first writes results/arithmetic.json, and two pictures: arithmetic.png has the accuracy of each
