@@ -6,7 +6,8 @@
 The first is `make bench-experts`. Writes results/experts.json and results/experts.png.
 
 Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thread. Finished runs
-are stored and not repeated (stored_runs.py), unless their times would come from several machines.
+are stored and not repeated (stored_runs.py). But times are compared: if the results would come
+from several machines, those of other machines are repeated, except for runs at equal time.
 The unchanged presets v1-tiny and v2-tiny run in runs/ladder (`make results`).
 
     balance     v2-tiny with the load-balancing loss; without it (more cures: balance.py)
@@ -19,8 +20,8 @@ The unchanged presets v1-tiny and v2-tiny run in runs/ladder (`make results`).
     domains     how much of a trained V2's selection the byte and the kind of text explain
 
 Time is CPU time of training on one thread, without evaluations. A run at equal time has as many
-steps as V1 makes in V2's time, by the times of the other runs. It may run on another machine than
-these, so the table leaves its own time out.
+steps as V1 makes in the time of V2's run, computed from the times of the other runs. Its own time
+is not in the table: it may have run on another machine.
 """
 
 import ast

@@ -22,7 +22,7 @@ no training example has. Finished runs are stored and not repeated (stored_runs.
 `facts` is zero-shot classification by prompts: an example is compared with its own caption and with
 captions in which one fact has another value (six shapes, eight colours, two sizes, four relations).
 `pipeline` compares the scenes that one core renders per second with those that training consumes.
-The runs of a variant may come from several machines; its mean time is then left out.
+If the runs of a variant come from several machines, the table has no mean of their times.
 """
 
 from dataclasses import dataclass
@@ -215,7 +215,7 @@ def scenes_per_second(size: int = 128, turns: int = 20) -> float:
 def summary(runs: list[dict]) -> dict:
     """Return the mean over the seeds, and each seed's value, of all metrics that are numbers.
 
-    The speeds of several machines have no mean.
+    Times and speeds are left out if the runs come from several machines.
     """
     left_out = {"seed"}
     if len({run["machine"] for run in runs}) > 1:

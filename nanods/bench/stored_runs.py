@@ -55,11 +55,11 @@ Summarise = Callable[[Job, Path, list[dict]], dict]
 """Maps a job, its run directory and the rows of its metrics to the result to store."""
 
 Machines = Literal["any", "one", "this"]
-"""Which stored results a call of train_all keeps, by the machine that measured them.
+"""Which stored results train_all keeps, if some were measured on other machines.
 
-"any": all. "this": only those of this machine, because their times stand for it. "one": all, if
-with the runs that are trained now they come from one machine; else only those of this machine,
-because their times are compared with each other.
+"any": all. "this": those of this machine, because the times are to say how fast it is. "one": all,
+if afterwards all results come from one machine; if not, only those of this machine, because the
+times are compared with each other.
 """
 
 
@@ -249,8 +249,11 @@ def find_missing(
     runs: Path,
     machines: Machines,
 ) -> tuple[list[Job | FunctionJob], set[str]]:
-    """Return the jobs to train, in their order: those not stored, the stale ones, and those whose
-    weights another one needs and are gone; and the names of these, if their results are kept."""
+    """Return the jobs to train, in their order, and the names of those whose stored result stays.
+
+    To train: jobs without a result, jobs with a stale one, and jobs whose weights are gone though
+    another job needs them. A job of the last kind keeps its result, unless that is stale.
+    """
     this_machine = describe_machine()
     stale = find_stale(jobs, store, this_machine if machines == "this" else None)
     measured_on = [  # what is missing will be measured on this machine
@@ -297,9 +300,10 @@ def find_missing(
 def find_stale(
     jobs: Sequence[Job | FunctionJob], store: Store, machine: dict | None
 ) -> dict[str, str]:
-    """Return the names of the jobs whose stored results are stale, and why.
+    """Map the name of each job whose stored result is stale to the reason.
 
-    If `machine` is given, those of all other machines are."""
+    If `machine` is given, a result that was measured on another one is stale, too.
+    """
     stale = {}
     for job in jobs:
         entry = store.entries.get(job.name)
@@ -417,7 +421,7 @@ class Trainings:
         return self.summarise(job, out, rows)
 
     def put(self, job: Job | FunctionJob, command: str, result: dict) -> None:
-        """Store a result; not that of a run of which only the weights were missing."""
+        """Store a result, unless the run was repeated only because its weights were missing."""
         if job.name not in self.for_weights:
             self.store.put(job, command, result)
         self.done += 1

@@ -118,8 +118,8 @@ def arithmetic_figures():
             f"V2 {v2['both']['mean']:.1%} right, V1 {v1['both']['mean']:.1%}",
             f"the same active FLOPs, {wide['both']['mean']:.1%}",
             f"after {steps(v2)} steps (V2), {steps(wide)} (the wide V1) and {steps(v1)} (V1)",
-            f"in the end {sums[0]}, {sums[1]} and {sums[2]}",
-            f"no run has more than {max(row['*']['max'] for row in (v1, wide, v2)):.0%}",
+            f"in the end {sums[0]} (V2), {sums[1]} (the wide V1) and {sums[2]} (V1)",
+            f"No run has more than {max(row['*']['max'] for row in (v1, wide, v2)):.0%}",
             f"takes {v2['cpu_seconds'] / v1['cpu_seconds']:.1f} times as long",
         ]
     }
