@@ -17,6 +17,7 @@ from nanods.data.lock import lock
 from nanods.errors import UserError
 from nanods.run import choose_micro_batch
 from nanods.training import checkpoint
+from nanods.training.setup import lock_run_directory
 from tests.conftest import Killed
 
 TIMINGS = (
@@ -217,6 +218,20 @@ def test_a_second_training_in_the_same_folder_is_refused_before_it_renames_anyth
         assert program("sample", "v0-tiny", "--max-new-tokens", 5)[0] == 0
     (workspace / "link").unlink()
     assert sorted(workspace.rglob("*")) == before, "the lock files are deleted in the end"
+
+
+def test_two_runs_may_make_the_folder_of_runs_at_once(tmp_path, monkeypatch):
+    is_dir = Path.is_dir
+
+    def make_it_after_looking(path):
+        was_there = is_dir(path)
+        if not was_there:
+            path.mkdir()
+        return was_there
+
+    monkeypatch.setattr(Path, "is_dir", make_it_after_looking)
+    with lock_run_directory(tmp_path / "runs" / "v0-tiny"):
+        assert (tmp_path / "runs" / ".v0-tiny.lock").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train_tiny, workspace):

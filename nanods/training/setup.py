@@ -103,8 +103,9 @@ def lock_run_directory(
     path = run_dir.absolute()
     with contextlib.ExitStack() as stack:
         try:
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True)
+            is_new = not path.parent.is_dir()
+            path.parent.mkdir(parents=True, exist_ok=True)  # another run may make it just now
+            if is_new:
                 stack.callback(remove_if_empty, path.parent)  # where the run is refused
             can_be_renamed = os.access(path.parent, os.W_OK)
             lock_file = path.parent.resolve() / f".{path.name}.lock"
