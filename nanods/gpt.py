@@ -345,8 +345,9 @@ class Block(nn.Module):
 
 
 STARTS_AT_ZERO = ("out.weight", "mlp.out", "conv.gain")
-"""Endings of the names of a block's parameters that start at zero: what writes to the residual
-stream, and the convolution's gains. So each block starts as the identity."""
+"""Endings of the names of a block's parameters that start at zero: the matrices that write to the
+residual stream, so that each block starts as the identity, and the convolution's gains, so that it
+starts as the identity, too."""
 
 
 class GPT(nn.Module):

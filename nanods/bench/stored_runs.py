@@ -291,7 +291,9 @@ def find_missing(
             needed = needed.needs
     n_kept = len(jobs) - sum(job in missing for job in jobs)
     elsewhere = f" ({n_elsewhere} of another machine)" if n_elsewhere else ""
-    print(f"runs       {bench}: {n_kept} kept{elsewhere}, {len(missing)} to train", flush=True)
+    weights = f" ({len(for_weights)} for weights alone)" if for_weights else ""
+    n_missing = f"{len(missing)} to train{weights}"
+    print(f"runs       {bench}: {n_kept} kept{elsewhere}, {n_missing}", flush=True)
     if is_newer:
         store.write()
     return missing, for_weights

@@ -285,7 +285,9 @@ def test_weights_that_are_gone_are_trained_again_if_a_run_needs_them(tmp_path, t
     edit_store(tmp_path, lambda entry: entry["machine"].update(cpu="another"), "base")
     train(tmp_path, [child])
     assert [name for name, _ in trainings] == ["base", "base", "child"]
-    assert "which other runs need: trained again" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "which other runs need: trained again" in printed
+    assert "0 kept, 2 to train (1 for weights alone)" in printed
     machine = machine_of("demo", [base], tmp_path / "results")
     assert machine["cpu"] == "another", "the result is still the first one"
 
