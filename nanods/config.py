@@ -63,6 +63,11 @@ class Config:
     mostly on near tokens. 0: never."""
     short_parts: int = 2
     """Into how many parts --short-context cuts each window; must divide context-length."""
+    sampling: Literal["random", "epochs"] = "random"
+    """V0 to V2 on text: where the windows of a batch begin. random: anywhere, so that a pass over
+    as many tokens as the text has leaves out a share of 1 / e, and reads others twice. epochs: each
+    epoch reads the whole text once, in windows side by side from a random offset, in a random
+    order. Token shards are always read in epochs."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay
     on matrices only."""
@@ -327,6 +332,7 @@ def expand_home(path: str | Path | None) -> str | Path | None:
 def without_effect(config: Config) -> dict[str, str]:
     """Return the flags that change nothing beside the others of a configuration, and why."""
     moe, attention = config.model.moe, config.model.attention
+    of_windows = ("short-", "sampling")
     rules = (  # if it holds, the reason, and how the names of the flags begin
         (
             moe.n_expert == 1,
@@ -344,8 +350,8 @@ def without_effect(config: Config) -> dict[str, str]:
         (config.quantize_from >= config.steps, "the run ends before it begins", ("quantize",)),
         (config.init_from is None, "there is no --init-from", ("init-noise",)),
         (config.short_context == 0, "there is no --short-context", ("short-parts",)),
-        (bool(config.multimodal.modalities), "V3 reads no windows of a text", ("short-",)),
-        (config.data == "instructions", "examples are read whole", ("short-",)),
+        (bool(config.multimodal.modalities), "V3 reads no windows of a text", of_windows),
+        (config.data == "instructions", "examples are read whole", of_windows),
         (config.optimizer == "adamw", "AdamW updates all weights", ("momentum", "expert-")),
     )
     switches = ("moe.n-expert", "attention.kind", "multimodal.modalities")

@@ -78,11 +78,11 @@ class LanguageTask:
     def window_starts(self, step: int) -> np.ndarray:
         """Return where the windows of a batch begin, (batch_size,).
 
-        Token shards are read window by window, each once an epoch; a text in memory at random
-        positions.
+        Each window is read once an epoch; with --sampling random, a text in memory is read at
+        random positions.
         """
         config, total = self.config, len(self.data.train)
-        if isinstance(self.data.train, Tokens):
+        if config.sampling == "epochs" or isinstance(self.data.train, Tokens):
             return window_starts(step, config.batch_size, total, self.T, config.seed)
         random = np.random.default_rng([config.seed, step])
         return random.integers(0, total - self.T, size=config.batch_size)

@@ -332,19 +332,23 @@ def test_the_parts_of_the_processes_are_disjoint_and_form_the_batch(world):
         assert union == set(batch.tolist())
 
 
-def test_the_task_reads_shards_in_this_order_and_other_texts_at_random_positions(corpus):
+def test_the_task_reads_shards_in_this_order_and_other_texts_as_sampling_says(corpus):
     Path("text.txt").write_text("".join(LINES))
-    for name in (corpus[0], "text.txt"):
-        config = ladder.from_command_line(
-            "", ["v0-tiny", "--data", name, "--batch-size", "6", "--context-length", "40"]
-        )
+    for name, sampling in (
+        (corpus[0], "epochs"),
+        (corpus[0], "random"),
+        ("text.txt", "epochs"),
+        ("text.txt", "random"),
+    ):
+        flags = ["--data", name, "--batch-size", "6", "--context-length", "40"]
+        config = ladder.from_command_line("", ["v0-tiny", *flags, "--sampling", sampling])
         task = LanguageTask(config, torch.device("cpu"))
         total = len(task.data.train)
-        if name == "text.txt":
+        text = split("".join(LINES))[0] if name == "text.txt" else corpus[1]
+        if (name, sampling) == ("text.txt", "random"):
             starts = np.random.default_rng([0, 7]).integers(0, total - 40, size=6)
-            text = split("".join(LINES))[0]
         else:
-            starts, text = window_starts(7, 6, total, 40, 0), corpus[1]
+            starts = window_starts(7, 6, total, 40, 0)
         rows = [list(text.encode()[start : start + 41]) for start in starts]
         np.testing.assert_array_equal(task.window_starts(7), starts)
         assert task.batch(7).tolist() == rows
