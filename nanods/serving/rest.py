@@ -179,7 +179,10 @@ ERRORS = {
     503: "The server stops; see Retry-After",
     504: "Not answered in time",
 }
-STREAM = "data: and JSON, for each part; then data: [DONE]. A part with an error is the last one."
+STREAM = (
+    "The answer. As a stream: data: and JSON, for each part; then data: [DONE]. A part with an "
+    "error is the last one."
+)
 
 
 def replies(kind: type[BaseModel] | None, *errors: int, is_stream: bool = False) -> dict:
@@ -190,8 +193,7 @@ def replies(kind: type[BaseModel] | None, *errors: int, is_stream: bool = False)
     if kind:
         said[200] = {"model": kind}
     if is_stream:
-        parts = {"schema": {"type": "string", "description": STREAM}}
-        said[200]["content"] = {"text/event-stream": parts}
+        said[200] |= {"description": STREAM, "content": {"text/event-stream": {}}}
     return said
 
 

@@ -95,3 +95,19 @@ def test_random_requests_are_answered_as_the_document_says(monkeypatch, n):
     assert {label for label, status in seen if status == 200} == {
         f"GET {path}" for path in ("/healthz", "/metrics", "/v1/models")
     } | {f"POST /v1/{route}" for route in MODELS}
+
+
+def test_a_stream_is_answered_as_the_document_says():
+    model = language_model("base", finished_run("v2-tiny"), slots=2, max_waiting=2)
+    running = Running([model], timeout=60.0)
+    try:
+        document = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+        case = document["/v1/completions"]["POST"].Case(
+            body={"model": "base", "prompt": "a", "max_tokens": 3, "stream": True},
+            media_type="application/json",
+        )
+        answer = case.call(base_url=running.url, timeout=90)
+        assert answer.headers["content-type"][0].startswith("text/event-stream")
+        case.validate_response(answer)
+    finally:
+        running.close()
