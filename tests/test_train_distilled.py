@@ -102,7 +102,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert weights(workspace / "cut") == weights(workspace / "whole")
     assert metrics(workspace / "cut") == metrics(workspace / "whole")
     whole, cut = (checkpoint.load(workspace / name).optimizer for name in ("whole", "cut"))
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in cut)
+    assert whole.keys() == cut.keys()
+    assert [name for name in cut if not torch.equal(whole[name], cut[name])] == []
     assert ("weight/projection.weight" in cut) == (preset == "v3-tiny")
     files = read_files(workspace / "moved").values()
     assert list(files) == list(before.values())  # nothing is written into it
