@@ -200,7 +200,7 @@ class Config:
         return int(self.quantize.removeprefix("int"))
 
 
-TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256)
+TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256, conv_width=4)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
 # The article's V2 has 100B parameters, 10B of them active. With its 16 experts and top-2 routing
@@ -211,12 +211,13 @@ BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_
 FULL = GPTConfig(n_layer=34, n_head=36, n_embd=4608, context_length=4096, vocab_size=50304)
 
 V0 = {
-    "tiny": Config("v0-tiny", TINY, steps=2000, batch_size=8, lr=0.02),
+    "tiny": Config("v0-tiny", TINY, steps=1200, batch_size=8, lr=0.02),
     "small": Config("v0-small", SMALL, steps=20_000, batch_size=480, lr=0.02, data="wikitext-103"),
     "base": Config("v0-base", BASE, steps=50_000, batch_size=256, lr=0.02, data="wikitext-103"),
     # 100B tokens, if the data set had as many.
     "full": Config("v0-full", FULL, steps=24_000, batch_size=1024, lr=0.02, data="wikitext-103"),
 }
+V0 = {scale: replace(config, sampling="epochs") for scale, config in V0.items()}
 V1_ATTENTION = {
     "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
     "small": AttentionConfig("block", block_size=64, top_blocks=4, method="tile"),
@@ -232,7 +233,7 @@ V2 = {
     scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=V2_MOE[scale]))
     for scale, v1 in V1.items()
 }
-V2["tiny"] = replace(V2["tiny"], steps=1500)  # still minutes on two cores, with more work a token
+V2["tiny"] = replace(V2["tiny"], steps=900)  # still minutes on two cores, with more work a token
 
 # V3's examples are short (80, 64 and 16 tokens at tiny size), so its attention is dense. At tiny
 # size it has plain MLPs: 16 experts gain little there over more steps in the same time (LOG.md).
@@ -256,6 +257,7 @@ V3_TRUNKS = {
         "n_head": 4,
         "n_embd": 128,
         "context_length": 80,
+        "conv_width": 1,
         "moe": MoEConfig(n_expert=1),
     },
     "small": {"context_length": 80, "vocab_size": 16_384},

@@ -40,8 +40,8 @@ import numpy as np
 import torch
 
 from nanods import plots, plots_adapt
-from nanods.bench.jobs import Job
-from nanods.bench.runs import write_json
+from nanods.bench.jobs import EARLIER, Job
+from nanods.bench.runs import flags_from_dict, write_json
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.instructions import NAME, PLAIN
@@ -94,7 +94,7 @@ class Plan:
     def add(self, name: str, needs: Job | None, *words: object) -> Job:
         """Add a run that goes on from `needs`, or from random weights."""
         evaluations = ("--eval-every", self.evaluate_every(name), "--eval-tokens", EVAL_TOKENS)
-        flags = [PRESET, "--seed", self.seed, *evaluations, *words]
+        flags = [PRESET, "--seed", self.seed, *evaluations, *words, *flags_from_dict(EARLIER)]
         if needs:
             start = needs.folder_in(self.runs, BENCH)
             flags += ["--stage", "finetune", "--steps", STEPS, "--init-from", start]

@@ -38,7 +38,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nanods import plots
-from nanods.bench.jobs import Job
+from nanods.bench.jobs import EARLIER, Job
 from nanods.bench.runs import flags_from_dict, is_subset, read_json, write_json
 from nanods.bench.stored_runs import Summarise, machine_of, train_all
 from nanods.data.download import write_atomic
@@ -56,6 +56,7 @@ SAVE_EVERY = 100  # steps
 CLAIMED_RATIO = 1.22  # the article's claim: V2's accuracy over V1's in mathematics; in the plot
 
 SIZE = {"context-length": 64, "batch-size": 32, "attention.kind": "dense", "device": "cpu"}
+SIZE |= EARLIER
 VARIANTS = {"v1": ("v1-tiny", {}), "v1-2f": ("v1-tiny", {"hidden-ratio": 8}), "v2": ("v2-tiny", {})}
 
 

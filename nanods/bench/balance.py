@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nanods import plots, plots_experts
 from nanods.bench.experts import WITHOUT_LOSSES, run_figures
-from nanods.bench.jobs import Job
+from nanods.bench.jobs import EARLIER, Job
 from nanods.bench.runs import flags_from_dict, write_json
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.data.text import load_text
@@ -32,7 +32,7 @@ from nanods.flags import parse_args
 
 STEPS = 300
 EVEN = 1.35
-SMALL = {"n-layer": 2, "steps": STEPS, "eval-every": STEPS}
+SMALL = {"n-layer": 2, "steps": STEPS, "eval-every": STEPS} | EARLIER
 ONE_SEED = ("none", "capacity")
 NO_BALANCE_LOSS = {"moe.balance-coefficient": 0}
 SIGMOID = {"moe.scores": "sigmoid"}

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from nanods import config as ladder
+from nanods.bench.runs import flags_from_dict
 from nanods.build import build_model
 from nanods.config import Config
 from nanods.quantize import fake_quantize_model
@@ -90,6 +91,21 @@ class FunctionJob:
 
     def settings(self) -> dict:
         return as_json({"preset": None, "flags": self.flags, "data": None})
+
+
+# ---- the presets as they were --------------------------------------------------------------------
+
+EARLIER = {"conv-width": 1, "sampling": "random"}
+"""Flags with which v0-tiny to v2-tiny are what they were until 2026-11-27: no convolution, and text
+read at random positions. Benches whose runs are older have them: what they compare was trained so,
+and to train it again takes days."""
+EARLIER_STEPS = {"v0-tiny": 2000, "v1-tiny": 2000, "v2-tiny": 1500}
+
+
+def earlier_job(name: str, preset: str, seed: int) -> Job:
+    """Return the run of a whole preset as it was then, in a folder that benches share."""
+    flags = {"data": "pydocs", "seed": seed, "steps": EARLIER_STEPS[preset]} | EARLIER
+    return Job(name, (preset, *flags_from_dict(flags)), f"earlier/{preset}-{seed}")
 
 
 # ---- settings and probe --------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Train the tiny presets on several seeds: results/ladder.json and results/expected.json.
 
-    python -m nanods.bench.ladder                 about 50 minutes on 2 cores; `make results`
+    python -m nanods.bench.ladder                 about 40 minutes on 2 cores; `make results`
     python -m nanods.bench.ladder --seeds 1
 
 Two runs at a time, one thread each; each is stored when it is finished (stored_runs.py). train.py
@@ -37,7 +37,7 @@ class Args:
 
 def last_metrics(job: Job, out: Path, rows: list[dict]) -> dict:
     """Return the figures of a finished run."""
-    return {name: rows[-1][name] for name in ("val_loss", "val_bpb", "seconds")}
+    return {name: rows[-1][name] for name in ("val_loss", "val_bpb", "cpu_seconds")}
 
 
 def main() -> None:

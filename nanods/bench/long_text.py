@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from nanods import plots
-from nanods.bench.jobs import Job
+from nanods.bench.jobs import EARLIER, Job
 from nanods.bench.runs import flags_from_dict, is_subset, mean_and_each, write_json
 from nanods.bench.stored_runs import Summarise, TrainingArgs, machine_of, train_all
 from nanods.data.text import load_text
@@ -37,6 +37,7 @@ from nanods.training import checkpoint
 from nanods.training.language_task import cross_entropy
 
 SIZE = {"n-layer": 2, "n-head": 4, "n-embd": 128, "context-length": 4096, "batch-size": 1}
+SIZE |= EARLIER
 SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
 METHODS = ("tile", "flat")
 

@@ -47,7 +47,9 @@ def results_page() -> str:
         "[LOG.md](../LOG.md).\n",
         "A bench that trains models stores each run in `results/runs/` as soon as it is finished.",
         "If it was stopped, it continues when it is started again. Older results have no entry",
-        "there: the command trains those runs again.\n",
+        "there: the command trains those runs again. Benches with runs from before 2026-11-27",
+        "train v0-tiny to v2-tiny with the settings of that time: no convolution, and text read at",
+        "random positions (`EARLIER` in nanods/bench/jobs.py).\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

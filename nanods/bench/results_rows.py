@@ -42,27 +42,28 @@ def training_results() -> list[Result]:
         seeds = each([run["val_bpb"] for run in entry["runs"]], 4)
         return f"{entry['mean_val_bpb']:.3f} bits per byte ({seeds})"
 
+    machine = f"{ladder['machine']['cpu']}, {ladder['machine']['dtype']}"
     shakespeare = ladder["v0-tiny/shakespeare"]["runs"][0]
     recalls = [run["val_recall1"] for run in multimodal["runs"]["as it is"]]
     recall = sum(recalls) / len(recalls)
     return [
         Result(
             "make train-v0",
-            "dense attention on pydocs, 3 seeds",
+            f"dense attention on pydocs, 3 seeds ({machine})",
             bits_per_byte("v0-tiny/pydocs"),
             "ladder",
             headline=True,
         ),
         Result(
             "make train-v1",
-            "the same with sparse attention, 3 seeds",
+            f"the same with sparse attention, 3 seeds ({machine})",
             bits_per_byte("v1-tiny/pydocs"),
             "ladder",
             headline=True,
         ),
         Result(
             "make train-v2",
-            "V1 with 16 experts per layer, top-2, 3 seeds",
+            f"V1 with 16 experts per layer, top-2, 3 seeds ({machine})",
             bits_per_byte("v2-tiny/pydocs"),
             "ladder",
             headline=True,
@@ -78,7 +79,7 @@ def training_results() -> list[Result]:
         Result(
             'make train-v0 ARGS="--data shakespeare"',
             "validation loss on tinyshakespeare, 1 seed (nanoGPT on an A100: 1.4697, with 10.7M "
-            "parameters)",
+            f"parameters; {machine})",
             f"{shakespeare['val_loss']:.4f} nats per character",
             "ladder",
             headline=True,
@@ -95,7 +96,7 @@ def speed_results() -> list[Result]:
     }
     curves = {name: run["step_cpu_seconds_val_loss"] for name, run in time_to_loss.items()}
     _, short_seconds, short_loss = curves["700 steps"][-1]
-    _, long_seconds, long_loss = curves["3900 steps"][-1]
+    _, long_seconds, long_loss = curves["3600 steps"][-1]
     return [
         Result(
             "make bench",

@@ -31,7 +31,7 @@ SIZE = {
 
 @dataclass(frozen=True)
 class Args:
-    steps: tuple[int, ...] = (700, 3900)
+    steps: tuple[int, ...] = (700, 3600)
     """Lengths of the runs, in optimizer steps."""
     results: Path = Path("results")
     """Directory of the table and the picture."""

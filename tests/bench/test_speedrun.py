@@ -55,9 +55,9 @@ def tinyshakespeare(monkeypatch):
 def test_every_seed_must_reach_the_target(
     monkeypatch, tmp_path, capsys, tinyshakespeare, losses, verdict
 ):
-    table = run_with(monkeypatch, tmp_path, losses, "--entry", "v0-tiny")
+    table = run_with(monkeypatch, tmp_path, losses, "--entry", "first v0-tiny")
     assert verdict in capsys.readouterr().out
-    assert [row["val_loss"] for row in table["entries"]["v0-tiny"]["runs"]] == list(losses)
+    assert [row["val_loss"] for row in table["entries"]["first v0-tiny"]["runs"]] == list(losses)
 
 
 def test_fewer_seeds_are_no_record(monkeypatch, tmp_path, capsys, tinyshakespeare):
@@ -70,7 +70,7 @@ def test_another_text_and_an_unknown_entry_are_refused(monkeypatch, tmp_path):
     other.write_text("to be or not to be\n" * 400)
     with pytest.raises(UserError, match="not tinyshakespeare"):
         run_with(monkeypatch, tmp_path, (), "--data", str(other))
-    with pytest.raises(UserError, match="choose one of v0-tiny"):
+    with pytest.raises(UserError, match="choose one of first v0-tiny"):
         run_with(monkeypatch, tmp_path, (), "--entry", "faster")
 
 

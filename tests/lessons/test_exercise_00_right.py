@@ -342,7 +342,8 @@ def test_the_orthogonalised_matrices_are_muons():
 
 
 def test_flops_and_memory_are_the_planners():
-    config = replace(PRESETS["v0-tiny"], dtype="fp32")
+    v0 = PRESETS["v0-tiny"]
+    config = replace(v0, dtype="fp32", model=replace(v0.model, conv_width=1))
     model, m = build_meta_model(config), config.model
     shape = (m.vocab_size, m.n_embd, m.n_layer, m.hidden_ratio)
     flops = steps_00.reference_flops(*shape, m.context_length)

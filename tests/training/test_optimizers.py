@@ -28,8 +28,8 @@ def test_adamw_updates_everything_and_decays_matrices_only():
         assert group["initial_lr"] == 0.002
         decay |= {names[p]: group["weight_decay"] for p in group["params"]}
     assert decay.keys() == set(names.values())
-    tables = ("embedding.weight", "head.weight", "gate.weight")
-    assert all(decay[name] == (0.0 if name.endswith(tables) else 0.1) for name in decay)
+    plain = ("embedding.weight", "head.weight", "gate.weight", "conv.gain")
+    assert all(decay[name] == (0.0 if name.endswith(plain) else 0.1) for name in decay)
 
 
 @pytest.mark.parametrize(
