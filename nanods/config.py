@@ -64,10 +64,10 @@ class Config:
     short_parts: int = 2
     """Into how many parts --short-context cuts each window; must divide context-length."""
     sampling: Literal["random", "epochs"] = "random"
-    """V0 to V2 on text: where the windows of a batch begin. random: anywhere, so that a pass over
-    as many tokens as the text has leaves out a share of 1 / e, and reads others twice. epochs: each
-    epoch reads the whole text once, in windows side by side from a random offset, in a random
-    order. Token shards are always read in epochs."""
+    """V0 to V2 on text: where the windows of a batch begin. epochs: each epoch reads the text once,
+    in windows side by side from a random offset, in a random order (window_starts in
+    nanods/data/shards.py). random: anywhere, so that as many tokens as the text has leave out a
+    share of 1 / e of it. Token shards are always read in epochs."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay
     on matrices only."""

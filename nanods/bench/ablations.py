@@ -3,9 +3,9 @@
     python -m nanods.bench.ablations            about 10 minutes on one thread
 
 The last model of from_bigram.py, in its size, on the same windows for the same steps. Each arm
-replaces one function or one setting. The table has by how much the validation loss
-rises, in bits per byte. One arm instead adds an idea that the presets leave out, the convolution of
-nanods/conv.py.
+replaces one function or one setting. The table has by how much the validation loss rises, in bits
+per byte. One arm instead adds an idea that this model leaves out and v0-tiny to v2-tiny have, the
+convolution of nanods/conv.py.
 
 The learning rate was chosen for the whole model only, except for AdamW, which needs another one:
 the best of ADAMW_RATES with the first seed.

@@ -13,11 +13,11 @@ written as people write them. Writing the units digit first (--units-first) avoi
 a carry (Lee et al. 2023, arXiv:2307.03381), yet it was learnt more slowly at first, by V2 far more
 slowly (LOG.md).
 
-train.py trains each model at equal tokens, with its preset except for the batch size: v1 (MLPs of
-width 4 C), v1-2f (8 C, the active FLOPs of v2, which uses 2 experts of 4 C) and v2. Attention is
-dense in all three: the question is about experts, and a context of 64 is too short for sparse
-attention. Two runs at a time, one thread each. Finished runs are stored and not repeated
-(stored_runs.py).
+train.py trains each model at equal tokens, with the earlier settings of its preset (EARLIER in
+jobs.py) except for SIZE: v1 (MLPs of width 4 C), v1-2f (8 C, the active FLOPs of v2, which uses 2
+experts of 4 C) and v2. Attention is dense in all three: the question is about experts, and a
+context of 64 is too short for sparse attention. Two runs at a time, one thread each. Finished runs
+are stored and not repeated (stored_runs.py).
 
 A run has learnt to add at the first of its checkpoints, one every SAVE_EVERY steps, that answers at
 least 95% (LEARNT) of the held-out sums right. A run that does not get there counts as not learnt;

@@ -15,7 +15,7 @@
 
 All parts but the first two train models with train.py, each on one thread, and store each result as
 soon as it is there (stored_runs.py). A bench that is stopped goes on where it was. The fp32 runs of
-v0-tiny to v2-tiny are those of `make results`.
+v0-tiny to v2-tiny have the presets' earlier settings (EARLIER in jobs.py).
 
 How qat compares. All runs start from the same trained fp32 run and take CONTINUED_STEPS more steps
 with the same batches and learning rates: one in fp32, the others with rounded weights. The first is
@@ -66,7 +66,8 @@ V3_TEACHER = ("v3-tiny", "--moe.n-expert", "16", "--multimodal.entropy-coefficie
 # As `make distill-v3`, for a quarter of the steps. With more the student needs no teacher: alone it
 # has recall@1 0.81 after 250 steps and 0.94 after 400 (seed 0).
 V3_STUDENT = ("v3-tiny", "--n-layer", "2", "--n-embd", "64", "--steps", "200")
-# A fifth of v1-tiny's steps, so that the comparison takes no more than an hour of CPU time.
+# A fifth of v1-tiny's earlier 2,000 steps, so that the comparison takes no more than an hour of
+# CPU time.
 V1_STUDENT = (
     *("v1-tiny", "--steps", "400", "--eval-every", "400"),
     *flags_from_dict(EARLIER),

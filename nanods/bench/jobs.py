@@ -181,7 +181,8 @@ def code_version() -> str:
 def difference_of_settings(stored: dict, current: dict) -> str | None:
     """Return how the settings of a stored result differ from the current ones; None if they do not.
 
-    A flag that did not exist then had the preset's value.
+    A flag that did not exist then is taken to have had today's value of the preset; if it had not,
+    the probe shows it.
     """
     if stored["preset"] != current["preset"]:
         return f"other settings ({current['preset']})"

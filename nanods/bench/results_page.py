@@ -49,7 +49,8 @@ def results_page() -> str:
         "If it was stopped, it continues when it is started again. Older results have no entry",
         "there: the command trains those runs again. Benches with runs from before 2026-11-27",
         "train v0-tiny to v2-tiny with the settings of that time: no convolution, and text read at",
-        "random positions (`EARLIER` in nanods/bench/jobs.py).\n",
+        "random positions (`EARLIER` in nanods/bench/jobs.py). The figures of speed, leaks and",
+        "serving are of models without a convolution, too.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

@@ -390,8 +390,8 @@ def window_starts(step: int, batch_size: int, total: int, T: int, seed: int) -> 
     A window holds T + 1 of the `total` tokens (at least T + 1). An epoch has a random offset below
     T and reads a window at every T-th position from there, in a random order. So it reads each
     window once; two neighbours overlap in one token, the last target of the first and the first
-    input of the second. Up to 2 T - 1 tokens at the two ends of the corpus are left out, other ones
-    in each epoch.
+    input of the second. Up to 2 T - 1 tokens at the two ends of the corpus are left out of an
+    epoch: at the beginning other ones in each, at the end always the last (total - 1) % T + 1.
 
     The position depends on `step` alone, so a resumed run needs no state. Of P processes, number r
     takes [r::P] of these windows: together they read the batch of one process.

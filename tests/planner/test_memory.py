@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--n-layer", "2", "--n-embd", "24", "--n-head", "2", "--batch-size", "4"]
 SMALL += ["--dtype", "fp32"]
 MODELS = {
-    "v1": ["v1-tiny", *SMALL],
-    "v1 with a convolution": ["v1-tiny", *SMALL, "--conv-width", "4"],
+    "v1": ["v1-tiny", *SMALL, "--conv-width", "1"],
+    "v1 with a convolution": ["v1-tiny", *SMALL],
     "v2": ["v2-tiny", *SMALL, "--moe.n-expert", "3", "--hidden-ratio", "3"],
     "v2, experts updated by AdamW": [
         *("v2-tiny", *SMALL, "--moe.n-expert", "5"),
@@ -158,7 +158,7 @@ def test_a_new_layer_is_planned_by_what_it_reports(monkeypatch):
 
 MEASURED = [
     ["v1-tiny"],
-    ["v1-tiny", "--batch-size", "32", "--conv-width", "4"],
+    ["v1-tiny", "--batch-size", "32", "--conv-width", "1"],
     ["v1-tiny", "--batch-size", "32"],
     ["v1-tiny", "--n-embd", "384", "--n-layer", "6"],
     ["v2-tiny"],

@@ -13,7 +13,7 @@ from nanods.training.parameter_groups import optimizer_of
 ADAMW_NAMES = ("embedding.weight", "position_embedding", "head.weight", "gate.weight", "conv.gain")
 MODELS = (
     ["v0-tiny"],
-    ["v0-tiny", "--conv-width", "4"],
+    ["v0-tiny", "--conv-width", "1"],
     ["v1-tiny"],
     ["v2-tiny"],
     ["v3-tiny"],
