@@ -88,20 +88,21 @@ def training_results() -> list[Result]:
 
 
 def speed_results() -> list[Result]:
-    time_to_loss, generation = load("time_to_loss")["runs"], load("generation")
+    time_to_loss, generation = load("time_to_loss"), load("generation")
     grown = load("from_bigram")
     steps = {
         name: sum(model["val_bpb"]) / len(model["val_bpb"])
         for name, model in grown["models"].items()
     }
-    curves = {name: run["step_cpu_seconds_val_loss"] for name, run in time_to_loss.items()}
+    curves = {name: run["step_cpu_seconds_val_loss"] for name, run in time_to_loss["runs"].items()}
+    machine = time_to_loss["machine"]
     _, short_seconds, short_loss = curves["700 steps"][-1]
     _, long_seconds, long_loss = curves["3600 steps"][-1]
     return [
         Result(
             "make bench",
             "nanoGPT's laptop size on tinyshakespeare (its own recipe: 1.88 after 2,000 steps): "
-            "validation loss after CPU-seconds",
+            f"validation loss after CPU-seconds ({machine['cpu']}, {machine['dtype']})",
             f"{short_loss:.3f} after {short_seconds:.0f} s, "
             f"{long_loss:.3f} after {long_seconds:.0f} s",
             "time_to_loss",
