@@ -200,6 +200,7 @@ class Config:
         return int(self.quantize.removeprefix("int"))
 
 
+# The convolution was measured at this size alone (LOG.md).
 TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256, conv_width=4)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)

@@ -98,7 +98,7 @@ class FunctionJob:
 EARLIER = {"conv-width": 1, "sampling": "random"}
 """Flags with which v0-tiny to v2-tiny are what they were until 2026-11-27: no convolution, and text
 read at random positions. Benches whose runs are older have them: what they compare was trained so,
-and to train it again takes days."""
+and to train it all again takes more than ten hours."""
 EARLIER_STEPS = {"v0-tiny": 2000, "v1-tiny": 2000, "v2-tiny": 1500}
 
 
