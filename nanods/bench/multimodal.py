@@ -41,6 +41,7 @@ from nanods.bench.runs import (
     expected_entry,
     flags_from_dict,
     is_subset,
+    machine_words,
     mean_and_each,
     median_seconds,
     update_expected,
@@ -274,8 +275,7 @@ def main() -> None:
     runs = {name: [] for name in args.only}
     for (name, seed), job in jobs.items():
         machine = machine_of("multimodal", [job], args.results)
-        words = f"{machine['cpu']}, {machine['dtype']}"
-        runs[name].append({"seed": seed, "machine": words} | results[job.name])
+        runs[name].append({"seed": seed, "machine": machine_words(machine)} | results[job.name])
     if is_subset("multimodal", args.only, VARIANTS):
         return
 

@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanods.bench.runs import machine_words
+
 ROOT = Path(__file__).parents[2]
 MACHINE = "2 cores of an AMD Zen 5 (bf16 in hardware), torch 2.13.0, no GPU"
 SECOND_MACHINE = "AMD Zen 3, fp32"  # the second one: rows measured there say so
@@ -42,7 +44,7 @@ def training_results() -> list[Result]:
         seeds = each([run["val_bpb"] for run in entry["runs"]], 4)
         return f"{entry['mean_val_bpb']:.3f} bits per byte ({seeds})"
 
-    machine = f"{ladder['machine']['cpu']}, {ladder['machine']['dtype']}"
+    machine = machine_words(ladder["machine"])
     shakespeare = ladder["v0-tiny/shakespeare"]["runs"][0]
     recalls = [run["val_recall1"] for run in multimodal["runs"]["as it is"]]
     recall = sum(recalls) / len(recalls)
@@ -95,14 +97,13 @@ def speed_results() -> list[Result]:
         for name, model in grown["models"].items()
     }
     curves = {name: run["step_cpu_seconds_val_loss"] for name, run in time_to_loss["runs"].items()}
-    machine = time_to_loss["machine"]
     _, short_seconds, short_loss = curves["700 steps"][-1]
     _, long_seconds, long_loss = curves["3600 steps"][-1]
     return [
         Result(
             "make bench",
             "nanoGPT's laptop size on tinyshakespeare (its own recipe: 1.88 after 2,000 steps): "
-            f"validation loss after CPU-seconds ({machine['cpu']}, {machine['dtype']})",
+            f"validation loss after CPU-seconds ({machine_words(time_to_loss['machine'])})",
             f"{short_loss:.3f} after {short_seconds:.0f} s, "
             f"{long_loss:.3f} after {long_seconds:.0f} s",
             "time_to_loss",

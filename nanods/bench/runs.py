@@ -199,6 +199,11 @@ def describe_machine(dtype: str = "auto") -> dict[str, object]:
     }
 
 
+def machine_words(machine: dict) -> str:
+    """Return the CPU and the dtype of what describe_machine returned, as tables name them."""
+    return f"{machine['cpu']}, {machine['dtype']}"
+
+
 def cpu_name() -> str:
     """Return the name of the CPU; on Linux platform.processor() has the architecture alone."""
     return cpu_info().get("model name") or platform.processor() or platform.machine()

@@ -20,7 +20,13 @@ from pathlib import Path
 from statistics import mean, median
 
 from nanods.bench.jobs import EARLIER, EARLIER_STEPS, Job
-from nanods.bench.runs import describe_machine, flags_from_dict, read_json, write_json
+from nanods.bench.runs import (
+    describe_machine,
+    flags_from_dict,
+    machine_words,
+    read_json,
+    write_json,
+)
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.text import SHAKESPEARE_SHA256, load_text
@@ -90,10 +96,9 @@ def table_row(name: str, entry: dict) -> str:
     runs = entry["runs"]
     losses = ", ".join(f"{figures['val_loss']:.4f}" for figures in runs)
     seconds = mean(figures["cpu_seconds"] for figures in runs)
-    machine = entry["machine"]
     return (
         f"| {name} | {runs[0]['step']:,} | {runs[0]['tokens'] / 1e6:.2f}M | {seconds:.0f} | "
-        f"{losses} | {machine['cpu']}, {machine['dtype']} |"
+        f"{losses} | {machine_words(entry['machine'])} |"
     )
 
 
