@@ -65,9 +65,9 @@ class Config:
     """Into how many parts --short-context cuts each window; must divide context-length."""
     sampling: Literal["random", "epochs"] = "random"
     """V0 to V2 on text: where the windows of a batch begin. epochs: each epoch reads the text once,
-    in windows side by side from a random offset, in a random order (window_starts in
-    nanods/data/shards.py). random: anywhere, so that as many tokens as the text has leave out a
-    share of 1 / e of it. Token shards are always read in epochs."""
+    but for up to 2 T - 1 tokens at its ends, in windows side by side from a random offset, in a
+    random order (window_starts in nanods/data/shards.py). random: anywhere, so that as many tokens
+    as the text has leave out a share of 1 / e of it. Token shards are always read in epochs."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for matrices, AdamW for the rest. adamw: AdamW for everything, with weight decay
     on matrices only."""
@@ -200,7 +200,7 @@ class Config:
         return int(self.quantize.removeprefix("int"))
 
 
-# The convolution was measured at this size alone (LOG.md).
+# The convolution was measured at tiny sizes alone (LOG.md).
 TINY = GPTConfig(n_layer=4, n_head=6, n_embd=192, context_length=256, vocab_size=256, conv_width=4)
 SMALL = GPTConfig(n_layer=12, n_head=12, n_embd=768, context_length=1024, vocab_size=50304)
 BASE = GPTConfig(n_layer=24, n_head=16, n_embd=2048, context_length=4096, vocab_size=50304)
@@ -234,7 +234,7 @@ V2 = {
     scale: replace(v1, preset=f"v2-{scale}", model=replace(v1.model, moe=V2_MOE[scale]))
     for scale, v1 in V1.items()
 }
-V2["tiny"] = replace(V2["tiny"], steps=900)  # still minutes on two cores, with more work a token
+V2["tiny"] = replace(V2["tiny"], steps=900)  # fewer than V1, since a token costs more
 
 # V3's examples are short (80, 64 and 16 tokens at tiny size), so its attention is dense. At tiny
 # size it has plain MLPs: 16 experts gain little there over more steps in the same time (LOG.md).

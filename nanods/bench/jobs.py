@@ -97,8 +97,8 @@ class FunctionJob:
 
 EARLIER = {"conv-width": 1, "sampling": "random"}
 """Flags with which v0-tiny to v2-tiny are what they were until 2026-11-27: no convolution, and text
-read at random positions. Benches whose runs are older have them: what they compare was trained so,
-and to train it all again takes more than ten hours."""
+read at random positions. Benches whose runs are older have them, because these were trained with
+them, and to train all again takes more than ten hours."""
 EARLIER_STEPS = {"v0-tiny": 2000, "v1-tiny": 2000, "v2-tiny": 1500}
 
 
@@ -181,8 +181,8 @@ def code_version() -> str:
 def difference_of_settings(stored: dict, current: dict) -> str | None:
     """Return how the settings of a stored result differ from the current ones; None if they do not.
 
-    A flag that did not exist then is taken to have had today's value of the preset; if it had not,
-    the probe shows it.
+    A flag that did not exist then is taken to have had today's value of the preset; if it had
+    another one, the probe finds the difference.
     """
     if stored["preset"] != current["preset"]:
         return f"other settings ({current['preset']})"

@@ -391,7 +391,7 @@ def window_starts(step: int, batch_size: int, total: int, T: int, seed: int) -> 
     T and reads a window at every T-th position from there, in a random order. So it reads each
     window once; two neighbours overlap in one token, the last target of the first and the first
     input of the second. Up to 2 T - 1 tokens at the two ends of the corpus are left out of an
-    epoch: at the beginning other ones in each, at the end always the last (total - 1) % T + 1.
+    epoch. Which ones changes with the offset, but the last (total - 1) % T + 1 always are.
 
     The position depends on `step` alone, so a resumed run needs no state. Of P processes, number r
     takes [r::P] of these windows: together they read the batch of one process.
