@@ -3,10 +3,11 @@
     python -m nanods.bench.adapt               3 seeds; `make bench-adapt`
     python -m nanods.bench.adapt --seeds 1
 
-A base run of each seed learns pydocs-train for BASE_STEPS. All other runs go on from it for STEPS,
-on instructions (nanods/data/instructions.py), except those from random weights. Figures are bits
-per byte of answers from modules that no run has read. `plain` is the documentation of these
-modules: the general ability. The rise of its bits per byte is what a run has forgotten.
+v1-tiny, with its earlier settings (EARLIER in jobs.py). A base run of each seed learns pydocs-train
+for BASE_STEPS. All other runs go on from it for STEPS, on instructions
+(nanods/data/instructions.py), except those from random weights. Figures are bits per byte of
+answers from modules that no run has read. `plain` is the documentation of these modules: the
+general ability. The rise of its bits per byte is what a run has forgotten.
 
     mixture      all tasks at once, against the base and against random weights at equal tokens;
                  also the share of answers that are exactly correct

@@ -41,16 +41,18 @@ def results_page() -> str:
     parts = [
         "# Results\n",
         "Made by `make docs` from `results/*.json`; each file is written by the command beside it.",
-        f"All on {MACHINE}, but for rows that name another.",
-        "A CPU without bf16 units trains more slowly (LOG.md). Nothing was measured on a GPU.",
+        f"All on {MACHINE}, but for rows that name",
+        "another: the AMD EPYC is a Zen 3 (AVX2, no bf16 units), 2 cores of it. A CPU without bf16",
+        "units trains more slowly (LOG.md). Nothing was measured on a GPU.",
         "Numbers in parentheses are single seeds. Conclusions, and experiments that failed, are in",
         "[LOG.md](../LOG.md).\n",
         "A bench that trains models stores each run in `results/runs/` as soon as it is finished.",
         "If it was stopped, it continues when it is started again. Older results have no entry",
         "there: the command trains those runs again. Benches with runs from before 2026-11-27",
-        "train v0-tiny to v2-tiny with the settings of that time: no convolution, and text read at",
-        "random positions (`EARLIER` in nanods/bench/jobs.py). The figures of speed, leaks and",
-        "serving are of models without a convolution, too.\n",
+        "train v0-tiny to v2-tiny with the settings of that time: no convolution, text read at",
+        "random positions, and more steps (`EARLIER` in nanods/bench/jobs.py). The figures of",
+        "generation, two processes, INT8's speed, leaks and serving are of models without a",
+        "convolution, too.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

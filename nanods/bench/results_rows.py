@@ -12,7 +12,7 @@ from nanods.bench.runs import machine_words
 
 ROOT = Path(__file__).parents[2]
 MACHINE = "2 cores of an AMD Zen 5 (bf16 in hardware), torch 2.13.0, no GPU"
-SECOND_MACHINE = "AMD Zen 3, fp32"  # the second one: rows measured there say so
+SECOND_MACHINE = "AMD EPYC, fp32"  # machine_words of the second one: rows measured there say so
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def expert_results() -> list[Result]:
         Result(
             "make bench-experts",
             "bits per byte: V2 minus V1 with MLPs of twice the width (equal tokens and active "
-            "FLOPs), 3 seeds",
+            "FLOPs; both without the convolution), 3 seeds",
             gap("V2 minus V1 with 2F, equal tokens and active FLOPs"),
             "experts",
             headline=True,
@@ -249,8 +249,9 @@ def expert_results() -> list[Result]:
         ),
         Result(
             "make bench-balance",
-            "v2-tiny with 2 layers, 300 steps, each cure at its best strength: load of the busiest "
-            "expert over the mean, and bits per byte above the balancing loss, by seed",
+            "v2-tiny with 2 layers, 300 steps, each cure at its best strength "
+            f"({machine_words(balance['machine'])}): load of the busiest expert over the mean, and "
+            "bits per byte above the balancing loss, by seed",
             "; ".join(balanced(cure) for cure in ("loss", "bias", "bias, sigmoid")),
             "balance",
         ),

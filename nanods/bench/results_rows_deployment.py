@@ -4,6 +4,7 @@ As in results_rows.py, every figure is computed here from a file in results/.
 """
 
 from nanods.bench.results_rows import Result, each, load
+from nanods.bench.runs import machine_words
 
 
 def compression_results() -> list[Result]:
@@ -62,7 +63,8 @@ def compression_results() -> list[Result]:
             results.append(
                 Result(
                     "make bench-compress",
-                    f"{preset} stored as INT8; as FP8: {unit} lost, and times smaller than fp32",
+                    f"{preset} stored as INT8; as FP8 ({machine_words(table['machines']['sizes'])})"
+                    f": {unit} lost, and times smaller than fp32",
                     f"{lost['int8']:.4f}, {smaller['int8']['fp32']:.2f}; "
                     f"{lost['fp8']:.4f}, {smaller['fp8']['fp32']:.2f}",
                     "compress",
@@ -75,7 +77,8 @@ def compression_results() -> list[Result]:
                 Result(
                     "make bench-compress",
                     f"v1-tiny with weights of {bits}: share of the loss gap that training with "
-                    f"rounding closes, {table['qat']['steps']} more steps",
+                    f"rounding closes, {table['qat']['steps']} more steps "
+                    f"({machine_words(table['machines']['qat'])})",
                     f"{row['mean_closed']:.0%} ({each([100 * x for x in row['closed']], 0)})",
                     "compress",
                 )
@@ -92,8 +95,9 @@ def compression_results() -> list[Result]:
         results.append(
             Result(
                 "make bench-compress",
-                f"{name} (the teacher's {row['teacher']:.4f}), {row['steps']['equal']} steps: with "
-                "the teacher; without, equal steps; without, equal time",
+                f"{name} (the teacher's {row['teacher']:.4f}), {row['steps']['equal']} steps "
+                f"({machine_words(table['machines'][part])}): with the teacher; without, equal "
+                "steps; without, equal time",
                 figures,
                 "compress",
             )
@@ -150,11 +154,12 @@ def serving_results() -> list[Result]:
 def served_rows() -> list[tuple[str, str]]:
     """Return what was measured of a server, and the figures."""
     table, rows = load("serve"), []
+    machines = {part: machine_words(machine) for part, machine in table["machines"].items()}
     for preset, row in table["engine"].items():
         ways = (*row["times_faster"], "continuous batching")
         rows.append(
             (
-                f"{preset} generates for 32 clients (one thread of an AMD Zen 3), tokens per "
+                f"{preset} generates for 32 clients (one thread; {machines['engine']}), tokens per "
                 f"second: {'; '.join(ways)}",
                 "; ".join(f"{row[way]['tokens_per_second']:.0f}" for way in ways),
             )
@@ -164,9 +169,9 @@ def served_rows() -> list[tuple[str, str]]:
         waits = [many[key][p] for key in ("first_ms", "gap_ms") for p in ("p50", "p99")]
         rows.append(
             (
-                f"{preset} by HTTP, tokens per CPU second of the server: one client; 32 clients. "
-                "Milliseconds until the first token with 32 clients: p50, p99; between tokens: "
-                "p50, p99",
+                f"{preset} by HTTP ({machines['http']}), tokens per CPU second of the server: one "
+                "client; 32 clients. Milliseconds until the first token with 32 clients: p50, p99; "
+                "between tokens: p50, p99",
                 f"{one['tokens_per_cpu_second']:.0f}; {many['tokens_per_cpu_second']:.0f}. "
                 "{:.0f}, {:.0f}; {:.0f}, {:.0f}".format(*waits),
             )
@@ -174,7 +179,8 @@ def served_rows() -> list[tuple[str, str]]:
     for clients, row in table["rest"].items():
         rows.append(
             (
-                f"{clients}, v1-tiny, one token: median milliseconds by gRPC; by REST",
+                f"{clients}, v1-tiny, one token ({machines['rest']}): median milliseconds by gRPC; "
+                "by REST",
                 f"{row['gRPC']['p50']:.1f}; {row['REST']['p50']:.1f}",
             )
         )
@@ -182,16 +188,16 @@ def served_rows() -> list[tuple[str, str]]:
         speeds = [table["litserve"][preset][name] for name in ("nanods", "LitServe")]
         rows.append(
             (
-                f"{preset} for 32 clients by HTTP, answers sent as a whole, tokens per CPU second: "
-                f"nanods; LitServe {table['litserve']['litserve']}",
+                f"{preset} for 32 clients by HTTP ({machines['litserve']}), answers sent as a "
+                f"whole, tokens per CPU second: nanods; LitServe {table['litserve']['litserve']}",
                 "; ".join(f"{row['tokens_per_cpu_second']:.0f}" for row in speeds),
             )
         )
     for name, row in table["embedder"].items():
         rows.append(
             (
-                f"v3-tiny embeds {name} (the same processor), items per second: one at a time; one "
-                "queue for each modality and length; one queue padded to the longest text; one "
+                f"v3-tiny embeds {name} ({machines['embedder']}), items per second: one at a time; "
+                "one queue for each modality and length; one queue padded to the longest text; one "
                 "queue whose batches are one pass, padded to the longest input",
                 "; ".join(f"{rate:.0f}" for rate in row["items_per_second"].values()),
             )
@@ -199,8 +205,8 @@ def served_rows() -> list[tuple[str, str]]:
     placed = {name: row for name, row in table["placement"].items() if "step" in name}
     rows.append(
         (
-            "INT8 experts beside an fp32 trunk of width 512, times as fast as all in fp32: "
-            f"{'; '.join(placed)}",
+            f"INT8 experts beside an fp32 trunk of width 512 ({machines['placement']}), times as "
+            f"fast as all in fp32: {'; '.join(placed)}",
             "; ".join(f"{row['times_faster']['INT8 experts']:.2f}" for row in placed.values()),
         )
     )

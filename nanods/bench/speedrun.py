@@ -28,7 +28,6 @@ from nanods.bench.runs import (
     write_json,
 )
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
-from nanods.config import PRESETS
 from nanods.data.text import SHAKESPEARE_SHA256, load_text
 from nanods.errors import UserError, run
 from nanods.flags import parse_args
@@ -74,7 +73,7 @@ class Args(TrainingArgs):
 
 def entry_job(name: str, seed: int, data: str = "shakespeare") -> Job:
     """Return the run of an entry with a seed."""
-    steps = ENTRIES[name].get("steps", PRESETS["v0-tiny"].steps)
+    steps = ENTRIES[name]["steps"]
     flags = {"data": data, "device": "cpu", "eval-every": steps} | ENTRIES[name] | {"seed": seed}
     return Job(f"{name}, seed {seed}", ("v0-tiny", *flags_from_dict(flags)))
 

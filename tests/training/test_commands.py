@@ -17,6 +17,7 @@ from nanods.training.commands import (
     shorten,
 )
 
+STEPS = ["--steps", str(PRESETS["v0-tiny"].steps)]
 FINETUNE = ["--stage", "finetune", "--init-from", "runs/v0", "--out-dir", "runs/tuned"]
 FLAGS = {
     "v0-tiny": ["--data", "a text's $HOME.txt", "--out-dir", "runs/it's; rm -rf *", "--lr", "3e-2"],
@@ -37,7 +38,7 @@ def parse(command):
     "flags",
     [
         ["--optimizer", "adamw", "--lr", "0.02"],
-        [*FINETUNE, "--data", "pydocs", "--steps", "2000", "--lr", "0.02", "--expert-lr", "0.02"],
+        [*FINETUNE, "--data", "pydocs", *STEPS, "--lr", "0.02", "--expert-lr", "0.02"],
         FINETUNE,
     ],
     ids=["adamw", "finetune", "defaults"],
