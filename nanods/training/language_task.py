@@ -184,11 +184,13 @@ class LanguageTask:
         """Write nothing: generating text needs no data."""
 
     def describe_data(self) -> str:
-        data = self.data
+        data, notices = self.data, list(self.data.notices)
+        if self.config.sampling == "random" and isinstance(data.train, Tokens):
+            notices.append("token shards are read in epochs, in spite of --sampling random")
         return (
             f"{data.name}: {len(data.train):,} training + {len(data.val):,} validation tokens, "
             f"sha256 {data.sha256[:12]}\nvalidation {data.validation}; {self.describe_evaluation()}"
-            + "".join(f"\nnotice     {notice}" for notice in data.notices)
+            + "".join(f"\nnotice     {notice}" for notice in notices)
         )
 
     def describe_evaluation(self) -> str:
