@@ -74,6 +74,9 @@ class Config:
     momentum: float = 0.9
     """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 -
     momentum) steps."""
+    equal_neurons: bool = False
+    """Muon: scale the rows of each update to the same length, so that no neuron learns faster than
+    the others (in a wide matrix, the columns). After NorMuon, arXiv:2510.05491."""
     weight_decay: float = 0.2
     """Decoupled weight decay: each step multiplies every matrix by 1 - lr * weight_decay. Reduces
     overfitting."""
@@ -336,6 +339,7 @@ def without_effect(config: Config) -> dict[str, str]:
     """Return the flags that change nothing beside the others of a configuration, and why."""
     moe, attention = config.model.moe, config.model.attention
     of_windows = ("short-", "sampling")
+    of_muon = ("momentum", "equal-neurons", "expert-")
     rules = (  # if it holds, the reason, and how the names of the flags begin
         (
             moe.n_expert == 1,
@@ -355,7 +359,7 @@ def without_effect(config: Config) -> dict[str, str]:
         (config.short_context == 0, "there is no --short-context", ("short-parts",)),
         (bool(config.multimodal.modalities), "V3 reads no windows of a text", of_windows),
         (config.data == "instructions", "examples are read whole", of_windows),
-        (config.optimizer == "adamw", "AdamW updates all weights", ("momentum", "expert-")),
+        (config.optimizer == "adamw", "AdamW updates all weights", of_muon),
     )
     switches = ("moe.n-expert", "attention.kind", "multimodal.modalities")
     reasons = {}

@@ -95,6 +95,21 @@ def iterate_product(X: Tensor, steps: int) -> Tensor:
     return Q @ X
 
 
+def equalise_neurons(updates: Tensor) -> Tensor:
+    """Give the update of each neuron of a matrix the same length, and keep the matrix's norm:
+    (..., R, C) -> (..., R, C).
+
+    A neuron is a row; in a wide matrix it is a column, as a hidden unit is in the MLP's second
+    matrix. An orthogonal update has equal singular values, but the vectors along its longer side
+    differ in length. NorMuon (Li et al. 2025, arXiv:2510.05491) divides rows by a running mean of
+    their lengths; the length of this step does as well here (LOG.md), and needs no memory.
+    """
+    R, C = updates.shape[-2:]
+    squares = updates.square().sum(dim=-1 if R >= C else -2, keepdim=True)
+    mean_square = squares.mean(dim=(-2, -1), keepdim=True)
+    return updates * (mean_square / (squares + 1e-14)).sqrt()
+
+
 class Muon(torch.optim.Optimizer):
     """Update matrices (R, C) and stacks of them (E, R, C). Embeddings, the output head and vectors
     belong to AdamW.
@@ -106,6 +121,8 @@ class Muon(torch.optim.Optimizer):
     rate, from a momentum that has gathered all gradients. Different parameters take different
     steps, so the work per step stays even. It is for experts: to orthogonalise them all would take
     longer than the rest of a step, and it costs little quality (LOG.md).
+
+    `equal_neurons`: pass each update through equalise_neurons.
     """
 
     def __init__(
@@ -116,11 +133,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         every: int = 1,
         orthogonalise: Callable[[Tensor], Tensor] = orthogonalise,
+        equal_neurons: bool = False,
     ) -> None:
         """`orthogonalise`: (..., R, C) -> (..., R, C). Several processes pass one that splits the
         work among them."""
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "every": every}
-        super().__init__(params, defaults | {"orthogonalise": orthogonalise})
+        defaults |= {"orthogonalise": orthogonalise, "equal_neurons": equal_neurons}
+        super().__init__(params, defaults)
         for group in self.param_groups:
             if any(p.ndim not in (2, 3) for p in group["params"]):
                 raise ValueError(
@@ -144,6 +163,8 @@ class Muon(torch.optim.Optimizer):
                     ]
                 )
                 updates = group["orthogonalise"](directions)
+                if group["equal_neurons"]:
+                    updates = equalise_neurons(updates)
                 R, C = stack[0].shape[-2:]
                 rate = lr * max(1, R / C) ** 0.5
                 for p, update in zip(stack, updates, strict=True):

@@ -58,7 +58,13 @@ def make_optimizers(
     elif experts:
         decay = config.weight_decay
         groups.append({"params": experts, "lr": config.expert_lr, "weight_decay": decay})
-    muon = Muon(muon_groups, config.lr, config.momentum, config.weight_decay)
+    muon = Muon(
+        muon_groups,
+        config.lr,
+        config.momentum,
+        config.weight_decay,
+        equal_neurons=config.equal_neurons,
+    )
     return with_peaks([muon, make_adamw(groups, betas=(0.8, 0.99))])
 
 

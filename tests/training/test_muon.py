@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from nanods.training import muon
-from nanods.training.muon import Muon, fast_bf16, iterate_matrix, iterate_product, orthogonalise
+from nanods.training.muon import (
+    Muon,
+    equalise_neurons,
+    fast_bf16,
+    iterate_matrix,
+    iterate_product,
+    orthogonalise,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -93,15 +100,51 @@ def test_muon_agrees_with_pytorchs_within_bf16(monkeypatch, stacked):
         assert (p - q).norm() < 0.02 * moved
 
 
+@pytest.mark.parametrize(("shape", "side"), [((40, 10), -1), ((10, 40), -2), ((8, 8), -1)])
+def test_equal_neurons_have_one_length_and_the_matrix_its_norm(shape, side):
+    updates = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).double()
+    updates[1] *= 1e-3
+    equal = equalise_neurons(updates)
+    lengths = equal.norm(dim=side)
+    assert (lengths / lengths.mean(dim=-1, keepdim=True) - 1).abs().max() < 1e-6
+    torch.testing.assert_close(equal.norm(dim=(1, 2)), updates.norm(dim=(1, 2)), rtol=1e-6, atol=0)
+    directions = torch.nn.functional.normalize(updates, dim=side)
+    assert (torch.nn.functional.normalize(equal, dim=side) - directions).abs().max() < 1e-6
+
+
+def test_neurons_without_a_gradient_get_no_update():
+    updates = torch.randn(2, 12, 4)
+    updates[0] = 0
+    updates[1, 5] = 0
+    equal = equalise_neurons(updates)
+    assert equal.isfinite().all() and not equal[0].any() and not equal[1, 5].any()
+
+
+def test_muon_equalises_each_matrix_where_it_is_asked_to():
+    torch.manual_seed(0)
+    start = [torch.randn(6, 20).double(), torch.randn(3, 20, 6).double()]
+    plain, equal = ([torch.nn.Parameter(p.clone()) for p in start] for _ in "ab")
+    for params, flags in ((plain, {}), (equal, {"equal_neurons": True})):
+        for p, before in zip(params, start, strict=True):
+            p.grad = before.sin()
+        Muon(params, 0.1, 0.9, **flags).step()
+    for before, a, b in zip(start, plain, equal, strict=True):
+        assert (b - before - equalise_neurons(a - before)).abs().max() < 1e-12
+        assert (b - a).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("equal_neurons", [False, True])
 @pytest.mark.parametrize("stacked", [32, 3])
-def test_a_stacked_parameter_is_updated_as_its_matrices_would_be(monkeypatch, stacked):
+def test_a_stacked_parameter_is_updated_as_its_matrices_would_be(
+    monkeypatch, stacked, equal_neurons
+):
     monkeypatch.setattr("nanods.training.muon.STACKED", stacked)
     torch.manual_seed(0)
     start = [torch.randn(4, R, C, dtype=torch.float64) for R, C in [(12, 30), (30, 12), (12, 30)]]
     stacks = [torch.nn.Parameter(p.clone()) for p in start]
     alone = [[torch.nn.Parameter(matrix.clone()) for matrix in p] for p in start]
     a, b = (
-        Muon(params, 0.1, 0.9, weight_decay=0.3)
+        Muon(params, 0.1, 0.9, weight_decay=0.3, equal_neurons=equal_neurons)
         for params in (stacks, [p for matrices in alone for p in matrices])
     )
     for _ in range(3):
