@@ -35,10 +35,13 @@ EXPERTS = ["--moe.n-expert", "4", "--moe.bias-rate", "0.01"]
 FLAGS = {
     "v0-tiny": [
         *("--data", "text.txt", "--clip", "0.05"),  # gradients are clipped at every step
-        *("--short-context", "0.5", "--conv-width", "3"),
+        *("--short-context", "0.5", "--conv-width", "3", "--equal-neurons"),
     ],
     "v1-tiny": ["--data", "text.txt", "--attention.block-size", "8"],
-    "v2-tiny": ["--data", "text.txt", "--attention.block-size", "8", "--clip", "0.05", *EXPERTS],
+    "v2-tiny": [
+        *("--data", "text.txt", "--attention.block-size", "8", "--clip", "0.05"),
+        *("--equal-neurons", *EXPERTS),
+    ],
     "v3-tiny": [
         *EXPERTS,
         *("--conv-width", "2"),
