@@ -4,8 +4,8 @@
 
 The last model of from_bigram.py, in its size, on the same windows for the same steps. Each arm
 replaces one function or one setting. The table has by how much the validation loss rises, in bits
-per byte. One arm instead adds an idea that this model leaves out and v0-tiny to v2-tiny have, the
-convolution of nanods/conv.py.
+per byte. Two arms instead add an idea that this model leaves out: the convolution of
+nanods/conv.py, which v0-tiny to v2-tiny have, and --equal-neurons.
 
 The learning rate was chosen for the whole model only, except for AdamW, which needs another one:
 the best of ADAMW_RATES with the first seed.
@@ -81,6 +81,7 @@ SETTINGS: dict[str, Step] = {
 }
 ADDED: dict[str, Step] = {
     "added: convolution before the MLP": replace(GPT_STEP, make=with_convolution),
+    "added: equal neurons in Muon": replace(GPT_STEP, equal_neurons=True),
 }
 MUON = "Muon (AdamW)"
 
@@ -162,7 +163,7 @@ def main() -> None:
         lost | added,
         dict.fromkeys(lost | added, 0.0),
         f"bits per byte worse after {args.steps} steps",
-        "Each idea left out alone, and one added",
+        "Each idea left out alone, and two added",
         "the whole model",
     )
     plots.save(figure, args.results / "ablations.png")

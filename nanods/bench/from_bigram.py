@@ -158,6 +158,8 @@ class Step:
     optimizer: str = "adamw"
     decay: float = 0.5
     """Share of the steps, the last ones, in which the learning rate falls to zero."""
+    equal_neurons: bool = False
+    """Muon: scale the rows of each update to one length."""
 
 
 STEPS = {
@@ -183,9 +185,8 @@ def train(step: Step, steps: int, seed: int) -> Iterator[tuple[nn.Module, float]
     torch.manual_seed(seed)
     model, text = step.make(), tokens_of("train")
     schedule = {"warmup": 0.03, "decay": step.decay, "weight_decay": 0.0}
-    config = replace(
-        PRESETS["v0-tiny"], steps=steps, lr=step.lr, optimizer=step.optimizer, **schedule
-    )
+    update = {"optimizer": step.optimizer, "lr": step.lr, "equal_neurons": step.equal_neurons}
+    config = replace(PRESETS["v0-tiny"], steps=steps, **update, **schedule)
     optimizers = make_optimizers(config, model)
     windows = torch.Generator().manual_seed(seed)  # the same for each model
     for i in range(steps):

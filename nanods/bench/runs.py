@@ -83,8 +83,12 @@ def training_command(flags: Sequence[str], launch: Sequence[str] = ()) -> str:
 
 
 def flags_from_dict(flags: dict[str, object]) -> list[str]:
-    """Return command-line flags: {"lr": 0.02} -> ["--lr", "0.02"]."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    """Return command-line flags: {"lr": 0.02, "equal-neurons": True} -> ["--lr", "0.02",
+    "--equal-neurons"]."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
 
 
 # ---- results -------------------------------------------------------------------------------------
