@@ -83,11 +83,14 @@ def training_command(flags: Sequence[str], launch: Sequence[str] = ()) -> str:
 
 
 def flags_from_dict(flags: dict[str, object]) -> list[str]:
-    """Return command-line flags: {"lr": 0.02, "equal-neurons": True} -> ["--lr", "0.02",
-    "--equal-neurons"]."""
+    """Return command-line flags: {"lr": 0.02, "equal-neurons": False} -> ["--lr", "0.02",
+    "--no-equal-neurons"]."""
     words = []
     for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
     return words
 
 

@@ -56,6 +56,11 @@ def test_peak_memory_does_not_include_the_parent_process():
     assert 0.95 < increase / (4 << 25) < 1.2 and len(held)
 
 
+def test_flags_from_a_dict_name_what_is_on_and_what_is_off():
+    words = runs.flags_from_dict({"lr": 0.02, "equal-neurons": True, "hidden": False})
+    assert words == ["--lr", "0.02", "--equal-neurons", "--no-hidden"]
+
+
 def test_updating_expected_results_keeps_those_of_other_benches(tmp_path):
     path = tmp_path / "expected.json"
     v0 = {"v0-tiny/pydocs": {"val_bpb": 2.0}}
