@@ -71,7 +71,7 @@ help:
 	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed")   5 hours'
 	@echo '  make bench-adapt       learn new tasks without forgetting: EWC, L2, replay     2 hours'
 	@echo '  make bench-serve       speed of a server, beside LitServe; false alarms         10 min'
-	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             40 min'
+	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             60 min'
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
 	@echo
 	@echo 'Develop'

@@ -1,6 +1,6 @@
 """Train the tiny presets on several seeds: results/ladder.json and results/expected.json.
 
-    python -m nanods.bench.ladder                 about 40 minutes on 2 cores; `make results`
+    python -m nanods.bench.ladder                 about an hour on 2 cores; `make results`
     python -m nanods.bench.ladder --seeds 1
 
 Two runs at a time, one thread each; each is stored when it is finished (stored_runs.py). train.py
