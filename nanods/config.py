@@ -76,7 +76,8 @@ class Config:
     momentum) steps."""
     equal_neurons: bool = False
     """Muon: scale the rows of each update to the same length, so that no neuron learns faster than
-    the others (in a wide matrix, the columns). After NorMuon, arXiv:2510.05491."""
+    the others; in a wide matrix, as the MLP's second, the columns. After NorMuon,
+    arXiv:2510.05491."""
     weight_decay: float = 0.2
     """Decoupled weight decay: each step multiplies every matrix by 1 - lr * weight_decay. Reduces
     overfitting."""

@@ -9,6 +9,7 @@ from nanods.bench.runs import machine_words
 
 def compression_results() -> list[Result]:
     table = load("compress")
+    machines = {part: machine_words(machine) for part, machine in table["machines"].items()}
     speed, leak = table["speed"], table["leak"]
     layer = speed["linear"]["1024"]
     processor = speed["processor"]
@@ -34,23 +35,24 @@ def compression_results() -> list[Result]:
         ),
         Result(
             "make bench-compress",
-            "GPT of width 1024, 4 layers, INT8 against fp32, the same machine: reading 256 tokens, "
-            "one decoding step",
+            f"GPT of width 1024, 4 layers, INT8 against fp32 ({machines['speed']}): reading 256 "
+            "tokens, one decoding step",
             f"{faster(wide['prefill'])}, {faster(wide['step'])} times as fast",
             "compress",
         ),
         Result(
             "make bench-compress",
-            "16 INT8 experts of width 1024 on 2,048 tokens; an image-text pair through a V3 of "
-            "width 1024; through v3-tiny",
+            f"16 INT8 experts of width 1024 on 2,048 tokens ({machines['speed']}); an image-text "
+            "pair through a V3 of width 1024; through v3-tiny",
             f"{faster(speed['experts'])}; {faster(speed['pair']['width 1024'])}; "
             f"{faster(speed['pair']['v3-tiny'])} times as fast as fp32",
             "compress",
         ),
         Result(
             "make bench-compress",
-            "mean change of v0-tiny's logits (random weights) when the future of the text changes: "
-            "one activation scale per row; one per tensor (its error of rounding)",
+            "mean change of v0-tiny's logits (random weights) when the future of the text changes "
+            f"({machines['leak']}): one activation scale per row; one per tensor (its error of "
+            "rounding)",
             f"{leak['models']['v0-tiny']['INT8']['from_the_future']:.3f}; "
             f"{with_one_scale['from_the_future']:.3f} ({with_one_scale['from_quantising']:.3f})",
             "compress",
@@ -63,7 +65,7 @@ def compression_results() -> list[Result]:
             results.append(
                 Result(
                     "make bench-compress",
-                    f"{preset} stored as INT8; as FP8 ({machine_words(table['machines']['sizes'])})"
+                    f"{preset} stored as INT8; as FP8 ({machines['sizes']})"
                     f": {unit} lost, and times smaller than fp32",
                     f"{lost['int8']:.4f}, {smaller['int8']['fp32']:.2f}; "
                     f"{lost['fp8']:.4f}, {smaller['fp8']['fp32']:.2f}",
@@ -78,7 +80,7 @@ def compression_results() -> list[Result]:
                     "make bench-compress",
                     f"v1-tiny with weights of {bits}: share of the loss gap that training with "
                     f"rounding closes, {table['qat']['steps']} more steps "
-                    f"({machine_words(table['machines']['qat'])})",
+                    f"({machines['qat']})",
                     f"{row['mean_closed']:.0%} ({each([100 * x for x in row['closed']], 0)})",
                     "compress",
                 )
@@ -96,7 +98,7 @@ def compression_results() -> list[Result]:
             Result(
                 "make bench-compress",
                 f"{name} (the teacher's {row['teacher']:.4f}), {row['steps']['equal']} steps "
-                f"({machine_words(table['machines'][part])}): with the teacher; without, equal "
+                f"({machines[part]}): with the teacher; without, equal "
                 "steps; without, equal time",
                 figures,
                 "compress",

@@ -207,8 +207,9 @@ def describe_machine(dtype: str = "auto") -> dict[str, object]:
 
 
 def machine_words(machine: dict) -> str:
-    """Return the CPU and the dtype of what describe_machine returned, as tables name them."""
-    return f"{machine['cpu']}, {machine['dtype']}"
+    """Return the CPU and the dtype of what describe_machine returned, as tables name them. Some
+    tables have the CPU's name as `processor`."""
+    return f"{machine.get('processor', machine['cpu'])}, {machine['dtype']}"
 
 
 def cpu_name() -> str:

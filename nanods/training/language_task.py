@@ -186,7 +186,7 @@ class LanguageTask:
     def describe_data(self) -> str:
         data, notices = self.data, list(self.data.notices)
         if self.config.sampling == "random" and isinstance(data.train, Tokens):
-            notices.append("token shards are read in epochs, in spite of --sampling random")
+            notices.append("token shards are read in epochs: --sampling random has no effect")
         return (
             f"{data.name}: {len(data.train):,} training + {len(data.val):,} validation tokens, "
             f"sha256 {data.sha256[:12]}\nvalidation {data.validation}; {self.describe_evaluation()}"

@@ -96,13 +96,15 @@ def iterate_product(X: Tensor, steps: int) -> Tensor:
 
 
 def equalise_neurons(updates: Tensor) -> Tensor:
-    """Give the update of each neuron of a matrix the same length, and keep the matrix's norm:
+    """Scale each neuron's update to one common length, without changing the norm of the matrix:
     (..., R, C) -> (..., R, C).
 
-    A neuron is a row; in a wide matrix it is a column, as a hidden unit is in the MLP's second
-    matrix. An orthogonal update has equal singular values, but the vectors along its longer side
-    differ in length. NorMuon (Li et al. 2025, arXiv:2510.05491) divides rows by a running mean of
-    their lengths; the length of this step does as well here (LOG.md), and needs no memory.
+    A neuron is a row of a tall or square matrix, and a column of a wide one: those of the MLP's
+    second matrix belong to its hidden units (those of V3's patches to inputs). An orthogonal update
+    has equal singular values, but the vectors along its longer side differ in length. However short
+    an update is, it is scaled to the full length, unless it is zero. NorMuon (Li et al. 2025,
+    arXiv:2510.05491) divides rows by the root of a running mean of their squares. Dividing by this
+    step's lengths did as well in our runs (LOG.md), and needs no optimizer state.
     """
     R, C = updates.shape[-2:]
     squares = updates.square().sum(dim=-1 if R >= C else -2, keepdim=True)

@@ -44,7 +44,7 @@ FLAGS = {
     ],
     "v3-tiny": [
         *EXPERTS,
-        *("--conv-width", "2"),
+        *("--conv-width", "2", "--equal-neurons"),
         *("--multimodal.entropy-coefficient", "0.1"),
         *("--multimodal.patch-size", "16", "--multimodal.patch-frames", "16"),
     ],
