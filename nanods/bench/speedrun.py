@@ -42,6 +42,8 @@ ENTRIES: dict[str, dict[str, object]] = {
     "short windows first": EARLIER | {"short-context": 0.5, "steps": 1700},
     "convolution before the MLP": EARLIER | {"conv-width": 4, "short-context": 0.5, "steps": 1100},
     "text read in epochs": EPOCHS | {"short-context": 0.5, "steps": 850},
+    "equal neurons": EPOCHS
+    | {"short-context": 0.5, "equal-neurons": True, "lr": 0.03, "steps": 800},
 }
 """The flags of each entry over the preset v0-tiny, oldest first. An entry is a record if all three
 seeds reach the target and their mean time is below that of every earlier record."""
