@@ -22,10 +22,11 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 .PHONY: test test-slow lint format clean
 
 help:
-	@echo 'The commands of nanods, with their times on 2 CPU cores. The first command also sets up the'
-	@echo 'environment (2 minutes, once). SCALE=tiny|small|base|full chooses the size of the model, and'
-	@echo 'ARGS="--lr 1e-2" passes flags on. PROCS=2 trains with 2 processes, GPUS=8 with 8 GPUs.'
-	@echo 'DATA=my_file or DATA=my_folder trains on your own data: docs/DATA.md.'
+	@echo 'The commands of nanods, with their times on 2 CPU cores (training: with bf16 units; two to'
+	@echo 'three times as long without). The first command also sets up the environment (2 minutes,'
+	@echo 'once). SCALE=tiny|small|base|full chooses the size of the model, and ARGS="--lr 1e-2" passes'
+	@echo 'flags on. PROCS=2 trains with 2 processes, GPUS=8 with 8 GPUs. DATA=my_file or'
+	@echo 'DATA=my_folder trains on your own data: docs/DATA.md.'
 	@echo
 	@echo 'Train, plan and use a model'
 	@echo '  make train-v0          a GPT with dense attention: train, plot, sample            3 min'
