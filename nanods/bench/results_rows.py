@@ -12,7 +12,7 @@ from nanods.bench.runs import machine_words
 
 ROOT = Path(__file__).parents[2]
 MACHINE = "2 cores of an AMD Zen 5 (bf16 in hardware), torch 2.13.0, no GPU"
-SECOND_MACHINE = "AMD EPYC, fp32"  # machine_words of the second one: rows measured there say so
+SECOND_MACHINE = "AMD EPYC, fp32"  # for rows whose tables do not name it, or name both
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def speed_results() -> list[Result]:
         Result(
             "make bench",
             f"a GPT grown from a bigram table: bits per byte after {grown['steps']} steps each "
-            f"({SECOND_MACHINE}), mean of 2 seeds",
+            f"({machine_words(grown['machine'])}), mean of 2 seeds",
             ", ".join(f"{name} {loss:.3f}" for name, loss in steps.items()),
             "from_bigram",
         ),
@@ -131,7 +131,7 @@ def ablations_result() -> Result:
     return Result(
         "make bench-ablations",
         f"that GPT with one idea left out or added, {table['steps']} steps, {table['seeds']} seeds "
-        f"({SECOND_MACHINE}): bits per byte worse, by idea",
+        f"({machine_words(table['machine'])}): bits per byte worse, by idea",
         "; ".join(
             f"{idea}: {each(lost, 3)}" for idea, lost in (table["lost"] | table["added"]).items()
         ),
@@ -180,9 +180,9 @@ def attention_results() -> list[Result]:
         ),
         Result(
             "make bench-long-text",
-            f"pydocs at 4,096 tokens, 2 layers, {long_text['seeds']} seeds ({SECOND_MACHINE}): V1 "
-            f"minus dense, bits per byte, after {dense_steps} steps each; after equal time "
-            f"({V1_steps:,} steps of V1)",
+            f"pydocs at 4,096 tokens, 2 layers, {long_text['seeds']} seeds "
+            f"({machine_words(long_text['machine'])}): V1 minus dense, bits per byte, after "
+            f"{dense_steps} steps each; after equal time ({V1_steps:,} steps of V1)",
             "; ".join(
                 each(gain[f"bpb_minus_dense_at_equal_{what}"]["each"], 3)
                 for what in ("steps", "time")
@@ -293,8 +293,8 @@ def expert_results() -> list[Result]:
         Result(
             "make bench-arithmetic",
             f"sums and products with held-out operands, {arithmetic['variants']['v2']['seeds']} "
-            f"seeds, {arithmetic['task']['steps']:,} steps, dense attention ({SECOND_MACHINE}): "
-            "V2; V1 with MLPs of twice the width; V1",
+            f"seeds, {arithmetic['task']['steps']:,} steps, dense attention "
+            f"({machine_words(arithmetic['machine'])}): V2; V1 with MLPs of twice the width; V1",
             f"{right['v2']:.1f}%, {right['v1-2f']:.1f}%, {right['v1']:.1f}% right",
             "arithmetic",
         ),
