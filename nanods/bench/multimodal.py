@@ -61,11 +61,11 @@ EXPERTS = {"moe.n-expert": 16, "hidden-ratio": 2}
 VARIANTS = {
     "as it is": {},
     "emergent": {"multimodal.pairs": ("text-image", "text-audio")},
-    "separate": {"multimodal.no-shared": ()},
+    "separate": {"multimodal.shared": False},
     "experts": EXPERTS | {"multimodal.entropy-coefficient": 0.02},
     "balanced": EXPERTS,
     "longer": {"steps": 1200},
-    "random": {"multimodal.no-hard-batches": ()},
+    "random": {"multimodal.hard-batches": False},
 }
 MAX_SEEDS = {"experts": 1, "balanced": 1, "longer": 1}
 FACTS = {"shape": 0, "colour": 1, "size": 2, "relation": 3}  # columns of scenes.facts_of
@@ -88,23 +88,9 @@ class Args(TrainingArgs):
 # ---- runs ----------------------------------------------------------------------------------------
 
 
-def flags(settings: dict) -> list[str]:
-    """Return command-line flags; a tuple becomes the values of one flag.
-
-    {"lr": 0.02, "a": (1, 2), "no-b": ()} -> ["--a", "1", "2", "--no-b", "--lr", "0.02"].
-    """
-    words, single_values = [], {}
-    for name, value in settings.items():
-        if isinstance(value, tuple):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            single_values[name] = value
-    return words + flags_from_dict(single_values)
-
-
 def variant_job(name: str, seed: int) -> Job:
     """Return the run of a variant."""
-    return Job(f"{name}-{seed}", ("v3-tiny", *flags(VARIANTS[name] | {"seed": seed})))
+    return Job(f"{name}-{seed}", ("v3-tiny", *flags_from_dict(VARIANTS[name] | {"seed": seed})))
 
 
 def run_figures(job: Job, out: Path, rows: list[dict]) -> dict:

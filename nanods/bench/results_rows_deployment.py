@@ -7,9 +7,14 @@ from nanods.bench.results_rows import Result, each, load
 from nanods.bench.runs import machine_words
 
 
+def machines_of(table: dict) -> dict[str, str]:
+    """Return the machine of each part of a table, in words."""
+    return {part: machine_words(machine) for part, machine in table["machines"].items()}
+
+
 def compression_results() -> list[Result]:
     table = load("compress")
-    machines = {part: machine_words(machine) for part, machine in table["machines"].items()}
+    machines = machines_of(table)
     speed, leak = table["speed"], table["leak"]
     layer = speed["linear"]["1024"]
     processor = speed["processor"]
@@ -65,8 +70,8 @@ def compression_results() -> list[Result]:
             results.append(
                 Result(
                     "make bench-compress",
-                    f"{preset} stored as INT8; as FP8 ({machines['sizes']})"
-                    f": {unit} lost, and times smaller than fp32",
+                    f"{preset} stored as INT8; as FP8 ({machines['sizes']}): {unit} lost, and "
+                    "times smaller than fp32",
                     f"{lost['int8']:.4f}, {smaller['int8']['fp32']:.2f}; "
                     f"{lost['fp8']:.4f}, {smaller['fp8']['fp32']:.2f}",
                     "compress",
@@ -79,8 +84,7 @@ def compression_results() -> list[Result]:
                 Result(
                     "make bench-compress",
                     f"v1-tiny with weights of {bits}: share of the loss gap that training with "
-                    f"rounding closes, {table['qat']['steps']} more steps "
-                    f"({machines['qat']})",
+                    f"rounding closes, {table['qat']['steps']} more steps ({machines['qat']})",
                     f"{row['mean_closed']:.0%} ({each([100 * x for x in row['closed']], 0)})",
                     "compress",
                 )
@@ -98,8 +102,7 @@ def compression_results() -> list[Result]:
             Result(
                 "make bench-compress",
                 f"{name} (the teacher's {row['teacher']:.4f}), {row['steps']['equal']} steps "
-                f"({machines[part]}): with the teacher; without, equal "
-                "steps; without, equal time",
+                f"({machines[part]}): with the teacher; without, equal steps; without, equal time",
                 figures,
                 "compress",
             )
@@ -156,7 +159,7 @@ def serving_results() -> list[Result]:
 def served_rows() -> list[tuple[str, str]]:
     """Return what was measured of a server, and the figures."""
     table, rows = load("serve"), []
-    machines = {part: machine_words(machine) for part, machine in table["machines"].items()}
+    machines = machines_of(table)
     for preset, row in table["engine"].items():
         ways = (*row["times_faster"], "continuous batching")
         rows.append(

@@ -83,14 +83,18 @@ def training_command(flags: Sequence[str], launch: Sequence[str] = ()) -> str:
 
 
 def flags_from_dict(flags: dict[str, object]) -> list[str]:
-    """Return command-line flags: {"lr": 0.02, "equal-neurons": False} -> ["--lr", "0.02",
-    "--no-equal-neurons"]."""
+    """Return command-line flags; a tuple becomes the values of one flag.
+
+    {"lr": 0.02, "a.b": False, "c": (1, 2)} -> ["--lr", "0.02", "--a.no-b", "--c", "1", "2"].
+    """
     words = []
     for name, value in flags.items():
+        group, dot, field = name.rpartition(".")
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            words.append(f"--{name}" if value else f"--{group}{dot}no-{field}")
         else:
-            words += [f"--{name}", str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}", *map(str, values)]
     return words
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from nanods.bench.multimodal import VARIANTS, accuracy, fact_accuracy, flags, replace_fact, summary
+from nanods.bench.multimodal import VARIANTS, accuracy, fact_accuracy, replace_fact, summary
+from nanods.bench.runs import flags_from_dict
 from nanods.config import PRESETS, from_command_line
 from nanods.data import scenes
 from nanods.training.contrastive_task import ContrastiveTask
@@ -82,9 +83,9 @@ def test_fact_accuracy_is_1_for_facts_in_the_embedding_and_chance_for_others(bli
 def test_the_command_line_accepts_each_variant():
     preset = replace(PRESETS["v3-tiny"], seed=3)
     for name, settings in VARIANTS.items():
-        config = from_command_line("", ["v3-tiny", *flags(settings | {"seed": 3})])
+        config = from_command_line("", ["v3-tiny", *flags_from_dict(settings | {"seed": 3})])
         assert config.seed == 3 and (config != preset) == (name != "as it is")
-    separate = from_command_line("", ["v3-tiny", *flags(VARIANTS["separate"])])
+    separate = from_command_line("", ["v3-tiny", *flags_from_dict(VARIANTS["separate"])])
     assert not separate.multimodal.shared and separate.multimodal.hard_batches
 
 

@@ -59,6 +59,8 @@ def test_peak_memory_does_not_include_the_parent_process():
 def test_flags_from_a_dict_name_what_is_on_and_what_is_off():
     words = runs.flags_from_dict({"lr": 0.02, "equal-neurons": True, "hidden": False})
     assert words == ["--lr", "0.02", "--equal-neurons", "--no-hidden"]
+    words = runs.flags_from_dict({"a.b-c": False, "pairs": ("x", "y"), "n": 1})
+    assert words == ["--a.no-b-c", "--pairs", "x", "y", "--n", "1"]
 
 
 def test_updating_expected_results_keeps_those_of_other_benches(tmp_path):
