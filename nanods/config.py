@@ -75,9 +75,9 @@ class Config:
     """Share of Muon's momentum that each step keeps: it averages the gradients of about 1 / (1 -
     momentum) steps."""
     equal_neurons: bool = False
-    """Muon: scale the rows of each update to the same length, so that no neuron learns faster than
-    the others; in a wide matrix, as the MLP's second, the columns. After NorMuon,
-    arXiv:2510.05491."""
+    """Muon: scale each neuron's update to the same length, so that no neuron learns faster than the
+    others. A neuron is a row of the matrix, or a column if the matrix is wide (the MLP's second).
+    After NorMuon, arXiv:2510.05491."""
     weight_decay: float = 0.2
     """Decoupled weight decay: each step multiplies every matrix by 1 - lr * weight_decay. Reduces
     overfitting."""

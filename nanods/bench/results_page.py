@@ -41,9 +41,9 @@ def results_page() -> str:
     parts = [
         "# Results\n",
         "Made by `make docs` from `results/*.json`; each file is written by the command beside it.",
-        f"All on {MACHINE}, but for rows that name",
-        "another: the AMD EPYC is a Zen 3 (AVX2, no bf16 units), 2 cores of it. A CPU without bf16",
-        "units trains more slowly (LOG.md). Nothing was measured on a GPU.",
+        f"Unless a row names another machine, figures are from {MACHINE}.",
+        "Rows marked AMD EPYC are from 2 cores of a Zen 3 (AVX2, no bf16 units). A CPU without",
+        "bf16 units trains more slowly (LOG.md). Nothing was measured on a GPU.",
         "Numbers in parentheses are single seeds. Conclusions, and experiments that failed, are in",
         "[LOG.md](../LOG.md).\n",
         "A bench that trains models stores each run in `results/runs/` as soon as it is finished.",

@@ -56,8 +56,8 @@ def compression_results() -> list[Result]:
         Result(
             "make bench-compress",
             "mean change of v0-tiny's logits (random weights) when the future of the text changes "
-            f"({machines['leak']}): one activation scale per row; one per tensor (its error of "
-            "rounding)",
+            f"({machines['leak']}): one activation scale per row; one per tensor (its rounding "
+            "error)",
             f"{leak['models']['v0-tiny']['INT8']['from_the_future']:.3f}; "
             f"{with_one_scale['from_the_future']:.3f} ({with_one_scale['from_quantising']:.3f})",
             "compress",

@@ -211,8 +211,8 @@ def describe_machine(dtype: str = "auto") -> dict[str, object]:
 
 
 def machine_words(machine: dict) -> str:
-    """Return the CPU and the dtype of what describe_machine returned, as tables name them. Some
-    tables have the CPU's name as `processor`."""
+    """Return the CPU and dtype of a describe_machine() result, in the words used in tables. Some
+    results have the CPU's name as `processor`."""
     return f"{machine.get('processor', machine['cpu'])}, {machine['dtype']}"
 
 

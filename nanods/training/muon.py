@@ -99,12 +99,13 @@ def equalise_neurons(updates: Tensor) -> Tensor:
     """Scale each neuron's update to one common length, without changing the norm of the matrix:
     (..., R, C) -> (..., R, C).
 
-    A neuron is a row of a tall or square matrix, and a column of a wide one: those of the MLP's
-    second matrix belong to its hidden units (those of V3's patches to inputs). An orthogonal update
-    has equal singular values, but the vectors along its longer side differ in length. However short
-    an update is, it is scaled to the full length, unless it is zero. NorMuon (Li et al. 2025,
-    arXiv:2510.05491) divides rows by the root of a running mean of their squares. Dividing by this
-    step's lengths did as well in our runs (LOG.md), and needs no optimizer state.
+    A neuron is a row of a tall or square matrix, and a column of a wide one. In the MLP's second
+    matrix, which is wide, each column belongs to one hidden unit; in V3's patch embedding, to one
+    input. An orthogonal update has equal singular values, but the vectors along its longer side
+    differ in length. Even a very short vector is scaled to the common length; only zero stays zero.
+    NorMuon (Li et al. 2025, arXiv:2510.05491) divides rows by the root of a running mean of their
+    squares. Dividing by this step's lengths did as well in our runs (LOG.md), and needs no
+    optimizer state.
     """
     R, C = updates.shape[-2:]
     squares = updates.square().sum(dim=-1 if R >= C else -2, keepdim=True)
