@@ -62,15 +62,24 @@ def workspace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def program(workspace, monkeypatch, capsys):
+def program(request, workspace, monkeypatch, capsys):
     """Run train.py, sample.py, nanods/evaluate.py or nanods/data/check.py in this process:
-    program("train", "v1-tiny", ...) -> (exit code, stdout, stderr)."""
+    program("train", "v1-tiny", ...) -> (exit code, stdout, stderr).
+
+    A run's pictures take longer than its few steps. They are left out, except in tests marked
+    `pictures`.
+    """
     import sample
     import train
     from nanods import evaluate
     from nanods.data import check
     from nanods.errors import run
+    from nanods.training.contrastive_task import ContrastiveTask
+    from nanods.training.language_task import LanguageTask
 
+    if not request.node.get_closest_marker("pictures"):
+        for task in (LanguageTask, ContrastiveTask):
+            monkeypatch.setattr(task, "draw", lambda *_: [])
     mains = {"train": train.main, "sample": sample.main}
     mains |= {"evaluate": evaluate.main, "check": check.main}
 

@@ -33,6 +33,7 @@ FLAGS = {
 PICTURES = {"v0-tiny": "loss", "v1-tiny": "sparsity", "v2-tiny": "experts", "v3-tiny": "space"}
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("preset", FLAGS)
 def test_train_and_sample(apple_gpu, program, workspace, preset):
     sizes = ("--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 4, "--steps", 2)

@@ -7,7 +7,7 @@ from nanods.moe import experts_loop
 from nanods.moe_kernel import experts_grouped
 from tests.test_train import metrics
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.pictures]
 
 
 def losses(preset, train_tiny, workspace, device, *options):

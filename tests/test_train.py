@@ -42,6 +42,7 @@ def weights(out):
     return checkpoint.load(out).path.joinpath("model.safetensors").read_bytes()
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("preset", ["v0-tiny", "v1-tiny", "v2-tiny"])
 def test_a_run_learns_and_writes_its_files(train_tiny, workspace, preset):
     code, out, err = train_tiny(preset, "--steps", 30, "--save-every", 20)
@@ -187,7 +188,6 @@ def test_the_best_checkpoint_is_kept_named_and_remembered(
 
     monkeypatch.setattr(train, "set_learning_rate", count)
     monkeypatch.setattr(LanguageTask, "evaluate", evaluate)
-    monkeypatch.setattr(LanguageTask, "draw", lambda *args: [])
     flags = ("--steps", 8, "--save-every", 3, "--eval-every", 2, "--out-dir", "a run")
     best = workspace / "a run" / "best"
     with pytest.raises(Killed):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from nanods.data.sound import write_wav
@@ -35,6 +36,7 @@ def write_table(folder, per_word=16):
     (folder / "metadata.csv").write_text("".join(rows))
 
 
+@pytest.mark.pictures
 def test_a_run_counts_the_pairs_that_exist_and_resumes_bitwise(
     train_tiny, program, workspace, killed_at, monkeypatch
 ):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 
 from nanods.data.sound import write_wav
 
@@ -27,6 +28,7 @@ def write_words(folder, seconds=1.0, per_word=40):
             (folder / f"{word}_{i}.txt").write_text(word.title() if i % 2 else f" {word}\n")
 
 
+@pytest.mark.pictures
 def test_ten_words_are_learnt_reported_as_labels_and_found(train_tiny, program, workspace):
     write_words(workspace / "words")
     code, out, err = train_tiny("v3-tiny", "--data", "words", *SMALL)

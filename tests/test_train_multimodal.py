@@ -2,7 +2,9 @@
 mistakes."""
 
 import json
+import shutil
 import wave
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -21,6 +23,7 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.pictures
 def test_a_run_learns_and_writes_its_files(train_tiny, workspace):
     few = (
         "--steps",
@@ -65,6 +68,7 @@ def test_a_run_learns_and_writes_its_files(train_tiny, workspace):
     assert checkpoint.load(run).state["examples"] == 960
 
 
+@pytest.mark.pictures
 def test_the_load_is_logged_by_modality(train_tiny, workspace):
     code, _, err = train_tiny(
         "v3-tiny", "--steps", 2, "--eval-every", 2, "--multimodal.entropy-coefficient", 0.1
@@ -164,10 +168,19 @@ def test_training_on_a_folder_of_captioned_files(train_tiny, program, workspace)
 # ---- sample.py -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def run_of_three_steps(tmp_path_factory):
+    """A folder for a run that the first test trains."""
+    return tmp_path_factory.mktemp("trained") / "v3-tiny"
+
+
 @pytest.fixture
-def trained(train_tiny, workspace):
-    assert train_tiny("v3-tiny", "--steps", 3, "--context-length", 80)[0] == 0
-    return workspace / "runs/v3-tiny"
+def trained(train_tiny, workspace, run_of_three_steps):
+    """Put that run into the workspace."""
+    if not run_of_three_steps.exists():
+        flags = ("--steps", 3, "--context-length", 80, "--out-dir", run_of_three_steps)
+        assert train_tiny("v3-tiny", *flags)[0] == 0
+    return Path(shutil.copytree(run_of_three_steps, workspace / "runs/v3-tiny"))
 
 
 def test_each_modality_can_be_the_query(trained, program, workspace):

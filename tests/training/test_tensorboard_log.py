@@ -55,6 +55,7 @@ def numbers_of(run_dir):
     }
 
 
+@pytest.mark.pictures
 def test_a_run_writes_its_numbers_its_load_and_its_pictures(train_tiny, workspace):
     code, out, err = train_tiny("v2-tiny", "--steps", 6, "--eval-every", 3, "--tensorboard")
     assert code == 0, err
