@@ -180,7 +180,7 @@ def balance_table(balance: dict) -> tuple[list[str], list[list[object]]]:
 
 def balance_against_loss(balance: dict, title: str = "") -> Figure:
     """Draw each run of results/balance.json of a cure that was tried at several strengths: its
-    busiest expert's load and its bits per byte.
+    busiest expert's load above the mean and its bits per byte.
 
     The runs of one seed are joined by a line; those of the best strength with other seeds are
     hollow.
@@ -189,7 +189,7 @@ def balance_against_loss(balance: dict, title: str = "") -> Figure:
     axes = figure.subplots()
     several = {cure: tried for cure, tried in balance["tried"].items() if len(tried) > 1}
     for (cure, tried), colour in zip(several.items(), (BLUE, ORANGE, COLOURS[3]), strict=True):
-        x = [run["val_load_max_over_mean"] for run in tried.values()]
+        x = [run["val_load_max_over_mean"] - 1 for run in tried.values()]
         y = [run["val_bpb"] for run in tried.values()]
         axes.plot(x, y, "o-", color=colour, linewidth=1, label=BALANCED_BY[cure])
         for strength, *point in zip(tried, x, y, strict=True):
@@ -197,11 +197,14 @@ def balance_against_loss(balance: dict, title: str = "") -> Figure:
             where = {"xytext": (5, 5), "textcoords": "offset points"}
             axes.annotate(label, point, fontsize=9, color=colour, **where)
         for run in balance["best"][cure]["runs"][1:]:
-            point = [run["val_load_max_over_mean"]], [run["val_bpb"]]
+            point = [run["val_load_max_over_mean"] - 1], [run["val_bpb"]]
             axes.plot(*point, "o", markerfacecolor="none", color=colour)
-    axes.set(xlabel="busiest expert / mean load (1: even)", ylabel="bits per byte on validation")
-    axes.set(xlim=(1, None), title=title)
-    axes.margins(y=0.12)
+    axes.set(xlabel="load of the busiest expert above the mean", xscale="log", title=title)
+    axes.set(ylabel="bits per byte on validation")
+    axes.margins(x=0.1, y=0.12)
+    ticks = (0.1, 0.2, 0.5, 1, 2)
+    axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.legend(frameon=False)
     return figure
 

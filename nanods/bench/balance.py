@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nanods import plots, plots_experts
 from nanods.bench.experts import WITHOUT_LOSSES, run_figures
-from nanods.bench.jobs import EARLIER, Job
+from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, write_json
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.data.text import load_text
@@ -32,7 +32,7 @@ from nanods.flags import parse_args
 
 STEPS = 300
 EVEN = 1.35
-SMALL = {"n-layer": 2, "steps": STEPS, "eval-every": STEPS} | EARLIER
+SMALL = {"n-layer": 2, "steps": STEPS, "eval-every": STEPS}
 ONE_SEED = ("none", "capacity")
 NO_BALANCE_LOSS = {"moe.balance-coefficient": 0}
 SIGMOID = {"moe.scores": "sigmoid"}
@@ -49,8 +49,8 @@ CURES: dict[str, tuple[dict, str, tuple[float, ...]]] = {
     "none": (WITHOUT_LOSSES, "moe.bias-rate", (0.0,)),
     "capacity": (WITHOUT_LOSSES, "moe.capacity-factor", (1.25,)),
     "loss": ({}, "moe.balance-coefficient", (0.03, 0.1, 0.3)),
-    "bias": (NO_BALANCE_LOSS, "moe.bias-rate", (0.01, 0.03)),
-    "bias, sigmoid": (NO_BALANCE_LOSS | SIGMOID, "moe.bias-rate", (0.01, 0.03, 0.1)),
+    "bias": (NO_BALANCE_LOSS, "moe.bias-rate", (0.003, 0.01, 0.03)),
+    "bias, sigmoid": (NO_BALANCE_LOSS | SIGMOID, "moe.bias-rate", (0.01, 0.03, 0.1, 0.3)),
 }
 """The flags of each cure, the flag of its strength, and the strengths that are tried."""
 
