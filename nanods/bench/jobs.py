@@ -93,6 +93,12 @@ class FunctionJob:
         return as_json({"preset": None, "flags": self.flags, "data": None})
 
 
+def ladder_job(name: str, preset: str, seed: int, data: str = "pydocs") -> Job:
+    """Return the run of an unchanged preset, in the folder that `make results` uses too."""
+    words = (preset, "--data", data, "--seed", str(seed))
+    return Job(name, words, f"ladder/{preset}-{data}-{seed}")
+
+
 # ---- the presets as they were --------------------------------------------------------------------
 
 EARLIER = {"conv-width": 1, "sampling": "random"}

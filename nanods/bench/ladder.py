@@ -10,7 +10,7 @@ compares its runs with `expected.json`: the mean over the seeds, with a toleranc
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanods.bench.jobs import Job
+from nanods.bench.jobs import Job, ladder_job
 from nanods.bench.runs import expected_entry, update_expected, write_json
 from nanods.bench.stored_runs import machine_of, train_all
 from nanods.data.text import load_text
@@ -49,8 +49,8 @@ def main() -> None:
     for preset, data in RUNS:
         seeds = args.seeds if data == "pydocs" else 1
         for seed in range(seeds):
-            words = (preset, "--data", data, "--seed", str(seed))
-            jobs[preset, data, seed] = Job(f"{preset}-{data}-{seed}", words)
+            name = f"{preset}-{data}-{seed}"
+            jobs[preset, data, seed] = ladder_job(name, preset, seed, data)
     all_jobs = list(jobs.values())
     results = train_all("ladder", all_jobs, last_metrics, args.results, args.runs)
 

@@ -3,12 +3,11 @@
     python -m nanods.bench.long_text             about 50 minutes on 2 cores; `make bench-long-text`
     python -m nanods.bench.long_text --seeds 1 --steps 50 --results /tmp/long_text
 
-Data pydocs; a small model with a context of 4,096 tokens, one sequence per step, with the presets'
-earlier settings (EARLIER in jobs.py). The dense runs take --steps steps. Each sparse variant
-(blocks of 64, 8 selected and the current one) runs twice: for the same number of steps as dense,
-and for as many steps as fit into the time of the dense runs. Each run has its complete learning
-rate schedule. Time is CPU time on one thread, without the evaluations; two runs at a time share the
-machine's memory, which changes it by some percent.
+Data pydocs; a small model with a context of 4,096 tokens, one sequence per step. The dense runs
+take --steps steps. Each sparse variant (blocks of 64, 8 selected and the current one) runs twice:
+for the same number of steps as dense, and for as many steps as fit into the time of the dense runs.
+Each run has its complete learning rate schedule. Time is CPU time on one thread, without the
+evaluations; two runs at a time share the machine's memory, which changes it by some percent.
 
 Does far text help? The same pieces of 512 held-out tokens are predicted as the last of a window of
 512, 1,024, 2,048 or 4,096 tokens. Finished runs are stored and not repeated (stored_runs.py),
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from nanods import plots
-from nanods.bench.jobs import EARLIER, Job
+from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, is_subset, mean_and_each, write_json
 from nanods.bench.stored_runs import Summarise, TrainingArgs, machine_of, train_all
 from nanods.data.text import load_text
@@ -38,7 +37,6 @@ from nanods.training import checkpoint
 from nanods.training.language_task import cross_entropy
 
 SIZE = {"n-layer": 2, "n-head": 4, "n-embd": 128, "context-length": 4096, "batch-size": 1}
-SIZE |= EARLIER
 SPARSE = {"attention.block-size": 64, "attention.top-blocks": 8}
 METHODS = ("tile", "flat")
 

@@ -31,15 +31,12 @@ def test_what_is_lost_is_a_higher_loss_or_a_lower_recall(metric, sign):
     assert row["times_smaller"]["fp8"] == {"fp32": 4.0, "bf16": 2.0}
 
 
-def test_runs_of_v0_to_v2_have_the_earlier_settings_and_qat_starts_from_them():
-    job = trained("v2-tiny", 1)
-    assert job.folder_in(RUNS, "compress") == RUNS / "earlier/v2-tiny-1"
-    assert (job.config.steps, job.config.sampling, job.config.seed) == (1500, "random", 1)
+def test_runs_of_v0_to_v2_are_the_ladders_and_qat_starts_from_them():
+    assert trained("v2-tiny", 1).folder_in(RUNS, "compress") == RUNS / "ladder/v2-tiny-pydocs-1"
     assert trained("v3-tiny", 0).folder_in(RUNS, "compress") == RUNS / "compress/v3-tiny-0"
     plain, rounding = continued(2, RUNS), continued(2, RUNS, 4)
     config = ladder.from_command_line("", list(rounding.words))
-    assert config.init_from == "runs/earlier/v1-tiny-2" and config.quantize == "int4"
-    assert config.model.conv_width == trained("v1-tiny", 2).config.model.conv_width == 1
+    assert config.init_from == "runs/ladder/v1-tiny-pydocs-2" and config.quantize == "int4"
     assert rounding.words[: len(plain.words)] == plain.words, "they differ in rounding alone"
 
 
