@@ -199,7 +199,7 @@ def balance_against_loss(balance: dict, title: str = "") -> Figure:
         for run in balance["best"][cure]["runs"][1:]:
             point = [run["val_load_max_over_mean"] - 1], [run["val_bpb"]]
             axes.plot(*point, "o", markerfacecolor="none", color=colour)
-    axes.set(xlabel="load of the busiest expert above the mean", xscale="log", title=title)
+    axes.set(xlabel="busiest expert: load above the mean", xscale="log", title=title)
     axes.set(ylabel="bits per byte on validation")
     axes.margins(x=0.1, y=0.12)
     ticks = (0.1, 0.2, 0.5, 1, 2)

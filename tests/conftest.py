@@ -75,10 +75,11 @@ def program(request, workspace, monkeypatch, capsys):
     from nanods.data import check
     from nanods.errors import run
     from nanods.training.contrastive_task import ContrastiveTask
+    from nanods.training.instruction_task import InstructionTask
     from nanods.training.language_task import LanguageTask
 
     if not request.node.get_closest_marker("pictures"):
-        for task in (LanguageTask, ContrastiveTask):
+        for task in (LanguageTask, InstructionTask, ContrastiveTask):
             monkeypatch.setattr(task, "draw", lambda *_: [])
     mains = {"train": train.main, "sample": sample.main}
     mains |= {"evaluate": evaluate.main, "check": check.main}

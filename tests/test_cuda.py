@@ -16,6 +16,7 @@ def losses(preset, train_tiny, workspace, device, *options):
         preset, "--steps", 5, "--device", device, "--out-dir", device, *options
     )
     assert code == 0, err
+    assert (workspace / device / "loss.png").exists()
     rows = metrics(workspace / device)
     return torch.tensor(
         [*(row["train_loss"] for row in rows), rows[-1]["val_loss"]], dtype=torch.float64

@@ -41,13 +41,6 @@ def save_teacher(folder, preset, *flags, **state):
     checkpoint.save(folder, 9, model.state_dict(), {}, state)
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    import train
-
-    monkeypatch.setattr(train, "print_report", lambda *_: None)
-
-
 def read_files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

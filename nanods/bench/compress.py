@@ -86,7 +86,7 @@ def trained(preset: str, seed: int) -> Job:
     name = f"{preset} {seed}"
     if preset == "v3-tiny":
         return Job(name, (preset, "--seed", str(seed)))
-    return ladder_job(name, preset, seed)
+    return ladder_job(preset, seed, name=name)
 
 
 def continued(seed: int, runs: Path, bits: int | None = None) -> Job:

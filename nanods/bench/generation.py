@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nanods.bench.runs import median_seconds, write_json
+from nanods.bench.runs import describe_machine, median_seconds, write_json
 from nanods.config import PRESETS
 from nanods.errors import run
 from nanods.gpt import GPT
@@ -42,8 +42,7 @@ def measure(preset: str, context: int = 1024) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": "fp32"}
-    table = {"machine": machine}
+    table = {"machine": describe_machine("fp32")}
     for preset in ("v0-tiny", "v1-tiny"):
         table[preset] = measure(preset)
         words = (f"{name} {value:.2f}" for name, value in table[preset].items())

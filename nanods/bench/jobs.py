@@ -93,10 +93,11 @@ class FunctionJob:
         return as_json({"preset": None, "flags": self.flags, "data": None})
 
 
-def ladder_job(name: str, preset: str, seed: int, data: str = "pydocs") -> Job:
+def ladder_job(preset: str, seed: int, data: str = "pydocs", name: str = "") -> Job:
     """Return the run of an unchanged preset, in the folder that `make results` uses too."""
     words = (preset, "--data", data, "--seed", str(seed))
-    return Job(name, words, f"ladder/{preset}-{data}-{seed}")
+    run = f"{preset}-{data}-{seed}"
+    return Job(name or run, words, f"ladder/{run}")
 
 
 # ---- the presets as they were --------------------------------------------------------------------
@@ -104,12 +105,12 @@ def ladder_job(name: str, preset: str, seed: int, data: str = "pydocs") -> Job:
 EARLIER = {"conv-width": 1, "sampling": "random"}
 """Flags with which v0-tiny to v2-tiny are what they were until 2026-11-27: no convolution, and text
 read at random positions. Benches whose runs are older have them, because these were trained with
-them, and to train all again takes more than ten hours."""
+them, and to train all again takes more than six hours."""
 EARLIER_STEPS = {"v0-tiny": 2000, "v1-tiny": 2000, "v2-tiny": 1500}
 
 
 def earlier_job(name: str, preset: str, seed: int) -> Job:
-    """Return the run of a whole preset as it was then, in a folder that benches share."""
+    """Return the run of a whole preset as it was then."""
     flags = {"data": "pydocs", "seed": seed, "steps": EARLIER_STEPS[preset]} | EARLIER
     return Job(name, (preset, *flags_from_dict(flags)), f"earlier/{preset}-{seed}")
 

@@ -49,8 +49,7 @@ def main() -> None:
     for preset, data in RUNS:
         seeds = args.seeds if data == "pydocs" else 1
         for seed in range(seeds):
-            name = f"{preset}-{data}-{seed}"
-            jobs[preset, data, seed] = ladder_job(name, preset, seed, data)
+            jobs[preset, data, seed] = ladder_job(preset, seed, data)
     all_jobs = list(jobs.values())
     results = train_all("ladder", all_jobs, last_metrics, args.results, args.runs)
 

@@ -51,8 +51,7 @@ def results_page() -> str:
         "there: the command trains those runs again. Benches with runs from before 2026-11-27",
         "train v0-tiny to v2-tiny with the settings of that time: no convolution, text read at",
         "random positions, and more steps (`EARLIER` in nanods/bench/jobs.py). The figures for",
-        "generation, two processes, INT8 (its speed, and what leaks from the future) and serving",
-        "also come from models without a convolution.\n",
+        "two processes and serving also come from models without a convolution.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

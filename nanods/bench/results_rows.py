@@ -110,7 +110,8 @@ def speed_results() -> list[Result]:
         ),
         Result(
             "make bench",
-            "generating a token at 1,024 of context with the cache, against recomputing",
+            "generating a token at 1,024 of context with the cache, against recomputing "
+            f"({machine_words(generation['machine'])})",
             f"{generation['v0-tiny']['ratio']:.0f} times as fast (V0), "
             f"{generation['v1-tiny']['ratio']:.0f} (V1)",
             "generation",

@@ -54,5 +54,8 @@ def test_the_table_has_a_row_a_cure_and_the_picture_a_dot_a_run():
     assert loss[:4] == ["the load-balancing loss", "0.3", 3, 3] and loss[-1] == "2.133"
     (axes,) = plots_experts.balance_against_loss(table).axes
     dots = sum(len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o")
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert {round(x, 9) for line in hollow for x in line.get_xdata()} == {0.2}
+    assert {round(x, 9) for x in axes.lines[0].get_xdata()} == {0.5} and axes.get_xscale() == "log"
     several = [len(by_strength) for by_strength in tried.values() if len(by_strength) > 1]
     assert dots == sum(several) + 2 * len(several)

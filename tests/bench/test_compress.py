@@ -1,6 +1,7 @@
 """The bench of compressed models: what it compares, its runs, and its counter-example."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,10 @@ def test_what_is_lost_is_a_higher_loss_or_a_lower_recall(metric, sign):
     assert row["times_smaller"]["fp8"] == {"fp32": 4.0, "bf16": 2.0}
 
 
-def test_runs_of_v0_to_v2_are_the_ladders_and_qat_starts_from_them():
-    assert trained("v2-tiny", 1).folder_in(RUNS, "compress") == RUNS / "ladder/v2-tiny-pydocs-1"
+def test_v0_to_v2_are_unchanged_share_the_runs_of_make_results_and_qat_starts_from_them():
+    job = trained("v2-tiny", 1)
+    assert job.folder_in(RUNS, "compress") == RUNS / "ladder/v2-tiny-pydocs-1"
+    assert job.config == replace(ladder.PRESETS["v2-tiny"], seed=1)
     assert trained("v3-tiny", 0).folder_in(RUNS, "compress") == RUNS / "compress/v3-tiny-0"
     plain, rounding = continued(2, RUNS), continued(2, RUNS, 4)
     config = ladder.from_command_line("", list(rounding.words))
