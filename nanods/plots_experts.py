@@ -185,20 +185,22 @@ def balance_against_loss(balance: dict, title: str = "") -> Figure:
     The runs of one seed are joined by a line; those of the best strength with other seeds are
     hollow.
     """
+
+    def point(run: dict) -> tuple[float, float]:
+        return run["val_load_max_over_mean"] - 1, run["val_bpb"]
+
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots()
     several = {cure: tried for cure, tried in balance["tried"].items() if len(tried) > 1}
     for (cure, tried), colour in zip(several.items(), (BLUE, ORANGE, COLOURS[3]), strict=True):
-        x = [run["val_load_max_over_mean"] - 1 for run in tried.values()]
-        y = [run["val_bpb"] for run in tried.values()]
+        x, y = zip(*map(point, tried.values()), strict=True)
         axes.plot(x, y, "o-", color=colour, linewidth=1, label=BALANCED_BY[cure])
-        for strength, *point in zip(tried, x, y, strict=True):
+        for strength, run in tried.items():
             label = f"{float(strength):g}"
             where = {"xytext": (5, 5), "textcoords": "offset points"}
-            axes.annotate(label, point, fontsize=9, color=colour, **where)
+            axes.annotate(label, point(run), fontsize=9, color=colour, **where)
         for run in balance["best"][cure]["runs"][1:]:
-            point = [run["val_load_max_over_mean"] - 1], [run["val_bpb"]]
-            axes.plot(*point, "o", markerfacecolor="none", color=colour)
+            axes.plot(*point(run), "o", markerfacecolor="none", color=colour)
     axes.set(xlabel="busiest expert: load above the mean", xscale="log", title=title)
     axes.set(ylabel="bits per byte on validation")
     axes.margins(x=0.1, y=0.12)

@@ -7,10 +7,12 @@ from statistics import mean
 
 import pytest
 
-from nanods.build import build_meta_model
+from nanods.build import build_meta_model, build_model
 from nanods.config import PRESETS
 from nanods.planner.hardware import find_gpu
+from nanods.quantize import quantize
 from nanods.serving import placement
+from nanods.training.quantize import size_of
 
 ROOT = Path(__file__).parents[2]
 ARTICLE = (ROOT / "lessons" / "ARTICLE.md").read_text(encoding="utf-8")
@@ -170,7 +172,8 @@ def compression_figures():
         return f"{row['times_faster']['INT8']:.2f}"
 
     def smaller(preset):
-        return f"{sizes[preset]['times_smaller']['fp8']['fp32']:.2f}"
+        model = build_model(PRESETS[preset])
+        return f"{size_of(model) / size_of(quantize(model, 'fp8')):.2f}"
 
     return {
         "V3.5": [
