@@ -179,8 +179,8 @@ def balance_table(balance: dict) -> tuple[list[str], list[list[object]]]:
 
 
 def balance_against_loss(balance: dict, title: str = "") -> Figure:
-    """Draw each run of results/balance.json of a cure that was tried at several strengths: its
-    busiest expert's load above the mean and its bits per byte.
+    """For cures tried at several strengths, draw each run of results/balance.json: its busiest
+    expert's load above the mean and its bits per byte.
 
     The runs of one seed are joined by a line; those of the best strength with other seeds are
     hollow.

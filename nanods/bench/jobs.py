@@ -104,8 +104,8 @@ def ladder_job(preset: str, seed: int, data: str = "pydocs", name: str = "") -> 
 
 EARLIER = {"conv-width": 1, "sampling": "random"}
 """Flags with which v0-tiny to v2-tiny are what they were until 2026-11-27: no convolution, and text
-read at random positions. Benches whose runs are older have them, because these were trained with
-them, and to train all again takes more than six hours."""
+read at random positions. Benches with older runs keep these flags: training all of those runs
+again takes more than six hours."""
 EARLIER_STEPS = {"v0-tiny": 2000, "v1-tiny": 2000, "v2-tiny": 1500}
 
 

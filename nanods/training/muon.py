@@ -100,8 +100,8 @@ def equalise_neurons(updates: Tensor) -> Tensor:
     (..., R, C) -> (..., R, C).
 
     A neuron is a row of a tall or square matrix, and a column of a wide one. In the MLP's second
-    matrix, which is wide, each column belongs to one hidden unit; in V3's patch embedding, to one
-    input. An orthogonal update has equal singular values, but the vectors along its longer side
+    matrix, which is wide, each column belongs to one hidden unit. In V3's patch embedding each
+    belongs to one input. An orthogonal update has equal singular values, but its neurons' vectors
     differ in length. Even a very short vector is scaled to the common length; only zero stays zero.
     NorMuon (Li et al. 2025, arXiv:2510.05491) divides rows by the root of a running mean of their
     squares. Dividing by this step's lengths did as well in our runs (LOG.md), and needs no
