@@ -157,8 +157,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. auto: the first of cuda, mps and cpu that this machine has."""
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Precision of the computation. auto: bf16 where the GPU or the CPU multiplies it in hardware,
-    else fp32."""
+    """Precision of the computation. auto: bf16 where the GPU or the CPU gains from it, else
+    fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on CUDA only; on a CPU it takes longer than it saves."""
     seed: int = 0

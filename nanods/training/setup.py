@@ -72,12 +72,9 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     if config.dtype != "auto":
         name, reason = config.dtype, "as requested"
     elif fast_bf16(device):
-        name, reason = "bf16", f"this {device.type.upper()} multiplies it in hardware"
+        name, reason = "bf16", f"this {device.type.upper()} multiplies it faster than fp32"
     else:
-        name, reason = (
-            "fp32",
-            f"this {device.type.upper()} is not known to multiply bf16 in hardware",
-        )
+        name, reason = "fp32", f"this {device.type.upper()} is not known to gain from bf16"
     if name == "fp64" and device.type == "mps":
         raise UserError("--dtype fp64: Apple's GPUs (mps) have no fp64; add --device cpu")
     print(f"dtype      {name} ({reason})")

@@ -69,6 +69,9 @@ def test_fp64_is_not_rounded_and_bf16_is_used_where_it_is_fast(monkeypatch):
     for has, there in (
         ({}, False),
         ({"avx512_bf16": False}, False),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
         ({"amx_bf16": True}, True),
         ({"bf16": True}, True),
     ):
