@@ -59,7 +59,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanods.attention_kernel import flex_block_attention, query_attention, tile_attention
+from nanods.attention_kernel import (
+    FLEX_BLOCK,
+    flex_block_attention,
+    query_attention,
+    tile_attention,
+)
 
 BEAM, FAN_OUT = 16, 4  # nodes that the tree search opens on each level, children per node
 QUERY_ROUTE_MIN = 1 << 14  # T * block_size from which sorting pairs beats a mask (choose_route)
@@ -528,7 +533,7 @@ def choose_route(
     """Return the name of the fastest implementation of `block_attention` for these tensors.
 
     gather   gathers the keys of each query: for decoding, with few queries and many keys
-    flex     PyTorch's FlexAttention: on a GPU
+    flex     PyTorch's FlexAttention: on a GPU, for blocks of a multiple of FLEX_BLOCK
     tile     tile_attention: on a CPU, for one selection per tile
     query    query_attention: on a CPU, for one selection per query
     mask     PyTorch's fused kernel with a mask: for sequences so short that computing every pair
@@ -541,7 +546,7 @@ def choose_route(
         return "gather"
     if positions is not None:
         return "mask"
-    if q.is_cuda and block_size % 64 == 0:
+    if q.is_cuda and block_size % FLEX_BLOCK == 0:
         return "flex"
     if blocks.size(2) != T:
         return "tile"

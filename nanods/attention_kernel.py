@@ -347,19 +347,13 @@ class QueryAttention(torch.autograd.Function):
         return dq.mul_(D**-0.5), dk, dv, None, None, None
 
 
-# ---- on a GPU: FlexAttention, written from its documentation and not yet run on a GPU ------------
+# ---- on a GPU: FlexAttention ---------------------------------------------------------------------
 
 
-# The tile sizes of FlexAttention's kernels must divide the blocks of the mask. The default is 128.
-# These fit every block_size that is a multiple of 64.
-KERNEL_OPTIONS = {
-    "BLOCK_M": 64,
-    "BLOCK_N": 64,
-    "BLOCK_M1": 32,
-    "BLOCK_N1": 64,
-    "BLOCK_M2": 64,
-    "BLOCK_N2": 32,
-}
+FLEX_BLOCK = 128
+"""A GPU's `block_size` must be a multiple of this, as FlexAttention's default tiles divide it. On
+an H100 the backward kernel refuses masks of smaller blocks, whatever tiles one asks for (PyTorch
+2.11)."""
 
 
 def flex_block_attention(
@@ -370,7 +364,7 @@ def flex_block_attention(
     q, k, v (B, H, T, D), blocks (B, H, N, K), one row per tile, -> (B, H, T, D). One row per query,
     (B, H, T, K), works too, but then each tile visits the union of its queries' selections, which
     is nearly every block: on a GPU, select per tile. On a GPU `block_size` must be a multiple of
-    64. On a CPU FlexAttention runs forward only and computes every pair: for testing.
+    FLEX_BLOCK. On a CPU FlexAttention runs forward only and computes every pair: for testing.
     """
     (B, H, T, _), N = q.shape, -(-q.size(2) // block_size)
     R = blocks.size(2)
@@ -410,7 +404,7 @@ def flex_block_attention(
         return flex_attention(q, k, v, block_mask=block_mask)
     # Inside torch.compile of the whole model, the outer call compiles the kernel too.
     attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-    return attend(q, k, v, block_mask=block_mask, kernel_options=KERNEL_OPTIONS)
+    return attend(q, k, v, block_mask=block_mask)
 
 
 def true_indices_first(x: Tensor) -> Tensor:

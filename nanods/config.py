@@ -225,9 +225,9 @@ V0 = {
 V0 = {scale: replace(config, sampling="epochs") for scale, config in V0.items()}
 V1_ATTENTION = {
     "tiny": AttentionConfig("block", block_size=16, top_blocks=2),
-    "small": AttentionConfig("block", block_size=64, top_blocks=4, method="tile"),
-    "base": AttentionConfig("block", block_size=64, top_blocks=8, method="tile"),
-    "full": AttentionConfig("block", block_size=64, top_blocks=8, method="tile"),
+    "small": AttentionConfig("block", block_size=128, top_blocks=2, method="tile"),
+    "base": AttentionConfig("block", block_size=128, top_blocks=4, method="tile"),
+    "full": AttentionConfig("block", block_size=128, top_blocks=4, method="tile"),
 }
 V1 = {
     scale: replace(v0, preset=f"v1-{scale}", model=replace(v0.model, attention=V1_ATTENTION[scale]))
