@@ -382,6 +382,12 @@ class Trainings:
     def folder(self, job: Job) -> Path:
         return job.folder_in(self.runs, self.bench)
 
+    def flags(self, job: Job) -> list[str]:
+        """Return the command line of a run. It names the CPU, which is what is stored as its
+        machine; otherwise a run would take a GPU that is there."""
+        device = [] if "--device" in job.words else ["--device", "cpu"]
+        return [*job.words, *device, "--out-dir", str(self.folder(job))]
+
     def next_job(self) -> Job | FunctionJob | None:
         """Return a job whose needs are met, if there is one."""
         unfinished = [*self.waiting, *self.running]
@@ -395,8 +401,7 @@ class Trainings:
         if isinstance(job, FunctionJob):
             self.put(job, this_command("python"), job.train())
             return
-        out = self.folder(job)
-        flags = [*job.words, "--out-dir", str(out)]
+        out, flags = self.folder(job), self.flags(job)
         if is_current(job, self.store, out) and list_checkpoints(out):
             self.begun_at[job.name] = fraction_done(job, out)
             if is_finished(out):
@@ -413,8 +418,7 @@ class Trainings:
 
     def finish(self, job: Job, process: Popen) -> None:
         """Store the result of a run whose process has ended."""
-        flags = [*job.words, "--out-dir", str(self.folder(job))]
-        self.put(job, training_command(flags), self.read(job, process))
+        self.put(job, training_command(self.flags(job)), self.read(job, process))
 
     def read(self, job: Job, process: Popen | None) -> dict:
         """Return the result of a finished run."""

@@ -114,7 +114,8 @@ def edit_store(tmp_path, change, name="a"):
 def test_a_stored_result_is_kept(tmp_path, trainings, capsys):
     first = train(tmp_path, JOBS)
     assert [name for name, *_ in trainings] == ["a", "b"] and first["a"]["val_bpb"] == 1.5
-    assert first["b"]["command"] == f"train.py v0-tiny --lr 0.01 --out-dir {tmp_path}/runs/demo/b"
+    command = f"train.py v0-tiny --lr 0.01 --device cpu --out-dir {tmp_path}/runs/demo/b"
+    assert first["b"]["command"] == command
     assert train(tmp_path, JOBS) == first
     assert len(trainings) == 2 and "2 kept, 0 to train" in capsys.readouterr().out
 
