@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -9,7 +10,9 @@ import pytest
 
 from nanods.build import build_meta_model, build_model
 from nanods.config import PRESETS
+from nanods.planner.capacity import capacity_table
 from nanods.planner.hardware import find_gpu
+from nanods.planner.search import make_job, plan
 from nanods.quantize import quantize
 from nanods.serving import placement
 from nanods.training.quantize import size_of
@@ -295,6 +298,29 @@ def serving_figures():
     }
 
 
+def planner_figures():
+    small = PRESETS["v1-small"]
+    config = replace(small, model=replace(small.model, vocab_size=16_384))
+    a100, v100 = (
+        plan(make_job(config, find_gpu(name), 1, 100e9)) for name in ("a100-80gb", "v100-32gb")
+    )
+    flops = f"{a100.job.flops_per_token * a100.job.tokens:.1e}".replace("e+", "e")
+    served = {
+        row["preset"]: row["8 x a100-80gb"].split(" / ")[1]
+        for row in capacity_table(("8 x a100-80gb",))
+    }
+    return {
+        "V1.5": [
+            f"takes {flops} FLOP",
+            f"{a100.hours:.0f} hours on an A100 or {v100.hours:.0f} on a V100",
+        ],
+        "D.1": [
+            f"serve {served['v2-small']} and {served['v2-base']} sequences of full context",
+            f"`v2-full` serves {served['v2-full']}",
+        ],
+    }
+
+
 def placement_figures():
     preset, gpu = PRESETS["v2-base"], find_gpu("rtx4090-24gb")
     speed = {"cuda": gpu.bandwidth, "cpu": 50e9}
@@ -316,7 +342,7 @@ def placement_figures():
 
 FIGURES = [attention_figures, long_text_figures, expert_figures]
 FIGURES += [arithmetic_figures, multimodal_figures, compression_figures, serving_figures]
-FIGURES += [placement_figures, adaptation_figures]
+FIGURES += [planner_figures, placement_figures, adaptation_figures]
 
 
 @pytest.mark.parametrize("figures", FIGURES, ids=lambda function: function.__name__)
