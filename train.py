@@ -20,8 +20,6 @@ import sys
 import time
 from dataclasses import replace
 
-import torch
-
 from nanods import config as ladder
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.rendezvous import mark_started, run_distributed
@@ -47,7 +45,7 @@ from nanods.training.metrics import accumulate_metrics, load_metrics
 from nanods.training.metrics_log import MetricsLog
 from nanods.training.optimizers import set_learning_rate
 from nanods.training.report import print_report
-from nanods.training.setup import StopSignal, explain_divergence
+from nanods.training.setup import StopSignal, compile_model, explain_divergence
 
 
 def main() -> None:
@@ -74,8 +72,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
     config, task, model, optimizers = run.config, run.task, run.model, run.optimizers
     autocast, scaler = run.precision.autocast, run.precision.scaler
     local_batch = processes.local_batch(config.batch_size)  # which examples are this process's
-    use_compile = config.compile == "on" or (config.compile == "auto" and run.device.type == "cuda")
-    compiled = torch.compile(model) if use_compile else model
+    compiled = compile_model(config, model, run.device)
     print_forecast(run, compiled, processes)
     if not run.resumed:
         save_run(run, processes)

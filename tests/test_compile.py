@@ -1,6 +1,7 @@
 """The GPU route of each version traces in one graph: torch.compile finds nothing that breaks it.
+And a run says that it compiles.
 
-No GPU is needed. The tests choose the route that a GPU would take, run torch.compile with
+No GPU is needed. The first tests choose the route that a GPU would take, run torch.compile with
 fullgraph=True, which raises an error at a graph break, and run the traced graph with PyTorch's
 eager CPU kernels (backend "aot_eager"), forward only and in bf16.
 """
@@ -17,6 +18,7 @@ from nanods.gpt import GPT, GPTConfig
 from nanods.moe import MoE, MoEConfig
 from nanods.moe_kernel import experts_grouped
 from nanods.multimodal import Multimodal
+from nanods.training.setup import compile_model
 
 SIZE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "context_length": 256}
 BLOCKS = AttentionConfig("block", block_size=64, top_blocks=2, method="tile")
@@ -127,3 +129,18 @@ def test_v3_with_experts_and_padded_text_traces_in_one_graph_by_the_gpu_route():
     }
     code = trace_and_compare(JoinedEmbeddings(model), inputs, dtype=torch.float32)
     assert code.count("grouped_mm(") == 2 * len(inputs) * trunk.n_layer
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "compiles"),
+    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False)],
+)
+def test_a_run_says_that_its_first_batches_wait_for_the_compiler(
+    wanted, device, compiles, monkeypatch, capsys
+):
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch, "compile", lambda model: torch.nn.Sequential(model))
+    config = replace(PRESETS["v1-small"], compile=wanted)
+    compiled = compile_model(config, model, torch.device(device))
+    assert (compiled is model) != compiles
+    assert ("compile    the first batches" in capsys.readouterr().out) == compiles

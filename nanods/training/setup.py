@@ -4,6 +4,7 @@ of a stop or a divergence."""
 import contextlib
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -85,6 +86,16 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     weights = torch.float64 if dtype == torch.float64 else torch.float32
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Precision(dtype, weights, autocast, scaler)
+
+
+def compile_model(config: Config, model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model, compiled where `--compile` says so. Print that the first batches wait for
+    it: on an H200 it took about two minutes (LOG.md)."""
+    if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
+        return model
+    print("compile    the first batches take some minutes longer (--compile off: slower steps)")
+    warnings.filterwarnings("ignore", module="torch._inductor")  # hints to its developers
+    return torch.compile(model)
 
 
 @contextlib.contextmanager
