@@ -370,7 +370,7 @@ def muon_seconds(optimizers: list[torch.optim.Optimizer]) -> float:
     matrices = min(STACKED, largest.shape[:-2].numel())
     stack = to_local(largest).new_ones(matrices, *largest.shape[-2:])
     start = time.perf_counter()
-    orthogonalise(stack)
+    orthogonalise(stack).sum().item()  # waits for the GPU
     seconds_per_number = (time.perf_counter() - start) / stack.numel()
     return seconds_per_number * sum(p.numel() * share for p, share in share_of_steps.items())
 
