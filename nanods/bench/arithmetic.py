@@ -1,6 +1,6 @@
 """Are experts better at arithmetic? V2 against V1 on addition and multiplication.
 
-    python -m nanods.bench.arithmetic          about 90 minutes on 2 cores; `make bench-arithmetic`
+    python -m nanods.bench.arithmetic          about 75 minutes on 2 cores; `make bench-arithmetic`
     python -m nanods.bench.arithmetic --seeds 1 --variants v1-2f v2
 
 The first writes results/arithmetic.json, and two pictures: arithmetic.png has the accuracy of each
@@ -13,11 +13,10 @@ written as people write them. Writing the units digit first (--units-first) avoi
 a carry (Lee et al. 2023, arXiv:2307.03381), yet it was learnt more slowly at first, by V2 far more
 slowly (LOG.md).
 
-train.py trains each model at equal tokens, with the earlier settings of its preset (EARLIER in
-jobs.py) except for SIZE: v1 (MLPs of width 4 C), v1-2f (8 C, the active FLOPs of v2, which uses 2
-experts of 4 C) and v2. Attention is dense in all three: the question is about experts, and a
-context of 64 is too short for sparse attention. Two runs at a time, one thread each. Finished runs
-are stored and not repeated (stored_runs.py).
+train.py trains each model at equal tokens, as its preset says except for SIZE: v1 (MLPs of width
+4 C), v1-2f (8 C, the active FLOPs of v2, which uses 2 experts of 4 C) and v2. Attention is dense in
+all three: the question is about experts, and a context of 64 is too short for sparse attention. Two
+runs at a time, one thread each. Finished runs are stored and not repeated (stored_runs.py).
 
 A run has learnt to add at the first of its checkpoints, one every SAVE_EVERY steps, that answers at
 least 95% (LEARNT) of the held-out sums right. A run that does not get there counts as not learnt;
@@ -38,7 +37,7 @@ import torch
 from matplotlib.figure import Figure
 
 from nanods import plots
-from nanods.bench.jobs import EARLIER, Job
+from nanods.bench.jobs import Job
 from nanods.bench.runs import flags_from_dict, is_subset, read_json, write_json
 from nanods.bench.stored_runs import Summarise, machine_of, train_all
 from nanods.data.download import write_atomic
@@ -56,7 +55,6 @@ SAVE_EVERY = 100  # steps
 CLAIMED_RATIO = 1.22  # the article's claim: V2's accuracy over V1's in mathematics; in the plot
 
 SIZE = {"context-length": 64, "batch-size": 32, "attention.kind": "dense", "device": "cpu"}
-SIZE |= EARLIER
 VARIANTS = {"v1": ("v1-tiny", {}), "v1-2f": ("v1-tiny", {"hidden-ratio": 8}), "v2": ("v2-tiny", {})}
 
 
