@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nanods.moe import experts_loop
-from nanods.moe_kernel import experts_grouped
+from nanods.moe_kernel import experts_grouped, run_experts
+from nanods.quantize import integer_product
 from tests.test_train import metrics
 
 pytestmark = [pytest.mark.cuda, pytest.mark.pictures]
@@ -37,6 +38,41 @@ def test_a_compiled_bf16_run_on_the_gpu_is_close_to_fp32_on_the_cpu(train_tiny, 
     gpu = losses(preset, train_tiny, workspace, "cuda", "--dtype", "bf16", "--compile", "on")
     cpu = losses(preset, train_tiny, workspace, "cpu", "--dtype", "fp32")
     assert (gpu - cpu).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("preset", ["v1-tiny", "v2-tiny"])
+def test_a_run_resumed_on_the_gpu_goes_on_as_if_it_had_not_stopped(
+    train_tiny, workspace, killed_at, preset
+):
+    """Not bitwise: a GPU may add in any order."""
+    flags = ("--device", "cuda", "--dtype", "fp64", "--compile", "off", "--steps", 6)
+    flags += ("--save-every", 3)
+    assert train_tiny(preset, *flags, "--out-dir", "whole")[0] == 0
+    with killed_at(4):
+        train_tiny(preset, *flags, "--out-dir", "cut")
+    code, _, err = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
+    assert code == 0, err
+    whole, cut = (metrics(workspace / name)[-1]["val_loss"] for name in ("whole", "cut"))
+    assert abs(whole - cut) < 1e-6
+
+
+def test_experts_of_any_width_run_on_the_gpu():
+    """grouped_mm wants rows of a multiple of 16 bytes; other widths take another route."""
+    x, weights = torch.randn(9, 10, device="cuda"), torch.ones(9, 1, device="cuda")
+    experts = torch.arange(9, device="cuda")[:, None] % 3
+    up, out = torch.randn(3, 20, 10, device="cuda"), torch.randn(3, 10, 20, device="cuda")
+    expected = experts_loop(x, weights, experts, up, out)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = run_experts(x, weights, experts, up, out)
+    assert (y - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("rows", "width", "columns"), [(5, 20, 7), (40, 64, 48), (1, 192, 768)])
+def test_products_of_integers_on_the_gpu_are_exact(rows, width, columns):
+    a = torch.randint(-127, 128, (rows, width), dtype=torch.int8)
+    b = torch.randint(-127, 128, (columns, width), dtype=torch.int8)
+    product = integer_product(a.cuda(), b.cuda(), "int8")
+    assert torch.equal(product.cpu(), integer_product(a, b, "fp32"))
 
 
 def test_experts_grouped_equals_experts_loop_forward_and_backward(workspace):

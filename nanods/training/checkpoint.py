@@ -36,6 +36,7 @@ from nanods.gpt import GPT
 from nanods.multimodal import Multimodal
 from nanods.quantize import FORMATS, fake_quantize_model, quantize
 from nanods.training.distill import PROJECTION
+from nanods.training.muon import Muon
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 BEST = "best"
@@ -299,7 +300,7 @@ def optimizer_tensors(
     for p, name in names.items():
         if name.startswith(TRAINING_ONLY):
             tensors[f"weight/{name}"] = p.detach()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on the CPU leaves a GPU alone
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
@@ -334,12 +335,13 @@ def restore_optimizers(
         if prefix == "rng":
             if name == "cpu":
                 torch.set_rng_state(value)
-            elif torch.cuda.is_available():
+            elif torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(value)
         else:
             p = parameters[name]
-            on_device = value if field[0] == "step" else value.to(p.device)
-            owners[p].state[p][field[0]] = on_device
+            # Muon counts its steps on the CPU, fused AdamW beside the parameter.
+            stays = field[0] == "step" and isinstance(owners[p], Muon)
+            owners[p].state[p][field[0]] = value if stays else value.to(p.device)
 
 
 def restore_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

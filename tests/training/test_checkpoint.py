@@ -9,6 +9,7 @@ import torch
 
 from nanods.errors import UserError
 from nanods.training import checkpoint
+from nanods.training.muon import Muon
 
 
 def save(out, step, value=0.0):
@@ -140,3 +141,16 @@ def test_checksums_have_the_format_of_sha256sum(tmp_path):
     sums = (path / "SHA256SUMS").read_text().splitlines()
     assert [line.split("  ")[1] for line in sums] == list(checkpoint.FILES)
     assert json.loads((path / "state.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize(("kind", "device"), [(torch.optim.AdamW, "meta"), (Muon, "cpu")])
+def test_a_restored_optimizer_counts_its_steps_where_it_did(kind, device):
+    """Fused AdamW on a GPU wants them there; Muon reads them on the CPU. Without a GPU the meta
+    device stands for one."""
+    model = torch.nn.Linear(3, 3, bias=False, device="meta")
+    optimizer = kind(model.parameters(), lr=0.1)
+    saved = {"step": torch.tensor(1.0), "moment": torch.ones(3, 3)}
+    tensors = {f"{kind.__name__}/weight/{field}": value for field, value in saved.items()}
+    checkpoint.restore_optimizers(model, [optimizer], tensors)
+    state = optimizer.state[model.weight]
+    assert {name: x.device.type for name, x in state.items()} == {"step": device, "moment": "meta"}
