@@ -117,11 +117,14 @@ class AttentionConfig:
         products use numbers of `itemsize` bytes. `masked` says whether dense attention has a mask.
         """
         autocast = itemsize < 4
-        if device == "cuda" and autocast:
-            return [*[itemsize * C] * 4, 4 * H]  # q, k, v and output, and log-sum-exp in fp32
         kept = [4 * C, 4 * C, 4 * H]  # v, output and log-sum-exp, in fp32
         if device == "cuda":
-            return kept
+            if autocast:
+                kept = [*[itemsize * C] * 4, 4 * H]  # q, k, v and output, and log-sum-exp in fp32
+            if self.kind == "topk":
+                return [*kept, 4 * H * T, 4 * H * T, H * T]  # scores, weights and mask
+            is_masked = self.kind == "block" and self.block_size % FLEX_BLOCK
+            return [*kept, 4 * H * T] if is_masked else kept
         kept.append(itemsize * C if autocast else 0)  # the output, cast for the projection after it
         if self.kind == "topk":
             return [*kept, 4 * H * T, 4 * H * T, H * T]  # scores, weights and mask
@@ -287,8 +290,10 @@ def select_blocks(
         q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     scores_per_row = N if len(pyramid) == 1 else (beam + 1) * fan_out * q.size(-1)
     step = max(1, MAX_SCORES // (q.size(0) * q.size(1) * scores_per_row))
+    # Without a loop where one pass will do: torch.compile would compile it for each length anew.
+    starts = range(0, q.size(2), step) if step < q.size(2) else (0,)
     selections = []
-    for start in range(0, q.size(2), step):
+    for start in starts:
         rows = slice(start, start + step)
         if positions is None and causal:
             # Only blocks before the current block of the last row can be candidates.
@@ -533,11 +538,12 @@ def choose_route(
     """Return the name of the fastest implementation of `block_attention` for these tensors.
 
     gather   gathers the keys of each query: for decoding, with few queries and many keys
-    flex     PyTorch's FlexAttention: on a GPU, for blocks of a multiple of FLEX_BLOCK
+    flex     PyTorch's FlexAttention: on a GPU, where it can (FLEX_BLOCK) and leaves out keys
     tile     tile_attention: on a CPU, for one selection per tile
     query    query_attention: on a CPU, for one selection per query
     mask     PyTorch's fused kernel with a mask: for sequences so short that computing every pair
-             costs less than sorting the selected pairs (measured: LOG.md)
+             costs less than sorting the selected pairs (measured on a CPU: LOG.md), and on a GPU
+             where flex does not apply
 
     A test replaces this function to force a route, such as "flex" on a CPU.
     """
@@ -546,8 +552,10 @@ def choose_route(
         return "gather"
     if positions is not None:
         return "mask"
-    if q.is_cuda and block_size % FLEX_BLOCK == 0:
-        return "flex"
+    if q.is_cuda:
+        reads_all = (blocks.size(-1) + 1) * block_size >= T
+        fits = block_size % FLEX_BLOCK == 0 and q.dtype != torch.float64
+        return "flex" if fits and not reads_all else "mask"
     if blocks.size(2) != T:
         return "tile"
     if T * block_size >= QUERY_ROUTE_MIN:

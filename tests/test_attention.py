@@ -3,6 +3,8 @@
 No selection and no output depends on later tokens.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -342,3 +344,19 @@ def test_decoding_selects_and_computes_what_the_full_sequence_does(method, pool)
 def test_wrong_arguments_raise_value_errors(call):
     with pytest.raises(ValueError, match=r"at least|must be one of|positions|one row for each"):
         call(*random_qkv((1, 1, 9, 4)))
+
+
+@pytest.mark.parametrize(
+    ("T", "block_size", "dtype", "route"),
+    [
+        (1024, 128, torch.bfloat16, "flex"),
+        (1024, 64, torch.bfloat16, "mask"),
+        (384, 128, torch.bfloat16, "mask"),  # 2 blocks and the current one are all
+        (1024, 128, torch.float64, "mask"),
+    ],
+)
+def test_a_gpu_takes_flex_attention_where_it_can_and_leaves_out_keys(T, block_size, dtype, route):
+    """The tensors are stand-ins, since the test needs no GPU."""
+    x = SimpleNamespace(size=lambda _: T, is_cuda=True, dtype=dtype)
+    blocks = torch.zeros(1, 1, -(-T // block_size), 2)
+    assert attention.choose_route(x, x, blocks, block_size, None) == route

@@ -144,3 +144,22 @@ def test_a_run_says_that_its_first_batches_wait_for_the_compiler(
     compiled = compile_model(config, model, torch.device(device))
     assert (compiled is model) != compiles
     assert ("compile    the first batches" in capsys.readouterr().out) == compiles
+
+
+@torch.no_grad()
+def test_texts_of_any_length_are_compiled_once_for_all(monkeypatch):
+    """Fine-tuning pads each batch to its longest row. torch.compile takes the second length for a
+    variable; a loop over it in Python would compile each length anew."""
+    monkeypatch.setattr("nanods.attention.choose_route", lambda *_: "mask")
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = random_model(GPTConfig(**SIZE, attention=replace(BLOCKS, method="flat")))
+    compiled = torch.compile(model, backend=count)
+    for T in (200, 190, 180, 170, 160):
+        compiled(torch.randint(0, 256, (2, T)))
+    assert len(graphs) == 2
