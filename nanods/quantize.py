@@ -149,6 +149,7 @@ class FakeQuantExperts:
     def __init__(self, weight_bits: int, activation_bits: int = 8) -> None:
         self.bits = (weight_bits, activation_bits)
 
+    @torch.compiler.disable  # as experts_sorted
     def __call__(
         self, x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor
     ) -> Tensor:
@@ -197,9 +198,14 @@ def integer_product(
         return torch._int_mm(unsigned, b.T) - 128 * b_sums  # b.T is a view: a copy would be slow
     # CUDA wants more than 16 rows, and multiples of 8. Not measured: no GPU has run this yet.
     rows, columns = len(a), len(b)
-    a = F.pad(a.to(torch.int8), (0, -a.size(1) % 8, 0, max(32 - rows, -rows % 8)))
-    b = F.pad(b, (0, -b.size(1) % 8, 0, -columns % 8))
+    a = pad(a.to(torch.int8), max(32 - rows, -rows % 8), -a.size(1) % 8)
+    b = pad(b, -columns % 8, -b.size(1) % 8)
     return torch._int_mm(a, b.T)[:rows, :columns]
+
+
+def pad(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Append rows and columns of zeros to a matrix; without any, return it and not a copy."""
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
 def pack(b: Tensor) -> object:
