@@ -20,6 +20,8 @@ import sys
 import time
 from dataclasses import replace
 
+import torch
+
 from nanods import config as ladder
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.rendezvous import mark_started, run_distributed
@@ -106,18 +108,21 @@ def train(run: Run, processes: ProcessGroups) -> None:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = clip_grad_norm(model, config.clip)
-        overflow_is_skipped = scaler.is_enabled()  # fp16: the scaler leaves such a step out
-        if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or overflow_is_skipped):
+        overflows = not math.isfinite(grad_norm)
+        if not math.isfinite(train_loss) or (overflows and not scaler.is_enabled()):
             log.close()
             raise UserError(explain_divergence(config, model, run.step, train_loss, lr))
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            if not overflows:  # in fp16 such a step is left out, and the scale reduced
+                scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         load = metrics.pop("load", None)  # (L, E): tokens of each layer's experts
         if load is not None:
             model.update_bias(load, lr / config.lr)
         run.step += 1
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()  # the optimizers' kernels count as part of the step
         done = time.perf_counter()
         run.seconds += done - start
         run.cpu_seconds += time.process_time() - cpu_start

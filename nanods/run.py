@@ -369,9 +369,10 @@ def muon_seconds(optimizers: list[torch.optim.Optimizer]) -> float:
     largest = max(share_of_steps, key=Tensor.numel)
     matrices = min(STACKED, largest.shape[:-2].numel())
     stack = to_local(largest).new_ones(matrices, *largest.shape[-2:])
-    start = time.perf_counter()
-    orthogonalise(stack).sum().item()  # waits for the GPU
-    seconds_per_number = (time.perf_counter() - start) / stack.numel()
+    for _ in range(2):  # the first may wait for libraries to load
+        start = time.perf_counter()
+        orthogonalise(stack).sum().item()  # waits for the GPU
+        seconds_per_number = (time.perf_counter() - start) / stack.numel()
     return seconds_per_number * sum(p.numel() * share for p, share in share_of_steps.items())
 
 

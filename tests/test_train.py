@@ -2,6 +2,7 @@
 mistakes."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -93,6 +94,25 @@ def test_each_dtype_trains(train_tiny, workspace, dtype):
     code, _, err = train_tiny("v1-tiny", "--steps", 5, "--dtype", dtype)
     assert code == 0, err
     assert metrics(workspace / "runs/v1-tiny")[-1]["val_loss"] < 5.6
+
+
+def test_in_fp16_no_optimizer_makes_a_step_whose_gradient_overflowed(
+    train_tiny, workspace, monkeypatch
+):
+    import train
+
+    norms, real = [], train.clip_grad_norm
+
+    def overflow_once(model, limit):
+        if len(norms) == 2:
+            next(model.parameters()).grad.fill_(float("nan"))  # one parameter of one optimizer
+        norms.append(real(model, limit))
+        return norms[-1]
+
+    monkeypatch.setattr(train, "clip_grad_norm", overflow_once)
+    code, _, err = train_tiny("v1-tiny", "--steps", 5, "--dtype", "fp16")
+    assert code == 0, err
+    assert [math.isfinite(norm) for norm in norms] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize(
