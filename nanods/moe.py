@@ -374,7 +374,7 @@ class MoE(nn.Module):
             selected = selected.masked_fill(~valid[:, None], E)
         load = count_assignments(selected, E)
         experts = selected
-        if self.capacity_factor is not None and self.training:  # in this order: torch.compile
+        if self.capacity_factor is not None and self.training:
             kept = within_capacity(selected, E, self.capacity(selected, valid), self.priority)
             experts = selected.masked_fill(~kept, E)
         y = self.run_experts(rows, weights, experts, self.up, self.out)  # (N, C)

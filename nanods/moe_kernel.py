@@ -190,7 +190,6 @@ class SortedExperts(torch.autograd.Function):
         return grad_x, grad_w.view(-1, ctx.K), grad_up, grad_out, None, None, None
 
 
-@torch.compiler.disable  # the counts differ in each step: it would compile each anew
 def experts_sorted(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """Compute experts_loop with the assignments sorted by expert. The default on a CPU.
 
@@ -228,7 +227,7 @@ def experts_grouped(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out
 
 
 def run_experts(x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """Call the faster route: experts_grouped in bf16 on a GPU, if it can read rows of 16 bytes;
+    """Call the faster route: experts_grouped in bf16 on a GPU, if rows are a multiple of 16 bytes;
     experts_sorted elsewhere."""
     is_aligned = x.size(1) % 8 == 0 and up.size(1) % 8 == 0
     if x.device.type == "cuda" and compute_dtype(x) == torch.bfloat16 and is_aligned:

@@ -149,7 +149,6 @@ class FakeQuantExperts:
     def __init__(self, weight_bits: int, activation_bits: int = 8) -> None:
         self.bits = (weight_bits, activation_bits)
 
-    @torch.compiler.disable  # as experts_sorted
     def __call__(
         self, x: Tensor, weights: Tensor, experts: Tensor, up: Tensor, out: Tensor
     ) -> Tensor:

@@ -3,11 +3,10 @@
     python -m nanods.bench.adapt               3 seeds; `make bench-adapt`
     python -m nanods.bench.adapt --seeds 1
 
-v1-tiny, with its earlier settings (EARLIER in jobs.py). A base run of each seed learns pydocs-train
-for BASE_STEPS. All other runs go on from it for STEPS, on instructions
-(nanods/data/instructions.py), except those from random weights. Figures are bits per byte of
-answers from modules that no run has read. `plain` is the documentation of these modules: the
-general ability. The rise of its bits per byte is what a run has forgotten.
+v1-tiny. A base run of each seed learns pydocs-train for BASE_STEPS. All other runs go on from it
+for STEPS, on instructions (nanods/data/instructions.py), except those from random weights. Figures
+are bits per byte of answers from modules that no run has read. `plain` is the documentation of
+these modules: the general ability. The rise of its bits per byte is what a run has forgotten.
 
     mixture      all tasks at once, against the base and against random weights at equal tokens;
                  also the share of answers that are exactly correct
@@ -41,8 +40,8 @@ import numpy as np
 import torch
 
 from nanods import plots, plots_adapt
-from nanods.bench.jobs import EARLIER, Job
-from nanods.bench.runs import flags_from_dict, write_json
+from nanods.bench.jobs import Job
+from nanods.bench.runs import write_json
 from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.config import PRESETS
 from nanods.data.instructions import NAME, PLAIN
@@ -95,7 +94,7 @@ class Plan:
     def add(self, name: str, needs: Job | None, *words: object) -> Job:
         """Add a run that goes on from `needs`, or from random weights."""
         evaluations = ("--eval-every", self.evaluate_every(name), "--eval-tokens", EVAL_TOKENS)
-        flags = [PRESET, "--seed", self.seed, *evaluations, *words, *flags_from_dict(EARLIER)]
+        flags = [PRESET, "--seed", self.seed, *evaluations, *words]
         if needs:
             start = needs.folder_in(self.runs, BENCH)
             flags += ["--stage", "finetune", "--steps", STEPS, "--init-from", start]

@@ -90,11 +90,11 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 
 def compile_model(config: Config, model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model, compiled where `--compile` says so. Print that the first batches wait for
-    it: on an H200 it took about two minutes (LOG.md)."""
+    it."""
     if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return model
     print("compile    the first batches take some minutes longer (--compile off: slower steps)")
-    warnings.filterwarnings("ignore", module="torch._inductor")  # hints to its developers
+    warnings.filterwarnings("ignore", module="torch._inductor")  # warnings meant for its developers
     return torch.compile(model)
 
 
