@@ -117,17 +117,17 @@ class AttentionConfig:
         products use numbers of `itemsize` bytes. `masked` says whether dense attention has a mask.
         """
         autocast = itemsize < 4
-        kept = [4 * C, 4 * C, 4 * H]  # v, output and log-sum-exp, in fp32
-        if device == "cuda":
-            if autocast:
-                kept = [*[itemsize * C] * 4, 4 * H]  # q, k, v and output, and log-sum-exp in fp32
-            if self.kind == "topk":
-                return [*kept, 4 * H * T, 4 * H * T, H * T]  # scores, weights and mask
-            is_masked = self.kind == "block" and self.block_size % FLEX_BLOCK
-            return [*kept, 4 * H * T] if is_masked else kept
-        kept.append(itemsize * C if autocast else 0)  # the output, cast for the projection after it
+        if device == "cuda" and autocast:
+            kept = [*[itemsize * C] * 4, 4 * H]  # q, k, v and output, and log-sum-exp in fp32
+        else:
+            kept = [4 * C, 4 * C, 4 * H]  # v, output and log-sum-exp, in fp32
+        if device != "cuda":
+            kept.append(itemsize * C if autocast else 0)  # the output, cast for the next product
         if self.kind == "topk":
             return [*kept, 4 * H * T, 4 * H * T, H * T]  # scores, weights and mask
+        if device == "cuda":
+            is_masked = self.kind == "block" and not flex_pays(T, self.block_size, self.top_blocks)
+            return [*kept, 4 * H * T] if is_masked else kept
         tile = self.method == "tile"
         if self.kind == "block" and (tile or T * self.block_size >= QUERY_ROUTE_MIN):
             sorted_pairs = 0 if tile else 8 * H * self.top_blocks
@@ -290,7 +290,7 @@ def select_blocks(
         q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
     scores_per_row = N if len(pyramid) == 1 else (beam + 1) * fan_out * q.size(-1)
     step = max(1, MAX_SCORES // (q.size(0) * q.size(1) * scores_per_row))
-    # Without a loop where one pass will do: torch.compile would compile it for each length anew.
+    # No loop if one pass is enough: torch.compile would unroll it for each length anew.
     starts = range(0, q.size(2), step) if step < q.size(2) else (0,)
     selections = []
     for start in starts:
@@ -532,18 +532,24 @@ def block_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def flex_pays(T: int, block_size: int, top_blocks: int) -> bool:
+    """Return whether a GPU should use FlexAttention: if it takes blocks of this size (FLEX_BLOCK),
+    and T tokens are more than the selected blocks and the current one."""
+    return block_size % FLEX_BLOCK == 0 and (top_blocks + 1) * block_size < T
+
+
 def choose_route(
     q: Tensor, k: Tensor, blocks: Tensor, block_size: int, positions: Tensor | None
 ) -> Literal["gather", "flex", "tile", "query", "mask"]:
     """Return the name of the fastest implementation of `block_attention` for these tensors.
 
     gather   gathers the keys of each query: for decoding, with few queries and many keys
-    flex     PyTorch's FlexAttention: on a GPU, where it can (FLEX_BLOCK) and leaves out keys
+    flex     PyTorch's FlexAttention: on a GPU, except in fp64 and where it does not pay (flex_pays)
     tile     tile_attention: on a CPU, for one selection per tile
     query    query_attention: on a CPU, for one selection per query
     mask     PyTorch's fused kernel with a mask: for sequences so short that computing every pair
-             costs less than sorting the selected pairs (measured on a CPU: LOG.md), and on a GPU
-             where flex does not apply
+             costs less than sorting the selected pairs (measured on a CPU: LOG.md); and on a GPU
+             without flex
 
     A test replaces this function to force a route, such as "flex" on a CPU.
     """
@@ -553,9 +559,8 @@ def choose_route(
     if positions is not None:
         return "mask"
     if q.is_cuda:
-        reads_all = (blocks.size(-1) + 1) * block_size >= T
-        fits = block_size % FLEX_BLOCK == 0 and q.dtype != torch.float64
-        return "flex" if fits and not reads_all else "mask"
+        pays = flex_pays(T, block_size, blocks.size(-1)) and q.dtype != torch.float64
+        return "flex" if pays else "mask"
     if blocks.size(2) != T:
         return "tile"
     if T * block_size >= QUERY_ROUTE_MIN:

@@ -352,8 +352,8 @@ class QueryAttention(torch.autograd.Function):
 
 FLEX_BLOCK = 128
 """A GPU's `block_size` must be a multiple of this, as FlexAttention's default tiles divide it. On
-an H100 the backward kernel refuses masks of smaller blocks, whatever tiles one asks for (PyTorch
-2.11)."""
+an H200, in bf16, the backward kernel refused masks of smaller blocks, whatever tiles one asks for
+(PyTorch 2.11)."""
 
 
 def flex_block_attention(

@@ -360,3 +360,17 @@ def test_a_gpu_takes_flex_attention_where_it_can_and_leaves_out_keys(T, block_si
     x = SimpleNamespace(size=lambda _: T, is_cuda=True, dtype=dtype)
     blocks = torch.zeros(1, 1, -(-T // block_size), 2)
     assert attention.choose_route(x, x, blocks, block_size, None) == route
+
+
+@pytest.mark.parametrize(
+    ("T", "block_size", "masks"), [(1024, 128, 0), (1024, 64, 1), (384, 128, 1)]
+)
+def test_the_memory_of_a_gpu_counts_the_mask_where_its_route_has_one(T, block_size, masks):
+    sizes = [T, 768, 12, "cuda", 2, False]
+    block, dense = (
+        attention.AttentionConfig(kind, block_size=block_size, top_blocks=2).activation_bytes(
+            *sizes
+        )
+        for kind in ("block", "dense")
+    )
+    assert sum(block) - sum(dense) == masks * 4 * 12 * T
