@@ -73,6 +73,7 @@ from nanods.training.contrastive_data import (
     preset_modalities,
 )
 from nanods.training.distill import PROJECTION, Teacher, embedding_loss, mix, projection_of
+from nanods.training.language_task import forward_seconds
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
 from nanods.training.saved_gallery import save_gallery
@@ -368,18 +369,17 @@ class ContrastiveTask:
 
     @torch.no_grad()
     def evaluation_seconds(self, model: nn.Module) -> float:
-        """Return the time of an evaluation, from the second of two passes over a chunk of those
-        that it embeds: the first may compile the model."""
+        """Return the time of an evaluation, estimated from one of the chunks that it embeds."""
         start = time.perf_counter()
         inputs = self.inputs(self.gallery)
         preparing = time.perf_counter() - start
         chunk = {name: x[:EMBED_CHUNK] for name, x in inputs.items()}
-        for _ in range(2):
-            start = time.perf_counter()
-            embedded = next(iter(self.embed(model, chunk)[0].values()))
-            embedded.sum().item()  # waits for the GPU
-            embedding = time.perf_counter() - start
-        return preparing + embedding * len(self.gallery.ids) / len(embedded)
+
+        def forward() -> Tensor:
+            return next(iter(self.embed(model, chunk)[0].values())).sum()
+
+        examples = len(next(iter(chunk.values())))
+        return preparing + forward_seconds(model, forward) * len(self.gallery.ids) / examples
 
     def classify(
         self, model: nn.Module, embeddings: dict[str, Tensor]
