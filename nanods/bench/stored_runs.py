@@ -383,8 +383,8 @@ class Trainings:
         return job.folder_in(self.runs, self.bench)
 
     def flags(self, job: Job) -> list[str]:
-        """Return the command line of a run. It names the CPU, which is what is stored as its
-        machine; otherwise a run would take a GPU that is there."""
+        """Return the command line of a run, on the CPU: that is the machine it is stored with, and
+        train.py would take a GPU if there is one."""
         device = [] if "--device" in job.words else ["--device", "cpu"]
         return [*job.words, *device, "--out-dir", str(self.folder(job))]
 
