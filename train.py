@@ -113,7 +113,7 @@ def train(run: Run, processes: ProcessGroups) -> None:
             log.close()
             raise UserError(explain_divergence(config, model, run.step, train_loss, lr))
         for optimizer in optimizers:
-            if not overflows:  # in fp16 such a step is left out, and the scale reduced
+            if not overflows:  # in fp16 such a step is left out
                 scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()

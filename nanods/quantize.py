@@ -203,7 +203,7 @@ def integer_product(
 
 
 def pad(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Append rows and columns of zeros to a matrix; without any, return it and not a copy."""
+    """Append rows and columns of zeros to a matrix; if there are none to append, return it."""
     return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 

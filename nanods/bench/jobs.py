@@ -105,7 +105,7 @@ def ladder_job(preset: str, seed: int, data: str = "pydocs", name: str = "") -> 
 EARLIER = {"conv-width": 1, "sampling": "random"}
 """Flags with which v0-tiny to v2-tiny are what they were until 2026-11-27: no convolution, and text
 read at random positions. Benches with older runs keep these flags: training all of those runs
-again takes more than six hours."""
+again takes more than four hours."""
 EARLIER_STEPS = {"v0-tiny": 2000, "v1-tiny": 2000, "v2-tiny": 1500}
 
 

@@ -7,9 +7,9 @@ approximate U V^T by matrix products alone. The learning rate is then the spectr
 update, times sqrt(R / C) for a tall matrix (R, C), so one rate suits all widths.
 
 `torch.optim.Muon` is the same algorithm, one matrix at a time and always in bf16. Here matrices of
-one shape are stacked, which makes the products large enough to be efficient. A CPU without bf16
-units, which would have to emulate them, orthogonalises in the weights' own dtype, wide matrices by
-fewer operations (LOG.md has the figures). fp64 stays fp64 everywhere, so that runs can be compared
+one shape are stacked, which makes the products large enough to be efficient. A CPU that
+does not gain from bf16 orthogonalises in the weights' own dtype, wide matrices by fewer operations
+(LOG.md has the figures). fp64 stays fp64 everywhere, so that runs can be compared
 exactly.
 
 Pinned by tests/training/test_muon.py: it agrees with torch.optim.Muon. Shapes: N matrices (R, C), E

@@ -145,8 +145,8 @@ def test_checksums_have_the_format_of_sha256sum(tmp_path):
 
 @pytest.mark.parametrize(("kind", "device"), [(torch.optim.AdamW, "meta"), (Muon, "cpu")])
 def test_a_restored_optimizer_counts_its_steps_where_it_did(kind, device):
-    """Fused AdamW on a GPU wants them there; Muon reads them on the CPU. Without a GPU the meta
-    device stands for one."""
+    """Fused AdamW keeps its step counter on the parameter's device, Muon on the CPU. The meta
+    device stands for a GPU."""
     model = torch.nn.Linear(3, 3, bias=False, device="meta")
     optimizer = kind(model.parameters(), lr=0.1)
     saved = {"step": torch.tensor(1.0), "moment": torch.ones(3, 3)}
