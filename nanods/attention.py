@@ -533,8 +533,8 @@ def block_attention(
 
 
 def flex_pays(T: int, block_size: int, top_blocks: int) -> bool:
-    """Return whether a GPU should use FlexAttention: if it takes blocks of this size (FLEX_BLOCK),
-    and T tokens are more than the selected blocks and the current one."""
+    """Return whether FlexAttention pays on a GPU: block_size must be a multiple of FLEX_BLOCK, and
+    the selected blocks and the current one must hold fewer than T tokens."""
     return block_size % FLEX_BLOCK == 0 and (top_blocks + 1) * block_size < T
 
 

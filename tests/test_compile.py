@@ -148,8 +148,8 @@ def test_a_run_says_that_its_first_batches_wait_for_the_compiler(
 
 @torch.no_grad()
 def test_texts_of_any_length_are_compiled_once_for_all(monkeypatch):
-    """Fine-tuning pads each batch to its longest row. torch.compile takes the second length for a
-    variable; a loop over it in Python would compile each length anew."""
+    """Fine-tuning pads each batch to its longest row. The first length has its own graph; the
+    second graph serves all later ones. A loop over the length would compile each anew."""
     monkeypatch.setattr("nanods.attention.choose_route", lambda *_: "mask")
     graphs = []
 

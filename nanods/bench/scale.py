@@ -41,7 +41,7 @@ def measure(args: Args, name: str, mesh: str | None) -> dict:
     """Train for STEPS steps -> the command, and medians over the steps after the warm-up."""
     out = args.runs / name.replace(" ", "-")
     flags = {"steps": STEPS, "eval-every": 1000, "micro-batch": 4, "out-dir": out}
-    flags["device"] = "cpu"  # whose times these are
+    flags["device"] = "cpu"  # the results are times on a CPU
     launch = []
     if mesh:
         flags["mesh"] = mesh

@@ -28,8 +28,8 @@ STACKED = 32
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Return whether the device multiplies matrices faster in bf16 than in fp32: a GPU that has it
-    in hardware, or a CPU with instructions that pay.
+    """Return whether the device is taken to multiply matrices faster in bf16 than in fp32: a GPU
+    that has it in hardware; a CPU with AMX, ARM's bf16, or that of AVX-512 if it is not Intel's.
 
     The bf16 instructions of AVX-512 are half as fast as fp32 on an Intel Emerald Rapids and faster
     on an AMD Zen 5 (LOG.md). With Intel's matrix units (AMX) it should pay; not measured.

@@ -89,8 +89,8 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 
 
 def compile_model(config: Config, model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model, compiled where `--compile` says so. Print that the first batches wait for
-    it."""
+    """Return the model, compiled if `--compile` asks for it; then print that the first batches take
+    longer."""
     if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return model
     print("compile    the first batches take some minutes longer (--compile off: slower steps)")
