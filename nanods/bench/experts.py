@@ -8,7 +8,6 @@ The first is `make bench-experts`. Writes results/experts.json and results/exper
 Trains on pydocs at the tiny scale. Each run is a train.py of its own on one thread. Finished runs
 are stored and not repeated (stored_runs.py). But times are compared: if the results would come
 from several machines, those of other machines are repeated, except for runs at equal time.
-All have the presets' earlier settings (EARLIER in jobs.py).
 
     balance     v2-tiny with the load-balancing loss; without it (more cures: balance.py)
     quality     V2 against V1 with hidden width 2F (equal active FLOPs) and against unchanged V1, at
@@ -35,9 +34,10 @@ import numpy as np
 import torch
 
 from nanods import plots
-from nanods.bench.jobs import EARLIER, EARLIER_STEPS, Job, earlier_job
+from nanods.bench.jobs import Job, ladder_job
 from nanods.bench.runs import flags_from_dict, mean_and_each, write_json
 from nanods.bench.stored_runs import Machines, TrainingArgs, machine_of, train_all
+from nanods.config import PRESETS
 from nanods.data.text import load_text
 from nanods.errors import run
 from nanods.flags import parse_args
@@ -46,7 +46,7 @@ from nanods.training.inspection import chosen_experts
 
 STEPS = 400  # of the short runs: upcycling and stability
 WITHOUT_LOSSES = {"moe.balance-coefficient": 0, "moe.z-coefficient": 0}
-FULL_STEPS = EARLIER_STEPS["v2-tiny"]
+FULL_STEPS = PRESETS["v2-tiny"].steps
 MAX_SEEDS = {"none": 1}  # of this variant
 SPIKE_WINDOW = 50  # a spike is compared with this many steps before it
 HISTORY_WINDOW = 50  # steps averaged into one column of the load's history
@@ -224,9 +224,9 @@ def gap(runs: dict[str, list[dict]], a: str, b: str) -> dict:
 
 def variant_job(args: Args, name: str, seed: int, label: str = "", **changes) -> Job:
     """Return the run of a variant, under the name `label` if some of its flags are changed."""
-    start = earlier_job(f"v1 as it is-{seed}", "v1-tiny", seed)
+    start = ladder_job("v1-tiny", seed, name=f"v1 as it is-{seed}")
     preset, flags = variants(start.folder_in(args.runs, "experts"))[name]
-    words = (preset, *flags_from_dict(flags | changes | {"seed": seed} | EARLIER))
+    words = (preset, *flags_from_dict(flags | changes | {"seed": seed}))
     return Job(f"{label or name}-{seed}", words, needs=start if "init-from" in flags else None)
 
 
@@ -234,7 +234,7 @@ def list_jobs(args: Args) -> dict[str, list[Job]]:
     """Return the runs of each variant, one a seed, except those at equal time."""
     jobs = {}
     for name, preset in (("v1 as it is", "v1-tiny"), ("loss", "v2-tiny")):
-        jobs[name] = [earlier_job(f"{name}-{seed}", preset, seed) for seed in range(args.seeds)]
+        jobs[name] = [ladder_job(preset, seed, name=f"{name}-{seed}") for seed in range(args.seeds)]
     for name in variants(Path()):
         seeds = min(args.seeds, MAX_SEEDS.get(name, args.seeds))
         jobs[name] = [variant_job(args, name, seed) for seed in range(seeds)]
