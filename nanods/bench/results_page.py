@@ -52,10 +52,8 @@ def results_page() -> str:
         "no entry there: the command trains those runs again. The figures of `make",
         "bench-experts` are of v1-tiny and v2-tiny with the settings they had until 2026-11-27:",
         "no convolution, text read at random positions, and more steps (`EARLIER` and",
-        "`EARLIER_STEPS` in nanods/bench/jobs.py). The figures of `make bench-adapt` are also",
-        "without the convolution and from text at random positions; the command now trains with",
-        "the present settings. The figures for two processes and serving also come from models",
-        "without a convolution.\n",
+        "`EARLIER_STEPS` in nanods/bench/jobs.py). The figures for two processes and serving",
+        "also come from models without a convolution.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]
