@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from nanods import config as ladder
-from nanods.bench.runs import flags_from_dict
 from nanods.build import build_model
 from nanods.config import Config
 from nanods.quantize import fake_quantize_model
@@ -98,21 +97,6 @@ def ladder_job(preset: str, seed: int, data: str = "pydocs", name: str = "") -> 
     words = (preset, "--data", data, "--seed", str(seed))
     run = f"{preset}-{data}-{seed}"
     return Job(name or run, words, f"ladder/{run}")
-
-
-# ---- the presets as they were --------------------------------------------------------------------
-
-EARLIER = {"conv-width": 1, "sampling": "random"}
-"""Flags with which v0-tiny to v2-tiny are what they were until 2026-11-27: no convolution, and text
-read at random positions. Benches with older runs keep these flags: training all of those runs
-again takes more than four hours."""
-EARLIER_STEPS = {"v0-tiny": 2000, "v1-tiny": 2000, "v2-tiny": 1500}
-
-
-def earlier_job(name: str, preset: str, seed: int) -> Job:
-    """Return the run of a whole preset as it was then."""
-    flags = {"data": "pydocs", "seed": seed, "steps": EARLIER_STEPS[preset]} | EARLIER
-    return Job(name, (preset, *flags_from_dict(flags)), f"earlier/{preset}-{seed}")
 
 
 # ---- settings and probe --------------------------------------------------------------------------

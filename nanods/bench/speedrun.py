@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from nanods.bench.jobs import EARLIER, EARLIER_STEPS, Job
+from nanods.bench.jobs import Job
 from nanods.bench.runs import (
     describe_machine,
     flags_from_dict,
@@ -35,10 +35,11 @@ from nanods.flags import parse_args
 TARGET = 1.4697
 """Validation loss of nanoGPT's 10.7M parameters after 5,000 steps on an A100 (its README)."""
 
-EPOCHS = {"conv-width": 4, "sampling": "epochs"}  # as v0-tiny has them now
+EARLIER = {"conv-width": 1, "sampling": "random"}  # as v0-tiny had them until 2026-11-27
+EPOCHS = {"conv-width": 4, "sampling": "epochs"}  # as it has them now
 
 ENTRIES: dict[str, dict[str, object]] = {
-    "first v0-tiny": EARLIER | {"steps": EARLIER_STEPS["v0-tiny"]},
+    "first v0-tiny": EARLIER | {"steps": 2000},
     "short windows first": EARLIER | {"short-context": 0.5, "steps": 1700},
     "convolution before the MLP": EARLIER | {"conv-width": 4, "short-context": 0.5, "steps": 1100},
     "text read in epochs": EPOCHS | {"short-context": 0.5, "steps": 850},
