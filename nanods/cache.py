@@ -13,7 +13,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from nanods.attention import AttentionConfig, pool_keys, summarise
+from nanods.attention import AttentionConfig
+from nanods.attention_selection import pool_keys, summarise
 
 
 class Cache:

@@ -34,10 +34,10 @@ from nanods.attention import (
     AttentionConfig,
     block_attention,
     dense_attention,
-    select_blocks,
     sparsity_stats,
     topk_attention,
 )
+from nanods.attention_selection import select_blocks
 from nanods.cache import Cache
 from nanods.conv import CausalConv
 from nanods.moe import MoEConfig, feed_forward

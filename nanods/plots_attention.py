@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from nanods.attention import block_mask, select_blocks, topk_attention
+from nanods.attention import block_mask, topk_attention
+from nanods.attention_selection import select_blocks
 from nanods.plots import (
     BLUE,
     COLOURS,

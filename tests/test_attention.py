@@ -10,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanods import attention
+from nanods import attention, attention_selection
 from nanods.attention import (
-    METHODS,
-    POOLS,
     block_attention,
     block_attention_reference,
     block_mask,
@@ -21,12 +19,11 @@ from nanods.attention import (
     gathered_block_attention,
     masked_attention,
     query_attention,
-    select_blocks,
-    summarise,
     tile_attention,
     topk_attention,
     visible_mask,
 )
+from nanods.attention_selection import METHODS, POOLS, select_blocks, summarise
 
 FAST = (block_attention, gathered_block_attention)  # to compare with the reference
 methods, pools = st.sampled_from(METHODS), st.sampled_from(POOLS)
@@ -147,7 +144,7 @@ def test_selecting_for_a_few_queries_at_a_time_gives_the_same_blocks(method, cau
     options = {"causal": causal, "beam": 2, "fan_out": 2}
     at_once = select_blocks(q, k, 4, 5, method, **options)
     for max_scores in (1, 200):  # one query at a time, and several
-        monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
+        monkeypatch.setattr(attention_selection, "MAX_SCORES", max_scores)
         assert torch.equal(select_blocks(q, k, 4, 5, method, **options), at_once)
 
 

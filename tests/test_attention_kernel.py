@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanods import attention_kernel
-from nanods.attention import block_attention, block_attention_reference, select_blocks
+from nanods.attention import block_attention, block_attention_reference
 from nanods.attention_kernel import (
     FLEX_BLOCK,
     flex_block_attention,
     query_attention,
     tile_attention,
 )
+from nanods.attention_selection import select_blocks
 from tests.test_attention import close, random_qkv
 
 shapes = st.tuples(

@@ -272,7 +272,8 @@ def test_flops_agree_with_counting_them():
 
 
 def test_pairs_agree_with_the_mask():
-    from nanods.attention import block_mask, select_blocks
+    from nanods.attention import block_mask
+    from nanods.attention_selection import select_blocks
 
     q, k = torch.randn(2, 1, 1, 30, 4)
     config = AttentionConfig("block", block_size=4, top_blocks=2)

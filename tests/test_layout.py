@@ -66,7 +66,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
     ),
     ("nanods.plots_text",),
     ("nanods.cache", *(f"nanods.{name}" for name in CONCEPTS)),
-    ("nanods.attention_kernel", "nanods.moe_kernel", "nanods.flags"),
+    ("nanods.attention_kernel", "nanods.attention_selection", "nanods.moe_kernel", "nanods.flags"),
     ("nanods.errors", "nanods.files"),
 )
 

@@ -36,7 +36,8 @@ from probe import (
 )
 from torch import Tensor
 
-from nanods.attention import block_mask, masked_attention, select_blocks, summarise, visible_mask
+from nanods.attention import block_mask, masked_attention, visible_mask
+from nanods.attention_selection import select_blocks, summarise
 
 # ---- steps 1, 2 and 5: attention -----------------------------------------------------------------
 

@@ -23,19 +23,16 @@ from torch import Tensor
 
 from nanods import plots
 from nanods.attention import (
-    BEAM,
-    FAN_OUT,
     AttentionConfig,
     block_attention,
     block_mask,
     gathered_block_attention,
     masked_attention,
     query_attention,
-    select_blocks,
-    summarise,
     tile_attention,
     visible_mask,
 )
+from nanods.attention_selection import BEAM, FAN_OUT, select_blocks, summarise
 from nanods.bench.runs import (
     add_exponents,
     describe_machine,
