@@ -7,8 +7,8 @@ Each step of the ladder changes one idea of the step before:
     block_attention                ... to the keys of selected blocks and of its current block, so
                                    most keys are not scored
 
-The blocks are selected in nanods/attention_selection.py, so one naive reference,
-`block_attention_reference`, tests the attention for every method of selection. The fast
+`block_attention` is given the selected blocks, which nanods/attention_selection.py computes. So one
+naive reference, `block_attention_reference`, tests it for every method of selection. The fast
 implementations are in nanods/attention_kernel.py.
 
 Equations. Dense attention, with D the width of a head (Vaswani et al. 2017, arXiv:1706.03762,
@@ -19,8 +19,8 @@ eq. 1):
 Block attention (MoBA: Lu et al. 2025, arXiv:2502.13189, eq. 2-6). The current block is the block
 of keys that contains the query's position:
 
-    selected(q)     = the top_blocks blocks with the largest score(q, block), among the blocks that
-                      lie entirely before q's current block
+    selected(q)     = the top_blocks blocks with the largest score (nanods/attention_selection.py),
+                      among the blocks that lie entirely before q's current block
     attention(q)    = softmax over the keys of selected(q) and of the current block, up to q itself
 
 Tested by tests/test_attention.py: top_k >= T equals dense; all blocks selected equals dense; tokens
@@ -46,7 +46,7 @@ from nanods.attention_kernel import (
     query_attention,
     tile_attention,
 )
-from nanods.attention_selection import BEAM, FAN_OUT, Method, query_positions
+from nanods.attention_selection import BEAM, FAN_OUT, Method, Pool, query_positions
 
 QUERY_ROUTE_MIN = 1 << 14  # T * block_size from which sorting pairs beats a mask (choose_route)
 
@@ -65,7 +65,7 @@ class AttentionConfig:
     method: Method = "flat"
     """How blocks are selected. flat: per query. tile: per tile of queries. tree: per query, by tree
     search. window: the nearest blocks, without scores (block only)."""
-    pool: Literal["mean", "bound"] = "mean"
+    pool: Pool = "mean"
     """Summary of a block. mean: the mean of its keys. bound: their maxima and minima, which bound
     every score (block only)."""
     beam: int = BEAM

@@ -1,10 +1,11 @@
-"""V1: the selection of the blocks of keys that each query attends to (nanods/attention.py).
+"""V1: select the blocks of keys that each query attends to. nanods/attention.py attends to them.
 
-    select_blocks(method="flat")   scores one summary per block of keys, so most keys are not scored
-    select_blocks(method="tile")   ... once per tile of queries instead of once per query
-    select_blocks(method="tree")   ... top-down in a tree of summaries: most blocks are not scored
+    select_blocks(method="flat")     scores one summary per block of keys: most keys are not scored
+    select_blocks(method="tile")     does so once per tile of queries instead of once per query
+    select_blocks(method="tree")     searches a tree of summaries: most blocks are not scored either
+    select_blocks(method="window")   takes the nearest blocks, without scores: the baseline
 
-The score of a block (the first is MoBA's: Lu et al. 2025, arXiv:2502.13189, eq. 5 and 6):
+The score of a block (the first one is MoBA's: Lu et al. 2025, arXiv:2502.13189):
 
     pool="mean":    score = q . (mean of the block's keys). Cheap, but the mean can hide one strong
                     key among many.
@@ -12,12 +13,13 @@ The score of a block (the first is MoBA's: Lu et al. 2025, arXiv:2502.13189, eq.
                     the block's keys (Quest: arXiv:2406.10774, eq. 1). No key in the block scores
                     higher, so no strong key is missed, but the bound is loose.
 
-Selection is causal by construction. A block that contains even one key in q's future is never
-scored, so its summary cannot leak that key. The current block, which contains the query's position,
-is always attended to, under the ordinary causal mask, and is never scored or listed. A tile is one
-block of queries. Its selection is computed from its *first* query, because the past of the first
-query is the past of every query in the tile. The mean of the tile's queries would leak the last
-query to the first. Without a causal order there is no future to leak, so there the mean is used.
+With causal=True, selection is causal by construction. A block that contains even one key in q's
+future is never scored, so its summary cannot leak that key. The current block, which contains the
+query's position, is always attended to, under the ordinary causal mask, and is never scored or
+listed. A tile is one block of queries. Its selection is computed from its *first* query, because
+the past of the first query is the past of every query in the tile. The mean of the tile's queries
+would leak the last query to the first. Without a causal order there is no future to leak, so there
+the mean is used.
 
 Left out on purpose: a gradient through the selection (the model learns which blocks are relevant
 through the keys and queries it attends with), and tiles of another size than blocks.
@@ -42,7 +44,8 @@ BEAM, FAN_OUT = 16, 4  # nodes that the tree search opens on each level, childre
 MAX_SCORES = 1 << 20  # scores in memory at once during selection, so that memory is linear in T
 
 Method = Literal["flat", "tile", "tree", "window"]
-METHODS, POOLS = get_args(Method), ("mean", "bound")
+Pool = Literal["mean", "bound"]
+METHODS, POOLS = get_args(Method), get_args(Pool)
 
 
 @torch.no_grad()

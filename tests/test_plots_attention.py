@@ -1,4 +1,4 @@
-"""Figures about sparse attention show what the functions of nanods/attention.py do."""
+"""Figures about sparse attention show what the functions of nanods/attention*.py do."""
 
 import numpy as np
 import pytest

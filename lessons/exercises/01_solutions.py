@@ -1,4 +1,4 @@
-"""Solutions to 01_sparse_attention.py: the shortest correct code (fast: nanods/attention.py)."""
+"""Solutions to 01_sparse_attention.py: the shortest correct code (fast: nanods/attention*.py)."""
 
 import torch
 import torch.nn.functional as F

@@ -15,7 +15,7 @@ Graded in each step: every head of every sequence is independent of the others; 
 changed in place; floats keep the dtype of the arguments. In steps 1, 2 and 5 gradients also flow to
 q, k and v, and large scores do not overflow.
 
-The solutions are in 01_solutions.py; nanods itself uses the functions in nanods/attention.py.
+The solutions are in 01_solutions.py; nanods itself uses those in nanods/attention*.py.
 """
 
 import torch  # noqa: F401

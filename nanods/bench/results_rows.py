@@ -408,11 +408,12 @@ def labels_result() -> Result:
 
 
 def scaling_results() -> list[Result]:
-    times = load("scale")["times"]
+    table = load("scale")
+    times, machine = table["times"], machine_words(table["machine"])
     return [
         Result(
             "make bench-scale",
-            "v2-tiny on two processes of one thread against one: dp=2, ep=2, fsdp=2",
+            f"v2-tiny on two processes of one thread against one ({machine}): dp=2, ep=2, fsdp=2",
             f"{times['dp=2']:.2f}, {times['ep=2']:.2f}, {times['fsdp=2']:.2f} times the tokens "
             "per second",
             "scale",
