@@ -187,20 +187,19 @@ def train_all(
     torch.set_num_threads(1)  # beside the runs, which have one each
     with lock_store(results / "runs" / f".{bench}.lock"), catch_signals():
         store = Store(results / "runs" / f"{bench}.json")
+        trainings = None
         try:
             missing, for_weights = find_missing(bench, jobs, store, runs, machines)
             for job in missing:
                 if isinstance(job, Job):  # one of a bench that was killed goes on without it
                     with lock_run_directory(job.folder_in(runs, bench), wait=True):
                         pass
-            Trainings(bench, missing, for_weights, summarise, store, runs).run(workers)
+            trainings = Trainings(bench, missing, for_weights, summarise, store, runs)
+            trainings.run(workers)
         except KeyboardInterrupt:
-            n_stored = sum(job.name in store.entries for job in jobs)
-            print(
-                f"interrupted {bench}: {n_stored} of {len(jobs)} runs are stored. Continue with: "
-                f"{this_command(python())}",
-                flush=True,
-            )
+            left = f"{len(trainings.not_stored) if trainings else 'some'} of {len(jobs)} runs"
+            command = this_command(python())
+            print(f"interrupted {bench}: {left} are left. Continue with: {command}", flush=True)
             raise
     stored = {job.name: store.entries[job.name] for job in jobs}
     return {name: {"command": e["command"]} | e["result"] for name, e in stored.items()}
@@ -356,6 +355,7 @@ class Trainings:
     ) -> None:
         self.bench, self.summarise, self.store, self.runs = bench, summarise, store, runs
         self.waiting, self.for_weights = list(jobs), for_weights
+        self.not_stored = {job.name for job in jobs} - for_weights
         self.running: dict[Job, Popen] = {}
         self.count, self.done = len(jobs), 0
         self.start = self.last_report = time.monotonic()
@@ -430,6 +430,7 @@ class Trainings:
         """Store a result, unless the run was repeated only because its weights were missing."""
         if job.name not in self.for_weights:
             self.store.put(job, command, result)
+            self.not_stored.remove(job.name)
         self.done += 1
         self.trained += 1 - self.begun_at[job.name]
         verb = "trained" if job.name in self.for_weights else "stored "

@@ -131,9 +131,20 @@ def test_each_result_is_stored_at_once(tmp_path, trainings, capsys):
     printed = capsys.readouterr().out
     assert "begun      demo, a: run 1 of 2" in printed
     assert "a: 1 of 2 stored, about 0 min left" in printed
-    assert "interrupted demo: 1 of 2 runs are stored. Continue with: " in printed
+    assert "interrupted demo: 1 of 2 runs are left. Continue with: " in printed
     train(tmp_path, JOBS)  # b had finished, and is read instead of trained again
     assert [name for name, *_ in trainings] == ["a", "b"]
+
+
+def test_an_interrupted_bench_does_not_count_stale_results_as_done(tmp_path, trainings, capsys):
+    def killed(job, out, rows):
+        raise KeyboardInterrupt
+
+    train(tmp_path, JOBS)
+    changed = [JOBS[0], Job("b", ("v0-tiny", "--lr", "0.02"))]
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, changed, killed)
+    assert "interrupted demo: 1 of 2 runs are left" in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_resumed(tmp_path, trainings):
@@ -426,7 +437,7 @@ def test_a_bench_killed_and_interrupted_goes_on_where_it_was(workspace):
     os.killpg(bench.pid, signal.SIGINT)
     printed, _ = bench.communicate(timeout=300)
     assert bench.returncode == 130 and "Traceback" not in printed
-    assert printed.count("Continue with: ") == 1 and "2 of 3 runs are stored" in printed
+    assert printed.count("Continue with: ") == 1 and "1 of 3 runs are left" in printed
     stored = json.loads((workspace / STORE).read_text())
     assert stored.keys() == {"seed 0", "seed 1"}
 
