@@ -1,7 +1,7 @@
 """V1: select the blocks of keys that each query attends to. nanods/attention.py attends to them.
 
     select_blocks(method="flat")     scores one summary per block of keys: most keys are not scored
-    select_blocks(method="tile")     does so once per tile of queries instead of once per query
+    select_blocks(method="tile")     scores them once per tile of queries, not once per query
     select_blocks(method="tree")     searches a tree of summaries: most blocks are not scored either
     select_blocks(method="window")   takes the nearest blocks, without scores: the baseline
 
@@ -18,8 +18,8 @@ future is never scored, so its summary cannot leak that key. The current block, 
 query's position, is always attended to, under the ordinary causal mask, and is never scored or
 listed. A tile is one block of queries. Its selection is computed from its *first* query, because
 the past of the first query is the past of every query in the tile. The mean of the tile's queries
-would leak the last query to the first. Without a causal order there is no future to leak, so there
-the mean is used.
+would leak the last query to the first. Without a causal order nothing can leak, so there a tile's
+selection is computed from the mean of its queries.
 
 Left out on purpose: a gradient through the selection (the model learns which blocks are relevant
 through the keys and queries it attends with), and tiles of another size than blocks.
@@ -27,11 +27,7 @@ through the keys and queries it attends with), and tiles of another size than bl
 Tested by tests/test_attention.py: a beam as wide as the tree equals flat; blocks of one query each
 make tile equal flat; tokens after a position do not change its selection.
 
-Shapes: B batch, H heads, D width of a head, T queries, S keys (S = T unless a cache holds more),
-N = ceil(S / block_size) blocks, P width of a summary, R rows of a selection: T (one per query) or
-ceil(T / block_size) (one per tile of queries). `positions` (B or 1, T) gives the position of each
-query among the keys, for decoding with a cache: a query at position p sees the keys 0..p. By
-default query t is at position t.
+Shapes and `positions` as in nanods/attention.py; P is the width of a summary.
 """
 
 from typing import Literal, get_args
