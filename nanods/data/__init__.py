@@ -1,8 +1,8 @@
 """Data: corpora as token files, and data sets of examples for contrastive learning.
 
 Text:     text.py loads a corpus as token ids. It uses tokenizer.py, download.py, pydocs.py
-          (a corpus that needs no network) and, for a corpus larger than memory, sources.py and
-          shards.py.
+          (a corpus that needs no network) and, for a corpus larger than memory, sources.py (what
+          is held out), documents.py (reading) and shards.py (token files).
 Examples: examples.py describes a data set of text, images and sounds. scenes.py generates one.
           caption_dataset.py reads one from a folder: caption_forms.py finds its captions (table.py
           in tables with a header), captions.py chooses what is held out. emoji.py has drawings and,

@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from nanods.data.documents import documents
 from nanods.data.download import data_dir, file_sha256, lock_data, write_atomic
 from nanods.data.random_bits import mix_bits
-from nanods.data.sources import INDEX, documents, fingerprint, plan
+from nanods.data.sources import INDEX, fingerprint, plan
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_json
 from nanods.errors import UserError
 

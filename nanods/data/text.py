@@ -17,12 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from nanods.data.decoding import decode_text, describe_format
+from nanods.data.documents import FINEWEB
 from nanods.data.download import data_dir, download, lock_data, write_atomic
 from nanods.data.pydocs import pydocs_split, pydocs_text
 from nanods.data.shards import Tokens, load_shards
 from nanods.data.sources import (
     DATASETS_MARKERS,
-    FINEWEB,
     SUFFIXES,
     is_sharded_source,
     left_out,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanods.data import sources
+from nanods.data.documents import Part, documents
 from nanods.data.text import load_text
 from nanods.errors import UserError
 from tests.data.test_shards import DOCUMENTS, record_shards
@@ -24,8 +25,8 @@ def test_parts_of_any_size_have_each_line_once(tmp_path_factory, size, ends):
     text = "ž\n\nlonger than a slice of few bytes\nb\r\nc" + "\n" * ends
     path.write_bytes(text.encode())
     cuts = [*range(0, len(text.encode()), size), len(text.encode())]
-    parts = [sources.Part(str(path), a, b) for a, b in itertools.pairwise(cuts)]
-    assert "".join(sources.documents(parts)) == text + "\n" * (not ends)
+    parts = [Part(str(path), a, b) for a, b in itertools.pairwise(cuts)]
+    assert "".join(documents(parts)) == text + "\n" * (not ends)
 
 
 def test_parquet_rows_are_each_in_one_shard(folder):
@@ -47,7 +48,7 @@ def test_lone_surrogates_become_question_marks(folder):
 
 
 class Streaming(list):
-    """The parts of IterableDataset that sources.py uses: `num_shards` files of rows."""
+    """The parts of IterableDataset that documents.py uses: `num_shards` files of rows."""
 
     num_shards = property(len)
 
@@ -84,8 +85,8 @@ def test_fineweb_is_streamed_once(monkeypatch):
     assert set(map(str, calls)) == {
         "(('HuggingFaceFW/fineweb-edu', 'sample-10BT'), {'split': 'train', 'streaming': True})"
     }
-    monkeypatch.delitem(sys.modules, "datasets")
-    monkeypatch.setattr(sources, "stream", lambda: pytest.fail("streamed again"))
+    again = SimpleNamespace(load_dataset=lambda *args, **kwargs: pytest.fail("streamed again"))
+    monkeypatch.setitem(sys.modules, "datasets", again)
     assert load_text("fineweb-edu").sha256 == data.sha256
 
 
