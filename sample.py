@@ -40,8 +40,8 @@ from nanods.flags import from_environment, parse_args
 from nanods.gpt import GPT
 from nanods.multimodal import MODALITIES, Multimodal
 from nanods.training.contrastive_data import encode_captions, held_out_examples, model_inputs
-from nanods.training.contrastive_task import embed, logit_scale
 from nanods.training.finished_run import FinishedRun, load_run
+from nanods.training.retrieval import embed, logit_scale
 from nanods.training.saved_gallery import words_of
 from nanods.training.zero_shot import (
     describe_cut_prompts,

@@ -34,11 +34,11 @@ from nanods.build import build_meta_model
 from nanods.config import Config
 from nanods.gpt import GPT, Block
 from nanods.multimodal import Multimodal, tokens_per_example
-from nanods.training.contrastive_task import EMBED_CHUNK
 from nanods.training.language_task import eval_batch_size
 from nanods.training.muon import STACKED, fast_bf16
 from nanods.training.optimizers import STATE_BYTES
 from nanods.training.parameter_groups import fp32_parameters, optimizer_of
+from nanods.training.retrieval import EMBED_CHUNK
 
 MMAP_THRESHOLD = 32 << 20  # glibc maps a larger tensor separately; smaller ones share a heap
 # The size of that heap over what is in use: measured 1.25 to 1.6, by runs with and without

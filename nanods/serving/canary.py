@@ -22,7 +22,7 @@ from nanods.gpt import GPT
 from nanods.serving.engine import Engine
 from nanods.serving.models import ServedModel
 from nanods.training.contrastive_data import model_inputs
-from nanods.training.contrastive_task import embed
+from nanods.training.retrieval import embed
 
 CANARY_EXAMPLES = 64  # of a gallery
 

@@ -25,7 +25,7 @@ from nanods.data.sound import normalized_log_mel
 from nanods.errors import UserError
 from nanods.multimodal import Multimodal
 from nanods.training.contrastive_data import encode_captions, model_inputs
-from nanods.training.contrastive_task import embed
+from nanods.training.retrieval import embed
 
 MAX_PIXELS = 1 << 24  # of an image, which a file of some kilobytes can exceed
 

@@ -23,7 +23,7 @@ space, D of the teacher's, L layers, E experts, C labels.
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,7 @@ from nanods.contrastive import (
     embedding_gradients,
     gather_with_gradient,
     local_rows,
-    median_rank,
     nearest_class,
-    recall_at_k,
     split_batch,
     surrogate_loss,
 )
@@ -76,10 +74,9 @@ from nanods.training.distill import PROJECTION, Teacher, embedding_loss, mix, pr
 from nanods.training.language_task import forward_seconds
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
+from nanods.training.retrieval import EMBED_CHUNK, embed, logit_scale, retrieval_metrics
 from nanods.training.saved_gallery import save_gallery
 from nanods.training.shared_experts import combine_loads, moe_losses
-
-EMBED_CHUNK = 64  # examples embedded at a time where no gradient is needed
 
 
 class Batch(NamedTuple):
@@ -550,53 +547,3 @@ class ContrastiveTask:
             lines.append(f"query      {caption}\n{others[0]:<10} of: {captions[best]}")
         query = sample_command(run_dir, *flag("query", shorten(captions[0] if captions else "...")))
         return "\n".join([*lines, "", f"next       {query}"])
-
-
-# ---- embeddings and retrieval --------------------------------------------------------------------
-
-
-@torch.no_grad()
-def embed(
-    model: nn.Module, inputs: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return embeddings (Q, M) and, with experts, their load (L, E), by modality; a chunk at a
-    time, in the model's own mode."""
-    chunks, load = {name: [] for name in inputs}, {}
-    examples = len(next(iter(inputs.values())))
-    for start in range(0, examples, EMBED_CHUNK):
-        chunk = {name: x[start : start + EMBED_CHUNK] for name, x in inputs.items()}
-        embeddings, stats = model(chunk)
-        for name, e in embeddings.items():
-            chunks[name].append(e)
-            if "load" in stats[name][0]:
-                counts = torch.stack([layer["load"] for layer in stats[name]])
-                load[name] = load.get(name, 0) + counts
-    return {name: torch.cat(parts) for name, parts in chunks.items()}, load
-
-
-def retrieval_metrics(
-    embeddings: dict[str, Tensor], ids: Tensor, present: dict[str, Tensor] | None = None
-) -> dict[str, float]:
-    """Return recall at 1 and at 5 and the median rank in each direction, from embeddings (Q, M) by
-    modality and ids (Q, N), among the examples with both modalities, present (Q,) by modality.
-
-    A direction for which there are fewer than two is left out.
-    """
-    metrics, all_ids = {}, ids
-    for a, b in permutations(embeddings, 2):
-        queries, targets = embeddings[a], embeddings[b]
-        if present is not None:
-            both = present[a] & present[b]
-            if both.sum() < 2:
-                continue
-            queries, targets, ids = queries[both], targets[both], all_ids[both]
-        metrics[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, ids)
-        metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, ids)
-        metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, ids)
-    return metrics
-
-
-@torch.no_grad()
-def logit_scale(model: nn.Module) -> float:
-    """Return the model's scale, 1 / temperature, as a number."""
-    return model.temperature().item()

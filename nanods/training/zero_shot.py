@@ -17,7 +17,7 @@ from nanods.data.decoding import decode_text
 from nanods.data.examples import caption_key
 from nanods.errors import UserError
 from nanods.training.contrastive_data import encode_captions
-from nanods.training.contrastive_task import embed, logit_scale
+from nanods.training.retrieval import embed, logit_scale
 
 MOST_LABELS = 10_000
 
