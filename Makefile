@@ -65,7 +65,7 @@ help:
 	@echo '  make bench-recall      associative recall by each selection method               20 min'
 	@echo '  make bench-long-text   V1 against dense attention at 4,096 tokens                50 min'
 	@echo '  make bench-arithmetic  V2 against V1 on sums and products                        75 min'
-	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          3 hours'
+	@echo '  make bench-experts     experts: balance, quality, upcycling, stability          2.5 hours'
 	@echo '  make bench-balance     what evens the load of experts, each at its best          25 min'
 	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
 	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         60 min'

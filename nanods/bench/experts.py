@@ -1,6 +1,6 @@
 """What experts gain and cost in training.
 
-    python -m nanods.bench.experts             about 3 hours on 2 cores, two runs at a time
+    python -m nanods.bench.experts             about 2.5 hours on 2 cores, two runs at a time
     python -m nanods.bench.experts --seeds 1   a third of that
 
 The first is `make bench-experts`. Writes results/experts.json and results/experts.png.

@@ -49,9 +49,7 @@ def results_page() -> str:
         "[LOG.md](../LOG.md).\n",
         "A bench that trains models stores each run in `results/runs/` as soon as it is",
         "finished. If it was stopped, it continues when it is started again. Older results have",
-        "no entry there: the command trains those runs again. The figures of `make",
-        "bench-experts` are of v1-tiny and v2-tiny with the settings they had until 2026-11-27:",
-        "no convolution, text read at random positions, and more steps.\n",
+        "no entry there: the command trains those runs again.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

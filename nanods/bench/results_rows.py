@@ -228,7 +228,7 @@ def expert_results() -> list[Result]:
         Result(
             "make bench-experts",
             "bits per byte: V2 minus V1 with MLPs of twice the width (equal tokens and active "
-            "FLOPs; both without the convolution), 3 seeds",
+            f"FLOPs), 3 seeds ({machine_words(experts['machine'])})",
             gap("V2 minus V1 with 2F, equal tokens and active FLOPs"),
             "experts",
             headline=True,
@@ -236,8 +236,7 @@ def expert_results() -> list[Result]:
         Result(
             "make bench-experts",
             "bits per byte: V2 minus a V1 that makes as many steps as fit into V2's time, "
-            f"{len(gaps['V2 minus V1, equal time']['each'])} seeds (V1's seeds 1 and 2: "
-            f"{SECOND_MACHINE}; all else bf16)",
+            f"{len(gaps['V2 minus V1, equal time']['each'])} seeds",
             gap("V2 minus V1, equal time"),
             "experts",
         ),
