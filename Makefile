@@ -32,7 +32,7 @@ help:
 	@echo '  make train-v0          a GPT with dense attention: train, plot, sample            3 min'
 	@echo '  make train-v1          the same with sparse attention                             3 min'
 	@echo '  make train-v2          V1 with 16 experts per layer                               4 min'
-	@echo '  make train-v3          text, image and sound in one space, with pictures          5 min'
+	@echo '  make train-v3          text, image and sound in one space, with pictures          4 min'
 	@echo '  make train-v1 DATA=my.txt   the same on your text; also v0 and v2'
 	@echo '  make train-v3 DATA=photos   the same on your folder of captioned images or sounds'
 	@echo '  make train-v3 DATA=emoji    drawings, their names, and their names spoken         8 min'
@@ -76,7 +76,7 @@ help:
 	@echo '  make docs              write docs/RESULTS.md, the README table and pictures    seconds'
 	@echo
 	@echo 'Develop'
-	@echo '  make setup             the environment alone (EXTRAS=bpe,datasets adds packages)'
+	@echo '  make setup             the environment alone (EXTRAS=datasets,serve adds packages)'
 	@echo '  make test              the tests                                                  8 min'
 	@echo '  make test-slow         the slow tests: killed processes, measured memory          8 min'
 	@echo '  make lint              check the code with ruff                                 seconds'

@@ -99,7 +99,6 @@ def test_an_answer_ends_where_the_model_ends_it(program, base):
 
 def test_a_fine_tuned_run_keeps_its_tokenizer(program, base):
     """Where the base run is gone, or was trained anew on another text."""
-    pytest.importorskip("tokenizers")
     first = ["train", *V1, "--vocab-size", 300, "--steps", 2, "--out-dir", "bpe"]
     assert program(*first, "--data", "text.txt")[0] == 0
     flags = ["--vocab-size", 300, "--init-from", "bpe", "--steps", 4, "--save-every", 2]

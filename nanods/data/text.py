@@ -274,17 +274,27 @@ def join_rows(name: str, rows) -> str:
 # ---- tokens on disk ------------------------------------------------------------------------------
 
 
-def tokenizer_for(train: str, vocab_size: int) -> ByteTokenizer | BPETokenizer:
+def tokenizer_for(
+    train: str, vocab_size: int, at_most: bool = False
+) -> ByteTokenizer | BPETokenizer:
     """Return a byte tokenizer for a vocabulary of 256, else a BPE trained on `train`.
 
-    Raises UserError if `vocab_size` is below 256.
+    Raises UserError if `vocab_size` is below 256 and, unless it is an upper bound (`at_most`), if
+    the text has too few pairs to merge.
     """
     if vocab_size < 256:
         raise UserError(
             f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes "
             "alone)"
         )
-    return ByteTokenizer() if vocab_size == 256 else load_or_train_bpe(train, vocab_size)
+    tokenizer = ByteTokenizer() if vocab_size == 256 else load_or_train_bpe(train, vocab_size)
+    if tokenizer.vocab_size < vocab_size and not at_most:
+        raise UserError(
+            f"--vocab-size {vocab_size}: this text gives a BPE vocabulary of "
+            f"{tokenizer.vocab_size} at most; take a larger text, or "
+            f"--vocab-size {tokenizer.vocab_size} or less"
+        )
+    return tokenizer
 
 
 def load_or_train_bpe(train: str, vocab_size: int) -> BPETokenizer:
@@ -312,9 +322,9 @@ def read_bpe(path: Path, vocab_size: int) -> BPETokenizer | None:
     """Return the BPE of a cached file; None if it is missing or damaged."""
     try:
         cached = tokenizer_from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UserError, ValueError):  # UserError: a missing library, which training names
+    except (OSError, UserError, ValueError):
         return None
-    is_right = isinstance(cached, BPETokenizer) and cached.vocab_size == vocab_size
+    is_right = isinstance(cached, BPETokenizer) and cached.vocab_size <= vocab_size
     return cached if is_right else None
 
 

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import tokenizers
 
 from nanods.errors import UserError
 
@@ -61,7 +62,7 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level BPE, restored from the JSON of the library `tokenizers` (extra `bpe`).
+    """Byte-level BPE, restored from the JSON of the library `tokenizers`.
 
     `BPETokenizer.train` makes a new one. No token crosses the end of a line, so encoding a text
     line by line, in parallel, gives the same tokens as encoding it at once.
@@ -70,12 +71,10 @@ class BPETokenizer:
     def __init__(self, saved: str):
         """Restore a tokenizer from `saved`, the output of `to_json`.
 
-        Raises UserError if `saved` is damaged or the library is missing.
+        Raises UserError if `saved` is damaged.
         """
         try:
-            self._tokenizer = import_tokenizers().Tokenizer.from_str(saved)
-        except UserError:
-            raise
+            self._tokenizer = tokenizers.Tokenizer.from_str(saved)
         except Exception as error:  # the library raises plain Exception
             raise UserError(
                 f"the saved tokenizer is damaged ({error}): take another checkpoint"
@@ -90,9 +89,8 @@ class BPETokenizer:
         """Return a new tokenizer of `vocab_size` tokens: 256 bytes, then merges learned on `text`.
 
         `text` is the training split, never the validation split. The same text gives the same
-        tokenizer. Raises UserError if the text has too few pairs to merge.
+        tokenizer. A text with too few pairs to merge gives fewer tokens.
         """
-        tokenizers = import_tokenizers()
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         # GPT-2's pattern: a merge stays within one word and the space before it, one number, or
         # one run of punctuation.
@@ -104,14 +102,7 @@ class BPETokenizer:
             vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[], show_progress=False
         )
         run_in_thread(lambda: tokenizer.train_from_iterator(pieces(text), trainer))
-        trained = cls(tokenizer.to_str())
-        if trained.vocab_size != vocab_size:
-            raise UserError(
-                f"--vocab-size {vocab_size}: this text gives a BPE vocabulary of "
-                f"{trained.vocab_size} at most; take a larger text, or "
-                f"--vocab-size {trained.vocab_size} or less"
-            )
-        return trained
+        return cls(tokenizer.to_str())
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids, int64 (n_tokens,).
@@ -210,15 +201,3 @@ def byte_of_symbol() -> dict[str, int]:
     for i, byte in enumerate(others):
         alphabet[chr(256 + i)] = byte
     return alphabet
-
-
-def import_tokenizers():
-    """Return the library `tokenizers`. Raises UserError if it is not installed."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError(
-            "a BPE vocabulary needs the library tokenizers: `make setup EXTRAS=bpe`, or "
-            "pip install 'nanods[bpe]'; --vocab-size 256 (bytes) needs nothing"
-        ) from None
-    return tokenizers

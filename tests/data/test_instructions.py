@@ -268,7 +268,6 @@ def test_no_text_can_hold_a_mark():
 
 
 def test_a_bpe_has_the_marks_too():
-    pytest.importorskip("tokenizers")
     bpe = BPETokenizer.train("some words and some words\n" * 50, 264)
     assert len(mark_ids(bpe)) == 4
     (row,) = Encoder(bpe, 64).rows(Example("x", (("user", "some"), ("assistant", "some words"))))

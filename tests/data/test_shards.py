@@ -86,7 +86,6 @@ def test_byte_tokens_are_the_bytes_of_the_documents(corpus):
 
 
 def test_a_bpe_encodes_shards_as_it_encodes_the_whole_text(corpus):
-    pytest.importorskip("tokenizers")
     name, train, val = corpus
     data = load_text(name, 300)
     bpe = BPETokenizer.train(train, 300)
@@ -97,7 +96,6 @@ def test_a_bpe_encodes_shards_as_it_encodes_the_whole_text(corpus):
 
 
 def test_a_bpe_learns_from_a_sample_of_every_shard(corpus, monkeypatch):
-    pytest.importorskip("tokenizers")
     monkeypatch.setattr(shards, "SAMPLE", 3000)
     jobs = sources.plan(corpus[0], 0.1).shards
     sample = shards.sample_text(jobs)

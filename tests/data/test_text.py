@@ -64,7 +64,6 @@ def test_line_ends_are_kept(folder):
 
 
 def test_bpe_learns_from_the_training_split_only(folder):
-    pytest.importorskip("tokenizers")
     varied = "".join(chr(97 + i * i % 23) + " "[: i % 5 == 0] for i in range(9000))
     # "zy" is the most frequent pair of the text, but the training split has none.
     (folder / "a.txt").write_text(varied + " zy" * (len(varied) // 28))
@@ -77,6 +76,13 @@ def test_bpe_learns_from_the_training_split_only(folder):
     assert load_text("a.txt", vocab_size=260).tokenizer.to_json() == data.tokenizer.to_json()
 
 
+def test_a_vocabulary_too_large_for_the_text_is_refused_unless_it_is_a_bound(folder):
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(UserError, match=r"4096: this text gives a BPE vocabulary of 25[78] at"):
+            text_module.tokenizer_for("ab ab ab", 4096)
+        assert 256 < text_module.tokenizer_for("ab ab ab", 4096, at_most=True).vocab_size < 260
+
+
 def test_a_large_vocabulary_takes_four_bytes_a_token(folder):
     class Wide(text_module.ByteTokenizer):
         vocab_size = 65537
@@ -85,14 +91,12 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(folder):
 
 
 def test_encoding_in_pieces_equals_encoding_at_once(folder):
-    pytest.importorskip("tokenizers")
     bpe = BPETokenizer.train(SAMPLE, 300)
     long = "ab\n\ncd" * 25_000 + "end without a line's end"
     np.testing.assert_array_equal(text_module.encode_cached(long, bpe), bpe.encode(long))
 
 
 def test_cut_words_are_said_before_the_tokenizer_learns(folder, capsys):
-    pytest.importorskip("tokenizers")
     (folder / "dna.txt").write_text("".join("ACGT"[n * n % 7 % 4] for n in range(3000)))
     load_text("dna.txt", 260)
     expected = "learning 260 tokens from 2,700 characters; words longer than 256 characters are cut"
@@ -129,7 +133,6 @@ def test_damaged_token_files_are_written_again(corpus, damage):
 
 @pytest.mark.parametrize("damaged", ["", "{", '{"type": "bytes"}', '{"version": "1.0"}'])
 def test_a_damaged_cached_tokenizer_is_trained_again(corpus, damaged):
-    pytest.importorskip("tokenizers")
     expected = load_text(corpus, 300).tokenizer.to_json()
     (path,) = cached("*.json")
     path.write_text(damaged)
@@ -143,7 +146,6 @@ def test_a_changed_text_does_not_use_the_old_cache(corpus):
 
 
 def test_processes_that_load_at_the_same_time_agree(corpus):
-    pytest.importorskip("tokenizers")
     script = (
         "import hashlib, sys\n"
         "from nanods.data.text import load_text\n"
@@ -244,7 +246,6 @@ class TestMistakes:
             load_text(corpus, vocab_size)
 
     def test_a_vocabulary_too_large_for_the_text(self, corpus):
-        pytest.importorskip("tokenizers")
         with pytest.raises(UserError, match=r"--vocab-size 50000: .*at most"):
             load_text(corpus, 50000)
 

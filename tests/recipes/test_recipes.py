@@ -96,7 +96,6 @@ def test_4_another_optimizer(apply):
 
 
 def test_5_own_text_with_a_bpe(apply):
-    pytest.importorskip("tokenizers")
     copy = apply(5)
     sources = sorted((copy.path / "nanods").rglob("*.py"))
     text = "".join(path.read_text(encoding="utf-8") for path in sources)

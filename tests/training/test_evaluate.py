@@ -102,7 +102,6 @@ def test_a_language_model_is_evaluated_on_all_of_another_text(program, workspace
 
 
 def test_a_text_is_read_in_the_tokens_of_the_run(workspace):
-    pytest.importorskip("tokenizers")
     config = replace(PRESETS["v0-tiny"], data="text.txt")
     config = replace(config, model=replace(config.model, context_length=32))
     text = (workspace / "text.txt").read_text()
