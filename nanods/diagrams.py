@@ -237,7 +237,7 @@ def contrastive_model() -> Diagram:
     figure = Diagram(10, 3.9)
     axes = figure.drawing
     rows = {  # y: the input, how it becomes tokens
-        2.4: ("caption", "bytes"),
+        2.4: ("caption", "BPE tokens"),
         1.2: ("image\n(B, 3, 32, 32)", "patches of 8 x 8,\nhalf overlapping"),
         0.0: ("sound (log-mel)\n(B, 32, 32)", "groups of frames"),
     }

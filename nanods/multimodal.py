@@ -229,7 +229,7 @@ class Modality(nn.Module):
 
 
 class Text(Modality):
-    """Text as ids of bytes or BPE tokens, one token each."""
+    """Text as token ids of a BPE, or of bytes."""
 
     input_field = "captions"
     padded = True

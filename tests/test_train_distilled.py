@@ -9,7 +9,6 @@ import torch
 
 from nanods.build import build_model
 from nanods.config import from_command_line, to_dict
-from nanods.data.tokenizer import ByteTokenizer
 from nanods.training import checkpoint
 from nanods.training.task import make_task
 from tests.conftest import TINY
@@ -29,14 +28,12 @@ def save_teacher(folder, preset, *flags, **state):
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    sha256 = "of the scenes"
-    if data == "text.txt":
-        sha256 = make_task(config, torch.device("cpu")).data.sha256
+    task = make_task(config, torch.device("cpu"))
     state = {
         "step": 9,
         "config": to_dict(config),
-        "tokenizer": ByteTokenizer().to_json(),
-        "data_sha256": sha256,
+        "tokenizer": task.tokenizer.to_json(),
+        "data_sha256": task.data.sha256,
     } | state
     checkpoint.save(folder, 9, model.state_dict(), {}, state)
 

@@ -22,7 +22,7 @@ space, D of the teacher's, L layers, E experts, C labels.
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -140,7 +140,12 @@ class ContrastiveTask:
                 f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training "
                 "examples; choose a smaller batch"
             )
-        self.tokenizer = tokenizer or tokenizer_for(self.data.text(), config.model.vocab_size)
+        text, self.max_vocab_size = self.data.text(), config.model.vocab_size
+        self.tokenizer = tokenizer or tokenizer_for(
+            text, self.max_vocab_size if text else 256, at_most=True
+        )
+        model = replace(config.model, vocab_size=self.tokenizer.vocab_size)
+        self.config = config = replace(config, model=model)
         self.pair_weights, self.pair_share = self.choose_pairs()
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))
@@ -154,7 +159,6 @@ class ContrastiveTask:
             )
         self.more_galleries: dict[str, Examples] = getattr(self.data, "more_galleries", dict)()
 
-        text = self.data.text()
         captions = text.split("\n") if text else []
         counts = Counter(map(caption_key, captions))
         if not text or getattr(self.data, "has_gaps", False):
@@ -451,6 +455,11 @@ class ContrastiveTask:
         left_out = missing_modalities(preset_modalities(self.config), data.modalities)
         if left_out:
             notes = [f"no {' and no '.join(left_out)}: the model has none either", *notes]
+        if data.text() and self.tokenizer.vocab_size < self.max_vocab_size:
+            notes.append(
+                f"a vocabulary of {self.tokenizer.vocab_size} tokens, not {self.max_vocab_size:,}: "
+                "the captions give no more"
+            )
         for pair in self.config.multimodal.pair_weights():
             if pair not in self.pair_weights:
                 notes.append(f"not compared: {' and '.join(pair)}, which too few examples have")

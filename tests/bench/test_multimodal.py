@@ -39,16 +39,16 @@ class FactsModel(torch.nn.Module):
     It reads the facts from captions; for images and audio it takes them from the gallery, in order.
     """
 
-    def __init__(self, blind):
+    def __init__(self, blind, tokenizer):
         super().__init__()
-        self.blind = blind
+        self.blind, self.tokenizer = blind, tokenizer
         self.n_embedded = {"image": 0, "audio": 0}
 
     def forward(self, inputs):
         embeddings = {}
         for name, x in inputs.items():
             if name == "text":
-                captions = [bytes(int(b) for b in row if b >= 0).decode() for row in x]
+                captions = [self.tokenizer.decode(row[row >= 0].tolist()) for row in x]
                 facts = [decode_caption(caption) for caption in captions]
             else:
                 start = self.n_embedded[name]
@@ -69,7 +69,7 @@ class FactsModel(torch.nn.Module):
 def test_fact_accuracy_is_1_for_facts_in_the_embedding_and_chance_for_others(blind):
     task = ContrastiveTask(PRESETS["v3-tiny"], torch.device("cpu"))
     task.gallery = scenes.gallery(64)
-    result = fact_accuracy(task, FactsModel(blind))
+    result = fact_accuracy(task, FactsModel(blind, task.tokenizer))
     assert result.keys() == {"shape", "colour", "size", "relation"}
     assert result["shape"].keys() == {"image", "audio"}
     for fact, by_modality in result.items():

@@ -20,7 +20,9 @@ def shapes(workspace):
     multimodal = replace(preset.multimodal, modalities=("text", "image"), image_size=64)
     config = replace(
         preset,
-        model=replace(preset.model, n_layer=1, n_head=2, n_embd=16, context_length=24),
+        model=replace(
+            preset.model, n_layer=1, n_head=2, n_embd=16, context_length=24, vocab_size=256
+        ),
         multimodal=replace(multimodal, patch_size=16),
         data="shapes",
         batch_size=8,

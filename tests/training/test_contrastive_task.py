@@ -17,6 +17,7 @@ from nanods.data.caption_forms import item_of
 from nanods.data.captions import CaptionFolder
 from nanods.data.scenes import SceneData, split
 from nanods.data.sound import write_wav
+from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.moe import MoEConfig, load_balancing_loss
 from nanods.multimodal import Multimodal
@@ -317,8 +318,30 @@ def test_the_validation_loss_has_the_chance_level_of_the_training_loss():
 
 
 def test_captions_are_encoded_as_padded_rows():
-    tokens = encode_captions(["ab", "", "abcdef"], task_of().tokenizer, 4)
+    tokens = encode_captions(["ab", "", "abcdef"], ByteTokenizer(), 4)
     assert tokens.tolist() == [[97, 98, -1, -1], [-1] * 4, [97, 98, 99, 100]]
+
+
+def test_few_captions_give_a_smaller_vocabulary_and_that_is_said():
+    class Short(SceneData):
+        def text(self):
+            return "\n".join(["a red cat", "a red dog"] * 8208)
+
+    task = task_of(data=Short())
+    size = task.tokenizer.vocab_size
+    assert 256 < size < TINY.model.vocab_size and task.config.model.vocab_size == size
+    assert f"a vocabulary of {size} tokens, not 384" in task.describe_data()
+    assert "vocabulary" not in task_of().describe_data()
+
+
+def test_without_captions_no_vocabulary_is_learnt():
+    class Silent(SceneData):
+        def text(self):
+            return ""
+
+    task = task_of(data=Silent())
+    assert isinstance(task.tokenizer, ByteTokenizer) and task.config.model.vocab_size == 256
+    assert "vocabulary" not in task.describe_data()
 
 
 class Mute(SceneData):
