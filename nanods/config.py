@@ -262,7 +262,7 @@ V3_TRUNKS = {
         "n_layer": 3,
         "n_head": 4,
         "n_embd": 128,
-        "vocab_size": 384,  # the words of captions: a fifth of their bytes (LOG.md)
+        "vocab_size": 384,  # the words of captions: a quarter of their bytes (LOG.md)
         "context_length": 80,
         "conv_width": 1,
         "moe": MoEConfig(n_expert=1),

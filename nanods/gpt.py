@@ -56,7 +56,7 @@ class GPTConfig:
     context_length: int = 256
     """Longest sequence that the model reads, in tokens (T)."""
     vocab_size: int = 256
-    """Tokens in the vocabulary (V). 256: bytes. More: a BPE trained on the data (extra `bpe`)."""
+    """Tokens in the vocabulary (V). 256: bytes. More: a BPE trained on the data."""
     rope_base: float = 1_000.0
     """RoPE's slowest pair of channels turns once in about 2 pi x this many tokens."""
     query_gain: float = 2.0

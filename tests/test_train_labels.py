@@ -71,6 +71,24 @@ def test_ten_words_are_learnt_reported_as_labels_and_found(train_tiny, program, 
     assert code == 0 and "cut        mine/long.wav after 1.06 s" in out, err
 
 
+def test_a_run_of_few_captions_resumes_and_others_start_from_its_tokens(train_tiny, workspace):
+    write_words(workspace / "words", per_word=4)
+    write_words(workspace / "other", per_word=4)
+    for path in (workspace / "other").glob("*.txt"):
+        path.write_text(f"someone says {path.read_text()}")
+    flags = ("v3-tiny", *SMALL, "--steps", 2, "--vocab-size", 384)
+    code, out, err = train_tiny(*flags, "--data", "words")
+    assert code == 0 and "a vocabulary of 2" in out and "captions give no more" in out, err
+    code, out, err = train_tiny(*flags, "--data", "words", "--resume")
+    assert code == 0 and "is finished" in out, err
+    for flag, start in (("--init-from", "start"), ("--teacher", "teacher")):
+        code, out, err = train_tiny(
+            *flags, "--data", "other", flag, "runs/v3-tiny", "--out-dir", start
+        )
+        assert code == 0 and "captions are cut into tokens as in runs/v3-tiny" in out, err
+        assert f"\n{start} " in out
+
+
 def test_what_is_cut_or_has_no_negatives_is_said_before_the_first_step(train_tiny, workspace):
     write_words(workspace / "words", seconds=2.0, per_word=4)
     flags = ("--data", "words", *SMALL, "--steps", 1, "--batch-size", 2)

@@ -287,7 +287,9 @@ def tokenizer_for(
             f"--vocab-size {vocab_size}: at least 256, one token for each byte (256 means bytes "
             "alone)"
         )
-    tokenizer = ByteTokenizer() if vocab_size == 256 else load_or_train_bpe(train, vocab_size)
+    if vocab_size == 256 or (at_most and not train):
+        return ByteTokenizer()
+    tokenizer = load_or_train_bpe(train, vocab_size)
     if tokenizer.vocab_size < vocab_size and not at_most:
         raise UserError(
             f"--vocab-size {vocab_size}: this text gives a BPE vocabulary of "
@@ -314,7 +316,7 @@ def train_bpe(train: str, vocab_size: int) -> BPETokenizer:
     """Return a new BPE. Say how many words are cut."""
     cuts = len(pieces(train)) - len(lines(train))
     note = f"; words longer than {LONGEST_WORD} characters are cut ({cuts:,} cuts)" if cuts else ""
-    print(f"tokenizer  learning {vocab_size:,} tokens from {len(train):,} characters{note}")
+    print(f"tokenizer  learning up to {vocab_size:,} tokens from {len(train):,} characters{note}")
     return BPETokenizer.train(train, vocab_size)
 
 

@@ -73,15 +73,17 @@ class BPETokenizer:
 
         Raises UserError if `saved` is damaged.
         """
+        byte_of = byte_of_symbol()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(saved)
+            vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+            self._bytes = [bytes(byte_of[symbol] for symbol in token) for token, _ in vocabulary]
+            if len({token for token in self._bytes if len(token) == 1}) < 256:
+                raise ValueError("it lacks some of the 256 bytes")
         except Exception as error:  # the library raises plain Exception
             raise UserError(
                 f"the saved tokenizer is damaged ({error}): take another checkpoint"
             ) from error
-        byte_of = byte_of_symbol()
-        vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
-        self._bytes = [bytes(byte_of[symbol] for symbol in token) for token, _ in vocabulary]
         self.vocab_size = len(self._bytes)
 
     @classmethod

@@ -16,9 +16,11 @@ from nanods.data.caption_dataset import load_caption_dataset
 from nanods.data.emoji import EmojiData
 from nanods.data.examples import ExampleDataset
 from nanods.data.scenes import SceneData
+from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_json
 from nanods.errors import UserError
 from nanods.multimodal import MODALITIES, MultimodalConfig
-from nanods.training.checkpoint import find_file
+from nanods.training.checkpoint import find_file, load
+from nanods.training.finished_run import find_run
 from nanods.training.saved_gallery import FILE, SavedGallery, load_gallery, words_of
 
 
@@ -130,6 +132,15 @@ def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
         else:
             inputs[name] = torch.from_numpy(x)
     return inputs
+
+
+def saved_tokenizer(run: str | None) -> ByteTokenizer | BPETokenizer | None:
+    """Return the tokenizer of the run that a new one starts from, or whose student it is: those
+    weights know no other tokens. None without such a run, or if it is broken: starting says how."""
+    try:
+        return tokenizer_from_json(load(find_run(run)).state["tokenizer"]) if run else None
+    except UserError:
+        return None
 
 
 def present_on(examples, device: torch.device) -> dict[str, Tensor] | None:

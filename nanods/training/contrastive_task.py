@@ -22,7 +22,7 @@ space, D of the teacher's, L layers, E experts, C labels.
 
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +69,7 @@ from nanods.training.contrastive_data import (
     model_inputs,
     present_on,
     preset_modalities,
+    saved_tokenizer,
 )
 from nanods.training.distill import PROJECTION, Teacher, embedding_loss, mix, projection_of
 from nanods.training.language_task import forward_seconds
@@ -140,12 +141,13 @@ class ContrastiveTask:
                 f"--batch-size {config.batch_size:,}: there are {len(self.data.train):,} training "
                 "examples; choose a smaller batch"
             )
-        text, self.max_vocab_size = self.data.text(), config.model.vocab_size
-        self.tokenizer = tokenizer or tokenizer_for(
-            text, self.max_vocab_size if text else 256, at_most=True
+        text = self.data.text()
+        self.tokenizer_from = None if tokenizer else config.init_from or config.teacher
+        self.tokenizer = (
+            tokenizer
+            or saved_tokenizer(self.tokenizer_from)
+            or tokenizer_for(text, config.model.vocab_size, at_most=True)
         )
-        model = replace(config.model, vocab_size=self.tokenizer.vocab_size)
-        self.config = config = replace(config, model=model)
         self.pair_weights, self.pair_share = self.choose_pairs()
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))
@@ -455,11 +457,11 @@ class ContrastiveTask:
         left_out = missing_modalities(preset_modalities(self.config), data.modalities)
         if left_out:
             notes = [f"no {' and no '.join(left_out)}: the model has none either", *notes]
-        if data.text() and self.tokenizer.vocab_size < self.max_vocab_size:
-            notes.append(
-                f"a vocabulary of {self.tokenizer.vocab_size} tokens, not {self.max_vocab_size:,}: "
-                "the captions give no more"
-            )
+        learnt, most = self.tokenizer.vocab_size, self.config.model.vocab_size
+        if self.tokenizer_from:
+            notes.append(f"captions are cut into tokens as in {self.tokenizer_from}")
+        elif data.text() and learnt < most:
+            notes.append(f"a vocabulary of {learnt} tokens, not {most:,}: captions give no more")
         for pair in self.config.multimodal.pair_weights():
             if pair not in self.pair_weights:
                 notes.append(f"not compared: {' and '.join(pair)}, which too few examples have")

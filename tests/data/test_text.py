@@ -99,7 +99,9 @@ def test_encoding_in_pieces_equals_encoding_at_once(folder):
 def test_cut_words_are_said_before_the_tokenizer_learns(folder, capsys):
     (folder / "dna.txt").write_text("".join("ACGT"[n * n % 7 % 4] for n in range(3000)))
     load_text("dna.txt", 260)
-    expected = "learning 260 tokens from 2,700 characters; words longer than 256 characters are cut"
+    expected = (
+        "learning up to 260 tokens from 2,700 characters; words longer than 256 characters are cut"
+    )
     assert f"{expected} (10 cuts)" in capsys.readouterr().out
 
 

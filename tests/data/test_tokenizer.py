@@ -161,8 +161,13 @@ class TestBPE:
         assert bpe.decode(bpe.encode("ab ba")) == "ab ba"
 
 
+A_ALONE = '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'
+FOREIGN = A_ALONE.replace('"a"', '"\u65e5"')  # no symbol of GPT-2's alphabet
+
+
 @pytest.mark.parametrize(
-    "saved", ["", "{", "[]", "7", '{"type": "words"}', '{"model": {"type": "BPE"}}']
+    "saved",
+    ["", "{", "[]", "7", '{"type": "words"}', '{"model": {"type": "BPE"}}', A_ALONE, FOREIGN],
 )
 def test_damaged_json_raises_a_user_error(saved):
     with pytest.raises(UserError, match="damaged"):
