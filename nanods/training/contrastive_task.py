@@ -142,10 +142,9 @@ class ContrastiveTask:
                 "examples; choose a smaller batch"
             )
         text = self.data.text()
-        self.tokenizer_from = None if tokenizer else config.init_from or config.teacher
         self.tokenizer = (
             tokenizer
-            or saved_tokenizer(self.tokenizer_from)
+            or saved_tokenizer(config.init_from or config.teacher)
             or tokenizer_for(text, config.model.vocab_size, at_most=True)
         )
         self.pair_weights, self.pair_share = self.choose_pairs()
@@ -458,8 +457,8 @@ class ContrastiveTask:
         if left_out:
             notes = [f"no {' and no '.join(left_out)}: the model has none either", *notes]
         learnt, most = self.tokenizer.vocab_size, self.config.model.vocab_size
-        if self.tokenizer_from:
-            notes.append(f"captions are cut into tokens as in {self.tokenizer_from}")
+        if data.text() and (start := self.config.init_from or self.config.teacher):
+            notes.append(f"captions are cut into tokens as in {start}")
         elif data.text() and learnt < most:
             notes.append(f"a vocabulary of {learnt} tokens, not {most:,}: captions give no more")
         for pair in self.config.multimodal.pair_weights():
