@@ -1,7 +1,7 @@
 """V1: select the blocks of keys that each query attends to. nanods/attention.py attends to them.
 
     select_blocks(method="flat")     scores one summary per block of keys: most keys are not scored
-    select_blocks(method="tile")     scores them once per tile of queries, not once per query
+    select_blocks(method="tile")     scores summaries once per tile of queries, not per query
     select_blocks(method="tree")     searches a tree of summaries: most blocks are not scored either
     select_blocks(method="window")   takes the nearest blocks, without scores: the baseline
 

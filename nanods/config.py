@@ -262,7 +262,7 @@ V3_TRUNKS = {
         "n_layer": 3,
         "n_head": 4,
         "n_embd": 128,
-        "vocab_size": 384,  # the words of captions: a quarter of their bytes (LOG.md)
+        "vocab_size": 384,  # a BPE: a quarter as many tokens as bytes (LOG.md)
         "context_length": 80,
         "conv_width": 1,
         "moe": MoEConfig(n_expert=1),
@@ -296,7 +296,7 @@ V3["tiny"] = replace(
 V3["emoji"] = replace(
     V3["tiny"],
     preset="v3-emoji",
-    # What makes v3-tiny learn faster was not measured here. Letters spell what a voice says.
+    # v3-tiny's faster settings were not tried on emoji. Bytes: letters spell what a voice says.
     model=replace(V3["tiny"].model, vocab_size=256),
     lr=0.02,
     equal_neurons=False,

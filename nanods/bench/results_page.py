@@ -49,8 +49,8 @@ def results_page() -> str:
         "[LOG.md](../LOG.md).\n",
         "A bench that trains models stores each run in `results/runs/` as soon as it is",
         "finished. If it was stopped, it continues when it is started again. Older results have",
-        "no entry there: the command trains those runs again. Figures of v3-tiny are of the",
-        "settings that it had until 2026-11-28: captions as bytes, a learning rate of 0.02, 800",
+        "no entry there: the command trains those runs again. In these figures v3-tiny is as it",
+        "was before 2026-11-28: captions as bytes, a learning rate of 0.02, no equal neurons, 800",
         "steps.\n",
     ]
     for title, make_results in SECTIONS.items():

@@ -73,7 +73,7 @@ def training_results() -> list[Result]:
         Result(
             "make train-v3",
             "text, image and audio: recall@1 among 512 held-out scenes, mean of six directions, "
-            "3 seeds (chance 0.002; with the preset's settings until 2026-11-28)",
+            "3 seeds (chance 0.002; the preset as it was before 2026-11-28)",
             f"{recall:.4f} ({each(recalls, 4)})",
             "multimodal",
             headline=True,

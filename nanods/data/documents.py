@@ -1,6 +1,6 @@
-"""Documents in the parts of a source: of .txt, .jsonl, .csv, .tsv and .parquet files (pyarrow comes
-with the extra `datasets`), and of FineWeb-Edu (Penedo et al. 2024, arXiv:2406.17557), streamed by
-`datasets`. nanods/data/sources.py says which parts are held out and which shard holds which part.
+"""Read the documents in the parts of a source: .txt, .jsonl, .csv, .tsv and .parquet files, and
+FineWeb-Edu (Penedo et al. 2024, arXiv:2406.17557), streamed. pyarrow and `datasets` come with the
+extra `datasets`. nanods/data/sources.py says which parts are held out, and which shard holds which.
 
 Each document of a file is in exactly one part, so processes can read parts separately.
 

@@ -279,8 +279,8 @@ def tokenizer_for(
 ) -> ByteTokenizer | BPETokenizer:
     """Return a byte tokenizer for a vocabulary of 256, else a BPE trained on `train`.
 
-    Raises UserError if `vocab_size` is below 256 and, unless it is an upper bound (`at_most`), if
-    the text has too few pairs to merge.
+    With `at_most`, a text with too few pairs to merge gives fewer tokens, and an empty one bytes;
+    without it, both raise UserError. So does a `vocab_size` below 256.
     """
     if vocab_size < 256:
         raise UserError(

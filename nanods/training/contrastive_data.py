@@ -135,8 +135,8 @@ def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
 
 
 def saved_tokenizer(run: str | None) -> ByteTokenizer | BPETokenizer | None:
-    """Return the tokenizer of the run that a new one starts from, or whose student it is: those
-    weights know no other tokens. None without such a run, or if it is broken: starting says how."""
+    """Return the tokenizer of `run`, from which a new run starts or learns: its weights know no
+    other tokens. None without `run`, or if it cannot be read: loading its weights then says why."""
     try:
         return tokenizer_from_json(load(find_run(run)).state["tokenizer"]) if run else None
     except UserError:
