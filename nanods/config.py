@@ -1,7 +1,10 @@
-"""The ladder of presets: each version is the one before with one thing changed.
+"""The ladder of presets: each version is derived from the one before.
 
     V0 = a dense GPT    V1 = replace(V0, attention=...)    V2 = replace(V1, moe=...)
     V3 = replace(V2, multimodal=...)
+
+From V0 to V2 one idea changes at a time (v2-tiny also has fewer steps). V3's examples are short, so
+it has dense attention, and sizes of its own (V3_TRUNKS).
 
 A preset is a version at a scale: `v0-tiny`, `v1-small`. tiny trains on a CPU in minutes; small is
 GPT-2's size (124M parameters, and 38M in a head of its own; one GPU); base needs one node of GPUs;
@@ -329,6 +332,8 @@ def from_command_line(description: str, args: list[str] | None = None) -> Config
     typed = typed_flags(sys.argv[1:] if args is None else args)
     config = replace(config, **{name: expand_home(getattr(config, name)) for name in PATHS})
     if config.resume:
+        if config.stage == "finetune" and "out-dir" not in typed:
+            config = replace(config, out_dir=finetuned_dir(config.preset))
         return config
     if config.optimizer == "adamw" and "lr" not in typed:
         print(f"lr         {ADAMW_LR} (AdamW's default here; the preset's {config.lr} is Muon's)")
@@ -352,6 +357,7 @@ def expand_home(path: str | Path | None) -> str | Path | None:
 def without_effect(config: Config) -> dict[str, str]:
     """Return the flags that change nothing beside the others of a configuration, and why."""
     moe, attention = config.model.moe, config.model.attention
+    is_v3 = bool(config.multimodal.modalities)
     of_windows = ("short-", "sampling")
     of_muon = ("momentum", "equal-neurons", "expert-")
     rules = (  # if it holds, the reason, and how the names of the flags begin
@@ -362,8 +368,10 @@ def without_effect(config: Config) -> dict[str, str]:
         ),
         (moe.capacity_factor is None, "there is no --moe.capacity-factor", ("moe.priority",)),
         (attention.kind == "dense", "attention is dense (--attention.kind)", ("attention.",)),
-        (bool(config.multimodal.modalities), "V3's grids have a base of their own", ("rope-base",)),
-        (not config.multimodal.modalities, "the model reads text alone", ("multimodal.",)),
+        (is_v3, "V3's grids have a base of their own", ("rope-base",)),
+        (is_v3, "V3 is evaluated on all held-out examples, 512 at most", ("eval-tokens",)),
+        (config.data != "scenes", "only scenes have hard batches", ("multimodal.hard-batches",)),
+        (not is_v3, "the model reads text alone", ("multimodal.",)),
         (bool(config.val_data), "--val-data is the validation data", ("val-fraction",)),
         (config.teacher is None, "there is no --teacher", ("distill-",)),
         (config.ewc is None, "there is no --ewc", ("ewc-",)),
@@ -371,9 +379,10 @@ def without_effect(config: Config) -> dict[str, str]:
         (config.quantize_from >= config.steps, "the run ends before it begins", ("quantize",)),
         (config.init_from is None, "there is no --init-from", ("init-noise",)),
         (config.short_context == 0, "there is no --short-context", ("short-parts",)),
-        (bool(config.multimodal.modalities), "V3 reads no windows of a text", of_windows),
+        (is_v3, "V3 reads no windows of a text", of_windows),
         (config.data == "instructions", "examples are read whole", of_windows),
         (config.optimizer == "adamw", "AdamW updates all weights", of_muon),
+        (config.expert_optimizer == "adamw", "AdamW updates experts each step", ("expert-every",)),
     )
     switches = ("moe.n-expert", "attention.kind", "multimodal.modalities")
     reasons = {}
@@ -397,7 +406,7 @@ def finetune(config: Config, typed: Collection[str]) -> Config:
         "steps": max(1, config.steps // 4),
         "lr": config.lr / 4,
         "expert_lr": config.expert_lr / 4,
-        "out_dir": Path("runs") / f"{config.preset}-finetuned",
+        "out_dir": finetuned_dir(config.preset),
     }
     if config.multimodal.modalities:
         del defaults["data"]  # V3 reads no instructions
@@ -405,6 +414,11 @@ def finetune(config: Config, typed: Collection[str]) -> Config:
     words = [f"--{name.replace('_', '-')} {value}" for name, value in new.items()]
     print(f"stage      finetune: {' '.join(words) or 'nothing but what you have set'}")
     return replace(config, **new)
+
+
+def finetuned_dir(preset: str) -> Path:
+    """Return where --stage finetune puts its run, unless --out-dir says so."""
+    return Path("runs") / f"{preset}-finetuned"
 
 
 def typed_flags(words: list[str]) -> set[str]:

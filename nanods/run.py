@@ -318,7 +318,7 @@ def print_forecast(run: Run, compiled: nn.Module, processes: ProcessGroups) -> N
         f"data       {task.describe_data()}\n"
         f"expected   {total / 1e6:.2f}M parameters ({active / 1e6:.2f}M active), "
         f"{task.describe_flops(whole)}, about {memory / 2**30:.2f} GiB, "
-        f"{format_duration(seconds * len(steps) + evaluating)} for {config.steps} steps of "
+        f"{format_duration(seconds * len(steps) + evaluating)} for {len(steps)} steps of "
         f"{task.describe_step()} (micro-batches of {run.micro_batch}); "
         f"evaluations ({evaluations}, {each:.2g} s each) take {format_duration(evaluating)} of it"
         f"{teacher_line}"
@@ -340,12 +340,12 @@ def teacher_cost(run: Run) -> tuple[float, str]:
 
 
 def time_batch(run: Run, compiled: nn.Module, processes: ProcessGroups) -> float:
-    """Return the seconds of one batch, forward and backward: the second of two, whose gradients are
-    thrown away."""
+    """Return the seconds of the last step's batch, forward and backward, in the second of two
+    rehearsals, whose gradients are thrown away. The first steps may have shorter contexts."""
     local_batch = processes.local_batch(run.config.batch_size)
     for _ in range(2):
         start = time.perf_counter()
-        batch = run.task.batch(0, local_batch)
+        batch = run.task.batch(run.config.steps - 1, local_batch)
         metrics = accumulate_gradients(
             run.task, compiled, batch, run.micro_batch, run.precision.autocast
         )

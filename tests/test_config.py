@@ -61,6 +61,15 @@ def test_resuming_takes_the_saved_values_and_refuses_conflicts():
         resolve_resume(PRESETS["v0-tiny"], saved)
 
 
+def test_a_finetuned_run_is_resumed_where_it_was_begun():
+    words = ["v1-tiny", "--stage", "finetune"]
+    begun = from_command_line("", [*words, "--init-from", "runs/v1-tiny"])
+    resumed = from_command_line("", [*words, "--resume"])
+    assert begun.run_dir == resumed.run_dir != PRESETS["v1-tiny"].run_dir
+    elsewhere = from_command_line("", [*words, "--resume", "--out-dir", "here"])
+    assert str(elsewhere.run_dir) == "here"
+
+
 def test_flag_names_are_unique():
     saved = to_dict(PRESETS["v2-tiny"])
     model = saved["model"]
@@ -90,6 +99,9 @@ def test_flag_names_are_unique():
         ("v0-tiny --ewc-lambda 2 --ewc-fisher data", "ewc-lambda ewc-fisher"),
         ("v0-tiny --ewc runs/a --ewc-lambda 2 --init-noise 0.1", "init-noise"),
         ("v2-tiny --ewc runs/a --ewc-lambda 2 --init-noise 0.1", ""),
+        ("v2-tiny --expert-optimizer adamw --expert-every 2", "expert-every"),
+        ("v3-tiny --eval-tokens 900 --multimodal.no-hard-batches", "eval-tokens"),
+        ("v3-emoji --multimodal.no-hard-batches", "multimodal.hard-batches"),
         ("v0-tiny --short-parts 4", "short-parts"),
         ("v0-tiny --short-parts 4 --short-context 0.5", ""),
         ("v0-tiny --data instructions --short-context 0.5", "short-context"),

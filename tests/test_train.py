@@ -139,7 +139,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert metrics(workspace / "cut")[-1]["step"] == 29
     code, out, err = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
     assert code == 0, err
-    assert "after step 28" in out
+    assert "after step 28" in out and " for 4 steps of " in out
     assert metrics(workspace / "cut") == metrics(workspace / "whole")
     assert weights(workspace / "cut") == weights(workspace / "whole")
     code, out, _ = train_tiny(preset, *flags, "--resume", "--out-dir", "cut")
