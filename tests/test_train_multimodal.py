@@ -151,7 +151,7 @@ def test_training_on_a_folder_of_captioned_files(train_tiny, program, workspace)
     )
     before_training = out[: out.index("parameters")]
     for note in (
-        "no audio: the model has none either",
+        "without audio, which the preset has",
         "held out: 4 of 41 images, by the hash of the file's name",
         "not read: 1 file (1 .md), the first: birds/notes.md",
         "decoded: 4 of 4 held-out and 37 of 37 training files; 2 of them cannot be and are skipped",

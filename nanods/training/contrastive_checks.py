@@ -130,13 +130,14 @@ def expected_candidates(counts: Counter[str], B: int) -> float:
     return 1 + (B - 1) * (1 - duplicates)
 
 
-def describe_chance(candidates: float, B: int) -> str:
+def describe_chance(candidates: float, B: int, has_gaps: bool = False) -> str:
     """Return the loss of an untrained model, in words."""
     rounded = round(candidates)
     if rounded == B:
         return f"{B} examples, where an untrained model's loss is ln {B} = {chance_loss(B):.2f}"
+    which = "have both modalities and are" if has_gaps else "are"
     return (
-        f"{B} examples, each compared with about {rounded - 1} that are not its duplicates: an "
+        f"{B} examples, each compared with about {rounded - 1} that {which} not its duplicates: an "
         f"untrained model's loss is about ln {rounded} = {chance_loss(rounded):.2f}"
     )
 

@@ -15,7 +15,7 @@ from nanods.config import PRESETS, Config
 from nanods.data.caption_dataset import load_caption_dataset
 from nanods.data.emoji import EmojiData
 from nanods.data.examples import ExampleDataset
-from nanods.data.scenes import SceneData
+from nanods.data.scenes import FRAMES, IMAGE_SIZE, SceneData
 from nanods.data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_json
 from nanods.errors import UserError
 from nanods.multimodal import MODALITIES, MultimodalConfig
@@ -80,6 +80,17 @@ def preset_modalities(config: Config) -> tuple[str, ...]:
 
 
 def scenes(config: MultimodalConfig) -> ExampleDataset:
+    """Return the scenes. Raises UserError for another size of images or sounds than theirs."""
+    sizes = {
+        "image": ("image-size", config.image_size, IMAGE_SIZE),
+        "audio": ("frames", config.frames, FRAMES),
+    }
+    for flag, asked_for, own in (sizes[name] for name in sizes if name in config.modalities):
+        if asked_for != own:
+            raise UserError(
+                f"--multimodal.{flag} {asked_for}: scenes have {own}; leave it out, or name other "
+                "data"
+            )
     return SceneData(config.hard_batches)
 
 
@@ -116,8 +127,9 @@ def held_out_examples(config: Config, run_dir: Path) -> SavedGallery:
 def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
     """Return what a model reads of examples, by modality, on the CPU.
 
-    Where an example lacks a modality, it gets the input of another one. No loss reads its
-    embedding, shapes stay equal over all processes, and experts see no tokens that are not data.
+    Where an example lacks a modality, its row holds the input of another example (zeros, or a blank
+    text, if none has it). No loss reads its embedding, shapes stay equal over all processes, and
+    experts see tokens of real data.
     """
     inputs = {}
     for name in config.multimodal.modalities:

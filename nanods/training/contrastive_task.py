@@ -174,7 +174,13 @@ class ContrastiveTask:
                 "file, so there is nothing to tell apart; add files"
             )
         self.warnings = check_negatives(config, counts, self.gallery)
-        self.candidates = expected_candidates(counts, config.batch_size) * self.pair_share
+        others = expected_candidates(counts, config.batch_size) - 1
+        self.candidates = 1 + others * self.pair_share
+        if self.pair_share < 1 and self.candidates < 1.5:
+            self.warnings.append(
+                "an example is compared with fewer than one other on average: most batches teach "
+                "nothing; choose a larger --batch-size, or pairs that more examples have"
+            )
         held_out = list(filter(None, self.gallery.captions))
         self.labels = find_labels(captions, held_out)  # the captions, if they are
         self.cuts = self.describe_cuts([*captions, *held_out])
@@ -374,14 +380,16 @@ class ContrastiveTask:
         """Return the time of an evaluation, estimated from one of the chunks that it embeds."""
         start = time.perf_counter()
         inputs = self.inputs(self.gallery)
-        preparing = time.perf_counter() - start
+        preparing = (time.perf_counter() - start) / len(self.gallery.ids)
+        galleries = [self.gallery, *self.more_galleries.values()]
+        total = sum(len(gallery.ids) for gallery in galleries)
         chunk = {name: x[:EMBED_CHUNK] for name, x in inputs.items()}
 
         def forward() -> Tensor:
             return next(iter(self.embed(model, chunk)[0].values())).sum()
 
         examples = len(next(iter(chunk.values())))
-        return preparing + forward_seconds(model, forward) * len(self.gallery.ids) / examples
+        return total * (preparing + forward_seconds(model, forward) / examples)
 
     def classify(
         self, model: nn.Module, embeddings: dict[str, Tensor]
@@ -389,7 +397,7 @@ class ContrastiveTask:
         """Return the label of each example of the gallery, (Q,) from 0 to C - 1, and the one it is
         nearest to (-1 for NaN), by modality without text; {} unless the captions are labels.
 
-        Of a modality that some examples lack, or the caption, it returns the others.
+        Examples without the modality, or without a caption, are left out.
         """
         if not self.labels or "text" not in embeddings:
             return {}
@@ -413,7 +421,8 @@ class ContrastiveTask:
         full.
 
         A gallery smaller than a batch has fewer negatives: each then counts more than once, so that
-        the loss has the chance level of the training's.
+        the loss has the chance level of the training's. A pair counts in the batches in which two
+        examples or more have it; 0 if there is no such batch.
         """
         size = min(len(ids), self.config.batch_size)
         negative_weight = (self.config.batch_size - 1) / max(1, size - 1)
@@ -421,19 +430,24 @@ class ContrastiveTask:
         for start in range(0, len(ids) - size + 1, size):
             rows = slice(start, start + size)
             batch = {name: e[rows] for name, e in embeddings.items()}
-            present = self.gallery_present
+            present, pairs = self.gallery_present, self.pair_weights
             if present is not None:
                 present = {name: x[rows] for name, x in present.items()}
+                pairs = {
+                    p: w for p, w in pairs.items() if (present[p[0]] & present[p[1]]).sum() > 1
+                }
+            if not pairs:
+                continue
             loss, _ = all_pairs_loss(
                 batch,
                 scale,
-                self.pair_weights,
+                pairs,
                 ids[rows],
                 negative_weight=negative_weight,
                 present=present,
             )
             losses.append(loss.item())
-        return float(np.mean(losses))
+        return float(np.mean(losses)) if losses else 0.0
 
     # ---- words and pictures ----------------------------------------------------------------------
 
@@ -455,7 +469,7 @@ class ContrastiveTask:
         notes = data.notes() if hasattr(data, "notes") else []
         left_out = missing_modalities(preset_modalities(self.config), data.modalities)
         if left_out:
-            notes = [f"no {' and no '.join(left_out)}: the model has none either", *notes]
+            notes = [f"without {' and '.join(left_out)}, which the preset has", *notes]
         learnt, most = self.tokenizer.vocab_size, self.config.model.vocab_size
         if data.text() and (start := self.config.init_from or self.config.teacher):
             notes.append(f"captions are cut into tokens as in {start}")
@@ -474,7 +488,7 @@ class ContrastiveTask:
         return "\n".join(lines)
 
     def describe_step(self) -> str:
-        return describe_chance(self.candidates, self.units_per_step)
+        return describe_chance(self.candidates, self.units_per_step, self.pair_share < 1)
 
     def describe_flops(self, model: Multimodal) -> str:
         tokens = sum(model.tokens_per_example().values())
@@ -541,13 +555,14 @@ class ContrastiveTask:
         """Return what a few held-out captions find, and the command for a query."""
         modalities, run_dir = self.config.multimodal.modalities, self.config.run_dir
         others = [name for name in modalities if name != "text"]
-        if "text" not in modalities:
-            return f"next       {sample_command(run_dir, f'--{others[0]}', 'FILE')}"
         lines = []
         skipped = getattr(self.data, "skipped", 0)
         if skipped:
             were = "file was" if skipped == 1 else "files were"
             lines.append(f"data       {skipped} corrupt {were} skipped")
+        if "text" not in modalities:
+            query = sample_command(run_dir, f"--{others[0]}", "FILE")
+            return "\n".join([*lines, f"next       {query}"])
         embeddings, _ = self.embed(model, self.inputs(self.gallery))
         both = np.flatnonzero(self.gallery.has("text", others[0]))
         captions = [self.gallery.captions[i] for i in both]

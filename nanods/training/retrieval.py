@@ -42,17 +42,17 @@ def retrieval_metrics(
 
     A direction for which there are fewer than two is left out.
     """
-    metrics, all_ids = {}, ids
+    metrics = {}
     for a, b in permutations(embeddings, 2):
-        queries, targets = embeddings[a], embeddings[b]
+        queries, targets, pair_ids = embeddings[a], embeddings[b], ids
         if present is not None:
             both = present[a] & present[b]
             if both.sum() < 2:
                 continue
-            queries, targets, ids = queries[both], targets[both], all_ids[both]
-        metrics[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, ids)
-        metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, ids)
-        metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, ids)
+            queries, targets, pair_ids = queries[both], targets[both], ids[both]
+        metrics[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, pair_ids)
+        metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, pair_ids)
+        metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, pair_ids)
     return metrics
 
 

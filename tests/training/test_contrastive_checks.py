@@ -100,6 +100,9 @@ def test_chance_counts_the_candidates_that_are_not_duplicates():
     )
     text = describe_chance(115.3, 128)
     assert "about 114 that are not its duplicates" in text and "about ln 115 = 4.74" in text
+    text = describe_chance(1.3, 128, has_gaps=True)
+    assert "about 0 that have both modalities and are not its duplicates" in text
+    assert "about ln 1 = 0.00" in text
 
 
 @pytest.mark.parametrize("counts", [[20] * 10, [100, 50, *[10] * 5]])

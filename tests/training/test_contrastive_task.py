@@ -21,6 +21,7 @@ from nanods.data.tokenizer import ByteTokenizer
 from nanods.errors import UserError
 from nanods.moe import MoEConfig, load_balancing_loss
 from nanods.multimodal import Multimodal
+from nanods.training import contrastive_task
 from nanods.training.contrastive_data import encode_captions
 from nanods.training.contrastive_task import ContrastiveTask
 from nanods.training.shared_experts import combine_loads, moe_losses
@@ -354,8 +355,8 @@ def test_the_model_has_the_modalities_of_the_data_and_that_is_said():
     task = task_of(data=Mute())
     assert task.config.multimodal.modalities == ("text", "image")
     assert list(task.batch(0)[0]) == ["text", "image"]
-    assert "no audio: the model has none either" in task.describe_data()
-    assert "no audio" not in task_of().describe_data()
+    assert "without audio, which the preset has" in task.describe_data()
+    assert "without audio" not in task_of().describe_data()
 
 
 def test_data_without_a_modality_that_was_asked_for_is_refused_with_a_fix():
@@ -428,6 +429,39 @@ def test_the_loss_of_a_pair_counts_the_examples_that_have_both(size):
     metrics = accumulate_gradients(task, model, task.batch(0), size)
     assert metrics["ce_loss"].item() == pytest.approx(total.item(), abs=1e-12)
     near({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+def test_a_pair_that_few_examples_have_is_warned_of():
+    class Rare(Gaps):
+        def pair_counts(self):
+            total = len(self.train) // 100
+            return Counter(dict.fromkeys(combinations(LACKING, 2), total))
+
+    task = task_of(data=Rare())
+    assert task.candidates == pytest.approx(1 + 7 / 100, abs=0.01)
+    assert "about 0 that have both modalities" in task.describe_step()
+    assert "compared with fewer than one other on average" in task.warnings[-1]
+    assert not task_of().warnings
+
+
+def test_the_validation_loss_leaves_out_batches_that_lack_a_pair():
+    class Halves(Gaps):
+        """The second half of the gallery lacks every image: nothing to score against."""
+
+        def gallery(self, size):
+            examples = SceneData.gallery(self, 16)
+            has = np.arange(16) < 8
+            every = np.ones(16, bool)
+            return replace(examples, present={"text": every, "image": has, "audio": every})
+
+    modalities = replace(SMALL.multimodal, modalities=("text", "image"))
+    task, model = task_of(replace(SMALL, multimodal=modalities), Halves()), model_of()
+    embeddings, _ = task.embed(model, task.inputs(task.gallery))
+    first = {name: e[:8] for name, e in embeddings.items()}
+    expected, _ = all_pairs_loss(first, 10.0, task.pair_weights, task.gallery_ids[:8])
+    assert task.gallery_loss(embeddings, task.gallery_ids, 10.0) == pytest.approx(expected.item())
+    task.gallery_present["image"][:] = False
+    assert task.gallery_loss(embeddings, task.gallery_ids, 10.0) == 0
 
 
 def test_what_stands_in_a_gap_changes_no_loss():
@@ -509,3 +543,33 @@ def test_pairs_that_no_example_has_are_not_compared():
     asked = replace(SMALL, multimodal=replace(SMALL.multimodal, pairs=("audio-image",)))
     with pytest.raises(UserError, match="fewer than two training examples have audio and image"):
         task_of(asked, Apart())
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def test_scenes_of_another_size_are_refused():
+    for flag, change in (("image-size 64", {"image_size": 64}), ("frames 16", {"frames": 16})):
+        with pytest.raises(UserError, match=f"--multimodal.{flag}: scenes have 32"):
+            task_of(replace(SMALL, multimodal=replace(SMALL.multimodal, **change)))
+    silent = replace(SMALL.multimodal, modalities=("text", "image"), frames=16)
+    task_of(replace(SMALL, multimodal=silent))  # no sound is read
+
+
+def test_the_time_of_an_evaluation_counts_all_galleries(monkeypatch):
+    class Two(SceneData):
+        def more_galleries(self):
+            return {"more": self.gallery(512)}
+
+    monkeypatch.setattr(contrastive_task, "forward_seconds", lambda model, forward: 1.0)
+    one, two = (task_of(data=data).evaluation_seconds(model_of()) for data in (SceneData(), Two()))
+    assert two >= 2 * 512 / contrastive_task.EMBED_CHUNK > one / 2
+
+
+def test_skipped_files_are_reported_where_no_captions_are_read():
+    task = task_of(
+        replace(SMALL, multimodal=replace(SMALL.multimodal, modalities=("image", "audio")))
+    )
+    task.data.skipped = 2
+    shown = task.show_examples(model_of())
+    assert "2 corrupt files were skipped" in shown and "--image FILE" in shown
