@@ -60,7 +60,8 @@ class GPTConfig:
     rope_base: float = 1_000.0
     """RoPE's slowest pair of channels turns once in about 2 pi x this many tokens."""
     query_gain: float = 2.0
-    """Length of the normalised queries: scores reach query_gain x sqrt(width of a head)."""
+    """Root mean square of a normalised query; that of a key is 1. Scores reach query_gain x
+    sqrt(width of a head)."""
     conv_width: int = 1
     """Tokens that an MLP, or an expert, reads: its own and the conv_width - 1 before it, through a
     causal convolution (nanods/conv.py). 1: its own only."""
@@ -156,14 +157,14 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         rope: tuple[Tensor, Tensor],
         cache: Cache | None = None,
         layer: int = 0,
         inspect: bool = False,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Attend: x (B, T, C), positions (B or 1, T) -> x (B, T, C), stats.
+        """Attend: x (B, T, C), positions (B or 1, T), None if not causal -> x (B, T, C), stats.
 
         `valid` (B, T) marks the tokens that are not padding. Padding stands at the end of a row, so
         causal attention needs no mask for it; otherwise its keys are masked.
@@ -286,7 +287,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         rope: tuple[Tensor, Tensor],
         cache: Cache | None = None,
         layer: int = 0,

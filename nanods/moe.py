@@ -9,7 +9,8 @@ selected, the output of a token is
 only. The file reads from top to bottom, one idea at a time:
 
     MLP                    one MLP, as in V0 and V1; with E = 1 every step below equals it
-    route                  select K experts for each token and compute their weights
+    select_experts         select K experts for each token and compute their weights (`route` does
+                           it from x and the gate)
     experts_loop           run each expert on its tokens, in a loop: the simple reference
     run_experts            the same result, faster (nanods/moe_kernel.py)
     within_capacity        limit the assignments of each expert   (GShard, arXiv:2006.16668)
@@ -271,7 +272,7 @@ def token_mean(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def load_balancing_loss(probs: Tensor, experts: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return the Switch Transformer's load-balancing loss: 1.0 if the load is even, up to E if not.
+    """Return the Switch Transformer's load-balancing loss: 1.0 if the load is even.
 
         loss = E * sum over e of f_e P_e
 
@@ -353,7 +354,6 @@ class MoE(nn.Module):
 
             load (E,)         assignments of each expert, before any are dropped; the sum is N K
             importance (E,)   mean probability, with gradient
-            load_entropy ()   entropy of the load's fractions, in nats: log E if even
             dropped ()        fraction of the assignments that exceeded the capacity
             router_margin ()  mean margin of the selection, see select_experts
             balance_loss ()   load_balancing_loss, with gradient
@@ -382,7 +382,6 @@ class MoE(nn.Module):
         stats = {
             "load": load,
             "importance": token_mean(probs, valid),
-            "load_entropy": torch.special.entr(load / total).sum(),
             "dropped": 1 - (experts < E).sum() / total,
             "router_margin": token_mean(margin, valid),
             "balance_loss": load_balancing_loss(probs, selected, valid),

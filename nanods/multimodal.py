@@ -48,9 +48,9 @@ N_MELS = 32  # mel bands, as in nanods/data/sound.py
 @dataclass(frozen=True)
 class MultimodalConfig:
     modalities: tuple[str, ...] = ()
-    """Modalities to embed in one space: text, image, audio. None: a language model (V0 to V2)."""
+    """Modalities to embed in one space: text, image, audio. Empty: a language model (V0 to V2)."""
     pairs: tuple[str, ...] = ()
-    """Pairs that the loss compares, such as text-image text-audio. None: all pairs."""
+    """Pairs that the loss compares, such as text-image text-audio. Empty: all pairs."""
     shared: bool = True
     """Share one trunk among all modalities; otherwise each has its own."""
     width: int = 128
@@ -62,7 +62,7 @@ class MultimodalConfig:
     patch_size: int = 4
     """Height and width of a patch, which becomes one token; must divide image-size."""
     frames: int = 32
-    """Frames of a spectrogram, 32 ms each."""
+    """Frames of a spectrogram, one every 32 ms."""
     patch_frames: int = 2
     """Frames in a token; must divide frames."""
     hard_batches: bool = True

@@ -1,7 +1,8 @@
 """Data sets for contrastive learning: `ExampleDataset`, the protocol, and `Examples`, a batch.
 
-V3 trains on any object with the members of `ExampleDataset`; it need not inherit from it. Two such
-classes exist: `SceneData` (scenes.py, generated) and `CaptionDataset` (caption_dataset.py, files).
+V3 trains on any object with the members of `ExampleDataset`; it need not inherit from it. There are
+`SceneData` (scenes.py, generated), `EmojiData` (emoji.py) and `CaptionDataset` (caption_dataset.py,
+files).
 
 To add a modality's data:
 1. Add a field to `Examples` for the modality's input: `videos: np.ndarray | None = None`.

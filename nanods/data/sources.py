@@ -4,8 +4,8 @@ A source is a .jsonl file (field "text"), a .csv, .tsv or .parquet file (column 
 of these and .txt files, subfolders included, in the order of their paths; or FineWeb-Edu, streamed.
 nanods/data/documents.py reads the documents of a part.
 
-Validation: files whose names say so (valid.txt, dev/a.txt); else `hold_out` chooses whole files and
-whole documents. Files named test are left out. There is no deduplication.
+Validation: files whose names say so (valid.txt, dev/a.txt), and those named test are left out. If
+there are none, `hold_out` chooses whole files and whole documents. There is no deduplication.
 """
 
 import hashlib
@@ -129,7 +129,7 @@ def fingerprint(name: str, fraction: float) -> str:
     For files it depends on the names, sizes and modification times, as in `make`.
     """
     if name == FINEWEB:
-        inputs = [*FINEWEB_ADDRESS, HELD_OUT]
+        inputs, fraction = [*FINEWEB_ADDRESS, HELD_OUT], bool(fraction)
     else:
         inputs = []
         for path in sorted(text_files(Path(name))):
@@ -142,8 +142,9 @@ def fingerprint(name: str, fraction: float) -> str:
 def plan(name: str, fraction: float) -> Plan:
     """Return the shards of a source, in order.
 
-    `fraction` of each file is held out for validation, HELD_OUT bytes in total at most, where no
-    file is named as a validation split. With 0 everything trains.
+    Where no file is named as a validation split, about `fraction` of the text is held out, or about
+    HELD_OUT bytes if that is less (`hold_out`); of FineWeb-Edu, HELD_OUT bytes. With 0 everything
+    trains.
 
     Raises UserError for a file that cannot be read, a data set that cannot be fetched, and a source
     that cannot be split.
@@ -326,7 +327,7 @@ def training_shards(
 ) -> list[list[Part]]:
     """Return the parts of each training shard: what is not held out, in order.
 
-    The parts of a shard have SLICE to 2 * SLICE bytes together.
+    Each shard but the last has SLICE to 2 * SLICE bytes.
     """
     shards = []
     bytes_left = 0  # of the current shard
