@@ -370,6 +370,8 @@ def without_effect(config: Config) -> dict[str, str]:
         (attention.kind == "dense", "attention is dense (--attention.kind)", ("attention.",)),
         (is_v3, "V3's grids have a base of their own", ("rope-base",)),
         (is_v3, "V3 is evaluated on all held-out examples, 512 at most", ("eval-tokens",)),
+        (is_v3, "V3 learns no instructions", ("mix",)),
+        (config.data == "fineweb-edu", "about 1 MB of it is held out", ("val-fraction",)),
         (config.data != "scenes", "only scenes have hard batches", ("multimodal.hard-batches",)),
         (not is_v3, "the model reads text alone", ("multimodal.",)),
         (bool(config.val_data), "--val-data is the validation data", ("val-fraction",)),

@@ -101,6 +101,8 @@ def test_flag_names_are_unique():
         ("v2-tiny --ewc runs/a --ewc-lambda 2 --init-noise 0.1", ""),
         ("v2-tiny --expert-optimizer adamw --expert-every 2", "expert-every"),
         ("v3-tiny --eval-tokens 900 --multimodal.no-hard-batches", "eval-tokens"),
+        ("v3-tiny --mix sums=1", "mix"),
+        ("v0-tiny --data fineweb-edu --val-fraction 0.5", "val-fraction"),
         ("v3-emoji --multimodal.no-hard-batches", "multimodal.hard-batches"),
         ("v0-tiny --short-parts 4", "short-parts"),
         ("v0-tiny --short-parts 4 --short-context 0.5", ""),

@@ -4,8 +4,9 @@ A source is a .jsonl file (field "text"), a .csv, .tsv or .parquet file (column 
 of these and .txt files, subfolders included, in the order of their paths; or FineWeb-Edu, streamed.
 nanods/data/documents.py reads the documents of a part.
 
-Validation: files whose names say so (valid.txt, dev/a.txt), and those named test are left out. If
-there are none, `hold_out` chooses whole files and whole documents. There is no deduplication.
+Validation: the files whose names say so (valid.txt, dev/a.txt); files named test are then left out.
+Where no name says so, `hold_out` chooses whole files and whole documents. There is no
+deduplication.
 """
 
 import hashlib
@@ -129,7 +130,8 @@ def fingerprint(name: str, fraction: float) -> str:
     For files it depends on the names, sizes and modification times, as in `make`.
     """
     if name == FINEWEB:
-        inputs, fraction = [*FINEWEB_ADDRESS, HELD_OUT], bool(fraction)
+        inputs = [*FINEWEB_ADDRESS, HELD_OUT]
+        fraction = 0.1 if fraction else 0.0  # the default and 0: no other value matters
     else:
         inputs = []
         for path in sorted(text_files(Path(name))):

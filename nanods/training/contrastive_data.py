@@ -88,8 +88,8 @@ def scenes(config: MultimodalConfig) -> ExampleDataset:
     for flag, asked_for, own in (sizes[name] for name in sizes if name in config.modalities):
         if asked_for != own:
             raise UserError(
-                f"--multimodal.{flag} {asked_for}: scenes have {own}; leave it out, or name other "
-                "data"
+                f"--data scenes: --multimodal.{flag} is {asked_for} in this model, and scenes have "
+                f"{own}; take {own}, or other data"
             )
     return SceneData(config.hard_batches)
 
@@ -127,9 +127,9 @@ def held_out_examples(config: Config, run_dir: Path) -> SavedGallery:
 def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
     """Return what a model reads of examples, by modality, on the CPU.
 
-    Where an example lacks a modality, its row holds the input of another example (zeros, or a blank
-    text, if none has it). No loss reads its embedding, shapes stay equal over all processes, and
-    experts see tokens of real data.
+    Where an example lacks a modality, its row holds the input of another example of the batch that
+    has it, if there is one. No loss reads its embedding, shapes stay equal over all processes, and
+    experts see real data.
     """
     inputs = {}
     for name in config.multimodal.modalities:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from nanods.config import Config
 from nanods.contrastive import (
     all_pairs_loss,
+    contrastive_loss,
     embedding_gradients,
     gather_with_gradient,
     local_rows,
@@ -147,16 +148,16 @@ class ContrastiveTask:
             or saved_tokenizer(config.init_from or config.teacher)
             or tokenizer_for(text, config.model.vocab_size, at_most=True)
         )
-        self.pair_weights, self.pair_share = self.choose_pairs()
+        self.pair_weights, self.pair_shares = self.choose_pairs()
         self.units_per_step = config.batch_size
         self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))
         self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, N)
         self.gallery_present = present_on(self.gallery, device)
-        pairs = combinations(config.multimodal.modalities, 2)
-        if self.gallery.present and all(self.gallery.has(*pair).sum() < 2 for pair in pairs):
+        counts = [self.gallery.has(*pair).sum() for pair in self.pair_weights]
+        if self.gallery.present and max(counts) < 2:
             raise UserError(
-                f"--data {config.data}: no two held-out examples have the same two modalities, so "
-                "nothing can be retrieved; hold out others, or give --val-data FOLDER"
+                f"--data {config.data}: no two held-out examples have the same two modalities that "
+                "the loss compares; hold out others, or give --val-data FOLDER"
             )
         self.more_galleries: dict[str, Examples] = getattr(self.data, "more_galleries", dict)()
 
@@ -175,25 +176,26 @@ class ContrastiveTask:
             )
         self.warnings = check_negatives(config, counts, self.gallery)
         others = expected_candidates(counts, config.batch_size) - 1
-        self.candidates = 1 + others * self.pair_share
-        if self.pair_share < 1 and self.candidates < 1.5:
-            self.warnings.append(
-                "an example is compared with fewer than one other on average: most batches teach "
-                "nothing; choose a larger --batch-size, or pairs that more examples have"
-            )
+        self.candidates = 1 + others * float(np.mean(list(self.pair_shares.values())))
+        for pair, share in self.pair_shares.items():
+            if share < 1 and others * share < 1:
+                self.warnings.append(
+                    f"{' and '.join(pair)}: an example that has both meets {others * share:.2g} "
+                    "others in a batch, so it learns little; choose a larger --batch-size"
+                )
         held_out = list(filter(None, self.gallery.captions))
         self.labels = find_labels(captions, held_out)  # the captions, if they are
         self.cuts = self.describe_cuts([*captions, *held_out])
 
-    def choose_pairs(self) -> tuple[dict[tuple[str, str], float], float]:
-        """Return the weights of the pairs of modalities that the loss compares, and the share of
-        the training examples that have both of a pair, on average.
+    def choose_pairs(self) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+        """Return the weights of the pairs of modalities that the loss compares, and for each pair
+        the share of the training examples that have both.
 
         Raises UserError for a pair that was asked for and that no two examples have.
         """
         weights = self.config.multimodal.pair_weights()
         if not getattr(self.data, "has_gaps", False):
-            return weights, 1.0
+            return weights, dict.fromkeys(weights, 1.0)
         counts = self.data.pair_counts()
         counts.update({(b, a): count for (a, b), count in counts.items()})
         missing = [pair for pair in weights if counts[pair] < 2]
@@ -204,8 +206,7 @@ class ContrastiveTask:
                 "--multimodal.pairs, or add examples that have both"
             )
         weights = {pair: weight for pair, weight in weights.items() if pair not in missing}
-        share = np.mean([counts[pair] for pair in weights]) / len(self.data.train)
-        return weights, float(share)
+        return weights, {pair: counts[pair] / len(self.data.train) for pair in weights}
 
     def describe_cuts(self, captions: list[str]) -> list[str]:
         """Return what the model will not read of captions and sounds, in words."""
@@ -417,37 +418,33 @@ class ContrastiveTask:
         return classified
 
     def gallery_loss(self, embeddings: dict[str, Tensor], ids: Tensor, scale: float) -> float:
-        """Return the mean contrastive loss of the gallery's batches, without a last one that is not
-        full.
+        """Return the contrastive loss of the gallery: for each pair of modalities the mean over
+        batches of the examples that have both, without a last batch that is not full.
 
-        A gallery smaller than a batch has fewer negatives: each then counts more than once, so that
-        the loss has the chance level of the training's. A pair counts in the batches in which two
-        examples or more have it; 0 if there is no such batch.
+        If that is fewer than a batch, there are fewer negatives: each then counts more than once,
+        so that the loss has the chance level of the training's. A pair that fewer than two have is
+        left out.
         """
-        size = min(len(ids), self.config.batch_size)
-        negative_weight = (self.config.batch_size - 1) / max(1, size - 1)
-        losses = []
-        for start in range(0, len(ids) - size + 1, size):
-            rows = slice(start, start + size)
-            batch = {name: e[rows] for name, e in embeddings.items()}
-            present, pairs = self.gallery_present, self.pair_weights
-            if present is not None:
-                present = {name: x[rows] for name, x in present.items()}
-                pairs = {
-                    p: w for p, w in pairs.items() if (present[p[0]] & present[p[1]]).sum() > 1
-                }
-            if not pairs:
+        losses, weights = [], []
+        for pair, weight in self.pair_weights.items():
+            both = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+            if self.gallery_present is not None:
+                both = self.gallery_present[pair[0]] & self.gallery_present[pair[1]]
+            a, b, pair_ids = (x[both] for x in (*(embeddings[name] for name in pair), ids))
+            if self.gallery_present is not None and len(pair_ids) < 2:
                 continue
-            loss, _ = all_pairs_loss(
-                batch,
-                scale,
-                pairs,
-                ids[rows],
-                negative_weight=negative_weight,
-                present=present,
-            )
-            losses.append(loss.item())
-        return float(np.mean(losses)) if losses else 0.0
+            size = min(len(pair_ids), self.config.batch_size)
+            negative_weight = (self.config.batch_size - 1) / max(1, size - 1)
+            of_pair = []
+            for start in range(0, len(pair_ids) - size + 1, size):
+                rows = slice(start, start + size)
+                loss = contrastive_loss(
+                    a[rows], b[rows], scale, pair_ids[rows], negative_weight=negative_weight
+                )
+                of_pair.append(loss.item())
+            losses.append(np.mean(of_pair))
+            weights.append(weight)
+        return float(np.average(losses, weights=weights))
 
     # ---- words and pictures ----------------------------------------------------------------------
 
@@ -488,7 +485,9 @@ class ContrastiveTask:
         return "\n".join(lines)
 
     def describe_step(self) -> str:
-        return describe_chance(self.candidates, self.units_per_step, self.pair_share < 1)
+        return describe_chance(
+            self.candidates, self.units_per_step, min(self.pair_shares.values()) < 1
+        )
 
     def describe_flops(self, model: Multimodal) -> str:
         tokens = sum(model.tokens_per_example().values())

@@ -115,13 +115,12 @@ def make_task(config: Config, device: torch.device, tokenizer: Any = None) -> Ta
 
     `tokenizer`: that of the run, if it is not a new one. The one of a text belongs to its data set.
     """
-    answers = not config.multimodal.modalities and is_instructions(config.data)
-    if config.mix and not answers:
-        raise UserError(f"--mix {config.mix}: --data {config.data} are no instructions with tasks")
     if config.multimodal.modalities:
         return ContrastiveTask(config, device, tokenizer=tokenizer)
-    if answers:
+    if is_instructions(config.data):
         return InstructionTask(config, device, tokenizer=tokenizer)
+    if config.mix:
+        raise UserError(f"--mix {config.mix}: --data {config.data} are no instructions with tasks")
     return LanguageTask(config, device)
 
 

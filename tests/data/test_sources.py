@@ -88,6 +88,7 @@ def test_fineweb_is_streamed_once(monkeypatch):
     again = SimpleNamespace(load_dataset=lambda *args, **kwargs: pytest.fail("streamed again"))
     monkeypatch.setitem(sys.modules, "datasets", again)
     assert load_text("fineweb-edu").sha256 == data.sha256
+    assert load_text("fineweb-edu", val_fraction=0.2).sha256 == data.sha256
 
 
 @pytest.mark.parametrize(
