@@ -60,7 +60,7 @@ help:
 	@echo '  make speedrun          tinyshakespeare to a given loss on 3 seeds: join in      15 min'
 	@echo '  make bench-v1          sparse against dense attention: time, memory, recall      12 min'
 	@echo '  make bench-v2          the MoE layer against one MLP and other packages          15 min'
-	@echo '  make bench-v3          what V3 retrieves, and which part contributes how much    50 min'
+	@echo '  make bench-v3          what V3 retrieves, and which part contributes how much    75 min'
 	@echo '  make bench-scale       two processes against one                                  4 min'
 	@echo '  make bench-recall      associative recall by each selection method               20 min'
 	@echo '  make bench-long-text   V1 against dense attention at 4,096 tokens                50 min'

@@ -2,7 +2,7 @@
 
 Also writes what train.py expects of v3-tiny into results/expected.json.
 
-    python -m nanods.bench.multimodal             50 minutes on 2 cores, two runs at a time
+    python -m nanods.bench.multimodal             75 minutes on 2 cores, two runs at a time
     python -m nanods.bench.multimodal --seeds 1   half of that
 
 The first is `make bench-v3`.
@@ -64,7 +64,7 @@ VARIANTS = {
     "separate": {"multimodal.shared": False},
     "experts": EXPERTS | {"multimodal.entropy-coefficient": 0.02},
     "balanced": EXPERTS,
-    "longer": {"steps": 1200},
+    "longer": {"steps": 950},
     "random": {"multimodal.hard-batches": False},
 }
 MAX_SEEDS = {"experts": 1, "balanced": 1, "longer": 1}

@@ -49,9 +49,7 @@ def results_page() -> str:
         "[LOG.md](../LOG.md).\n",
         "A bench that trains models stores each run in `results/runs/` as soon as it is",
         "finished. If it was stopped, it continues when it is started again. Older results have",
-        "no entry there: the command trains those runs again. In these figures v3-tiny is as it",
-        "was before 2026-11-28: captions as bytes, a learning rate of 0.02, no equal neurons, 800",
-        "steps.\n",
+        "no entry there: the command trains those runs again.\n",
     ]
     for title, make_results in SECTIONS.items():
         parts += [f"## {title}\n", table(make_results(), with_source=True), ""]

@@ -137,7 +137,7 @@ def multimodal_figures():
     relation = {
         name: summary[name]["facts"]["relation"]["image"]["mean"] for name in ("random", "as it is")
     }
-    points = [100 * gap for gap in shared["recall1_lower_by"]["each"]]
+    points = [-100 * gap for gap in shared["recall1_lower_by"]["each"]]
     return {
         "V3.1": [
             f"is {min(recalls):.3f} or more in each of the six directions",
@@ -147,8 +147,8 @@ def multimodal_figures():
         ],
         "V3.2": [
             f"{1 - shared['share_of_parameters']:.0%} fewer parameters",
-            f"lower by {100 * shared['recall1_lower_by']['mean']:.2f} points "
-            f"({', '.join(f'{each:.2f}' for each in points)})",
+            f"minus theirs is {-100 * shared['recall1_lower_by']['mean']:+.2f} points "
+            f"({', '.join(f'{each:+.2f}' for each in points)})",
         ],
     }
 
