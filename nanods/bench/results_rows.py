@@ -393,13 +393,14 @@ def emoji_result() -> Result:
 def labels_result() -> Result:
     table = load("labels")
     summary, held_out = table["summary"], table["data"]["held_out"]
+    machine = machine_words(table["machine"])
     v3_seconds = sum(run["cpu_seconds"] for run in table["runs"]) / len(table["runs"])
     pixels = table["logistic regression on pixels"]
     probe = summary["logistic regression on V3's embeddings"]
     zero_shot = each([run["accuracy"] for run in table["runs"]], 3)
     return Result(
         "make bench-labels",
-        f"ten classes of drawn shapes under noise, {held_out} held-out images ({SECOND_MACHINE}): "
+        f"ten classes of drawn shapes under noise, {held_out} held-out images ({machine}): "
         "accuracy of V3, zero-shot, 3 seeds; of scikit-learn's logistic regression on V3's "
         "embeddings; on pixels; CPU-seconds of V3 and of the last",
         f"{summary['V3, zero-shot']:.3f} ({zero_shot}); {probe:.3f}; {pixels['accuracy']:.3f}; "
