@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from nanods import plots, plots_compress
 from nanods.bench.compress_speed import describe_processor, part_leak, part_speed
 from nanods.bench.jobs import Job, ladder_job
-from nanods.bench.runs import measure_parts
-from nanods.bench.stored_runs import TrainingArgs, train_all
+from nanods.bench.runs import machine_words, measure_parts
+from nanods.bench.stored_runs import TrainingArgs, machine_of, train_all
 from nanods.errors import run
 from nanods.flags import parse_args
 from nanods.quantize import fake_quantize_model, grid_scale, quantize, round_to_grid
@@ -170,8 +170,9 @@ def part_sizes(args: Args) -> dict:
     table = {}
     for job in jobs:
         result, preset = results[job.name], job.words[0]
-        table[preset] = compare_formats(result)
-        row = table[preset]
+        row = compare_formats(result)
+        row["machine"] = machine_words(machine_of(BENCH, [job], args.results))
+        table[preset] = row
         for format in ("int8", "fp8"):
             print(
                 f"{preset}, {format}: {row['metric']} {row['quality'][format]:.4f} instead of "

@@ -70,7 +70,7 @@ def compression_results() -> list[Result]:
             results.append(
                 Result(
                     "make bench-compress",
-                    f"{preset} stored as INT8; as FP8 ({machines['sizes']}): {unit} lost, and "
+                    f"{preset} stored as INT8; as FP8 ({row['machine']}): {unit} lost, and "
                     "times smaller than fp32",
                     f"{lost['int8']:.4f}, {smaller['int8']['fp32']:.2f}; "
                     f"{lost['fp8']:.4f}, {smaller['fp8']['fp32']:.2f}",
