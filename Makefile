@@ -69,7 +69,7 @@ help:
 	@echo '  make bench-balance     what evens the load of experts, each at its best          25 min'
 	@echo '  make bench-labels      ten classes of images, V3 beside scikit-learn             10 min'
 	@echo '  make bench-emoji       V3 on drawings and spoken names, known and unseen         60 min'
-	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed")   5 hours'
+	@echo '  make bench-compress    INT8, FP8, rounding in training (ARGS="--only speed") 2.5 hours'
 	@echo '  make bench-adapt       learn new tasks without forgetting: EWC, L2, replay     2 hours'
 	@echo '  make bench-serve       speed of a server, beside LitServe; false alarms         10 min'
 	@echo '  make results           train the tiny presets of V0 to V2 on 3 seeds             60 min'
