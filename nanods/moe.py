@@ -9,8 +9,8 @@ selected, the output of a token is
 only. The file reads from top to bottom, one idea at a time:
 
     MLP                    one MLP, as in V0 and V1; with E = 1 every step below equals it
-    select_experts         select K experts for each token and compute their weights (`route` does
-                           it from x and the gate)
+    route                  select K experts for each token and compute their weights, by
+                           router_logits and select_experts
     experts_loop           run each expert on its tokens, in a loop: the simple reference
     run_experts            the same result, faster (nanods/moe_kernel.py)
     within_capacity        limit the assignments of each expert   (GShard, arXiv:2006.16668)
@@ -167,32 +167,24 @@ def select_experts(
     bias: Tensor | None = None,
     normalise: bool = True,
     scores: str = "softmax",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Select the top_k experts of each token from the router's logits (N, E).
 
-    Returns weights (N, K), experts (N, K), probabilities (N, E) and margin (N,): the difference
-    between the scores of the last selected expert and of the next one, or 1 if every expert is
-    selected. `bias` (E,) is added to the scores for the selection only; the weights do not contain
-    it.
+    Returns weights (N, K), experts (N, K) and probabilities (N, E). `bias` (E,) is added to the
+    scores for the selection only; the weights do not contain it.
 
     `scores`: "softmax" of the logits, which are the probabilities too, or "sigmoid". Then the
     probabilities are the scores divided by their sum (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
     """
-    n_expert = logits.size(-1)
     if scores == "sigmoid":
         logits = logsigmoid(logits)  # softmax(logsigmoid(x)) is sigmoid(x) divided by the sum
     probs = logits.softmax(dim=-1)
     score = logits.exp() if scores == "sigmoid" else probs
     ranked = score.detach() if bias is None else score.detach() + bias
-    best, experts = ranked.topk(min(top_k + 1, n_expert), dim=-1)  # one more, for the margin
-    experts = experts[:, :top_k]
-    if top_k < n_expert:
-        margin = best[:, top_k - 1] - best[:, top_k]
-    else:
-        margin = torch.ones_like(best[:, 0])
+    experts = ranked.topk(top_k, dim=-1).indices
     # A division by the sum would be 0 / 0 where a bias selects improbable experts alone.
     weights = logits.gather(-1, experts).softmax(dim=-1) if normalise else score.gather(-1, experts)
-    return weights, experts, probs, margin
+    return weights, experts, probs
 
 
 def route(
@@ -208,8 +200,7 @@ def route(
         raise ValueError(
             f"top_k = {top_k} must lie between 1 and the number of experts, {gate.size(0)}"
         )
-    weights, experts, probs, _ = select_experts(router_logits(x, gate), top_k, bias, normalise)
-    return weights, experts, probs
+    return select_experts(router_logits(x, gate), top_k, bias, normalise)
 
 
 # ---- run the experts: the reference --------------------------------------------------------------
@@ -355,7 +346,6 @@ class MoE(nn.Module):
             load (E,)         assignments of each expert, before any are dropped; the sum is N K
             importance (E,)   mean probability, with gradient
             dropped ()        fraction of the assignments that exceeded the capacity
-            router_margin ()  mean margin of the selection, see select_experts
             balance_loss ()   load_balancing_loss, with gradient
             z_loss ()         router_z_loss, with gradient
             token_entropy ()  mean entropy of a token's probabilities, in nats, with gradient
@@ -366,7 +356,7 @@ class MoE(nn.Module):
         rows = x.reshape(-1, C)  # (N, C)
         logits = router_logits(rows, self.gate.weight)
         bias = self.bias if self.bias_rate else None
-        weights, selected, probs, margin = select_experts(
+        weights, selected, probs = select_experts(
             logits, self.top_k, bias, self.normalise, self.scores
         )
         if valid is not None:
@@ -383,7 +373,6 @@ class MoE(nn.Module):
             "load": load,
             "importance": token_mean(probs, valid),
             "dropped": 1 - (experts < E).sum() / total,
-            "router_margin": token_mean(margin, valid),
             "balance_loss": load_balancing_loss(probs, selected, valid),
             "z_loss": router_z_loss(logits, valid),
             "token_entropy": token_mean(torch.special.entr(probs).sum(dim=-1), valid),

@@ -329,10 +329,7 @@ def share_time(time: dict, growth: dict) -> dict:
 
 
 def part_router() -> dict:
-    """Measure milliseconds of the layer's work beside its experts, forward and backward.
-
-    top_3 against top_2 is the cost of the margin, which needs one more expert.
-    """
+    """Measure milliseconds of the layer's work beside its experts, forward and backward."""
     layer, (x, gradient) = build_layer(MoEWithLosses), random_inputs(N)
     rows, gate = x[0].detach().requires_grad_(), layer.moe.gate.weight
     probs, weights_gradient = torch.randn(N, E).softmax(dim=-1), torch.randn(N, K)
@@ -344,7 +341,7 @@ def part_router() -> dict:
 
     def routing_with_losses() -> None:
         logits = router_logits(rows, gate)
-        weights, selected, probs, _ = select_experts(logits, K)
+        weights, selected, probs = select_experts(logits, K)
         loss = 0.01 * load_balancing_loss(probs, selected) + 0.001 * router_z_loss(logits)
         torch.autograd.grad([weights, loss], [rows, gate], [weights_gradient, None])
 
@@ -354,7 +351,6 @@ def part_router() -> dict:
         "routing_with_losses": routing_with_losses,
         "sorting": lambda: sort_by_expert(experts, E),
         "top_2": lambda: probs.topk(K, dim=-1),
-        "top_3": lambda: probs.topk(K + 1, dim=-1),
     }
     ms = {name: 1e3 * value for name, value in median_seconds(calls, 15).items()}
     print({name: f"{value:.2f} ms" for name, value in ms.items()}, flush=True)
@@ -362,7 +358,6 @@ def part_router() -> dict:
         "tokens": N,
         "ms": ms,
         "share": (ms["routing_with_losses"] + ms["sorting"]) / ms["layer"],
-        "margin_share": (ms["top_3"] - ms["top_2"]) / ms["layer"],
     }
 
 
