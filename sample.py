@@ -27,7 +27,8 @@ import tyro
 from torch import Tensor
 
 from nanods import plots, plots_multimodal
-from nanods.config import Config, typed_flags
+from nanods.command_line import typed_flags
+from nanods.config import Config
 from nanods.data.caption_dataset import read_image, read_sound
 from nanods.data.examples import Examples, caption_key
 from nanods.data.instructions import END, mark_ids, prompt_tokens

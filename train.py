@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from nanods import config as ladder
+from nanods.command_line import from_command_line
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.rendezvous import mark_started, run_distributed
 from nanods.distributed.sharding import clip_grad_norm
@@ -54,7 +54,7 @@ def main() -> None:
     if "--plan" in sys.argv:
         planner.main()
         return
-    config = ladder.from_command_line(
+    config = from_command_line(
         "Train one preset of nanods. With --plan: what it would need (--plan --help)."
     )
     mesh, reason = choose_mesh(config, from_environment("WORLD_SIZE", 1))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nanods import config as ladder
 from nanods.build import build_meta_model, build_model
+from nanods.command_line import resolve_resume, typed_flags
 from nanods.config import Config
 from nanods.data.tokenizer import tokenizer_from_json
 from nanods.distributed import checkpoint as sharded_checkpoint
@@ -102,8 +103,8 @@ def set_up_run(config: Config, processes: ProcessGroups) -> Run | None:
     saved = checkpoint.load(config.run_dir, processes.on_main_process) if config.resume else None
     if saved:
         checkpoint.require_floats(saved)
-        config = ladder.resolve_resume(
-            config, ladder.from_dict(saved.state["config"]), ladder.typed_flags(sys.argv[1:])
+        config = resolve_resume(
+            config, ladder.from_dict(saved.state["config"]), typed_flags(sys.argv[1:])
         )
         if saved.state["step"] >= config.steps:
             print(

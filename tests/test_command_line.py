@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanods.config import PRESETS, from_command_line, resolve_resume, typed_flags
+from nanods.command_line import from_command_line, resolve_resume, typed_flags
+from nanods.config import PRESETS
 from nanods.errors import OS_ERROR_FIXES, UserError, run
 
 ROOT = Path(__file__).parents[1]
@@ -108,3 +109,67 @@ def test_no_module_that_windows_lacks_is_imported_without_a_guard():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not those in a try
             if isinstance(node, ast.Import):
                 assert not posix_only & {alias.name for alias in node.names}, path
+
+
+def test_resuming_takes_the_saved_values_and_refuses_conflicts():
+    preset = PRESETS["v1-tiny"]
+    saved = replace(preset, steps=77, lr=0.5)
+    assert resolve_resume(replace(preset, resume=True), saved).steps == 77
+    assert resolve_resume(replace(preset, resume=True, steps=77), saved).lr == 0.5
+    with pytest.raises(UserError, match=r"--steps 78 \(the run has 77\)"):
+        resolve_resume(replace(preset, resume=True, steps=78), saved)
+    with pytest.raises(UserError, match="--preset v0-tiny"):
+        resolve_resume(PRESETS["v0-tiny"], saved)
+
+
+def test_a_finetuned_run_is_resumed_where_it_was_begun():
+    words = ["v1-tiny", "--stage", "finetune"]
+    begun = from_command_line("", [*words, "--init-from", "runs/v1-tiny"])
+    resumed = from_command_line("", [*words, "--resume"])
+    assert begun.run_dir == resumed.run_dir != PRESETS["v1-tiny"].run_dir
+    elsewhere = from_command_line("", [*words, "--resume", "--out-dir", "here"])
+    assert str(elsewhere.run_dir) == "here"
+
+
+# ---- flags without effect ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        ("v0-tiny --moe.scores sigmoid --expert-lr 0.1", "moe.scores expert-lr"),
+        ("v0-tiny --moe.no-normalise", "moe.normalise"),
+        ("v0-tiny --attention.block-size 8", "attention.block-size"),
+        ("v0-tiny --attention.kind block --attention.block-size 8", ""),
+        ("v0-tiny --moe.n-expert 4 --moe.scores sigmoid --moe.priority slot", "moe.priority"),
+        ("v2-tiny --moe.capacity-factor 1 --moe.priority slot --expert-lr 0.1", ""),
+        ("v2-tiny --optimizer adamw --momentum 0.8 --expert-every 2", "momentum expert-every"),
+        ("v0-tiny --rope-base 5 --multimodal.width 9", "multimodal.width"),
+        ("v3-tiny --rope-base 5 --multimodal.width 9", "rope-base"),
+        ("v0-tiny --val-data t.txt --val-fraction 0.5", "val-fraction"),
+        ("v2-tiny --distill-weight 0.1 --init-noise 0.1", "distill-weight init-noise"),
+        ("v0-tiny --ewc-lambda 2 --ewc-fisher data", "ewc-lambda ewc-fisher"),
+        ("v0-tiny --ewc runs/a --ewc-lambda 2 --init-noise 0.1", "init-noise"),
+        ("v2-tiny --ewc runs/a --ewc-lambda 2 --init-noise 0.1", ""),
+        ("v2-tiny --expert-optimizer adamw --expert-every 2", "expert-every"),
+        ("v3-tiny --eval-tokens 900 --multimodal.no-hard-batches", "eval-tokens"),
+        ("v3-tiny --mix sums=1", "mix"),
+        ("v0-tiny --data fineweb-edu --val-fraction 0.5", "val-fraction"),
+        ("v3-emoji --multimodal.no-hard-batches", "multimodal.hard-batches"),
+        ("v0-tiny --short-parts 4", "short-parts"),
+        ("v0-tiny --short-parts 4 --short-context 0.5", ""),
+        ("v0-tiny --data instructions --short-context 0.5", "short-context"),
+        ("v3-tiny --short-context 0.5", "short-context"),
+        ("v0-tiny --sampling epochs", ""),
+        ("v0-tiny --data instructions --sampling epochs", "sampling"),
+        ("v3-tiny --sampling epochs", "sampling"),
+        ("v0-tiny --quantize-from 5", "quantize-from"),
+        ("v0-tiny --quantize int2 --quantize-from 5", ""),
+        ("v0-tiny --quantize int2 --quantize-from 9 --steps 9", "quantize quantize-from"),
+    ],
+)
+def test_flags_without_effect_are_named(capsys, words, unused):
+    from_command_line("", words.split())
+    lines = capsys.readouterr().out.splitlines()
+    named = {line.split("--")[1].split(" ")[0] for line in lines if "has no effect" in line}
+    assert named == set(unused.split())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanods.build import build_model
-from nanods.config import from_command_line
+from nanods.command_line import from_command_line
 from nanods.conv import CausalConv
 
 

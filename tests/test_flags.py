@@ -8,7 +8,8 @@ from dataclasses import is_dataclass, replace
 
 import pytest
 
-from nanods.config import PRESETS, Config, flatten, from_command_line
+from nanods.command_line import from_command_line
+from nanods.config import PRESETS, Config, flatten
 from nanods.errors import UserError, run
 from nanods.flags import RANGES, check_ranges, from_environment
 

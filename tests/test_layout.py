@@ -47,7 +47,7 @@ LAYERS = (  # from the top; a file imports from its own layer and those below
     ("nanods.run",),
     ("nanods.planner", "nanods.distributed"),
     ("nanods.training",),
-    ("nanods.build", "nanods.data", "nanods.contact_sheet"),
+    ("nanods.build", "nanods.command_line", "nanods.data", "nanods.contact_sheet"),
     ("nanods.config",),
     ("nanods.multimodal",),
     (

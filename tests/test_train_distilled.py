@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nanods.build import build_model
-from nanods.config import from_command_line, to_dict
+from nanods.command_line import from_command_line
+from nanods.config import to_dict
 from nanods.training import checkpoint
 from nanods.training.task import make_task
 from tests.conftest import TINY

@@ -18,6 +18,7 @@ import torch
 
 from nanods import config as ladder
 from nanods.build import build_model
+from nanods.command_line import RUNTIME_ONLY_FIELDS, from_command_line
 from nanods.config import Config
 from nanods.quantize import fake_quantize_model
 from nanods.training.distill import Teacher
@@ -49,7 +50,7 @@ class Job:
     def config(self) -> Config:
         """Return the configuration. What its flags imply is said by the run."""
         with contextlib.redirect_stdout(io.StringIO()):
-            return ladder.from_command_line("", list(self.words))
+            return from_command_line("", list(self.words))
 
     def folder_in(self, runs: Path, bench: str) -> Path:
         """Return the run directory."""
@@ -61,7 +62,7 @@ class Job:
         Flags that name a folder are left out: the hash stands for the data, and the identity of the
         job it `needs` for that run. So are those of --ewc where it is not used.
         """
-        hidden = {"data", *ladder.RUNTIME_ONLY_FIELDS}
+        hidden = {"data", *RUNTIME_ONLY_FIELDS}
         if self.needs:
             hidden |= {"init-from", "teacher", "ewc"}
         config = self.config

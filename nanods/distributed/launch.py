@@ -30,7 +30,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import determine_local_world_size, parse_args, parse_min_max_nnodes
 from torch.distributed.run import run as torchrun
 
-from nanods import config as ladder
+from nanods.command_line import from_command_line
 from nanods.distributed.mesh import Mesh
 from nanods.distributed.rendezvous import first_line, refuse_port_in_use, timeout_seconds
 from nanods.errors import UserError, run
@@ -46,7 +46,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torchrun would give each process one
     sys.argv = [arguments.training_script, *arguments.training_script_args]
     if Path(sys.argv[0]).name == "train.py" and "--plan" not in sys.argv:
-        config = ladder.from_command_line("Train one preset of nanods, by several processes.")
+        config = from_command_line("Train one preset of nanods, by several processes.")
         world_size = nodes * local_processes if nodes else None
         Mesh.parse(config.mesh, world_size, config.model.moe.n_expert)
     arguments.rdzv_conf = with_timeouts(arguments.rdzv_conf)

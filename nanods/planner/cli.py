@@ -18,8 +18,8 @@ from pathlib import Path
 
 import tyro
 
-from nanods import config as ladder
 from nanods.build import build_meta_model
+from nanods.command_line import from_command_line
 from nanods.config import Config
 from nanods.distributed.mesh import Mesh
 from nanods.errors import UserError
@@ -99,7 +99,7 @@ def main() -> None:
         )
         print(format_table(list(rows[0]), [list(row.values()) for row in rows]))
         return
-    config = ladder.from_command_line(
+    config = from_command_line(
         "Plan a run of one preset of nanods; --plan --help shows the plan's own flags.", rest
     )
     job, load_source = job_from_args(args, config)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanods import config as ladder
+from nanods.command_line import OTHER_DEFAULTS, RUNTIME_ONLY_FIELDS
 from nanods.config import Config
 from nanods.flags import from_environment
 
@@ -25,7 +26,7 @@ def tensorboard_command(run_dir: Path) -> str:
 
 def resume_command(config: Config) -> str:
     """Return the command that continues a run: with the flags that its checkpoints do not hold."""
-    flags = changed_flags(config, set(ladder.RUNTIME_ONLY_FIELDS))
+    flags = changed_flags(config, set(RUNTIME_ONLY_FIELDS))
     return shlex.join([*train_program(), config.preset, "--resume", *flags])
 
 
@@ -56,7 +57,7 @@ def changed_flags(config: Config, names: set[str]) -> list[str]:
     """
     values, defaults = ladder.flatten(config), ladder.flatten(ladder.PRESETS[config.preset])
     if config.stage == "finetune" or config.optimizer == "adamw":
-        defaults |= dict.fromkeys(ladder.OTHER_DEFAULTS)
+        defaults |= dict.fromkeys(OTHER_DEFAULTS)
     words = []
     for name, value in values.items():
         if name not in names or name == "resume" or value == defaults[name]:

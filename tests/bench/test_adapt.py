@@ -8,7 +8,7 @@ import torch
 
 from nanods import ewc
 from nanods.bench import adapt as bench
-from nanods.config import from_command_line
+from nanods.command_line import from_command_line
 from nanods.data.instructions import NAME, Example, Instructions
 from nanods.training import consolidation
 from nanods.training.instruction_task import InstructionTask

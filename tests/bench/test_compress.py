@@ -12,6 +12,7 @@ from nanods.bench import compress, compress_speed
 from nanods.bench.compress import compare_formats, compare_rounding, continued, trained
 from nanods.bench.compress_speed import measure_leak, per_tensor
 from nanods.build import build_meta_model
+from nanods.command_line import from_command_line
 from nanods.gpt import GPT, GPTConfig
 from nanods.quantize import quantize
 
@@ -38,7 +39,7 @@ def test_v0_to_v2_are_unchanged_share_the_runs_of_make_results_and_qat_starts_fr
     assert job.config == replace(ladder.PRESETS["v2-tiny"], seed=1)
     assert trained("v3-tiny", 0).folder_in(RUNS, "compress") == RUNS / "compress/v3-tiny-0"
     plain, rounding = continued(2, RUNS), continued(2, RUNS, 4)
-    config = ladder.from_command_line("", list(rounding.words))
+    config = from_command_line("", list(rounding.words))
     assert config.init_from == "runs/ladder/v1-tiny-pydocs-2" and config.quantize == "int4"
     assert rounding.words[: len(plain.words)] == plain.words, "they differ in rounding alone"
 
@@ -132,7 +133,7 @@ def test_students_are_compared_after_equal_steps_and_in_equal_time(trainings):
 def test_a_dense_student_has_at_most_a_quarter_of_its_teachers_parameters():
     counts = {}
     for name, words in {"teacher": compress.V3_TEACHER, "student": compress.V3_STUDENT}.items():
-        config = ladder.from_command_line("", list(words))
+        config = from_command_line("", list(words))
         counts[name] = build_meta_model(config).count_parameters()[0]
     assert counts["student"] <= counts["teacher"] / 4
 

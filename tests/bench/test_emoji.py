@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanods.bench import emoji as bench
-from nanods.config import from_command_line
+from nanods.command_line import from_command_line
 
 
 def fake_rows(seed):

@@ -8,7 +8,8 @@ from torch.nn.functional import one_hot
 
 from nanods.bench.multimodal import VARIANTS, accuracy, fact_accuracy, replace_fact, summary
 from nanods.bench.runs import flags_from_dict
-from nanods.config import PRESETS, from_command_line
+from nanods.command_line import from_command_line
+from nanods.config import PRESETS
 from nanods.data import scenes
 from nanods.training.contrastive_task import ContrastiveTask
 from tests.data.decoders import decode_caption

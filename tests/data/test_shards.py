@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanods import config as ladder
+from nanods.command_line import from_command_line
 from nanods.data import shards, sources
 from nanods.data.download import data_dir
 from nanods.data.shards import Tokens, permute, window_starts
@@ -339,7 +339,7 @@ def test_the_task_reads_shards_in_this_order_and_other_texts_as_sampling_says(co
         ("text.txt", "random"),
     ):
         flags = ["--data", name, "--batch-size", "6", "--context-length", "40"]
-        config = ladder.from_command_line("", ["v0-tiny", *flags, "--sampling", sampling])
+        config = from_command_line("", ["v0-tiny", *flags, "--sampling", sampling])
         task = LanguageTask(config, torch.device("cpu"))
         total = len(task.data.train)
         text = split("".join(LINES))[0] if name == "text.txt" else corpus[1]

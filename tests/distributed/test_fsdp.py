@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nanods.build import build_meta_model, build_model
-from nanods.config import from_command_line
+from nanods.command_line import from_command_line
 from nanods.distributed.mesh import Mesh
 from nanods.distributed.process_groups import ProcessGroups
 from nanods.distributed.sharding import to_local

@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from nanods import config as ladder
 from nanods.build import build_model
+from nanods.command_line import from_command_line
 from nanods.training.activation_checkpointing import checkpoint_blocks
 from nanods.training.contrastive_task import Batch, ContrastiveTask
 from nanods.training.language_task import LanguageTask
@@ -65,5 +65,5 @@ if __name__ == "__main__":
     from nanods.bench.runs import peak_memory_increase
 
     torch.set_num_threads(1)
-    config = ladder.from_command_line("", sys.argv[1:])
+    config = from_command_line("", sys.argv[1:])
     print(json.dumps(peak_memory_increase(lambda: train_two_steps(config))))

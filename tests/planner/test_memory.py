@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanods import gpt
 from nanods.attention import AttentionConfig
 from nanods.build import build_meta_model, build_model
-from nanods.config import PRESETS, from_command_line
+from nanods.command_line import from_command_line
+from nanods.config import PRESETS
 from nanods.distributed.mesh import Mesh
 from nanods.moe import MLP, MoE, MoEConfig
 from nanods.planner.hardware import GPUS

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nanods.config import from_command_line
+from nanods.command_line import from_command_line
 from nanods.planner.hardware import GPUS
 from nanods.planner.search import make_job
 from tests.planner.test_memory import (

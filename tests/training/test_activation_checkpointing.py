@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanods.build import build_model
-from nanods.config import from_command_line
+from nanods.command_line import from_command_line
 from nanods.gpt import Block
 from nanods.training.activation_checkpointing import checkpoint_blocks
 from nanods.training.task import accumulate_gradients

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanods import config as ladder
-from nanods.config import PRESETS, from_command_line
+from nanods.command_line import RUNTIME_ONLY_FIELDS, from_command_line
+from nanods.config import PRESETS
 from nanods.training.commands import (
     first_words,
     flag,
@@ -63,7 +64,7 @@ def test_a_printed_command_keeps_the_flags_of_the_run(preset):
     resumed = parse(resume_command(config))
     assert resumed.resume
     for name, value in ladder.flatten(resumed).items():
-        kept = name in ladder.RUNTIME_ONLY_FIELDS and name != "resume"
+        kept = name in RUNTIME_ONLY_FIELDS and name != "resume"
         expected = config if kept else replace(PRESETS[preset], resume=True)
         assert value == ladder.flatten(expected)[name], name
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanods.build import build_model
-from nanods.config import PRESETS, from_command_line
+from nanods.command_line import from_command_line
+from nanods.config import PRESETS
 from nanods.training import checkpoint
 from nanods.training.optimizers import get_lr_multiplier, make_optimizers, set_learning_rate
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanods.build import build_meta_model
-from nanods.config import from_command_line
+from nanods.command_line import from_command_line
 from nanods.training.parameter_groups import optimizer_of
 
 ADAMW_NAMES = ("embedding.weight", "position_embedding", "head.weight", "gate.weight", "conv.gain")

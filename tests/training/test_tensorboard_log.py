@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from nanods import config as ladder
+from nanods.command_line import resolve_resume
 from nanods.training.metrics_log import MetricsLog
 from nanods.training.tensorboard_log import add_pictures, draw_load
 
@@ -152,7 +153,7 @@ def test_a_resumed_run_keeps_the_flag():
     for requested in (False, True):
         resumed = replace(preset, resume=True, tensorboard=requested)
         saved = replace(preset, tensorboard=not requested)
-        assert ladder.resolve_resume(resumed, saved).tensorboard
+        assert resolve_resume(resumed, saved).tensorboard
 
 
 def test_the_image_of_a_load_is_white_where_the_share_is_even():
