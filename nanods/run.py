@@ -341,8 +341,8 @@ def teacher_cost(run: Run) -> tuple[float, str]:
 
 
 def time_batch(run: Run, compiled: nn.Module, processes: ProcessGroups) -> float:
-    """Return the seconds of the last step's batch, forward and backward, in the second of two
-    rehearsals, whose gradients are thrown away. Steps of --short-context take less."""
+    """Run the last step's batch twice, forward and backward, throw the gradients away, and return
+    the seconds of the second time. Steps of --short-context take less."""
     local_batch = processes.local_batch(run.config.batch_size)
     for _ in range(2):
         start = time.perf_counter()

@@ -63,7 +63,7 @@ DISTILLED = {
     "distill-v1": "V1's bits per byte (validation)",
 }
 V3_TEACHER = ("v3-tiny", "--moe.n-expert", "16", "--multimodal.entropy-coefficient", "0.02")
-# As `make distill-v3`, for about a quarter of the steps: with more, a student learns as well alone.
+# The student of `make distill-v3`, for about a quarter of its steps.
 V3_STUDENT = ("v3-tiny", "--n-layer", "2", "--n-embd", "64", "--steps", "200")
 # A third of v1-tiny's steps, so that the comparison takes no more than an hour of CPU time.
 V1_STUDENT = ("v1-tiny", "--steps", "400", "--eval-every", "400")

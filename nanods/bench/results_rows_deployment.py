@@ -48,7 +48,7 @@ def compression_results() -> list[Result]:
         Result(
             "make bench-compress",
             f"16 INT8 experts of width 1024 on 2,048 tokens ({machines['speed']}); an image-text "
-            "pair through a V3 of width 1024; through v3-tiny",
+            "pair through a V3 of width 1024; through v3-tiny as it was until 2026-11-28",
             f"{faster(speed['experts'])}; {faster(speed['pair']['width 1024'])}; "
             f"{faster(speed['pair']['v3-tiny'])} times as fast as fp32",
             "compress",

@@ -62,12 +62,13 @@ def describe_captions(captions: list[str]) -> str | None:
 
 def describe_standard_error(gallery: Examples, modalities: Sequence[str]) -> str:
     """Return how sure a recall over the held-out examples is, in words: of the pair of modalities
-    that the fewest of them have.
+    that the fewest of them have, and two or more.
 
     The standard error of a share p of n examples is sqrt(p (1 - p) / n).
     """
     number = len(gallery.captions)
-    fewest = min(gallery.has(*pair).sum() for pair in combinations(modalities, 2))
+    counts = [int(gallery.has(*pair).sum()) for pair in combinations(modalities, 2)]
+    fewest = min((count for count in counts if count > 1), default=0)
     gaps = f", of which at least {fewest:,} have both of a pair" if fewest < number else ""
     text = f"{number:,} held-out examples{gaps}"
     if not fewest:

@@ -20,6 +20,7 @@ Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption,
 space, D of the teacher's, L layers, E experts, C labels.
 """
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -176,7 +177,9 @@ class ContrastiveTask:
             )
         self.warnings = check_negatives(config, counts, self.gallery)
         others = expected_candidates(counts, config.batch_size) - 1
-        self.candidates = 1 + others * float(np.mean(list(self.pair_shares.values())))
+        weights = list(self.pair_weights.values())
+        chances = [math.log1p(others * share) for share in self.pair_shares.values()]
+        self.candidates = math.exp(np.average(chances, weights=weights))
         for pair, share in self.pair_shares.items():
             if share < 1 and others * share < 1:
                 self.warnings.append(
@@ -421,9 +424,9 @@ class ContrastiveTask:
         """Return the contrastive loss of the gallery: for each pair of modalities the mean over
         batches of the examples that have both, without a last batch that is not full.
 
-        If that is fewer than a batch, there are fewer negatives: each then counts more than once,
-        so that the loss has the chance level of the training's. A pair that fewer than two have is
-        left out.
+        A batch has as many as one of the training has on average, so that the loss has the chance
+        level of the training's. If fewer are there, each negative counts more than once. A pair
+        that fewer than two have is left out.
         """
         losses, weights = [], []
         for pair, weight in self.pair_weights.items():
@@ -433,8 +436,9 @@ class ContrastiveTask:
             a, b, pair_ids = (x[both] for x in (*(embeddings[name] for name in pair), ids))
             if self.gallery_present is not None and len(pair_ids) < 2:
                 continue
-            size = min(len(pair_ids), self.config.batch_size)
-            negative_weight = (self.config.batch_size - 1) / max(1, size - 1)
+            of_training = max(2, round(self.pair_shares[pair] * self.config.batch_size))
+            size = min(len(pair_ids), of_training)
+            negative_weight = (of_training - 1) / max(1, size - 1)
             of_pair = []
             for start in range(0, len(pair_ids) - size + 1, size):
                 rows = slice(start, start + size)

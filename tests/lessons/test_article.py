@@ -1,6 +1,7 @@
 """The figures that lessons/ARTICLE.md quotes are those of results/*.json."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,7 @@ def multimodal_figures():
     points = [-100 * gap for gap in shared["recall1_lower_by"]["each"]]
     return {
         "V3.1": [
-            f"is {min(recalls):.3f} or more in each of the six directions",
+            f"is {math.floor(1000 * min(recalls)) / 1000} or more in each of the six directions",
             f"and {emergent:.3f} from image to sound",
             f"for {relation['random']:.0%} of the images",
             f"for {relation['as it is']:.1%}",
@@ -161,7 +162,7 @@ def compression_figures():
     lost_8 = mean(run["8"] - fp32 for run, fp32 in zip(qat["by_bits"], qat["trained"], strict=True))
     closed = {bits: qat[f"{bits} bits"]["mean_closed"] for bits in (4, 2)}
     sizes, v3, v1 = bench["sizes"], bench["distill-v3"], bench["distill-v1"]
-    kept = {key: mean(v3[key]) / v3["teacher"] for key in ("taught", "alone, equal time")}
+    kept = {key: mean(v3[key]) / v3["teacher"] for key in ("alone", "taught", "alone, equal time")}
     by_seed = [100 * (a - b) for a, b in zip(v3["taught"], v3["alone"], strict=True)]
     fp8_lost = [
         f"{sizes[preset]['lost']['fp8']:.4f}" for preset in ("v0-tiny", "v1-tiny", "v2-tiny")
@@ -202,9 +203,9 @@ def compression_figures():
             f"goes from {recall['fp32']:.4f} to {recall['fp8']:.4f}",
         ],
         "D.5": [
-            f"its recall@1 is {mean(v3['alone']):.3f} alone and {mean(v3['taught']):.3f} with the "
-            f"teacher (by seed {', '.join(f'{x:+.1f}' for x in by_seed)} points), "
-            f"{kept['taught']:.0%} of the teacher's {v3['teacher']:.3f}",
+            f"its recall@1 is {mean(v3['alone']):.3f} alone, {kept['alone']:.0%} of the teacher's "
+            f"{v3['teacher']:.3f}, and {mean(v3['taught']):.3f} with the teacher (by seed "
+            f"{', '.join(f'{x:+.1f}' for x in by_seed)} points), or {kept['taught']:.0%}",
             f"reaches {mean(v3['alone, equal time']):.3f}, or {kept['alone, equal time']:.0%}",
             f"{mean(v1['taught']):.3f} bits per byte, alone {mean(v1['alone']):.3f}, and alone for "
             f"the same time {mean(v1['alone, equal time']):.3f}",

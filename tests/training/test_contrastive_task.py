@@ -463,10 +463,30 @@ def test_the_validation_loss_of_a_pair_is_of_the_examples_that_have_both():
 
     modalities = replace(SMALL.multimodal, modalities=("text", "image"))
     task, model = task_of(replace(SMALL, multimodal=modalities), Halves()), model_of()
+    task.pair_shares = {("text", "image"): 1.0}
     embeddings, _ = task.embed(model, task.inputs(task.gallery))
     first = {name: e[:8] for name, e in embeddings.items()}
     expected, _ = all_pairs_loss(first, 10.0, task.pair_weights, task.gallery_ids[:8])
     assert task.gallery_loss(embeddings, task.gallery_ids, 10.0) == pytest.approx(expected.item())
+
+
+def test_with_gaps_too_the_validation_loss_has_the_chance_level_of_the_training_loss():
+    class Shares(Gaps):
+        def pair_counts(self):
+            shares = {
+                (a, b): np.mean(np.logical_and(LACKING[a], LACKING[b]))
+                for a, b in combinations(LACKING, 2)
+            }
+            return Counter({pair: int(share * len(self.train)) for pair, share in shares.items()})
+
+    task = task_of(data=Shares())
+    _, ids, present = task.batch(0)
+    same = {name: torch.ones(8, 16) / 4 for name in LACKING}
+    training, _ = task.batch_loss(same, torch.tensor(10.0), ids, present)
+    same = {name: torch.ones(16, 16) / 4 for name in LACKING}
+    validation = task.gallery_loss(same, task.gallery_ids, 10.0)
+    assert validation == pytest.approx(training.item(), abs=1e-5)
+    assert np.log(task.candidates) == pytest.approx(validation, abs=0.15)
 
 
 def test_what_stands_in_a_gap_changes_no_loss():
