@@ -4,6 +4,7 @@ whether a batch has negatives, and what is cut.
 Shapes: B examples of a batch, N training examples, C labels.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -129,6 +130,26 @@ def expected_candidates(counts: Counter[str], B: int) -> float:
     N = sum(counts.values())
     duplicates = sum(count * (count - 1) for count in counts.values()) / (N * (N - 1))
     return 1 + (B - 1) * (1 - duplicates)
+
+
+def mean_candidates(
+    others: float, shares: dict[tuple[str, str], float], weights: dict[tuple[str, str], float]
+) -> float:
+    """Return how many candidates give the chance loss of all pairs of modalities: the weighted mean
+    of ln(1 + others * share), where `share` of the examples have both of a pair."""
+    chances = [math.log1p(others * share) for share in shares.values()]
+    return math.exp(np.average(chances, weights=list(weights.values())))
+
+
+def check_pairs(others: float, shares: dict[tuple[str, str], float]) -> list[str]:
+    """Return warnings about pairs of modalities that so few examples have that a batch of `others`
+    beside each holds fewer than one more."""
+    return [
+        f"{' and '.join(pair)}: an example that has both meets {others * share:.2g} others in a "
+        "batch, so it learns little; choose a larger --batch-size"
+        for pair, share in shares.items()
+        if share < 1 and others * share < 1
+    ]
 
 
 def describe_chance(candidates: float, B: int, has_gaps: bool = False) -> str:

@@ -81,12 +81,11 @@ def preset_modalities(config: Config) -> tuple[str, ...]:
 
 def scenes(config: MultimodalConfig) -> ExampleDataset:
     """Return the scenes. Raises UserError for another size of images or sounds than theirs."""
-    sizes = {
-        "image": ("image-size", config.image_size, IMAGE_SIZE),
-        "audio": ("frames", config.frames, FRAMES),
-    }
-    for flag, asked_for, own in (sizes[name] for name in sizes if name in config.modalities):
-        if asked_for != own:
+    for name, flag, asked_for, own in (
+        ("image", "image-size", config.image_size, IMAGE_SIZE),
+        ("audio", "frames", config.frames, FRAMES),
+    ):
+        if name in config.modalities and asked_for != own:
             raise UserError(
                 f"--data scenes: --multimodal.{flag} is {asked_for} in this model, and scenes have "
                 f"{own}; take {own}, or other data"

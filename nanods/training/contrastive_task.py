@@ -20,7 +20,6 @@ Shapes: B examples of a batch, Q examples of the gallery, T tokens of a caption,
 space, D of the teacher's, L layers, E experts, C labels.
 """
 
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from torch import Tensor, nn
 from nanods.config import Config
 from nanods.contrastive import (
     all_pairs_loss,
-    contrastive_loss,
     embedding_gradients,
     gather_with_gradient,
     local_rows,
@@ -52,6 +50,7 @@ from nanods.multimodal import Multimodal
 from nanods.training.commands import flag, sample_command, shorten
 from nanods.training.contrastive_checks import (
     check_negatives,
+    check_pairs,
     count_items,
     cut_captions,
     cut_sounds,
@@ -60,6 +59,7 @@ from nanods.training.contrastive_checks import (
     describe_standard_error,
     expected_candidates,
     find_labels,
+    mean_candidates,
 )
 from nanods.training.contrastive_data import (
     GENERATED_DATA,
@@ -77,7 +77,13 @@ from nanods.training.distill import PROJECTION, Teacher, embedding_loss, mix, pr
 from nanods.training.language_task import forward_seconds
 from nanods.training.metrics import load_metrics
 from nanods.training.pictures import draw_multimodal_run
-from nanods.training.retrieval import EMBED_CHUNK, embed, logit_scale, retrieval_metrics
+from nanods.training.retrieval import (
+    EMBED_CHUNK,
+    embed,
+    logit_scale,
+    retrieval_metrics,
+    validation_loss,
+)
 from nanods.training.saved_gallery import save_gallery
 from nanods.training.shared_experts import combine_loads, moe_losses
 
@@ -154,8 +160,8 @@ class ContrastiveTask:
         self.gallery = self.data.gallery(min(max_gallery, len(self.data.held_out)))
         self.gallery_ids = torch.from_numpy(duplicate_ids(self.gallery)).to(device)  # (Q, N)
         self.gallery_present = present_on(self.gallery, device)
-        counts = [self.gallery.has(*pair).sum() for pair in self.pair_weights]
-        if self.gallery.present and max(counts) < 2:
+        with_both = [self.gallery.has(*pair).sum() for pair in self.pair_weights]
+        if self.gallery.present and max(with_both) < 2:
             raise UserError(
                 f"--data {config.data}: no two held-out examples have the same two modalities that "
                 "the loss compares; hold out others, or give --val-data FOLDER"
@@ -177,15 +183,8 @@ class ContrastiveTask:
             )
         self.warnings = check_negatives(config, counts, self.gallery)
         others = expected_candidates(counts, config.batch_size) - 1
-        weights = list(self.pair_weights.values())
-        chances = [math.log1p(others * share) for share in self.pair_shares.values()]
-        self.candidates = math.exp(np.average(chances, weights=weights))
-        for pair, share in self.pair_shares.items():
-            if share < 1 and others * share < 1:
-                self.warnings.append(
-                    f"{' and '.join(pair)}: an example that has both meets {others * share:.2g} "
-                    "others in a batch, so it learns little; choose a larger --batch-size"
-                )
+        self.candidates = mean_candidates(others, self.pair_shares, self.pair_weights)
+        self.warnings += check_pairs(others, self.pair_shares)
         held_out = list(filter(None, self.gallery.captions))
         self.labels = find_labels(captions, held_out)  # the captions, if they are
         self.cuts = self.describe_cuts([*captions, *held_out])
@@ -421,34 +420,12 @@ class ContrastiveTask:
         return classified
 
     def gallery_loss(self, embeddings: dict[str, Tensor], ids: Tensor, scale: float) -> float:
-        """Return the contrastive loss of the gallery: for each pair of modalities the mean over
-        batches of the examples that have both, without a last batch that is not full.
-
-        A batch has as many as one of the training has on average, so that the loss has the chance
-        level of the training's. If fewer are there, each negative counts more than once. A pair
-        that fewer than two have is left out.
-        """
-        losses, weights = [], []
-        for pair, weight in self.pair_weights.items():
-            both = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-            if self.gallery_present is not None:
-                both = self.gallery_present[pair[0]] & self.gallery_present[pair[1]]
-            a, b, pair_ids = (x[both] for x in (*(embeddings[name] for name in pair), ids))
-            if self.gallery_present is not None and len(pair_ids) < 2:
-                continue
-            of_training = max(2, round(self.pair_shares[pair] * self.config.batch_size))
-            size = min(len(pair_ids), of_training)
-            negative_weight = (of_training - 1) / max(1, size - 1)
-            of_pair = []
-            for start in range(0, len(pair_ids) - size + 1, size):
-                rows = slice(start, start + size)
-                loss = contrastive_loss(
-                    a[rows], b[rows], scale, pair_ids[rows], negative_weight=negative_weight
-                )
-                of_pair.append(loss.item())
-            losses.append(np.mean(of_pair))
-            weights.append(weight)
-        return float(np.average(losses, weights=weights))
+        """Return the contrastive loss of the gallery, at the chance level of the training's."""
+        B = self.config.batch_size
+        sizes = {pair: max(2, round(share * B)) for pair, share in self.pair_shares.items()}
+        return validation_loss(
+            embeddings, ids, scale, self.pair_weights, sizes, self.gallery_present
+        )
 
     # ---- words and pictures ----------------------------------------------------------------------
 
@@ -460,7 +437,7 @@ class ContrastiveTask:
     def describe_data(self) -> str:
         """Return items and files, distinct captions, what is cut, which files cannot be read, and
         how sure an evaluation is."""
-        data = self.data
+        data, text = self.data, self.data.text()
         labels = f" of {len(self.labels)} labels" if self.labels else ""
         files = count_items(data.items) if isinstance(data, CaptionDataset) else ""
         line = (
@@ -472,20 +449,20 @@ class ContrastiveTask:
         if left_out:
             notes = [f"without {' and '.join(left_out)}, which the preset has", *notes]
         learnt, most = self.tokenizer.vocab_size, self.config.model.vocab_size
-        if data.text() and (start := self.config.init_from or self.config.teacher):
+        if text and (start := self.config.init_from or self.config.teacher):
             notes.append(f"captions are cut into tokens as in {start}")
-        elif data.text() and learnt < most:
+        elif text and learnt < most:
             notes.append(f"a vocabulary of {learnt} tokens, not {most:,}: captions give no more")
         for pair in self.config.multimodal.pair_weights():
             if pair not in self.pair_weights:
                 notes.append(f"not compared: {' and '.join(pair)}, which too few examples have")
-        lines = [line, *(f"           {text}" for text in notes)]
-        if captions := describe_captions(data.text().split("\n")):
+        lines = [line, *(f"           {note}" for note in notes)]
+        if captions := describe_captions(text.split("\n")):
             lines.append(f"captions   {captions}")
-        lines += [f"cut        {text}" for text in self.cuts or ["nothing"]]
+        lines += [f"cut        {cut}" for cut in self.cuts or ["nothing"]]
         error = describe_standard_error(self.gallery, self.config.multimodal.modalities)
         lines.append(f"evaluated  {error}")
-        lines += [f"warning    {text}" for text in self.warnings]
+        lines += [f"warning    {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
     def describe_step(self) -> str:

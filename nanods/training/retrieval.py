@@ -7,10 +7,11 @@ Shapes: Q examples, M width of the space, N ids of an example, L layers, E exper
 
 from itertools import permutations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanods.contrastive import median_rank, recall_at_k
+from nanods.contrastive import contrastive_loss, median_rank, recall_at_k
 
 EMBED_CHUNK = 64  # examples embedded at a time where no gradient is needed
 
@@ -44,16 +45,58 @@ def retrieval_metrics(
     """
     metrics = {}
     for a, b in permutations(embeddings, 2):
-        queries, targets, pair_ids = embeddings[a], embeddings[b], ids
-        if present is not None:
-            both = present[a] & present[b]
-            if both.sum() < 2:
-                continue
-            queries, targets, pair_ids = queries[both], targets[both], ids[both]
+        queries, targets, pair_ids = with_both(a, b, embeddings, ids, present)
+        if present is not None and len(pair_ids) < 2:
+            continue
         metrics[f"recall1_{a}_{b}"] = recall_at_k(queries, targets, 1, pair_ids)
         metrics[f"recall5_{a}_{b}"] = recall_at_k(queries, targets, 5, pair_ids)
         metrics[f"median_rank_{a}_{b}"] = median_rank(queries, targets, pair_ids)
     return metrics
+
+
+def with_both(
+    a: str,
+    b: str,
+    embeddings: dict[str, Tensor],
+    ids: Tensor,
+    present: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the embeddings in a and in b, and the ids, of the examples that have both."""
+    both = slice(None) if present is None else present[a] & present[b]
+    return embeddings[a][both], embeddings[b][both], ids[both]
+
+
+def validation_loss(
+    embeddings: dict[str, Tensor],
+    ids: Tensor,
+    scale: float,
+    weights: dict[tuple[str, str], float],
+    sizes: dict[tuple[str, str], int],
+    present: dict[str, Tensor] | None = None,
+) -> float:
+    """Return the contrastive loss of held-out examples, the weighted mean over pairs of modalities:
+    for each pair the mean over batches of the examples that have both.
+
+    sizes: how many such examples a batch of the training has, by pair. The batches have as many; a
+    last one that is not full is left out. If fewer are there, each negative counts more than once,
+    so that the chance level stays the training's. A pair that fewer than two have is left out.
+    """
+    losses = {}
+    for pair in weights:
+        a, b, pair_ids = with_both(*pair, embeddings, ids, present)
+        if present is not None and len(pair_ids) < 2:
+            continue
+        size = min(len(pair_ids), sizes[pair])
+        negative_weight = (sizes[pair] - 1) / max(1, size - 1)
+        of_batches = []
+        for start in range(0, len(pair_ids) - size + 1, size):
+            rows = slice(start, start + size)
+            loss = contrastive_loss(
+                a[rows], b[rows], scale, pair_ids[rows], negative_weight=negative_weight
+            )
+            of_batches.append(loss.item())
+        losses[pair] = np.mean(of_batches)
+    return float(np.average(list(losses.values()), weights=[weights[pair] for pair in losses]))
 
 
 @torch.no_grad()
