@@ -60,7 +60,7 @@ def without_effect(config: Config) -> dict[str, str]:
     is_v3 = bool(config.multimodal.modalities)
     of_windows = ("short-", "sampling")
     of_muon = ("momentum", "equal-neurons", "expert-")
-    rules = (  # if it holds, the reason, and how the names of the flags begin
+    rules = (  # a condition, the reason to print if it holds, how its flags begin
         (
             moe.n_expert == 1,
             "the model has no experts (--moe.n-expert 1)",
@@ -78,7 +78,11 @@ def without_effect(config: Config) -> dict[str, str]:
         (config.teacher is None, "there is no --teacher", ("distill-",)),
         (config.ewc is None, "there is no --ewc", ("ewc-",)),
         (config.quantize == "off", "there is no --quantize", ("quantize-from",)),
-        (config.quantize_from >= config.steps, "the run ends before it begins", ("quantize",)),
+        (
+            config.quantize_from >= config.steps,
+            "the run ends before --quantize-from",
+            ("quantize",),
+        ),
         (config.init_from is None, "there is no --init-from", ("init-noise",)),
         (config.short_context == 0, "there is no --short-context", ("short-parts",)),
         (is_v3, "V3 reads no windows of a text", of_windows),

@@ -131,7 +131,7 @@ def fingerprint(name: str, fraction: float) -> str:
     """
     if name == FINEWEB:
         inputs = [*FINEWEB_ADDRESS, HELD_OUT]
-        fraction = 0.1 if fraction else 0.0  # the default and 0: no other value matters
+        fraction = 0.1 if fraction else 0.0  # all that matters is whether it is 0
     else:
         inputs = []
         for path in sorted(text_files(Path(name))):

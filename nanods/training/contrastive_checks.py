@@ -63,7 +63,7 @@ def describe_captions(captions: list[str]) -> str | None:
 
 def describe_standard_error(gallery: Examples, modalities: Sequence[str]) -> str:
     """Return how sure a recall over the held-out examples is, in words: of the pair of modalities
-    that the fewest of them have, and two or more.
+    that the fewest examples have, among those that at least two have.
 
     The standard error of a share p of n examples is sqrt(p (1 - p) / n).
     """

@@ -146,8 +146,9 @@ def model_inputs(examples, config: Config, tokenizer) -> dict[str, Tensor]:
 
 
 def saved_tokenizer(run: str | None) -> ByteTokenizer | BPETokenizer | None:
-    """Return the tokenizer of `run`, from which a new run starts or learns: its weights know no
-    other tokens. None without `run`, or if it cannot be read: loading its weights then says why."""
+    """Return the tokenizer of `run`, the start (--init-from) or teacher of a new run, whose weights
+    fit no other tokens. None without `run`, or if it cannot be read: loading the weights later says
+    why."""
     try:
         return tokenizer_from_json(load(find_run(run)).state["tokenizer"]) if run else None
     except UserError:

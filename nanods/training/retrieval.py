@@ -77,9 +77,10 @@ def validation_loss(
     """Return the contrastive loss of held-out examples, the weighted mean over pairs of modalities:
     for each pair the mean over batches of the examples that have both.
 
-    sizes: how many such examples a batch of the training has, by pair. The batches have as many; a
-    last one that is not full is left out. If fewer are there, each negative counts more than once,
-    so that the chance level stays the training's. A pair that fewer than two have is left out.
+    sizes: how many such examples a batch of the training has, by pair. A batch here has as many, so
+    both losses have the same chance level; a last batch that is not full is left out. If fewer
+    examples are held out, each negative gets a weight above 1 to make up for it. A pair that fewer
+    than two examples have is left out.
     """
     losses = {}
     for pair in weights:
